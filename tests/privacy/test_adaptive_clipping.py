@@ -41,7 +41,7 @@ def private_sum(noise_multiplier=1.0, steps=400, expected=256.0, **changes):
 
 @pytest.mark.reference
 @pytest.mark.parametrize("noise_multiplier", [0.7, 1.0, 3.0])
-def test_gradient_and_count_together_cost_the_charge(noise_multiplier):
+def test_adaptive_gradient_and_count_together_cost_the_charge(noise_multiplier):
     adaptive = Adaptive()
     expected = 64.0
     of_gradient = adaptive.gradient_noise(noise_multiplier, expected)
@@ -51,7 +51,7 @@ def test_gradient_and_count_together_cost_the_charge(noise_multiplier):
     assert epsilon(both, delta=1e-5) == pytest.approx(charged, abs=2e-3)
 
 
-def test_a_count_with_the_whole_privacy_cost_is_refused():
+def test_adaptive_clipping_refuses_too_little_count_noise():
     with pytest.raises(
         PrivacyError, match=r"count_noise = 0.05 .* 10 records per step .* allowed: more than 0.05"
     ):
@@ -86,7 +86,7 @@ def test_the_adaptive_clip_norm_converges_to_the_quantile(quantile):
 
 
 @pytest.mark.statistical
-def test_noise_has_the_larger_multiplier_and_follows_clip_norm():
+def test_adaptive_noise_follows_the_changing_clip_norm():
     """Standard deviations of 20,000 draws: 0.5 % off on average, 3 % never."""
     made = private_sum(count_noise=0.05, expected=20.0)
     of_gradient = Adaptive().gradient_noise(1.0, 20.0)
@@ -99,7 +99,7 @@ def test_noise_has_the_larger_multiplier_and_follows_clip_norm():
     assert made.ledger.entries[-1].noise_multiplier == 1.0
 
 
-def test_one_record_moves_the_count_by_half_and_the_sum_by_clip():
+def test_one_record_changes_count_by_half_and_sum_by_clip_norm():
     rows = {"a": torch.tensor([[3.0], [0.1], [0.2]]), "b": torch.tensor([[4.0], [0.1], [0.1]])}
     clip = Clip(norm=1.0, counted=True)
     whole = sum_of_clipped(rows, clip)

@@ -28,7 +28,7 @@ from perdure.strategies import Naive
 SHAPES = {"a": torch.Size([3, 5]), "b": torch.Size([]), "c": torch.Size([0, 4])}
 
 
-def test_units_and_values_undo_each_other_on_the_grid():
+def test_grid_units_convert_back_to_the_same_values():
     grid = Grid.of(16, 1.1)
     total = {
         name: torch.randint(-(10**6), 10**6, tuple(shape)).double() * (0.3 / grid.steps)
@@ -62,7 +62,7 @@ def test_a_sum_beyond_exact_integers_is_refused():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_compiled_conversions_give_the_same_numbers(dtype):
+def test_the_compiled_grid_conversions_give_the_same_numbers(dtype):
     """Halves of a step go to the even integer, and what is too large or no number is refused."""
     steps = 2.0**20
     values = torch.randn(50_000, dtype=dtype, generator=torch.Generator().manual_seed(0))
@@ -103,7 +103,7 @@ def change(rows, index, clip):
         pytest.param(600_000, marks=pytest.mark.deep(reason="full replay: ten times the rows")),
     ],
 )
-def test_one_row_of_many_moves_the_sum_by_its_clip_norm(n):
+def test_one_of_many_rows_changes_the_grid_sum_by_its_clip_norm(n):
     """In float32 it moved by 1.013 C at 60,000 rows and by 1.549 C at 600,000."""
     rows = torch.full((n, 8), 3.0) + torch.arange(8) / 7
     clip = Clip(norm=0.7, steps=Grid.of(8, 1.0).steps)
@@ -111,7 +111,7 @@ def test_one_row_of_many_moves_the_sum_by_its_clip_norm(n):
         assert change(rows, index, clip) <= 1 + math.sqrt(8) / 2 / clip.steps
 
 
-def test_rows_add_up_exactly_in_any_order():
+def test_grid_sums_are_exact_in_any_order_of_rows():
     rows = torch.randn(5000, 30, generator=torch.Generator().manual_seed(0)) * 10
     clip = Clip(norm=1.0, steps=Grid.of(30, 1.0).steps)
     order = torch.randperm(5000, generator=torch.Generator().manual_seed(1))
@@ -128,7 +128,7 @@ def test_a_nan_row_adds_nothing_to_a_grid_sum():
     torch.testing.assert_close(total.float(), expected, rtol=0, atol=2 / clip.steps)
 
 
-def test_the_size_of_the_last_chunk_changes_no_row():
+def test_the_size_of_the_last_chunk_changes_no_clipped_row():
     weight = torch.randn(40, 30, generator=torch.Generator().manual_seed(0))
     data = {"x": torch.randn(1001, 30, generator=torch.Generator().manual_seed(1))}
     clip = Clip(norm=1.0, steps=Grid.of(1200, 1.0).steps)
@@ -149,7 +149,7 @@ def test_the_size_of_the_last_chunk_changes_no_row():
     ("rate", "noise", "steps"),
     [(256 / 12_000, 1.1, 469), (0.01, 0.6, 1000), (0.1, 2.0, 300), (1.0, 4.4, 2)],
 )
-def test_grid_slack_and_sampler_cost_less_than_a_hundredth(rate, noise, steps):
+def test_grid_rounding_adds_less_than_1_percent_to_epsilon(rate, noise, steps):
     ideal = epsilon([Charge(rate, noise, steps)], delta=1e-5)
     real = epsilon([Charge(rate, noise, steps, "grid-gaussian")], delta=1e-5)
     assert ideal < real < 1.01 * ideal
@@ -157,13 +157,13 @@ def test_grid_slack_and_sampler_cost_less_than_a_hundredth(rate, noise, steps):
     assert by_rdp > epsilon([Charge(rate, noise, steps)], delta=1e-5, accountant="rdp")
 
 
-def test_the_ideal_epsilon_at_effective_noise_is_a_lower_bound():
+def test_the_grid_epsilon_is_above_that_of_the_ideal_gaussian():
     real = epsilon([Charge(0.02, 1.0, 100, "grid-gaussian")], delta=1e-5)
     scaled = epsilon([Charge(0.02, 1.0 / SENSITIVITY, 100)], delta=1e-5)
     assert 0 < real - scaled < 1e-3
 
 
-def test_noise_too_small_for_the_tails_has_no_finite_epsilon():
+def test_noise_too_small_for_the_grid_has_infinite_epsilon():
     assert epsilon([Charge(1.0, 0.05, 1, "grid-gaussian")], delta=1e-5) == math.inf
     assert epsilon([Charge(1.0, 0.3, 1, "grid-gaussian")], delta=1e-5) < 20
 
@@ -189,7 +189,7 @@ def entry(**changes):
     )
 
 
-def test_a_ledger_refuses_more_draws_than_statements_allow_for():
+def test_the_ledger_refuses_more_noise_values_than_allowed():
     ledger = Ledger.open(None, key=NoiseKey.from_seed(0))
     ledger.declare("p", 100)
     ledger.charge(entry())
@@ -197,7 +197,7 @@ def test_a_ledger_refuses_more_draws_than_statements_allow_for():
         ledger.charge(entry(steps=2**9, first_step=100))
 
 
-def test_a_ledger_entry_has_all_facts_of_its_cost():
+def test_a_ledger_entry_records_the_grid_settings():
     assert entry().grid.keys() == {
         "numbers",
         "steps",
@@ -220,7 +220,7 @@ TOO_MUCH = {
 
 
 @pytest.mark.parametrize("kind", TOO_MUCH)
-def test_noise_beyond_the_tables_is_refused_uncharged(toy_stream, kind):
+def test_noise_beyond_the_sampler_tables_is_refused_uncharged(toy_stream, kind):
     stream = toy_stream()
     learner = Learner(
         model=mlp(input_shape=(5,), num_classes=4, hidden=(64, 2048), seed=0),
@@ -252,7 +252,7 @@ def long_rows(n=20):
 
 @pytest.mark.parametrize("per_layer", [False, True], ids=["flat", "per layer"])
 @pytest.mark.parametrize("steps", [0, 2**20])
-def test_long_rows_are_summed_by_loop_as_by_torch(per_layer, steps, monkeypatch):
+def test_compiled_sums_of_long_rows_equal_sums_by_torch(per_layer, steps, monkeypatch):
     clip = Clip(norm=2.0, steps=steps, per_layer=per_layer, counted=True)
     rows = long_rows()
     assert row_loops.takes(rows)
@@ -271,7 +271,7 @@ class Unclipped(Clip):
 
 
 @pytest.mark.parametrize("numbers", [30, 2**11])
-def test_a_row_beyond_its_bound_is_left_out(numbers):
+def test_a_row_above_its_declared_bound_is_left_out(numbers):
     rows = 0.5 * torch.nn.functional.normalize(torch.randn(9, numbers))
     rows[[2, 5]] *= 7
     kept = rows[torch.arange(9)[(torch.arange(9) != 2) & (torch.arange(9) != 5)]]
@@ -281,7 +281,7 @@ def test_a_row_beyond_its_bound_is_left_out(numbers):
     )
 
 
-def test_rows_in_float64_or_of_few_numbers_are_left_to_torch():
+def test_short_or_float64_rows_are_summed_by_torch():
     assert not row_loops.takes({"a": torch.zeros(2, row_loops.LONG_ROW).double()})
     assert not row_loops.takes({"a": torch.zeros(2 * row_loops.LONG_ROW, 1)})
 
@@ -301,7 +301,7 @@ class Passes(TorchDispatchMode):
         return answer
 
 
-def test_long_rows_are_neither_copied_nor_widened():
+def test_long_rows_are_summed_without_a_copy():
     rows = {"a": torch.randn(8, 2**13)}
     views = {
         torch.ops.aten.slice.Tensor,

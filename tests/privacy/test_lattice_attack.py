@@ -66,7 +66,7 @@ def judge(right):
 
 @pytest.mark.statistical
 @pytest.mark.parametrize("statistic", STATISTICS.values(), ids=STATISTICS)
-def test_a_release_does_not_reveal_membership(toy_stream, toy_model, statistic):
+def test_the_noise_of_a_release_does_not_reveal_membership(toy_stream, toy_model, statistic):
     stream = toy_stream()
     privacy = Privacy(noise_multiplier=NOISE, release_noise=1.0, seed=0)
     made = private_sum_of(stream, privacy)
@@ -141,7 +141,7 @@ def steps(toy_data):
 @pytest.mark.statistical
 @pytest.mark.parametrize("statistic", STATISTICS.values(), ids=STATISTICS)
 @pytest.mark.parametrize("place", ["gradient", "momentum"])
-def test_a_step_does_not_reveal_membership(steps, statistic, place):
+def test_the_noise_of_a_step_does_not_reveal_membership(steps, statistic, place):
     seen, (without, with_record), expected = steps
     right = []
     for there, gradient, momentum in seen:

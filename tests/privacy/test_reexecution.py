@@ -103,7 +103,7 @@ def process(tmp_path):
     return partial(Process, tmp_path)
 
 
-def test_an_equal_block_is_replayed_at_no_cost(process):
+def test_an_equal_block_is_repeated_at_no_privacy_cost(process):
     first = process()
     first.reserve()
     drawn = [first.step(step) for step in STEPS]
@@ -113,7 +113,7 @@ def test_an_equal_block_is_replayed_at_no_cost(process):
     assert again.spent == first.spent and len(again.sum.ledger.entries) == 1
 
 
-def test_another_sum_is_charged_again_before_it_is_drawn(process):
+def test_a_changed_sum_is_charged_again_before_it_is_drawn(process):
     """Six draws of one step for one charge were had before: 12.9 stated, 42.8 spent."""
     first = process()
     first.reserve()
@@ -135,7 +135,7 @@ def test_another_sum_is_charged_again_before_it_is_drawn(process):
     assert spent == sorted(spent) and len(set(spent)) == 4
 
 
-def test_a_changed_step_draws_other_records(process):
+def test_a_changed_step_samples_other_records(process):
     first = process()
     first.reserve()
     coins = first.sum.coins(RECORDS, 0)
@@ -147,7 +147,7 @@ def test_a_changed_step_draws_other_records(process):
     assert not torch.equal(again.sum.coins(RECORDS, 0), coins)
 
 
-def test_a_repeat_of_the_changed_run_costs_nothing(process):
+def test_a_second_repeat_of_a_changed_run_costs_nothing(process):
     first = process()
     first.reserve()
     first.step(0)
@@ -161,7 +161,7 @@ def test_a_repeat_of_the_changed_run_costs_nothing(process):
     assert len(again.sum.ledger.entries) == 2
 
 
-def test_a_step_that_was_not_drawn_costs_nothing_more(process):
+def test_a_step_that_was_not_drawn_costs_nothing_on_restart(process):
     """Killed between charge and draw, or between steps, on the same boot."""
     first = process()
     first.reserve()
@@ -184,7 +184,7 @@ def test_an_open_block_is_charged_again_after_another_boot(process, boot, entrie
     assert len(again.sum.ledger.entries) == entries
 
 
-def test_a_closed_block_is_replayed_after_another_boot(process):
+def test_a_closed_block_is_repeated_after_another_boot(process):
     first = process()
     first.reserve()
     drawn = [first.step(step) for step in STEPS]
@@ -194,7 +194,7 @@ def test_a_closed_block_is_replayed_after_another_boot(process):
     assert len(again.sum.ledger.entries) == 1
 
 
-def test_a_deleted_log_does_not_make_a_repeated_step_free(process, tmp_path):
+def test_a_deleted_draw_log_does_not_make_a_repeat_free(process, tmp_path):
     first = process()
     first.reserve()
     drawn = first.step(0)
@@ -205,7 +205,7 @@ def test_a_deleted_log_does_not_make_a_repeated_step_free(process, tmp_path):
     assert len(again.sum.ledger.entries) == 2
 
 
-def test_a_sum_is_in_the_log_before_its_noise_is_drawn(process, tmp_path):
+def test_a_sum_is_logged_before_its_noise_is_drawn(process, tmp_path):
     made = process()
     made.reserve()
     lines = []
@@ -225,7 +225,7 @@ ASKED = ["release", "count", "select"]
 
 @pytest.mark.parametrize("asked", ASKED)
 @pytest.mark.parametrize("value", [1.0, 0.5], ids=["equal", "changed"])
-def test_a_kept_release_is_returned_again_unchanged(process, asked, value):
+def test_a_stored_release_is_returned_again_unchanged(process, asked, value):
     """An entry more, or another answer, once said whether two exact sums are equal."""
     first = process()
     answer = first.ask(asked, 1.0)
@@ -234,7 +234,7 @@ def test_a_kept_release_is_returned_again_unchanged(process, asked, value):
     assert len(again.sum.ledger.entries) == 1
 
 
-def test_a_kept_release_is_not_computed_again(process):
+def test_a_stored_release_is_not_computed_again(process):
     process().release()
     asked = []
     process().release(seen=asked)
@@ -244,7 +244,7 @@ def test_a_kept_release_is_not_computed_again(process):
 @pytest.mark.parametrize("value", [1.0, 0.5], ids=["equal", "changed"])
 @pytest.mark.parametrize("asked", ASKED)
 @pytest.mark.parametrize("how", ["removed", "damaged"])
-def test_a_release_without_kept_answer_is_charged_again(process, tmp_path, asked, value, how):
+def test_a_release_without_a_stored_answer_is_charged_again(process, tmp_path, asked, value, how):
     process().ask(asked, 1.0)
     (file,) = (tmp_path / "private" / "answers").iterdir()
     if how == "removed":
@@ -260,7 +260,7 @@ def test_a_release_without_kept_answer_is_charged_again(process, tmp_path, asked
 
 @pytest.mark.parametrize("point", ["ledger.head-written", "noise.drawn"])
 @pytest.mark.parametrize("value", [1.0, 0.5], ids=["equal", "changed"])
-def test_a_release_that_was_not_returned_is_not_charged_twice(process, tmp_path, value, point):
+def test_a_release_stopped_before_its_answer_is_charged_once(process, tmp_path, value, point):
     """Stopped between charge and answer: the ledger shows the same, whatever the sums are."""
     made = process()
 
@@ -281,7 +281,7 @@ def test_a_release_that_was_not_returned_is_not_charged_twice(process, tmp_path,
     assert noise.abs().max() > 0
 
 
-def test_kept_answers_are_private_and_old_ones_are_dropped(process, tmp_path):
+def test_stored_answers_are_private_and_old_ones_are_deleted(process, tmp_path):
     made = process()
     for index in range(4):
         made.sum.open(index)
@@ -291,7 +291,7 @@ def test_kept_answers_are_private_and_old_ones_are_dropped(process, tmp_path):
     assert {stat.S_IMODE(file.stat().st_mode) for file in kept} == {0o600}
 
 
-def test_the_ledger_does_not_reveal_if_answers_are_equal(process):
+def test_the_ledger_does_not_reveal_if_two_answers_are_equal(process):
     made = process()
     for number in range(2):
         made.release(1.0, number=number)
@@ -300,7 +300,7 @@ def test_the_ledger_does_not_reveal_if_answers_are_equal(process):
 
 
 @pytest.mark.parametrize(("value", "entries"), [(1.0, 1), (0.5, 2)])
-def test_a_simulated_release_is_drawn_again(tmp_path, value, entries):
+def test_a_simulated_release_is_computed_again(tmp_path, value, entries):
     """So a simulated run ends in the same bits wherever it was stopped."""
     first = Process(tmp_path, key=NoiseKey.from_seed(0))
     answer = first.release()
@@ -328,7 +328,7 @@ class Stop(Exception):  # noqa: N818
 
 @pytest.mark.parametrize("changes", [{"bands": 3}, {"clipping": Adaptive(count_noise=0.5)}, {}])
 @pytest.mark.parametrize("stopped", [0, 1, 3])
-def test_a_repeated_step_after_a_failure_counts_once(process, tmp_path, changes, stopped):
+def test_a_step_repeated_after_a_failure_counts_once(process, tmp_path, changes, stopped):
     """A record of such a step was once twice in the chain: 1.43 times its clip norm."""
     slots = {"rate": 1.0, "slots": 4} if "bands" in changes else {}
     made = process(**changes)

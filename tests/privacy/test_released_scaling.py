@@ -25,7 +25,7 @@ def scaled(scaling, rows=ROWS, **settings):
     return from_arrays(rows, LABELS[: len(rows)], **values)
 
 
-def test_released_constants_standardise_the_training_part():
+def test_released_constants_standardise_the_training_records():
     data = scaled(ReleasedScaling(noise_multiplier=0.01, seed=0))
     # 0.01 of the half range is the least deviation; what is left is noise of 0.01 sqrt(4) / 2000
     assert data.train.inputs.mean(0).tolist() == pytest.approx([0, 0], abs=0.05)
@@ -34,7 +34,7 @@ def test_released_constants_standardise_the_training_part():
     assert "mean and deviation of the inputs are a paid release" in data.public_facts
 
 
-def test_released_constants_of_channels_are_their_own():
+def test_each_image_channel_has_its_own_released_constants():
     images = np.stack([np.full((50, 4, 4), value) for value in (0.2, 0.6)], axis=1)
     images[::2] += 0.1
     scaling = ReleasedScaling(noise_multiplier=0.001, seed=0)
@@ -45,7 +45,7 @@ def test_released_constants_of_channels_are_their_own():
 
 
 @pytest.mark.statistical
-def test_noise_of_the_constants_has_its_scale():
+def test_the_noise_of_released_constants_has_the_right_scale():
     """20 columns under 40 seeds: 800 draws, whose deviation is off by 10 % in 1 run of 10^4."""
     rows = np.full((100, 20), 30.0)
     means = []
@@ -62,7 +62,7 @@ def test_noise_of_the_constants_has_its_scale():
     assert 0.8 * expected < float(inside.std()) < 1.2 * expected
 
 
-def test_one_record_moves_the_sum_by_its_bound_at_most():
+def test_a_record_changes_released_constants_within_its_bound():
     far = np.array([[60.0, 60.0], [0.0, 0.0], [30.0, 60.0]])
     half = torch.tensor(0.0)
     scaling = ReleasedScaling(noise_multiplier=0.001, seed=0)
@@ -74,7 +74,7 @@ def test_one_record_moves_the_sum_by_its_bound_at_most():
         assert bool((beyond <= 60.1).all())
 
 
-def test_learner_charges_the_release_before_it_trains(learner_of):  # noqa: F811
+def test_the_learner_charges_the_scaling_release_before_training(learner_of):  # noqa: F811
     data = scaled(ReleasedScaling(noise_multiplier=20.0, seed=0), ids=range(2000), test=0.2)
     stream = split(data, scenario="class", experiences=2)
     assert stream[1].train.spent == data.train.spent
@@ -94,7 +94,7 @@ def test_learner_charges_the_release_before_it_trains(learner_of):  # noqa: F811
     without.close()
 
 
-def test_same_release_from_a_folder_costs_nothing_more(tmp_path):
+def test_a_repeated_release_from_a_folder_costs_nothing_more(tmp_path):
     scaling = ReleasedScaling(noise_multiplier=20.0, folder=tmp_path / "scaling")
     one, two = (scaled(scaling) for _ in range(2))
     assert torch.equal(one.train.inputs, two.train.inputs)
@@ -104,7 +104,7 @@ def test_same_release_from_a_folder_costs_nothing_more(tmp_path):
     assert len(other.train.spent) == 2
 
 
-def test_a_folder_serves_one_release_at_a_time(tmp_path):
+def test_a_scaling_folder_serves_one_release_at_a_time(tmp_path):
     """Two at once would each write a ledger without the entry of the other."""
     scaling = ReleasedScaling(noise_multiplier=20.0, folder=tmp_path / "scaling")
     with locked(tmp_path / "scaling"), pytest.raises(RunError, match="is in use"):
@@ -112,7 +112,7 @@ def test_a_folder_serves_one_release_at_a_time(tmp_path):
     assert len(scaled(scaling).train.spent) == 1
 
 
-def test_simulated_release_is_refused_in_a_secret_run(learner_of, tmp_path):  # noqa: F811
+def test_a_simulated_scaling_release_is_refused_in_a_secret_run(learner_of, tmp_path):  # noqa: F811
     data = scaled(ReleasedScaling(noise_multiplier=20.0, seed=0), ids=range(2000), test=0.2)
     stream = split(data, scenario="class", experiences=2)
     privacy = replace(SIMULATED, seed=None)
@@ -137,13 +137,13 @@ def test_simulated_release_is_refused_in_a_secret_run(learner_of, tmp_path):  # 
         ),
     ],
 )
-def test_release_without_price_or_range_is_refused(message, make):
+def test_a_scaling_release_without_noise_or_range_is_refused(message, make):
     with pytest.raises(ConfigError, match=message):
         make()
 
 
 @pytest.mark.parametrize("cut", [joint, partial(split, scenario="class", experiences=2)])
-def test_training_part_drawn_by_row_numbers_is_refused(learner_of, cut):  # noqa: F811
+def test_privacy_refuses_a_test_share_drawn_by_row_numbers(learner_of, cut):  # noqa: F811
     whole, fewer = (from_arrays(ROWS[n:], LABELS[n:], test=0.2) for n in (0, 1))
     one, other = (set(map(tuple, data.train.inputs.tolist())) for data in (whole, fewer))
     assert len(one ^ other) > 100  # one row less, and so many training records come or go
@@ -153,7 +153,7 @@ def test_training_part_drawn_by_row_numbers_is_refused(learner_of, cut):  # noqa
         learner.prepare(stream)
 
 
-def test_training_part_drawn_by_ids_or_given_is_not_refused():
+def test_privacy_accepts_a_test_share_drawn_by_ids_or_given():
     drawn = from_arrays(ROWS, LABELS, test=0.2, ids=range(2000))
     given = from_arrays(ROWS, LABELS, test=(ROWS, LABELS))
     assert not drawn.train.drawn_by_position

@@ -78,11 +78,11 @@ def either(request):
 
 
 @pytest.mark.slow
-def test_outputs_of_a_run_contain_no_secret(either):
+def test_the_outputs_of_a_run_contain_no_secret(either):
     assert either.searcher.found(either.left) == {}
 
 
-def test_the_secret_search_covers_all_outputs(alone, federated):
+def test_the_secret_search_covers_every_kind_of_output(alone, federated):
     """Every kind of file and message; and the searcher does find the secrets where they belong."""
     for one, curators in ((alone, 2), (federated, 6)):
         secrets = one.heard.secrets
@@ -173,7 +173,7 @@ def busy(secrets):
 
 @pytest.mark.parametrize("name", PLANTS)
 @pytest.mark.parametrize("shift", [0, 3])
-def test_a_planted_secret_is_found(alone, name, shift):
+def test_the_secret_search_finds_a_planted_secret(alone, name, shift):
     make, kind = PLANTS[name]
     secrets = alone.heard.secrets
     text = bytes(shift) + b"before " + make(secrets) + b" after"
@@ -183,7 +183,7 @@ def test_a_planted_secret_is_found(alone, name, shift):
 
 
 @pytest.mark.parametrize("name", TENSORS)
-def test_a_planted_tensor_is_found_in_a_file_and_in_a_message(alone, tmp_path, name):
+def test_the_secret_search_finds_a_tensor_in_files_and_messages(alone, tmp_path, name):
     make, kind = TENSORS[name]
     secrets = alone.heard.secrets
     (tmp_path / "private").mkdir()
@@ -195,7 +195,7 @@ def test_a_planted_tensor_is_found_in_a_file_and_in_a_message(alone, tmp_path, n
     assert alone.searcher.found({"message": values}) == {"message": {kind}}
 
 
-def test_the_secret_search_covers_prints_logs_and_messages(federated):
+def test_the_secret_search_covers_printed_and_logged_text(federated):
     secrets = federated.heard.secrets
     with told() as surface:
         print(min(secrets.keys).hex())
@@ -210,7 +210,7 @@ def test_the_secret_search_covers_prints_logs_and_messages(federated):
     }
 
 
-def test_a_secret_in_a_message_is_found(toy_stream, toy_model):
+def test_the_secret_search_finds_secrets_in_a_client_message(toy_stream, toy_model):
     """Memory rows as an array, a key as text and ids as numbers: what is recorded of a message
     holds them all.
     """

@@ -41,7 +41,7 @@ def library_epsilon(accountant, charges):
         (Charge(0.1, 2.0, 300), 4.564, 4.183),
     ],
 )
-def test_accountants_give_the_epsilons_of_the_table(charge, rdp, pld):
+def test_accountants_give_the_documented_epsilons(charge, rdp, pld):
     assert epsilon([charge], delta=DELTA) == pytest.approx(pld, abs=0.005)
     assert epsilon([charge], delta=DELTA, accountant="rdp") == pytest.approx(rdp, abs=0.005)
 
@@ -96,7 +96,7 @@ def test_epsilon_is_above_the_central_limit_approximation():
 
 
 @pytest.mark.reference
-def test_replace_one_pair_dominates_every_other_pair_of_vectors():
+def test_the_replace_one_bound_covers_every_pair_of_vectors():
     """One Poisson-sampled step in two dimensions, by quadrature: v = -v' is worst at every order
     tried.
     """
@@ -125,14 +125,14 @@ def test_replace_one_pair_dominates_every_other_pair_of_vectors():
             assert found < claimed - 1e-4 or radius == 1.0
 
 
-def test_replace_one_costs_between_add_remove_and_half_the_noise():
+def test_replace_one_costs_less_than_half_the_noise_multiplier():
     charges = [Charge(0.1, 4.0, 200)]
     halved = [Charge(0.1, 2.0, 200)]
     replace = epsilon(charges, delta=DELTA, relation="replace-one")
     assert 1.2 * epsilon(charges, delta=DELTA) < replace < epsilon(halved, delta=DELTA)
 
 
-def test_replace_one_by_rdp_doubles_the_sensitivity_or_refuses():
+def test_rdp_under_replace_one_halves_the_noise_or_refuses():
     """The library's RDP accountant ignores the relation of an unsampled Gaussian: 1.5 would count
     as 1.5.
     """
@@ -147,7 +147,7 @@ def test_replace_one_by_rdp_doubles_the_sensitivity_or_refuses():
 # ---- structure
 
 
-def test_equal_mechanisms_merge_in_any_order():
+def test_equal_charges_are_merged_in_any_order():
     a = Charge(0.1, 2.0, 3)
     b = Charge(0.2, 2.0, 1)
     c = Charge(0.1, 2.0, 4)
@@ -170,7 +170,7 @@ def test_epsilon_is_0_without_steps_and_infinite_without_noise():
 
 
 @pytest.mark.parametrize("noise", [0.2, 0.05, 0.01])
-def test_little_noise_stays_an_upper_bound_on_a_coarser_grid(noise):
+def test_epsilon_stays_an_upper_bound_with_very_little_noise(noise):
     """Compared with the exact epsilon of one Gaussian of ten steps."""
     s = noise / math.sqrt(10)
     spent = epsilon([Charge(1.0, noise, 10)], delta=DELTA)
@@ -201,7 +201,7 @@ def test_rdp_gives_no_warning_about_left_out_orders(caplog):
         (0.5, 1.0, True),
     ],
 )
-def test_impossible_charges_are_refused(values):
+def test_invalid_charges_are_refused(values):
     with pytest.raises(ConfigError):
         Charge(*values)
 
@@ -220,7 +220,7 @@ def test_invalid_arguments_of_epsilon_are_refused(wrong):
         epsilon([Charge(0.1, 1.0, 1)], **wrong)
 
 
-def test_worst_names_the_history_that_spent_most():
+def test_worst_names_the_partition_with_the_largest_epsilon():
     few = [Charge(0.1, 2.0, 10)]
     many = [Charge(0.1, 2.0, 20)]
     other = [Charge(0.02, 0.9, 12)]
@@ -237,7 +237,7 @@ def test_worst_names_the_history_that_spent_most():
     assert worst({}, delta=DELTA) == ("none", 0.0)
 
 
-def test_within_agrees_with_pld_near_the_target():
+def test_within_agrees_with_the_pld_accountant_near_the_target():
     charges = [Charge(0.1, 2.0, 20)]
     spent = epsilon(charges, delta=DELTA)
     assert within(charges, spent, delta=DELTA) and within(charges, 2 * spent, delta=DELTA)
@@ -258,14 +258,14 @@ def check_minimal(charges_at, target, noise, delta=DELTA, **relation):
 
 
 @pytest.mark.parametrize(("target", "rate", "steps"), [(3.0, 0.01, 1000), (0.2, 0.3, 100)])
-def test_calibrated_noise_is_smallest_and_within_the_target(target, rate, steps):
+def test_calibrated_noise_is_the_smallest_within_the_target(target, rate, steps):
     def charges_at(noise):
         return [[Charge(rate, noise, steps)]]
 
     check_minimal(charges_at, target, calibrate(charges_at, epsilon=target, delta=DELTA))
 
 
-def test_calibration_of_a_stream_takes_the_worst_partition():
+def test_calibration_holds_for_the_partition_with_most_charges():
     """Replay makes the first experience worst; the small client's release is worst among the
     rest.
     """
@@ -282,7 +282,7 @@ def test_calibration_of_a_stream_takes_the_worst_partition():
     check_minimal(charges_at, 2.0, calibrate(charges_at, epsilon=2.0, delta=1e-3), delta=1e-3)
 
 
-def test_calibration_includes_earlier_charges():
+def test_calibration_includes_charges_spent_earlier():
     spent = Charge(0.1, 2.0, 30)
 
     def charges_at(noise):
@@ -293,7 +293,7 @@ def test_calibration_includes_earlier_charges():
         calibrate(charges_at, epsilon=0.5, delta=DELTA)
 
 
-def test_calibration_under_replace_one():
+def test_calibration_holds_under_the_replace_one_relation():
     def charges_at(noise):
         return [[Charge(0.1, noise, 20)]]
 
@@ -302,7 +302,7 @@ def test_calibration_under_replace_one():
     assert epsilon(charges_at(noise)[0], delta=DELTA) < 0.95
 
 
-def test_calibration_returns_the_smallest_noise_if_it_is_enough():
+def test_calibration_returns_the_least_noise_if_it_is_enough():
     assert calibrate(lambda noise: [], epsilon=1.0, delta=DELTA) == 0.05
     assert calibrate(lambda noise: [[]], epsilon=1.0, delta=DELTA) == 0.05
     assert (
@@ -313,7 +313,7 @@ def test_calibration_returns_the_smallest_noise_if_it_is_enough():
 @pytest.mark.parametrize(
     "wrong", [{"epsilon": 0.0}, {"epsilon": math.inf}, {"delta": 0.0}, {"delta": 1.0}]
 )
-def test_impossible_targets_are_refused(wrong):
+def test_calibration_refuses_an_invalid_target(wrong):
     with pytest.raises(ConfigError):
         calibrate(
             lambda noise: [[Charge(0.1, noise, 1)]], **({"epsilon": 1.0, "delta": DELTA} | wrong)
@@ -334,7 +334,7 @@ def used_once(noise):
 @pytest.mark.parametrize(
     ("charges_at", "target"), [(revisited, 0.1), (used_once, 1e-3), (used_once, 3.0)]
 )
-def test_calibration_computes_few_loss_distributions(charges_at, target):
+def test_calibration_computes_at_most_40_loss_distributions(charges_at, target):
     """It took 1,100 at a target of 0.01, and failed at 1e-4; a second one takes none."""
     before = pld_epsilon.cache_info().misses
     noise = calibrate(charges_at, epsilon=target, delta=1e-5)
@@ -347,7 +347,7 @@ def test_calibration_computes_few_loss_distributions(charges_at, target):
 
 
 @pytest.mark.reference
-def test_small_losses_are_not_rounded_away_on_the_grid():
+def test_epsilon_is_accurate_for_very_small_privacy_losses():
     """A Gaussian without sampling at epsilon 1e-3, by its closed form (Balle and Wang 2018)."""
     charge = Charge(1.0, 2000.0, 1)
     spent = epsilon([charge], delta=1e-5)

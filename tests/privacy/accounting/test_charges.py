@@ -21,13 +21,13 @@ def test_a_history_covers_rarer_noisier_or_shorter_histories():
     assert covers(strong, []) and not covers([], strong)
 
 
-def test_bounding_returns_the_history_that_covers_all_others():
+def test_the_bounding_history_is_the_one_that_covers_all_others():
     rare, often = [Charge(0.1, 1.0, 10)], [Charge(0.2, 1.0, 10)]
     assert bounding([rare, often]) == bounding([often, rare]) == merged(often)
     assert bounding([rare]) == merged(rare) and bounding([]) == () and bounding([[]]) == ()
 
 
-def test_a_larger_epsilon_alone_does_not_make_a_history_worst():
+def test_histories_that_do_not_cover_each_other_are_joined():
     """One is worse alone, the other after more is added; their bound is worse than both."""
     once, often = [Charge(1.0, 1.45, 1)], [Charge(0.01, 0.5, 40)]
     more = [Charge(0.01, 0.5, 400)]
@@ -58,7 +58,7 @@ def test_a_larger_epsilon_alone_does_not_make_a_history_worst():
 )
 @settings(max_examples=6, deadline=None)
 @pytest.mark.property
-def test_a_bounding_history_costs_at_least_each(histories):
+def test_a_bounding_history_costs_at_least_as_much_as_each(histories):
     bound = bounding(histories)
     for history in histories:
         assert covers(bound, history)

@@ -26,7 +26,7 @@ RELATIONS = {
         (0.04, 30.0, 1e-4, 2000),
     ],
 )
-def test_gaussian_step_equals_the_step_of_dp_accounting(relation, rate, noise, interval, steps):
+def test_a_gaussian_step_equals_the_step_of_dp_accounting(relation, rate, noise, interval, steps):
     """One step and many, on both sides of the neighbouring relation."""
     mine = gaussian_step(rate, noise, relation, interval)
     theirs = privacy_loss_distribution.from_gaussian_mechanism(

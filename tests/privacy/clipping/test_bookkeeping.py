@@ -42,7 +42,7 @@ CASES = [(name, bias) for name in LAYERS for bias in (True, False)] + [
 @pytest.mark.reference
 @pytest.mark.parametrize("times", [1, 2])
 @pytest.mark.parametrize(("name", "bias"), CASES)
-def test_bookkeeping_sum_equals_a_loop_over_records(name, bias, times):
+def test_book_keeping_sums_equal_a_loop_over_records(name, bias, times):
     module, x, _ = made(name, bias, times)
     assert ("layer.bias" in dict(module.named_parameters())) == (
         bias and not name.startswith(("embedding", "cosine"))
@@ -51,7 +51,7 @@ def test_bookkeeping_sum_equals_a_loop_over_records(name, bias, times):
 
 
 @pytest.mark.parametrize("name", [name for name, (_, _, way) in LAYERS.items() if way])
-def test_each_case_uses_its_own_norm_method(name):
+def test_each_layer_uses_the_expected_method_for_norms(name):
     module, x, way = made(name)
     layer = module.layer
     y = module.layer(x)
@@ -63,7 +63,7 @@ def test_each_case_uses_its_own_norm_method(name):
 
 
 @pytest.mark.parametrize("name", ["linear, many positions", "conv1d", "conv2d", "conv2d, by lines"])
-def test_rows_that_are_not_kept_are_formed_again(name, monkeypatch):
+def test_gradient_rows_that_are_not_stored_are_computed_again(name, monkeypatch):
     monkeypatch.setattr(base, "KEPT_NUMBERS", 0)  # as where they would not fit
     monkeypatch.setattr(base, "ROWS_AT_ONCE", 4)  # several pieces of few rows
     module, x, _ = made(name)
@@ -73,7 +73,7 @@ def test_rows_that_are_not_kept_are_formed_again(name, monkeypatch):
 @pytest.mark.parametrize(
     "name", ["conv1d", "conv1d, dilated", "conv2d, settings", "conv2d, by lines"]
 )
-def test_rows_by_patches_equal_rows_by_groups(name):
+def test_convolution_gradients_by_patches_equal_those_by_groups(name):
     """Patches are the way on accelerators, where convolutions may round to fewer digits than
     products of matrices.
     """
@@ -87,13 +87,13 @@ def test_rows_by_patches_equal_rows_by_groups(name):
         assert torch.allclose(value, patches.weighted(SHARES)[name], rtol=1e-4, atol=1e-4)
 
 
-def test_a_layer_may_be_the_whole_model():
+def test_book_keeping_works_if_a_layer_is_the_whole_model():
     torch.manual_seed(0)
     assert_equal(nn.Linear(6, 3), floats(6))
 
 
 @pytest.mark.parametrize("records", [1, 5])
-def test_sums_are_right_with_few_records(records):
+def test_book_keeping_sums_are_right_with_few_records(records):
     for name in ("linear", "linear, few positions", "conv2d", "embedding"):
         module, x, _ = made(name)
         expected = exactly(module, x[:records], Clip(norm=0.1))
@@ -117,7 +117,7 @@ class Products(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_the_backward_pass_forms_no_weight_gradients():
+def test_the_backward_pass_computes_no_weight_gradients():
     three = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3))
     with Products() as count:
         by_tape(three, floats(6), Clip(norm=1.0))
@@ -133,7 +133,7 @@ def test_the_backward_pass_forms_no_weight_gradients():
 @pytest.mark.parametrize(
     "name", ["linear", "linear, many positions", "linear, few positions", "conv2d", "embedding"]
 )
-def test_activations_are_freed_after_the_call(name):
+def test_activations_are_freed_after_the_clipped_sum(name):
     module, x, _ = made(name)
     seen = []
     module.layer.register_forward_hook(lambda layer, args, y: seen.append(weakref.ref(y)))
@@ -150,7 +150,7 @@ def test_activations_are_freed_after_the_call(name):
 
 
 @pytest.mark.parametrize("kind", [LinearGhost, ConvGhost])
-def test_ghost_norm_is_not_too_small_if_positions_cancel(kind):
+def test_ghost_norms_are_not_too_small_if_positions_cancel(kind):
     """Positions t and t + 1 cancel but for a share of 2e-4, which is at the end of float32's digits
     in a square.
     """
@@ -199,7 +199,7 @@ def half_losses(forward, batch):
     return F.cross_entropy(forward(batch.inputs).float(), batch.labels % 3, reduction="none")
 
 
-def test_autocast_sum_uses_the_half_precision_values():
+def test_autocast_sums_use_the_rounded_half_precision_values():
     """For a linear layer: the outer products of what came back and of the input as it was rounded
     to bfloat16.
     """

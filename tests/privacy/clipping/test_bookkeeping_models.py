@@ -51,13 +51,13 @@ class Tied(nn.Module):
 
 
 @pytest.mark.parametrize("way", ["one parameter", "by itself", "by forward", "penalty"])
-def test_weights_used_outside_their_layer_use_per_record_rows(way):
+def test_a_weight_used_outside_its_layer_needs_per_record_rows(way):
     torch.manual_seed(0)
     assert by_tape(Tied(way), floats(6), Clip(norm=1.0)) is None
 
 
 @pytest.mark.parametrize("way", ["one layer", "plain"])
-def test_a_layer_under_two_names_is_used_twice(way):
+def test_a_layer_with_two_names_counts_both_uses(way):
     torch.manual_seed(0)
     assert_equal(Tied(way), floats(6))
 
@@ -84,17 +84,17 @@ class Quirk(nn.Module):
 
 
 @pytest.mark.parametrize("way", ["named input", "in place", "changed by a hook"])
-def test_a_changed_output_is_used_as_the_layer_returned_it(way):
+def test_a_layer_output_that_is_changed_gives_the_right_sum(way):
     torch.manual_seed(0)
     assert_equal(Quirk(way), floats(6))
 
 
-def test_an_input_changed_afterwards_uses_per_record_rows():
+def test_a_layer_input_changed_later_needs_per_record_rows():
     torch.manual_seed(0)
     assert by_tape(Quirk("input changed"), floats(6), Clip(norm=1.0)) is None
 
 
-def test_parameters_without_effect_on_losses_get_zeros():
+def test_parameters_that_do_not_affect_losses_get_zeros():
     torch.manual_seed(0)
     module = Tied("plain")
     x = floats(6)
@@ -118,7 +118,7 @@ def test_parameters_without_effect_on_losses_get_zeros():
     assert all(value.dtype == torch.float32 for value in half.values())
 
 
-def test_a_teacher_without_gradients_is_ignored():
+def test_a_teacher_pass_without_gradients_is_ignored():
     module, x, _ = made("linear")
 
     def of(forward, batch):
@@ -135,7 +135,7 @@ def by_halves(forward, batch):
     )
 
 
-def test_passes_without_all_records_use_per_record_rows():
+def test_passes_without_all_records_need_per_record_rows():
     module, x, _ = made("linear")
     assert by_tape(module, x, Clip(norm=1.0), of=by_halves) is None
 
@@ -168,7 +168,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_layers_without_a_rule_use_per_record_rows(name):
+def test_layers_without_a_clipping_rule_need_per_record_rows(name):
     layer, x = OTHERS[name]()
     module = nn.ModuleDict({"layer": layer})
     call = (lambda x: layer(x, x)) if name == "no rule" else layer
@@ -177,7 +177,7 @@ def test_layers_without_a_rule_use_per_record_rows(name):
 
 
 @pytest.mark.parametrize("part", ["layer.weight", "layer.bias"])
-def test_a_partly_trained_layer_uses_per_record_rows(part):
+def test_a_partly_trained_layer_needs_per_record_rows(part):
     module, x, _ = made("linear")
     params = {name: value for name, value in module.named_parameters() if name != part}
     clip = Clip(norm=1.0)
@@ -204,7 +204,7 @@ def test_convolution_by_lines_equals_the_convolution():
     assert torch.equal(geometry.from_lines(weight).reshape(layer.weight.shape), layer.weight)
 
 
-def test_weights_computed_from_parameters_use_per_record_rows():
+def test_weights_computed_from_parameters_need_per_record_rows():
     """A layer that runs with twice its weight: the tape would give the gradient of the doubled
     weight, half of it.
     """

@@ -113,12 +113,12 @@ RIGHT = {
 
 
 @pytest.mark.parametrize("name", RIGHT)
-def test_parameters_in_every_row_are_clipped_per_record(name):
+def test_a_parameter_added_to_every_row_is_clipped_per_record(name):
     assert_equal(RIGHT[name](), floats(LENGTH, 4))
 
 
 @pytest.mark.parametrize("name", RIGHT)
-def test_two_passes_of_all_records_add_up_before_the_norm(name):
+def test_gradients_of_two_passes_are_added_before_the_norm(name):
     model = RIGHT[name]()
 
     def twice(forward, batch):
@@ -130,7 +130,7 @@ def test_two_passes_of_all_records_add_up_before_the_norm(name):
     assert gap_to_loop(model, floats(LENGTH, 4), twice) < TOLERANCE
 
 
-def test_a_parameter_that_no_loss_reaches_gets_zeros():
+def test_a_bare_parameter_that_no_loss_uses_gets_zeros():
     model = Tokens(shift, pos=(LENGTH, WIDTH), spare=(1, WIDTH))
     total = by_tape(model, floats(LENGTH, 4), Clip(norm=1.0))
     assert not total["spare"].any() and total["pos"].any()
@@ -140,7 +140,7 @@ def test_a_parameter_that_no_loss_reaches_gets_zeros():
     assert not nothing["pos"].any() and nothing["embed.weight"].any()
 
 
-def test_a_transformer_with_bare_parameters_runs_once(monkeypatch):
+def test_a_transformer_with_bare_parameters_needs_one_pass(monkeypatch):
     """In a batch, not record by record, and in one pass forwards, once it was rehearsed."""
 
     class Vit(nn.Module):
@@ -173,7 +173,7 @@ def test_a_transformer_with_bare_parameters_runs_once(monkeypatch):
 
 
 @pytest.mark.parametrize("long", [1e23, 1.5e19, 1.5e-19, 1e-23])
-def test_a_record_of_extreme_numbers_changes_the_sum_by_c(long):
+def test_an_extreme_record_changes_broadcast_sums_by_clip_norm(long):
     """A scale of long numbers with short gradients, or the reverse."""
     torch.manual_seed(0)
 
@@ -206,7 +206,7 @@ def test_a_record_of_extreme_numbers_changes_the_sum_by_c(long):
 
 
 @pytest.mark.parametrize("name", ["class token and positions", "norm and scale"])
-def test_one_more_record_in_micro_batches_changes_the_sum_by_c(name):
+def test_one_record_changes_micro_batch_sums_by_the_clip_norm(name):
     model = RIGHT[name]()
     x = floats(LENGTH, 4)
     params = dict(model.named_parameters())
@@ -295,14 +295,14 @@ LEFT = {
 
 
 @pytest.mark.parametrize("name", LEFT)
-def test_other_uses_of_a_bare_parameter_use_per_record_rows(name):
+def test_other_uses_of_a_bare_parameter_need_per_record_rows(name):
     model = LEFT[name]()
     assert by_tape(model, floats(LENGTH, 4), Clip(norm=1.0)) is None
     if name not in ("a row for every record", "into a layer", "copies beside the records"):
         assert gap_to_loop(model, floats(LENGTH, 4)) < TOLERANCE
 
 
-def test_a_parameter_joined_to_raw_records_uses_rows():
+def test_a_parameter_added_to_raw_inputs_needs_per_record_rows():
     """Nothing says that the first axis of an input is that of the records."""
     torch.manual_seed(0)
     model = Tokens(lambda m, t: t, row=(4,))
@@ -311,7 +311,7 @@ def test_a_parameter_joined_to_raw_records_uses_rows():
     assert gap_to_loop(model, floats(LENGTH, 4)) < TOLERANCE
 
 
-def test_a_penalty_on_a_bare_parameter_uses_per_record_rows():
+def test_a_penalty_on_a_bare_parameter_needs_per_record_rows():
     model = Tokens(shift, pos=(LENGTH, WIDTH))
 
     def penalised(forward, batch):
@@ -320,12 +320,12 @@ def test_a_penalty_on_a_bare_parameter_uses_per_record_rows():
     assert by_tape(model, floats(LENGTH, 4), Clip(norm=1.0), of=penalised) is None
 
 
-def test_a_bare_half_precision_parameter_uses_per_record_rows():
+def test_a_half_precision_bare_parameter_needs_per_record_rows():
     model = Tokens(shift, pos=(LENGTH, WIDTH)).bfloat16()
     assert by_tape(model, floats(LENGTH, 4).bfloat16(), Clip(norm=1.0)) is None
 
 
-def test_modules_of_torch_are_excluded_before_they_run():
+def test_unsupported_torch_layers_are_found_without_a_pass():
     model = nn.Sequential(nn.Linear(4, 4), nn.Bilinear(4, 4, 4))  # it has no rule, and never runs
     model.register_forward_pre_hook(lambda *_: pytest.fail("it ran"))
     assert by_tape(model, floats(4), Clip(norm=1.0)) is None
@@ -337,7 +337,7 @@ def pooled_token(m, t):
     return torch.cat([tokens[:, :1].mean(0, keepdim=True).expand(len(t), -1, -1), tokens], 1)
 
 
-def test_the_guard_refuses_gradients_that_mix_in_copies():
+def test_the_guard_refuses_gradients_shared_between_records():
     """Values do not show it: all copies are equal."""
     model = Tokens(pooled_token, cls=(1, 1, WIDTH))
     quiet_training(model)
@@ -363,7 +363,7 @@ def test_the_guard_refuses_gradients_that_mix_in_copies():
         check_gradients(case, "the model")
 
 
-def test_the_graph_is_read_without_the_insides_of_layers():
+def test_the_search_for_bare_parameters_stops_at_layers():
     model = Tokens(vision, cls=(1, 1, WIDTH), pos=(1, LENGTH + 1, WIDTH))
     found = broadcasts.bare_parameters(model, {"pos": model.pos}, 10**6)
     assert found and not broadcasts.bare_parameters(nn.PReLU(), {"weight": model.pos}, 10**6)

@@ -59,7 +59,7 @@ def test_no_clipped_row_exceeds_the_clip_norm(values, bound):
         assert torch.equal(value[inside], rows[name][inside])
 
 
-def test_a_long_row_keeps_its_direction_over_all_names_together():
+def test_a_clipped_row_keeps_its_direction_over_all_parameters():
     clipped = clip_rows(
         {"a": torch.tensor([[3.0, 0.0]]), "b": torch.tensor([[0.0, 4.0]])}, Clip(norm=1.0)
     )
@@ -68,7 +68,7 @@ def test_a_long_row_keeps_its_direction_over_all_names_together():
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
-def test_a_row_without_a_finite_norm_counts_as_zero(poison):
+def test_a_row_with_nan_or_infinity_is_clipped_to_zero(poison):
     rows = {"value": torch.tensor([[poison, 1.0], [0.3, 0.4]])}
     assert clip_rows(rows, Clip(norm=1.0))["value"].tolist() == [
         [0.0, 0.0],
@@ -101,7 +101,7 @@ def given_rows(params, tensors):
     st.integers(1, 10),
     st.data(),
 )
-def test_chunked_clipping_keeps_sum_and_bound(values, size, data):
+def test_clipping_in_chunks_keeps_the_sum_and_the_bound(values, size, data):
     table = torch.tensor(values, dtype=torch.float32)
     one = {"one": torch.ones(())}
     whole = clipped_sum(given_rows, one, {"value": table}, Clip(norm=2.0), 100)["value"]
@@ -114,7 +114,7 @@ def test_chunked_clipping_keeps_sum_and_bound(values, size, data):
     assert float((whole - (neighbour["value"] if neighbour else 0)).norm()) <= 2.0 * ROUNDING + 1e-5
 
 
-def test_the_sum_without_records_is_none():
+def test_the_clipped_sum_without_records_is_none():
     assert (
         clipped_sum(
             given_rows, {"one": torch.ones(())}, {"value": torch.zeros(0, 3)}, Clip(norm=1.0), 4
@@ -216,7 +216,7 @@ def test_clipped_gradient_sums_equal_a_loop_over_records(name, how):
 
 @pytest.mark.parametrize("how", [by_rows, by_bookkeeping])
 @pytest.mark.parametrize("name", ["mlp", "cnn", "resnet18"])
-def test_dropping_one_record_moves_the_gradient_by_at_most_c(name, how):
+def test_one_record_changes_the_gradient_sum_by_the_clip_norm(name, how):
     module, shape = problem(name)
     batch = records(shape)
     whole = how(module, batch, BOUNDS[name])
@@ -231,7 +231,7 @@ def test_dropping_one_record_moves_the_gradient_by_at_most_c(name, how):
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-def test_a_record_that_breaks_the_model_does_not_break_the_sum(poison):
+def test_a_record_with_nan_adds_nothing_to_the_gradient_sum(poison):
     """NaN or infinite pixels: one record, so at most C, here nothing."""
     module, shape = problem("mlp")
     batch = records(shape)
@@ -247,7 +247,7 @@ def test_a_record_that_breaks_the_model_does_not_break_the_sum(poison):
             torch.testing.assert_close(value, expected[key], rtol=1e-4, atol=1e-5)
 
 
-def test_a_part_of_the_parameters_is_clipped_by_itself():
+def test_a_clipped_sum_over_some_parameters_is_clipped_alone():
     module, shape = problem("mlp")
     batch = records(shape)
     head = {name: value for name, value in module.named_parameters() if name.startswith("head")}
@@ -292,7 +292,7 @@ def as_rows(total):
 
 
 @pytest.mark.parametrize("how", ["rows", "book-keeping"])
-def test_a_counted_clip_sums_votes_of_records_within_the_norm(how):
+def test_a_counted_clip_counts_the_records_within_the_clip_norm(how):
     module, shape = problem("mlp")
     batch = records(shape)
     params = dict(module.named_parameters())

@@ -53,7 +53,7 @@ LENGTHS = (1e-44, 1e-38, 1e-25, 1e-19, 1e-10, 1.0, 1e10, 1e19, 9e20, 1e23)
 
 
 @pytest.mark.parametrize("shape", [(5,), (3, 5)])
-def test_norms_of_all_lengths_keep_their_digits(shape):
+def test_squared_row_norms_are_accurate_for_rows_of_any_length(shape):
     torch.set_flush_denormal(False)
     rows = randn(len(LENGTHS), *shape, draw=place()).sign() * torch.tensor(LENGTHS).view(
         -1, *[1] * len(shape)
@@ -65,28 +65,28 @@ def test_norms_of_all_lengths_keep_their_digits(shape):
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 1e25])
-def test_a_row_that_is_not_finite_or_too_long_is_infinite(value):
+def test_the_norm_of_a_nan_or_too_long_row_is_infinite(value):
     rows = torch.ones(3, 4)
     rows[1, 2] = value
     for table in (rows, rows.double()):
         assert squared_row_norms(table)[0].tolist() == [4.0, torch.inf, 4.0]
 
 
-def test_squared_norms_work_for_several_tables_and_empty_rows():
+def test_squared_row_norms_accept_several_tables_and_no_rows():
     a, d = squared_row_norms(torch.zeros(2, 3), torch.full((2, 3), 1e-30))
     assert a.tolist() == [0.0, 0.0]
     assert d.tolist() == pytest.approx([3e-60] * 2, rel=1e-5)
     assert squared_row_norms(torch.zeros(0, 3))[0].shape == (0,)
 
 
-def test_clip_factors_are_right_for_all_row_lengths():
+def test_clip_factors_are_right_for_rows_of_any_length():
     norms = torch.tensor([0.0, 1e-200, 1e-3, 1.0, 1e20, 1e40, torch.inf, torch.nan]).double()
     factors = clip_factors(norms.square(), 1e-3)
     assert factors.tolist() == pytest.approx([1.0, 1.0, 1.0, 1e-3, 1e-23, 0.0, 0.0, 0.0])
     assert clip_factors(torch.tensor([1e4]).double(), 1e-36).tolist() == [0.0]
 
 
-def test_ghost_norms_use_float64_only_for_records_that_need_it():
+def test_ghost_norms_use_float64_only_for_extreme_records():
     asked = []
 
     def grams(some, dtype):
@@ -149,7 +149,7 @@ def extreme(name, long):
 
 @pytest.mark.parametrize("flush", [True, False], ids=["flushed", "denormal"])
 @pytest.mark.parametrize("name", CASES)
-def test_a_record_of_extreme_numbers_changes_the_sum_by_c(name, flush):
+def test_an_extreme_record_changes_the_sum_by_the_clip_norm(name, flush):
     torch.set_flush_denormal(flush)
     clip = Clip(norm=0.01, steps=2**30, per_layer="LSTM" in name)
     for long in (1e23, 1.5e19, 1.5e-19, 1e-23) if flush else (1.5e19, 1.5e-19):
@@ -166,7 +166,7 @@ def test_a_record_of_extreme_numbers_changes_the_sum_by_c(name, flush):
 
 
 @pytest.mark.parametrize("name", ["linear, few positions", "linear, many positions"])
-def test_opposite_extreme_positions_change_the_sum_by_c(name):
+def test_a_record_of_opposite_extremes_is_clipped_to_the_norm(name):
     """In one record, short gradients of long inputs and the reverse."""
     model, x, backs = extreme(name, 1.0)
     x[EXTREME].view(-1, x.shape[-1])[::2] *= 1e19
@@ -239,7 +239,7 @@ def sums_of_one(model, x, y, clip):
 
 @pytest.mark.parametrize("per_layer", [False, True], ids=["flat", "per layer"])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_a_huge_input_before_a_normalisation_is_clipped_to_c(name, per_layer):
+def test_a_huge_input_before_a_normalisation_is_clipped(name, per_layer):
     torch.manual_seed(0)
     make, shape, dates = NETWORKS[name]
     model = make()
@@ -279,7 +279,7 @@ def with_a_frozen_head():
     return model
 
 
-def test_a_run_with_a_huge_input_changes_within_its_charge():
+def test_one_huge_record_changes_a_run_within_its_charge():
     """It moved by 43 times that."""
     labels = torch.arange(40) % 10
     stream = stream_with_a_missing_date(labels)
@@ -299,7 +299,7 @@ def test_a_run_with_a_huge_input_changes_within_its_charge():
     assert report.holds and 0.9 < report.largest <= 1.0
 
 
-def test_longest_norm_is_far_from_the_limits_of_float32():
+def test_the_longest_allowed_norm_is_far_from_float32_limits():
     """So that a denormal number times such a row, and a clip factor, do not matter."""
     assert 2.0**-126 * LONGEST < 1e-13
     assert torch.finfo(torch.float32).tiny < 1e-12 / LONGEST

@@ -56,7 +56,7 @@ MODELS = {
 
 @pytest.mark.parametrize("places", [FEWEST_ROWS - 1, FEWEST_ROWS, 20])
 @pytest.mark.parametrize("name", MODELS)
-def test_positions_are_not_taken_for_equally_many_records(name, places):
+def test_positions_as_many_as_records_are_not_taken_for_records(name, places):
     x = torch.rand(places, places, 4, generator=torch.Generator().manual_seed(0))
     assert gap_to_loop(MODELS[name](), x) < TOLERANCE
     # few records are filled up
@@ -64,7 +64,7 @@ def test_positions_are_not_taken_for_equally_many_records(name, places):
 
 
 @pytest.mark.parametrize("places", [24, 17])
-def test_one_of_as_many_records_as_positions_changes_sum_by_c(places):
+def test_a_record_changes_the_sum_by_clip_norm_among_positions(places):
     model = MODELS["positions looked up once"]()
     params = dict(model.named_parameters())
     batch = batch_of(torch.rand(places, places, 4))
@@ -80,7 +80,7 @@ def test_one_of_as_many_records_as_positions_changes_sum_by_c(places):
         assert moved <= clip.norm * (1 + SLACK)
 
 
-def test_losses_of_a_module_are_rehearsed_once():
+def test_losses_are_run_once_more_only_at_the_first_batch():
     model = Sequences(lambda m, t: t)
     passes = []
     model.register_forward_pre_hook(lambda module, inputs: passes.append(len(inputs[0])))
@@ -97,7 +97,7 @@ def test_losses_of_a_module_are_rehearsed_once():
     assert passes == [32, FEWEST_ROWS - 1, 17, 40]
 
 
-def test_a_rehearsal_draws_from_no_global_generator():
+def test_the_second_run_of_losses_keeps_the_global_generator():
     model = Sequences(lambda m, t: t + 0 * torch.rand(1))
     params = dict(model.named_parameters())
     drawn = []
@@ -109,7 +109,7 @@ def test_a_rehearsal_draws_from_no_global_generator():
     assert torch.equal(*drawn)
 
 
-def test_a_model_with_fixed_batch_size_runs_record_by_record():
+def test_a_model_with_a_fixed_batch_size_gets_single_records():
     table = torch.randn(FEWEST_ROWS, 1, WIDTH)
 
     def place(m, t):

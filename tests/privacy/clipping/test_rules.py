@@ -87,7 +87,7 @@ def net(layer, x, **options):
 @pytest.mark.reference
 @pytest.mark.parametrize("times", [1, 2])
 @pytest.mark.parametrize("shape", [(6,), (4, 6)])
-def test_a_users_layer_with_a_rule_is_summed_as_record_by_record(shape, times):
+def test_a_users_layer_with_a_rule_equals_single_records(shape, times):
     x = floats(*shape)
     assert_equal(net(Gain(6), x, times=times), x)
 
@@ -99,18 +99,18 @@ class ExpGain(Gain):
         return x * self.gain.exp() + self.shift
 
 
-def test_a_users_layer_without_rule_is_clipped_record_by_record():
+def test_a_users_layer_without_a_rule_needs_per_record_rows():
     x = floats(6)
     assert by_tape(net(ExpGain(6), x), x, Clip(norm=1.0)) is None
 
 
 @pytest.mark.parametrize("shape", [(6,), (4, 6)])
-def test_a_users_broadcasting_layer_is_clipped_without_a_rule(shape):
+def test_a_users_broadcasting_layer_needs_no_rule(shape):
     x = floats(*shape)
     assert_equal(net(PlainGain(6), x, times=2), x)
 
 
-def test_a_rule_holds_for_its_type_and_no_subclass():
+def test_a_clipping_rule_holds_for_its_type_and_no_subclass():
     assert PlainGain.__mro__[1] is Gain and PlainGain not in clipping_rules()
 
 
@@ -132,7 +132,7 @@ def classifier(layer):
     return Classifier(nn.Sequential(nn.Linear(5, 6), nn.Tanh(), layer), 6, 4)
 
 
-def test_a_rule_does_not_change_the_gradient_of_a_batch(toy_stream, monkeypatch):
+def test_a_registered_rule_does_not_change_the_clipped_sum(toy_stream, monkeypatch):
     calls = counted_calls(monkeypatch)
     batch = Batch.current(toy_stream()[0].train, 0)
     sums = []
@@ -225,7 +225,7 @@ class PairNet(nn.Module):
 @pytest.mark.parametrize(
     "make", [PairNet, lambda: net(WithPart(6), floats(6)), lambda: Switched(Gain(6))]
 )
-def test_calls_that_no_rule_covers_are_clipped_record_by_record(make):
+def test_layer_calls_that_no_rule_covers_need_per_record_rows(make):
     assert by_tape(make(), floats(6), Clip(norm=1.0)) is None
 
 
@@ -249,7 +249,7 @@ class FormedGainRule(GainRule):
         return GainRows(call)
 
 
-def test_a_rule_may_form_its_rows_a_piece_at_a_time():
+def test_a_clipping_rule_may_compute_rows_in_pieces():
     register_rule(FormedGain, FormedGainRule())
     x = floats(6)
     model = net(FormedGain(6), x)
@@ -284,7 +284,7 @@ class Long(PrecomputedRows):
         (Long, r"rule of \w+ returns a sum of shape \(1, 6\) for gain; return \(6,\)"),
     ],
 )
-def test_rule_results_of_another_shape_are_refused(kind, message):
+def test_rule_results_of_the_wrong_shape_are_refused(kind, message):
     class Wrong(Gain):
         pass
 
@@ -314,7 +314,7 @@ def test_a_second_rule_for_a_layer_type_is_refused():
         (PlainGain, lambda layer, calls: None, "rule = .*lambda.* allowed: an object"),
     ],
 )
-def test_register_rule_refuses_other_objects(module_type, rule, message):
+def test_register_rule_refuses_objects_of_the_wrong_type(module_type, rule, message):
     with pytest.raises(ConfigError, match=message):
         register_rule(module_type, rule)
 
@@ -322,7 +322,7 @@ def test_register_rule_refuses_other_objects(module_type, rule, message):
 # --------------------------------------------------------------------------- where they are found
 
 
-def test_the_rule_table_has_every_rule_file():
+def test_the_table_of_rules_has_every_rule_file():
     found = {kind.__name__ for kind, rule in clipping_rules().items() if "perdure" in repr(rule)}
     assert found >= {
         "Linear",
@@ -335,7 +335,7 @@ def test_the_rule_table_has_every_rule_file():
     }
 
 
-def test_rule_files_are_imported_at_first_use():
+def test_rule_files_are_imported_only_when_first_used():
     code = (
         "import sys, perdure, perdure.privacy.clipping.bookkeeping\n"
         "assert 'perdure.privacy.clipping.rules.linear' not in sys.modules"

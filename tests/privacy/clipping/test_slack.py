@@ -139,12 +139,12 @@ def check(model, x, backs, clip, at_once=None, places=None):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_slack_holds_at_batch_256(name):
+def test_clipping_slack_holds_at_batch_256(name):
     check(*problem(name, 256, "aligned"), CLIP, places=[128])
 
 
 @pytest.mark.parametrize("name", ["linear", "conv2d, few places", "layer norm", "GRU"])
-def test_slack_holds_per_layer_and_in_micro_batches(name):
+def test_clipping_slack_holds_per_layer_and_in_micro_batches(name):
     clip = replace(CLIP, per_layer=True)
     check(*problem(name, 256, "aligned", per_layer=True), clip, 64, places=[128])
 
@@ -152,7 +152,7 @@ def test_slack_holds_per_layer_and_in_micro_batches(name):
 @pytest.mark.parametrize(
     "name", ["linear, wide", "linear, many positions", "conv1d", "user's rule"]
 )
-def test_slack_holds_at_batch_4096(name):
+def test_clipping_slack_holds_at_batch_4096(name):
     """A sum in float32 alone was off by up to 8.6e-4 C."""
     check(*problem(name, 4096, "aligned"), CLIP, places=[0, 2048])
 
@@ -161,7 +161,7 @@ def test_slack_holds_at_batch_4096(name):
 @pytest.mark.parametrize("per_layer", [False, True], ids=["flat", "per layer"])
 @pytest.mark.parametrize("kind", ["independent", "aligned", "of all lengths", "one of them long"])
 @pytest.mark.parametrize("name", CASES)
-def test_slack_holds_at_every_batch_size(name, kind, per_layer):
+def test_clipping_slack_holds_at_every_batch_size(name, kind, per_layer):
     clip = replace(CLIP, per_layer=per_layer)
     for n in BATCHES:
         model, x, backs = problem(name, n, kind, per_layer)
@@ -172,7 +172,7 @@ def test_slack_holds_at_every_batch_size(name, kind, per_layer):
 # --------------------------------------------------------------------------- hard cases
 
 
-def test_a_repeated_token_changes_the_sum_by_its_norm():
+def test_a_repeated_token_changes_the_sum_by_at_most_its_norm():
     """In float32, words added one by one moved it by 1.012 C."""
     n, length = 1024, 128
     backs = randn(1, 1, 8, draw=place()) * (1 + 1e-3 * randn(n, length, 8, draw=place()))
@@ -273,7 +273,7 @@ def largest_move(way, n, offset, seed, at_once=None):
 
 @pytest.mark.parametrize("offset", [1e4, 1e9])
 @pytest.mark.parametrize("way", WAYS)
-def test_slack_holds_for_few_records_far_from_0(way, offset):
+def test_clipping_slack_holds_for_few_records_far_from_0(way, offset):
     """In batches that were not filled up, a record moved the sum by up to 3.83 C."""
     for n in range(1, 6):
         for seed in range(2):
@@ -284,14 +284,14 @@ def test_slack_holds_for_few_records_far_from_0(way, offset):
 @pytest.mark.parametrize("at_once", [None, 3])
 @pytest.mark.parametrize("offset", [1e4, 1e9])
 @pytest.mark.parametrize("way", WAYS)
-def test_slack_holds_far_from_0_at_all_small_sizes(way, offset, at_once):
+def test_clipping_slack_holds_far_from_0_at_small_batch_sizes(way, offset, at_once):
     for n in (1, 2, 3, 4, 5, 8, 15, 16, 17, 18, 20):
         for seed in range(3):
             assert largest_move(way, n, offset, seed, at_once) <= 1 + MOST
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_copies_that_fill_a_batch_are_not_counted(way):
+def test_copies_that_fill_a_batch_are_not_counted_in_the_sum(way):
     """Sum and count of three records are those of each alone; nothing of a copy enters."""
     make, shape, alone = WAYS[way]
     torch.manual_seed(0)
@@ -310,7 +310,7 @@ def test_copies_that_fill_a_batch_are_not_counted(way):
 
 
 @pytest.mark.parametrize("way", ["book-keeping", "samplers"])
-def test_a_tiny_batch_stays_full_without_a_nan_record(way):
+def test_a_small_batch_is_filled_again_after_a_nan_record(way):
     """What is left without it is filled up again, also where nothing else is there."""
     make, shape, _ = WAYS[way]
     model = make()
@@ -348,7 +348,7 @@ class Noted(FormedRows):
 
 @pytest.mark.parametrize("n", [16, 17, 19, 30, 31])
 @pytest.mark.parametrize("most", [1, 2, 3, 4, 5, 16])
-def test_rows_of_large_layers_are_formed_in_equal_pieces(n, most):
+def test_rows_of_large_layers_are_computed_in_equal_pieces(n, most):
     """A convolution rounds the row of one record otherwise than those of two."""
     rows = Noted(n, 2**20 // most)
     assert torch.equal(rows.squared_norms(), torch.arange(n).double().square())
@@ -398,7 +398,7 @@ def released(query, model, tensors, clip):
     ],
 )
 @pytest.mark.parametrize("name", QUERIES)
-def test_a_record_moves_a_release_by_its_clip_norm(name, n):
+def test_one_record_changes_a_release_by_its_clip_norm(name, n):
     """In float32, a sum of clipped rows moved by 1.549 C at 600,000 rows."""
     torch.manual_seed(0)
     model = nn.Linear(3, 2)
@@ -429,7 +429,7 @@ FEW = {
 
 
 @pytest.mark.parametrize("name", FEW)
-def test_few_records_far_from_0_move_a_release_by_its_norm(name):
+def test_one_of_few_extreme_records_is_clipped_in_a_release(name):
     """Rows of a release are rounded the same, however few they are."""
     torch.manual_seed(0)
     model = images() if name == "rows" else nn.Sequential(nn.Linear(30, 64), nn.Linear(64, 2))

@@ -86,7 +86,7 @@ CHANGED = {
 
 @pytest.mark.parametrize("grouped", [False, True], ids=["by rules", "by samplers"])
 @pytest.mark.parametrize("change", CHANGED)
-def test_sums_of_a_changed_layer_are_right(change, grouped):
+def test_clipped_sums_of_a_changed_layer_are_right(change, grouped):
     torch.manual_seed(0)
     layer = CHANGED[change](nn.Linear(8, 8))
     between = nn.Conv1d(2, 2, 3, padding="same" if grouped else 1)
@@ -110,7 +110,7 @@ def test_clipped_sums_are_right_with_global_module_hooks(kind):
 
 
 @pytest.mark.parametrize("grouped", [False, True], ids=["by rules", "by samplers"])
-def test_sums_are_right_if_a_layer_also_runs_with_other_weights(grouped):
+def test_clipped_sums_are_right_if_a_layer_has_other_weights_too(grouped):
     """A copy of the weights without gradients, on inputs that have some."""
     torch.manual_seed(0)
     layer = nn.Linear(8, 8)
@@ -134,7 +134,7 @@ def test_sums_are_right_if_a_layer_also_runs_with_other_weights(grouped):
 
 
 @pytest.mark.parametrize("way", ["by itself", "by forward"])
-def test_sums_are_right_if_a_weight_is_used_outside_its_layer(way):
+def test_clipped_sums_are_right_if_a_weight_has_another_use(way):
     """Beside a layer that goes by a sampler."""
 
     class Reusing(nn.Module):
@@ -181,7 +181,7 @@ def forgetful(monkeypatch):
     register_rule(Gain, ForgetfulRule())
 
 
-def test_a_method_replaced_in_a_class_is_refused(monkeypatch):
+def test_the_guard_refuses_a_method_replaced_in_a_layer_class(monkeypatch):
     """The tape does not see it, since the layer's type and its object are as they were."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3))
@@ -193,14 +193,14 @@ def test_a_method_replaced_in_a_class_is_refused(monkeypatch):
 
 @pytest.mark.parametrize("per_layer", [False, True], ids=["flat", "per layer"])
 @pytest.mark.usefixtures("forgetful")
-def test_a_wrong_rule_is_refused_with_its_parameter(per_layer):
+def test_the_guard_refuses_a_wrong_rule_and_names_the_parameter(per_layer):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 8), Gain(8), nn.Linear(8, 3))
     with pytest.raises(GuardError, match=r"gradient of mine differs .* most in parameter 1\.gain"):
         checked(model, rows(8), per_layer)
 
 
-def test_right_gradients_pass_flat_and_per_layer():
+def test_the_gradient_check_accepts_right_gradients():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(inplace=True), nn.Flatten(), nn.LazyLinear(3))
     model(rows(1, 6, 6))
@@ -221,7 +221,7 @@ class Magnifying(nn.Module):
         return self.head(torch.sin(1e6 * self.first(x)).relu())
 
 
-def test_float64_check_accepts_differences_from_rounding():
+def test_the_float64_check_accepts_rounding_differences():
     model = Magnifying()
     assert gap_to_loop(model, rows(8)) > 1e-2
     with pytest.raises(GuardError, match="differs from the gradients of single records"):
@@ -233,7 +233,7 @@ def test_float64_check_accepts_differences_from_rounding():
 
 
 @pytest.mark.usefixtures("forgetful")
-def test_float64_check_refuses_a_wrong_gradient():
+def test_the_float64_check_refuses_a_wrong_gradient():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 8), Gain(8), nn.Linear(8, 3))
     twin = copy.deepcopy(model).double()
@@ -358,7 +358,7 @@ class Unmapped(nn.Module):
         return self.layer(x) + 0.0 * x.nan_to_num().sum().item()
 
 
-def test_a_nan_row_adds_nothing_without_vmap_too():
+def test_a_nan_row_adds_nothing_to_the_sum_without_vmap():
     """An error after the charge would tell that there was such a row."""
     model = Unmapped()
     params = dict(model.named_parameters())
@@ -433,7 +433,7 @@ def test_a_rule_that_multiplies_squares_in_float32_is_refused(per_layer, one_thr
         (lambda: nn.Sequential(nn.Linear(8, 3), Overflows()), (8,)),
     ],
 )
-def test_the_librarys_own_rules_bound_very_large_inputs(make, shape, per_layer, one_thread):
+def test_built_in_rules_clip_very_large_inputs(make, shape, per_layer, one_thread):
     check_bound(case_of(make(), rows(*shape)), "mine", per_layer=per_layer)
 
 
@@ -453,11 +453,11 @@ class Picky(nn.Module):
         return self.layer(x)
 
 
-def test_bound_check_skips_inputs_that_the_model_refuses():
+def test_the_bound_check_skips_inputs_that_the_model_refuses():
     check_bound(case_of(Picky(), rows(8)), "mine")
 
 
-def test_bound_check_continues_after_a_failing_record():
+def test_the_bound_check_continues_after_a_failing_record():
     """The first of both records raises; the second has a gradient that is too long."""
     honest = case_of(Picky(), rows(8))
     asked = []
@@ -474,7 +474,7 @@ def test_bound_check_continues_after_a_failing_record():
 
 
 @pytest.mark.parametrize("declared", [False, True])
-def test_bound_check_refuses_runs_only_without_an_input_range(declared, one_thread):
+def test_the_bound_check_refuses_only_without_an_input_range(declared, one_thread):
     place = torch.Generator().manual_seed(0)
     inputs = torch.rand(16, 8, generator=place)
     domain = InputDomain(shape=(8,), range=(0.0, 1.0)) if declared else None

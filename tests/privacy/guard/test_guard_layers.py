@@ -84,7 +84,7 @@ def row_test(model, losses=None):
 
 
 @pytest.mark.parametrize("way", ["plain", "1 position", "n positions"])
-def test_layers_whose_rows_are_the_records_pass(way):
+def test_layers_with_one_row_per_record_pass_the_row_check(way):
     assert row_test(model := Reading(way)) is None
     assert not any_hooks(model)
 
@@ -92,7 +92,7 @@ def test_layers_whose_rows_are_the_records_pass(way):
 @pytest.mark.parametrize(
     ("way", "layer"), [("length first", "embed"), ("length positions", "position")]
 )
-def test_a_layer_whose_rows_are_something_else_is_refused(way, layer):
+def test_a_layer_with_the_batch_on_another_axis_is_refused(way, layer):
     with pytest.raises(
         GuardError,
         match=f"layer {layer} gives 4 rows for 6 records and 4 for 5 in Mine.*batch_first",
@@ -100,7 +100,7 @@ def test_a_layer_whose_rows_are_something_else_is_refused(way, layer):
         row_test(Reading(way))
 
 
-def test_unrefused_layer_breaks_bound_if_length_is_batch_size():
+def test_a_batch_as_long_as_the_sequence_breaks_the_bound():
     torch.manual_seed(0)
     model = Reading("length first")
     clip = Clip(norm=0.1)
@@ -148,7 +148,7 @@ class Centred(Backwards):
         return self.head(torch.tanh(self.embed(x - mean) + (mean @ self.embed.weight.T).detach()))
 
 
-def test_inputs_that_mix_records_are_refused():
+def test_layer_inputs_that_mix_records_are_refused():
     model = Centred(None)
     check_losses(
         lambda x, y: F.cross_entropy(model(x), y, reduction="none"),
@@ -200,13 +200,13 @@ def test_the_guard_refuses_losses_that_split_or_reorder_rows(losses, message):
 
 
 @pytest.mark.parametrize("losses", [twice, side_by_side])
-def test_several_passes_of_every_record_pass(losses):
+def test_several_passes_of_every_record_pass_the_row_check(losses):
     assert row_test(model := Reading("plain"), losses) is None
     assert not any_hooks(model)
 
 
 @pytest.mark.parametrize("make", [cnn, partial(resnet18, width=4)])
-def test_the_rows_of_our_models_are_the_records(make):
+def test_built_in_models_pass_the_row_check(make):
     model = make(input_shape=(1, 16, 16), num_classes=3, seed=0)
     before = torch.random.get_rng_state()
     x = torch.rand(6, 1, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -252,7 +252,7 @@ LINEAR = nn.Linear(5, 3)
         (torch.optim.SparseAdam, r"SparseAdam, .* \(.*dense gradients"),
     ],
 )
-def test_optimisers_with_several_gradients_a_step_are_refused(make, message):
+def test_optimizers_that_need_several_gradients_are_refused(make, message):
     with pytest.raises(GuardError, match=message):
         check_optimizer(make(LINEAR.parameters()))
 
@@ -260,7 +260,7 @@ def test_optimisers_with_several_gradients_a_step_are_refused(make, message):
 @pytest.mark.parametrize(
     "name", ["SGD", "Adam", "AdamW", "RMSprop", "Adagrad", "NAdam", "Adadelta", "ASGD"]
 )
-def test_optimisers_with_one_gradient_pass_unchanged(name):
+def test_optimizers_with_one_gradient_per_step_are_accepted(name):
     optimizer = getattr(torch.optim, name)(LINEAR.parameters(), lr=0.1)
     before = LINEAR.weight.detach().clone()
     state = repr(optimizer.state_dict())

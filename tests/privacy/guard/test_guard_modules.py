@@ -43,7 +43,7 @@ def test_torch_cannot_differentiate_recurrent_layers_per_record(kind):
         torch.func.vmap(torch.func.grad(loss), (None, 0))(dict(layer.named_parameters()), x)
 
 
-def test_an_lstm_with_projection_is_refused_without_call_of_fix():
+def test_an_lstm_with_projection_is_refused_without_a_fix():
     with pytest.raises(GuardError, match=r"DPLSTM, which has no proj_size$"):
         check_model(nn.LSTM(5, 6, proj_size=2))
 
@@ -92,7 +92,7 @@ def test_attention_without_dropout_has_right_record_gradients(batch_first):
             assert torch.allclose(row[i], value, rtol=1e-4, atol=1e-5)
 
 
-def test_drop_one_test_finds_attention_over_records():
+def test_the_drop_one_check_refuses_attention_over_records():
     model = Attending(False, rearrange=False)
     labels = torch.zeros(6, dtype=torch.int64)
     with pytest.raises(GuardError, match="couples records"):
@@ -135,7 +135,7 @@ def test_spectral_normalisation_is_refused_for_its_buffers():
         partial(prune.l1_unstructured, amount=0.3),
     ],
 )
-def test_weights_that_a_hook_computes_are_refused(make):
+def test_weights_computed_by_a_hook_are_refused(make):
     with pytest.raises(
         GuardError,
         match=r"0 is Linear with a weight that a hook computes.*parametrizations.weight_norm",
@@ -143,7 +143,7 @@ def test_weights_that_a_hook_computes_are_refused(make):
         check_model(nn.Sequential(hooked(make)))
 
 
-def test_weight_normalisation_as_a_parametrisation_passes():
+def test_weight_normalisation_by_parametrisation_is_accepted():
     model = nn.Sequential(torch.nn.utils.parametrizations.weight_norm(nn.Linear(5, 3)))
     check_model(model)
     check_buffers(model, INPUTS)
@@ -152,7 +152,7 @@ def test_weight_normalisation_as_a_parametrisation_passes():
     )
 
 
-def test_a_changed_dropout_is_refused():
+def test_a_subclass_of_torch_dropout_is_refused():
     with pytest.raises(
         GuardError, match=r"1 is Louder, a subclass of torch's Dropout.*use torch.nn.Dropout"
     ):
@@ -169,14 +169,14 @@ def test_lazy_layers_are_refused_until_they_have_parameters(make):
         check_model(model)
 
 
-def test_a_lazy_layer_that_was_run_passes():
+def test_a_lazy_layer_that_was_run_once_is_accepted():
     model = nn.Sequential(nn.LazyLinear(3))
     model(INPUTS)
     check_model(model)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_parameters_are_refused_for_rounded_sums(dtype):
+def test_half_precision_parameters_are_refused_under_privacy(dtype):
     with pytest.raises(GuardError, match=rf"parameter 0.weight is {dtype}.*call model.float\(\)"):
         check_model(nn.Sequential(nn.Linear(5, 3).to(dtype)))
     one_more = torch.tensor(1000.0, dtype=dtype) + torch.tensor(3.0, dtype=dtype)
@@ -185,7 +185,7 @@ def test_half_precision_parameters_are_refused_for_rounded_sums(dtype):
     check_model(nn.Sequential(nn.Linear(5, 3).double()))
 
 
-def test_instance_statistics_are_refused_when_only_flag_is_off():
+def test_instance_norm_with_statistics_in_memory_is_refused():
     layer = nn.InstanceNorm2d(6, track_running_stats=True)
     layer.track_running_stats = False
     with pytest.raises(GuardError, match="with running statistics"):

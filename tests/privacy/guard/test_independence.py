@@ -113,13 +113,13 @@ Posing.__qualname__ = Posing.__name__ = "Classifier"
         ),
     ],
 )
-def test_other_modules_are_tested_only(make, named):
+def test_unlisted_modules_are_only_tested(make, named):
     model = nn.Sequential(nn.Identity(), make())
     assert independence(model) == "tested"
     assert any(line.startswith("1") and line.endswith(named) for line in unlisted(model))
 
 
-def test_records_without_axes_are_tested_only():
+def test_models_of_records_without_axes_are_only_tested():
     assert independence(nn.Identity(), InputDomain(shape=())) == "tested"
     assert independence(nn.Identity(), InputDomain(shape=(5,))) == "by construction"
 
@@ -142,7 +142,7 @@ def encoder():
         (lambda: nn.RMSNorm((3, 8)), (8,), (3, 8)),
     ],
 )
-def test_layers_that_work_on_the_batch_axis_are_tested_only(make, flat, enough):
+def test_layers_that_can_reach_the_batch_axis_are_only_tested(make, flat, enough):
     model = nn.Sequential(make())
     assert independence(model) == "by construction"
     assert independence(model, InputDomain(shape=flat)) == "tested"
@@ -150,7 +150,7 @@ def test_layers_that_work_on_the_batch_axis_are_tested_only(make, flat, enough):
 
 
 @pytest.mark.parametrize("make", [prompted, partial(adapted, experiences=2)])
-def test_our_transformers_are_independent_by_construction(make):
+def test_built_in_transformers_are_independent_by_construction(make):
     model = make(tiny((1, 8, 8)), num_classes=3)
     assert unlisted(model) == ()
 
@@ -203,7 +203,7 @@ class Branching(Custom):
 ALONE = Privacy(noise_multiplier=1.0, seed=0, custom_forward="record-by-record")
 
 
-def test_coupled_model_runs_record_by_record_on_request(learner_of, toy_stream):
+def test_a_coupled_model_runs_record_by_record_on_request(learner_of, toy_stream):
     with pytest.raises(GuardError, match=r"Naive.losses.. couples records"):
         learner_of(model=Coupled(), privacy=SIMULATED, batch_size=12).prepare(toy_stream())
     learner = learner_of(model=Coupled(), privacy=ALONE, batch_size=12)
@@ -211,7 +211,7 @@ def test_coupled_model_runs_record_by_record_on_request(learner_of, toy_stream):
     assert learner.private_sum.ledger.statement(1e-3).independence == "by construction"
 
 
-def test_one_record_changes_coupled_sums_by_the_clip_norm(toy_stream):
+def test_one_record_changes_record_by_record_sums_by_clip_norm(toy_stream):
     torch.manual_seed(0)
     model = Coupled()
     rows = Batch.current(toy_stream()[0].train, 0)
@@ -241,7 +241,7 @@ class Counting(Coupled):
         return super().forward(x)
 
 
-def test_model_sees_one_record_at_a_time_in_private_steps(learner_of, toy_stream):
+def test_the_model_gets_one_record_at_a_time_in_private_steps(learner_of, toy_stream):
     SIZES.clear()
     seen = []
 
@@ -255,13 +255,13 @@ def test_model_sees_one_record_at_a_time_in_private_steps(learner_of, toy_stream
     assert seen and set(seen) == {1}
 
 
-def test_listed_model_runs_in_batches_in_record_by_record_mode(learner_of, toy_stream):
+def test_a_listed_model_stays_independent_by_construction(learner_of, toy_stream):
     learner = learner_of(privacy=ALONE)
     learner.prepare(toy_stream())
     assert learner.private_sum.independence == "by construction"
 
 
-def test_model_that_fails_on_one_record_is_refused_uncharged(learner_of, toy_stream, tmp_path):
+def test_a_model_that_fails_on_one_record_is_refused_uncharged(learner_of, toy_stream, tmp_path):
     learner = learner_of(model=Branching(), privacy=ALONE, folder=tmp_path)
     with pytest.raises(
         GuardError, match=r"Naive.losses\(\), record by record, fails on synth.*vmap"
@@ -280,7 +280,7 @@ class Keeping(Custom):
         return self.head(x)
 
 
-def test_a_model_that_keeps_records_is_refused_per_record_too(learner_of, toy_stream):
+def test_a_model_that_stores_records_is_refused_per_record_too(learner_of, toy_stream):
     with pytest.raises(GuardError, match="buffer mean of the model changes"):
         learner_of(model=Keeping(), privacy=ALONE).prepare(toy_stream())
 
@@ -291,6 +291,6 @@ def test_record_by_record_mode_refuses_an_adversary(learner_of, toy_stream):
         learner.prepare(toy_stream())
 
 
-def test_unknown_values_of_custom_forward_are_refused():
+def test_privacy_refuses_an_unknown_value_of_custom_forward():
     with pytest.raises(ConfigError, match="custom_forward = 'proved' is not allowed; allowed: tes"):
         Privacy(epsilon=1.0, custom_forward="proved")

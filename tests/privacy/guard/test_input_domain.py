@@ -122,19 +122,19 @@ def private(model, stream, strategy=None, batch_size=4, micro_batch_size=None, *
         joined_where_alone,
     ],
 )
-def test_model_that_mixes_some_inputs_is_refused(mix):
+def test_the_guard_refuses_a_model_that_mixes_some_inputs(mix):
     with pytest.raises(GuardError, match="couples records"):
         private(Mixing(mix), stream_of())
 
 
-def test_model_that_cuts_to_the_longest_sequence_is_refused():
+def test_the_guard_refuses_a_model_that_cuts_to_the_longest_text():
     stream = stream_of(TOKENS, torch.int64, (12,))
     with pytest.raises(GuardError, match="couples records"):
         private(Reading(), stream)
     assert private(Reading(whole=True), stream).private_sum is not None
 
 
-def test_batches_of_the_declared_size_are_probed():
+def test_the_guard_tests_batches_of_the_declared_size():
     stream = stream_of(n=200)
     assert private(Mixing(centred_in_huge_batches), stream).private_sum is not None
     with pytest.raises(GuardError, match="in a batch of 64"):
@@ -149,7 +149,7 @@ def declared(size):
 
 
 @pytest.mark.parametrize("above", [1030, 1500])
-def test_guard_tests_batches_up_to_the_largest_drawn_size(above):
+def test_the_guard_tests_batches_up_to_the_largest_drawn_size(above):
     """1,400 are expected in a step, and 1,550 may come."""
     mix = lambda x: x - 0.5 * x.mean(0) if len(x) > above else x  # noqa: E731
     with pytest.raises(GuardError, match=r"couples records: other neighb.* in a batch of 1550"):
@@ -165,7 +165,7 @@ def test_batches_too_large_for_the_guard_are_refused():
     assert learner.private_sum.independence == "by construction"
 
 
-def test_model_is_probed_over_its_declared_domain_only():
+def test_the_guard_tests_a_model_only_on_its_declared_domain():
     """Within [0, 1] nothing is below zero."""
     mix = lambda x: x - torch.where(x < 0, x, 0.0).mean(0)  # noqa: E731
     stream = stream_of(InputDomain(shape=(5,), range=(0.0, 1.0)))
@@ -176,7 +176,7 @@ def test_model_is_probed_over_its_declared_domain_only():
 
 
 @pytest.mark.parametrize("kind", ["not a number", "infinite"])
-def test_model_in_which_a_nan_record_changes_others_is_refused(kind):
+def test_a_model_that_spreads_a_nan_to_other_records_is_refused(kind):
     def spread(x):
         bad = ~x.isfinite() if kind == "infinite" else x.isnan()
         return x + torch.where(bad, x, 0.0).sum(0)
@@ -187,14 +187,14 @@ def test_model_in_which_a_nan_record_changes_others_is_refused(kind):
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool])
-def test_whole_numbers_without_domain_are_refused(dtype):
+def test_integer_inputs_without_a_domain_are_refused(dtype):
     with pytest.raises(
         GuardError, match=f"inputs are {dtype} without a declared domain.*InputDomain"
     ):
         private(nn.Sequential(Cast(), Reading(whole=True)), stream_of(None, dtype, (12,)))
 
 
-def test_model_that_fails_on_its_domain_is_refused_with_a_reason():
+def test_a_model_that_fails_on_its_domain_is_refused():
     wide = InputDomain(shape=(12,), dtype=torch.int64, vocabulary=50, padding=0)
     with pytest.raises(GuardError, match=r"fails on synthetic records .*every record of the decl"):
         private(Reading(whole=True), stream_of(wide, torch.int64, (12,)))
@@ -222,7 +222,7 @@ class Ranked(Strategy):
         return losses * (2.0 if bool((batch.inputs > 50).any()) else 1.0)
 
 
-def test_losses_that_look_at_extreme_neighbours_are_refused():
+def test_losses_that_depend_on_extreme_records_are_refused():
     with pytest.raises(GuardError, match=r"Ranked.losses\(\) couples records: other neighbours"):
         private(nn.Linear(5, 4), stream_of(), Ranked())
 
@@ -246,7 +246,7 @@ class Straight(Mixing):
         return self.head(Backwards.apply(x, torch.tanh(self.inner(x))))
 
 
-def test_gradients_that_look_at_extreme_neighbours_are_refused():
+def test_gradients_that_depend_on_extreme_records_are_refused():
     model = Straight(None)
     model.inner = nn.Linear(5, 5)
     with pytest.raises(GuardError, match=r"layer inner in .*Naive.losses\(\) couples.*gradient"):
@@ -269,7 +269,7 @@ class Featured(nn.Module):
         return self.head(x)
 
 
-def test_the_guard_tests_features_like_losses():
+def test_the_guard_tests_features_as_it_tests_losses():
     with pytest.raises(GuardError, match=r"features\(\) of the model couples records"):
         private(Featured(), stream_of())
 
@@ -290,12 +290,12 @@ def test_the_guard_tests_features_like_losses():
         ({"sequence_axes": (1,)}, "domain.sequence_axes"),
     ],
 )
-def test_domain_that_contradicts_itself_is_refused(fields, message):
+def test_an_invalid_input_domain_is_refused(fields, message):
     with pytest.raises(ConfigError, match=message):
         InputDomain(shape=(5,), **fields)
 
 
-def test_domain_stays_with_its_records_and_fits_them():
+def test_a_domain_stays_with_its_records_and_must_fit_them():
     domain = InputDomain(shape=(5,), range=(0.0, 1.0))
     records = stream_of(domain)[0].train
     assert records.take(torch.arange(3)).to("cpu").domain == domain
@@ -305,7 +305,7 @@ def test_domain_stays_with_its_records_and_fits_them():
         Records(inputs=torch.rand(3, 5).double(), labels=torch.zeros(3).long(), domain=domain)
 
 
-def test_domain_finds_records_with_values_outside():
+def test_a_domain_finds_records_with_values_outside():
     floats = InputDomain(shape=(2,), range=(-1.0, 1.0))
     rows = torch.tensor([[0.0, 1.0], [0.0, 1.1], [float("nan"), 0.0], [float("inf"), 0.0]])
     assert floats.outside(rows).tolist() == [False, True, False, False]
@@ -314,7 +314,7 @@ def test_domain_finds_records_with_values_outside():
     assert not InputDomain(shape=(2,)).outside(1e9 * rows).any()
 
 
-def test_every_data_set_declares_a_domain_that_its_records_keep(data_root):
+def test_every_data_set_declares_a_domain_with_all_its_records(data_root):
     from perdure.data import adult, breast_cancer, cifar10, digits, mnist, rotated, split
 
     for data in (

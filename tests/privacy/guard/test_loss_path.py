@@ -125,7 +125,7 @@ COUPLED = {
 
 
 @pytest.mark.parametrize("kind", COUPLED)
-def test_losses_that_couple_rows_by_role_are_refused(learner_of, toy_stream, tmp_path, kind):
+def test_losses_that_couple_new_and_stored_rows_are_refused(learner_of, toy_stream, tmp_path, kind):
     strategy = COUPLED[kind]
     learner = learner_of(strategy, privacy=SIMULATED)
     refused(learner, toy_stream(), tmp_path, rf"{strategy.name}\.losses\(\).* couples rec")
@@ -143,7 +143,7 @@ class Noting(DER):
 SHOWN = []
 
 
-def test_synthetic_batches_mix_new_and_stored_rows_like_a_step(learner_of, toy_stream):
+def test_guard_batches_mix_new_and_stored_rows_as_in_training(learner_of, toy_stream):
     SHOWN.clear()
     assert word(learner_of(Noting(memory_size=8), privacy=SIMULATED), toy_stream()) == "tested"
     first = [batch for index, batch in SHOWN if index == 0]
@@ -174,7 +174,7 @@ class Taught(Strategy):
         return state.replace({"ready": torch.ones(())})
 
 
-def test_losses_that_couple_by_a_later_state_are_refused(learner_of, toy_stream, tmp_path):
+def test_losses_that_couple_rows_by_a_later_state_are_refused(learner_of, toy_stream, tmp_path):
     learner = learner_of(Taught(), privacy=SIMULATED, folder=tmp_path)
     learner.prepare(toy_stream())
     learner.begin(0)
@@ -282,18 +282,20 @@ def test_attacks_and_views_that_couple_rows_are_refused(learner_of, toy_stream, 
         ({"views": Views(count=2, change=shifted)}, "tested"),
     ],
 )
-def test_verdict_depends_on_the_attack_and_the_views(learner_of, toy_stream, changes, expected):
+def test_the_guard_verdict_depends_on_the_attack_and_the_views(
+    learner_of, toy_stream, changes, expected
+):
     assert word(learner_of(privacy=SIMULATED, **changes), toy_stream()) == expected
 
 
-def test_views_of_the_library_are_independent_by_construction():
+def test_built_in_views_are_independent_by_construction():
     own = Views(count=2, change=shift_and_flip(pixels=1))
     assert LossPath(strategy=Naive(), views=own).foreign_parts() == ()
     theirs = Views(count=2, change=shifted)
     assert LossPath(strategy=Naive(), views=theirs).foreign_parts() == ("the views",)
 
 
-def test_views_of_whole_batches_are_refused_record_by_record(learner_of, toy_stream):
+def test_record_by_record_mode_refuses_views_of_whole_batches(learner_of, toy_stream):
     learner = learner_of(privacy=ALONE, views=Batchwise(count=2, change=shifted))
     with pytest.raises(GuardError, match="Batchwise may use whole batches"):
         learner.prepare(toy_stream())
@@ -356,12 +358,12 @@ def test_replaced_library_code_is_only_tested(toy_stream, toy_model, monkeypatch
     assert not before and after
 
 
-def test_statement_depends_on_replaced_losses(learner_of, toy_stream, monkeypatch):
+def test_the_statement_shows_that_losses_were_replaced(learner_of, toy_stream, monkeypatch):
     monkeypatch.setattr(Naive, "losses", replaced_losses)
     assert word(learner_of(Naive(), privacy=SIMULATED), toy_stream()) == "tested"
 
 
-def test_code_replaced_during_a_run_is_refused_without_charge(learner_of, toy_stream):
+def test_code_replaced_during_a_run_is_refused_uncharged(learner_of, toy_stream):
     charged = []
 
     def hook(point, learner):

@@ -41,7 +41,7 @@ FORMS = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_batch_normalisation_is_refused_in_every_form(form):
+def test_batch_norm_is_refused_at_every_depth_and_in_every_form(form):
     model = nn.Sequential(
         nn.Identity(), nn.ModuleDict({"deep": nn.Sequential(nn.ReLU(), FORMS[form])})
     )
@@ -51,7 +51,7 @@ def test_batch_normalisation_is_refused_in_every_form(form):
         check_model(model)
 
 
-def test_batch_norm_as_the_whole_model_is_refused_and_fixed():
+def test_the_error_for_batch_norm_names_a_valid_group_norm():
     with pytest.raises(GuardError, match="model is BatchNorm2d") as refusal:
         check_model(FORMS["2d"])
     groups, channels = map(
@@ -70,7 +70,7 @@ def test_instance_norm_is_refused_only_with_running_statistics(make):
 
 
 @pytest.mark.parametrize("make", [cnn, partial(resnet18, width=4)])
-def test_our_models_pass_with_group_norm_not_with_batch_norm(make):
+def test_built_in_models_are_accepted_with_group_norm_only(make):
     options = {"input_shape": (1, 16, 16), "num_classes": 3, "seed": 0}
     model = make(**options)
     check_model(model)
@@ -79,7 +79,7 @@ def test_our_models_pass_with_group_norm_not_with_batch_norm(make):
         check_model(make(**options, norm="batch"))
 
 
-def test_layer_normalisation_passes():
+def test_layer_norm_and_group_norm_are_accepted():
     model = nn.Sequential(nn.Linear(5, 6), nn.LayerNorm(6), nn.GroupNorm(2, 6))
     check_model(model)
     check_buffers(model, torch.rand(4, 5))
@@ -105,7 +105,7 @@ class Centring(nn.Module):
 
 
 @pytest.mark.parametrize(("grows", "name"), [(False, "0.mean"), (True, "0.seen_1")])
-def test_a_buffer_that_a_pass_changes_or_adds_is_refused_by_name(grows, name):
+def test_a_buffer_changed_by_a_pass_is_refused_by_name(grows, name):
     model = nn.Sequential(Centring(grows), nn.Linear(5, 3)).eval()
     with pytest.raises(
         GuardError,
@@ -119,7 +119,7 @@ def test_a_buffer_that_a_pass_changes_or_adds_is_refused_by_name(grows, name):
     )
 
 
-def test_a_constant_buffer_passes_without_random_draws():
+def test_a_constant_buffer_is_accepted_without_random_draws():
     model = nn.Sequential(nn.Dropout(0.5), nn.Linear(5, 3))
     model.register_buffer("scale", torch.ones(3))
     before = torch.random.get_rng_state()
@@ -171,7 +171,7 @@ def as_key(module, x):
         (as_number, r"0\.scale"),
     ],
 )
-def test_inputs_kept_outside_buffers_are_refused_by_name(what, name):
+def test_inputs_kept_in_attributes_are_refused_by_name(what, name):
     model = nn.Sequential(Keeping(what), nn.Linear(5, 3))
     with pytest.raises(
         GuardError, match=f"attribute {name} of the model depends on the records.*return it instead"
@@ -185,7 +185,7 @@ def as_cache(module, x):
     module.seen += 1
 
 
-def test_caches_and_counters_independent_of_records_pass():
+def test_caches_that_do_not_depend_on_records_are_accepted():
     check_buffers(nn.Sequential(Keeping(as_cache), nn.Linear(5, 3)), torch.rand(4, 5))
 
 
@@ -233,7 +233,7 @@ def test_losses_that_couple_records_are_refused_with_a_fix(losses):
         check_losses(losses, INPUTS, LABELS, "Mine.losses()")
 
 
-def test_a_loss_that_is_not_a_number_is_refused():
+def test_a_nan_loss_is_refused():
     with pytest.raises(GuardError, match="couples records"):
         check_losses(
             lambda inputs, labels: each(inputs, labels) * float("nan"),
@@ -244,14 +244,14 @@ def test_a_loss_that_is_not_a_number_is_refused():
 
 
 @pytest.mark.parametrize("losses", [F.cross_entropy, partial(F.cross_entropy, weight=WEIGHTS)])
-def test_a_mean_is_refused_because_it_is_no_loss_per_record(losses):
+def test_a_mean_loss_is_refused_with_the_fix(losses):
     with pytest.raises(GuardError, match=r"gives shape \(\) for 6 records.*reduction='none'"):
         check_losses(
             lambda inputs, labels: losses(MODEL(inputs), labels), INPUTS, LABELS, "Mine.losses()"
         )
 
 
-def test_losses_of_one_record_each_pass():
+def test_losses_with_one_value_per_record_are_accepted():
     check_losses(each, INPUTS, LABELS, "plain")
     check_losses(
         lambda inputs, labels: WEIGHTS[labels] * each(inputs, labels), INPUTS, LABELS, "weighted"
@@ -259,7 +259,7 @@ def test_losses_of_one_record_each_pass():
     check_losses(lambda inputs, labels: 1e6 * each(inputs, labels), INPUTS, LABELS, "large")
 
 
-def test_quiet_training_is_training_without_dropout():
+def test_quiet_training_is_training_mode_without_dropout():
     model = nn.Sequential(nn.Linear(5, 6), nn.Dropout(0.5), nn.Sequential(nn.Dropout2d(0.5))).eval()
     quiet_training(model)
     assert (
@@ -331,7 +331,7 @@ def test_a_strategy_that_couples_records_is_refused_before_draws(
 
 
 @pytest.mark.parametrize("strategy", [Naive(), EWC(strength=1.0), LwF(), Replay(memory_size=8)])
-def test_our_strategies_pass_the_guard_with_a_dropout_model(toy_stream, toy_model, strategy):
+def test_built_in_strategies_are_accepted_with_dropout(toy_stream, toy_model, strategy):
     stream = toy_stream()
     model = toy_model(stream)
     model.body.append(nn.Dropout(0.5))
@@ -359,7 +359,7 @@ def test_a_model_that_mixes_records_is_refused(toy_stream, toy_model, layer, mes
         private(model).fit(stream)
 
 
-def test_a_strategy_that_reads_raw_records_is_stopped(toy_stream, toy_model):
+def test_a_strategy_hook_that_reads_raw_records_is_stopped(toy_stream, toy_model):
     stream = toy_stream()
     from perdure.errors import PrivacyError
 
@@ -400,7 +400,7 @@ def test_an_exact_split_over_clients_is_refused(toy_stream, toy_model):
     private(toy_model(stream)).prepare(hashed)
 
 
-def test_positions_as_ids_are_refused_with_the_fix(toy_data, toy_model):
+def test_a_client_split_by_row_position_is_refused_with_the_fix(toy_data, toy_model):
     """Also after a split by class: which client a record goes to follows from its id."""
     train = Records(inputs=toy_data.train.inputs, labels=toy_data.train.labels)
     stream = split(replace(toy_data, train=train), scenario="class", experiences=2)

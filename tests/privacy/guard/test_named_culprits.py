@@ -47,7 +47,7 @@ def learner_of(how, **privacy):
 
 
 @pytest.mark.parametrize("how", ["mean", "chooses"])
-def test_the_coupled_records_error_names_model_and_fix(toy_stream, how):
+def test_the_coupled_records_error_names_the_model_and_the_fix(toy_stream, how):
     with pytest.raises(GuardError, match=rf"the forward of Mixing, or Naive\.losses\(\).*{CURE}"):
         learner_of(how).prepare(toy_stream())
     learner_of(how, custom_forward="record-by-record").prepare(toy_stream())

@@ -41,7 +41,7 @@ NORMS["scale frozen"].weight.requires_grad_(False)
 
 @pytest.mark.parametrize("form", NORMS)
 @pytest.mark.parametrize("deep", [False, True])
-def test_batch_norm_becomes_group_norm_with_its_scale_and_shift(form, deep):
+def test_fix_turns_batch_norm_into_group_norm_with_its_weights(form, deep):
     old = randomised(copy.deepcopy(NORMS[form]))
     model = nn.Sequential(nn.ReLU(), nn.ModuleDict({"norm": old})) if deep else old
     result = fix(model)
@@ -60,13 +60,13 @@ def test_batch_norm_becomes_group_norm_with_its_scale_and_shift(form, deep):
 
 
 @pytest.mark.parametrize("shape", [(4, 32), (4, 32, 5)])
-def test_batch_norm_of_single_numbers_becomes_one_group(shape):
+def test_batch_norm_of_vectors_becomes_one_group(shape):
     new = fix(nn.BatchNorm1d(32))
     assert new.num_groups == 1
     assert new(inputs(*shape)).std() > 0.5 and new(inputs(1, *shape[1:])).std() > 0.5
 
 
-def test_a_layer_in_two_places_is_replaced_by_one_layer():
+def test_fix_replaces_a_layer_used_twice_by_one_layer():
     norm = nn.BatchNorm1d(4)
     result = fix(nn.Sequential(norm, nn.Linear(4, 4), norm))
     assert type(result[0]) is nn.GroupNorm and result[0] is result[2]
@@ -74,7 +74,7 @@ def test_a_layer_in_two_places_is_replaced_by_one_layer():
 
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("make", [nn.InstanceNorm1d, nn.InstanceNorm2d])
-def test_instance_norm_loses_only_its_running_statistics(make, affine):
+def test_fix_removes_only_running_statistics_of_instance_norm(make, affine):
     old = randomised(make(6, affine=affine, track_running_stats=True))
     new = fix(nn.Sequential(old))[0]
     assert type(new) is make and not list(new.buffers())
@@ -83,7 +83,7 @@ def test_instance_norm_loses_only_its_running_statistics(make, affine):
     assert fixes(make(6, affine=affine)) == ()
 
 
-def test_fix_removes_instance_norm_statistics_also_if_unused():
+def test_fix_removes_instance_norm_statistics_even_if_unused():
     old = nn.InstanceNorm1d(6, track_running_stats=True)
     old.track_running_stats = False
     assert not list(fix(nn.Sequential(old))[0].buffers())
@@ -102,7 +102,7 @@ SHAPES = {
 
 @pytest.mark.parametrize("form", SHAPES)
 @pytest.mark.parametrize("make", [nn.LSTM, nn.GRU, nn.RNN, partial(nn.RNN, nonlinearity="relu")])
-def test_recurrent_layers_become_equal_layers_of_opacus(make, form):
+def test_fix_turns_recurrent_layers_into_equal_opacus_layers(make, form):
     old = make(5, 6, **SHAPES[form]).eval()
     result = fix(nn.ModuleDict({"deep": nn.ModuleList([old])}).eval())["deep"][0]
     assert type(result).__name__ == f"DP{type(old).__name__}" and not result.training
@@ -116,7 +116,7 @@ def test_recurrent_layers_become_equal_layers_of_opacus(make, form):
     assert set(dict(old.named_parameters())) == set(dict(result.named_parameters()))
 
 
-def test_precision_and_frozen_weights_of_recurrent_layers_stay():
+def test_fix_keeps_precision_and_frozen_weights_of_an_lstm():
     old = nn.LSTM(5, 6).double()
     old.weight_ih_l0.requires_grad_(False)
     new = fix(old)
@@ -126,12 +126,12 @@ def test_precision_and_frozen_weights_of_recurrent_layers_stay():
 
 
 @pytest.mark.filterwarnings("ignore:dropout option adds dropout:UserWarning")
-def test_dropout_that_torch_ignores_in_one_layer_stays_ignored():
+def test_fix_ignores_dropout_of_a_one_layer_lstm_as_torch_does():
     old = nn.LSTM(5, 6, dropout=0.9).train()
     assert torch.allclose(fix(old)(inputs(4, 3, 5))[0], old(inputs(4, 3, 5))[0], atol=1e-6)
 
 
-def test_fix_refuses_layers_without_safe_replacement():
+def test_fix_refuses_layers_without_a_safe_replacement():
     with pytest.raises(GuardError, match="1 is LSTM"):
         fix(nn.Sequential(nn.BatchNorm1d(5), nn.LSTM(5, 6, proj_size=2)))
     with pytest.raises(GuardError, match="0 is MultiheadAttention with dropout"):
@@ -162,7 +162,7 @@ def masks(heads, n, length, sources):
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("options", [{}, {"bias": False}, {"kdim": 6, "vdim": 7}])
 @pytest.mark.parametrize("heads", [1, 4])
-def test_attention_out_of_linear_layers_computes_the_same(heads, options, batch_first, mask):
+def test_repaired_attention_equals_torch_attention(heads, options, batch_first, mask):
     old = randomised(
         nn.MultiheadAttention(8, heads, dropout=0.3, batch_first=batch_first, **options)
     ).eval()
@@ -184,7 +184,7 @@ def test_attention_out_of_linear_layers_computes_the_same(heads, options, batch_
 
 @pytest.mark.parametrize("gradients", [True, False])
 @pytest.mark.parametrize("options", [{"batch_first": True}, {}])
-def test_a_torch_transformer_works_with_replaced_attention(options, gradients):
+def test_a_torch_transformer_works_with_repaired_attention(options, gradients):
     layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.2, **options)
     with pytest.warns(UserWarning, match="nested_tensor") if not options else torch.enable_grad():
         old = nn.TransformerEncoder(layer, 2).eval()
@@ -203,7 +203,7 @@ def test_a_torch_transformer_works_with_replaced_attention(options, gradients):
     assert not torch.equal(new.train()(x), new(x))
 
 
-def test_attention_drops_out_weights_in_training_only():
+def test_repaired_attention_uses_dropout_only_in_training():
     new = fix(nn.MultiheadAttention(8, 2, dropout=0.5, batch_first=True)).train()
     x = inputs(3, 4, 8)
     seen = new(x, x, x, average_attn_weights=False)[1]
@@ -211,7 +211,7 @@ def test_attention_drops_out_weights_in_training_only():
     assert not bool((new.eval()(x, x, x)[1] == 0).any())
 
 
-def test_repaired_attention_and_decoder_use_bookkeeping():
+def test_repaired_attention_has_clipping_rules():
     model = fix(nn.TransformerDecoderLayer(8, 2, 16, batch_first=True))
     assert ruled_layers(model, dict(model.named_parameters())) is not None
     assert [type(m) for n, m in model.named_modules() if n in ("self_attn", "multihead_attn")] == [
@@ -234,7 +234,7 @@ def whole():
     )
 
 
-def test_a_repair_reports_changes_and_keeps_model_and_generator():
+def test_fix_reports_its_changes_and_keeps_the_given_model():
     model = whole()
     types = [type(m) for m in model.modules()]
     state = {n: v.clone() for n, v in model.state_dict().items()}
@@ -270,7 +270,7 @@ def test_fix_returns_an_equal_copy_of_a_model_without_faults():
 
 
 @pytest.mark.reference
-def test_opacus_own_repair_keeps_known_faults():
+def test_the_repair_of_opacus_still_has_known_faults():
     from opacus.validators import ModuleValidator
 
     attention = nn.MultiheadAttention(8, 2, batch_first=True)

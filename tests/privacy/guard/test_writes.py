@@ -26,7 +26,7 @@ from perdure.privacy.guard.writes import WriteWatch
     ],
 )
 @pytest.mark.parametrize("frozen", [False, True])
-def test_embedding_that_writes_or_counts_is_refused(kind, options, reason, frozen):
+def test_an_embedding_that_writes_weights_or_counts_is_refused(kind, options, reason, frozen):
     model = nn.Sequential(kind(20, 4, **options).requires_grad_(not frozen), nn.Linear(4, 3))
     with pytest.raises(GuardError, match=f"0 is {kind.__name__} {reason}"):
         check_model(model)
@@ -45,7 +45,7 @@ class Renormalising(nn.Module):
         return self.head(torch.nn.functional.embedding(words, self.table, max_norm=1.0))
 
 
-def test_renormalisation_by_the_function_is_refused_by_name(learner_of, toy_stream):
+def test_a_forward_that_renormalises_a_table_is_refused_by_name(learner_of, toy_stream):
 
     with pytest.raises(GuardError, match="buffer table of the model changes"):
         learner_of(model=Renormalising(), privacy=SIMULATED).prepare(toy_stream())
@@ -95,7 +95,7 @@ PLACES = ["state seen", "buffer shift", "parameter frozen"]
 
 @pytest.mark.parametrize("through_data", [False, True])
 @pytest.mark.parametrize("where", PLACES)
-def test_losses_that_keep_batch_sums_are_refused(learner_of, toy_stream, where, through_data):
+def test_losses_that_store_batch_sums_are_refused(learner_of, toy_stream, where, through_data):
 
     learner = learner_of(
         Writing(where=where, through_data=through_data), model=Keeper(), privacy=SIMULATED
@@ -147,12 +147,12 @@ class Renewing(nn.Module):
         return self.head(x)
 
 
-def test_buffer_that_large_batches_replace_is_refused(learner_of, toy_stream):
+def test_a_buffer_replaced_only_by_large_batches_is_refused(learner_of, toy_stream):
     with pytest.raises(GuardError, match=r"buffer mean (is written to|of the model changes)"):
         learner_of(model=Renewing(), privacy=SIMULATED, batch_size=24).fit(toy_stream())
 
 
-def test_query_that_writes_is_refused(learner_of, toy_stream):
+def test_a_query_that_writes_into_the_model_is_refused(learner_of, toy_stream):
 
     @dataclass(frozen=True, kw_only=True)
     class Asking(Strategy):
@@ -172,7 +172,7 @@ def test_query_that_writes_is_refused(learner_of, toy_stream):
 # --------------------------------------------------------------------------- the watch
 
 
-def test_write_watch_restores_written_tensors_if_it_has_values():
+def test_the_write_watch_restores_written_tensors():
     model = Keeper()
     with (
         pytest.raises(GuardError, match="buffer shift is written to in here"),
@@ -182,7 +182,7 @@ def test_write_watch_restores_written_tensors_if_it_has_values():
     assert float(model.shift.sum()) == 0
 
 
-def test_write_watch_accepts_code_that_only_reads():
+def test_the_write_watch_accepts_code_that_only_reads():
     model = nn.Sequential(nn.Linear(5, 4), nn.Dropout(0.5))
     state = {"mean": torch.full((2,), float("nan"))}
     with WriteWatch(model).unwritten(state, "here", values=True):
@@ -190,7 +190,7 @@ def test_write_watch_accepts_code_that_only_reads():
     assert all(value.grad is not None for value in model.parameters())
 
 
-def test_steps_without_privacy_are_not_watched(learner_of, toy_stream):
+def test_writes_are_allowed_in_steps_without_privacy(learner_of, toy_stream):
     learner = learner_of(Writing(where="state seen"), model=Keeper())
     assert learner.fit(toy_stream()).isfinite().all()
     assert isinstance(learner.session.state["seen"], torch.Tensor)

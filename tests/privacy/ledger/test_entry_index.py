@@ -66,7 +66,7 @@ def test_indexed_histories_equal_histories_of_all_entries(relation):
 
 
 @pytest.mark.parametrize("relation", ["add-remove", "replace-one"])
-def test_indexed_worst_equals_the_worst_of_all_entries(relation):
+def test_the_indexed_worst_epsilon_equals_that_of_all_entries(relation):
     draw = Random(1)
     own = account(relation)
     for _ in range(4):
@@ -76,7 +76,7 @@ def test_indexed_worst_equals_the_worst_of_all_entries(relation):
         assert own.worst(1e-5) == own.worst(1e-5) == expected
 
 
-def test_epsilon_looks_at_new_entries_only():
+def test_epsilon_reads_only_ledger_entries_that_are_new():
     draw = Random(2)
     own = account()
     own.entries += [entry(draw, Counted) for _ in range(50)]
@@ -90,7 +90,7 @@ def test_epsilon_looks_at_new_entries_only():
     assert len(asked) <= len(NAMES)
 
 
-def test_a_new_partition_is_in_the_index_at_once():
+def test_a_new_partition_enters_the_index_at_once():
     own = account()
     assert own.epsilon(delta=1e-5) == 0.0
     own.sizes["e"] = 5
@@ -99,7 +99,7 @@ def test_a_new_partition_is_in_the_index_at_once():
     assert own.epsilon(delta=1e-5) > 0.0
 
 
-def test_the_index_of_another_list_of_entries_is_rebuilt():
+def test_the_index_is_rebuilt_for_another_list_of_entries():
     draw = Random(4)
     own = account()
     own.entries += [entry(draw) for _ in range(5)]
@@ -112,7 +112,7 @@ def test_the_index_of_another_list_of_entries_is_rebuilt():
     assert other.epsilon(delta=1e-5) < spent < own.epsilon(delta=1e-5)
 
 
-def test_the_index_leaves_out_only_dominated_histories():
+def test_the_index_leaves_out_only_histories_that_others_cover():
     draw = Random(5)
     kinds = [(0.1, 1.0), (0.1, 2.0), (0.2, 1.0)]
     histories = {

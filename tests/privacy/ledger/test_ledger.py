@@ -18,7 +18,7 @@ from perdure.privacy.noise.key import NoiseKey
 
 
 @pytest.mark.reference
-def test_epsilon_of_disjoint_experiences_and_a_shared_record():
+def test_epsilon_of_separate_and_shared_records_is_as_documented():
     ledger = opened()
     for i in range(1, 6):
         ledger.charge(entry({f"e{i}": Q}, noise_multiplier=0.9 if i == 3 else NOISE))
@@ -31,7 +31,7 @@ def test_epsilon_of_disjoint_experiences_and_a_shared_record():
 
 
 @pytest.mark.reference
-def test_training_five_times_on_the_same_data_adds_up():
+def test_five_trainings_on_the_same_data_add_up():
     ledger = opened()
     for i in range(5):
         ledger.charge(entry({"e1": Q}, first_step=i * STEPS))
@@ -39,7 +39,7 @@ def test_training_five_times_on_the_same_data_adds_up():
 
 
 @pytest.mark.reference
-def test_replayed_records_are_charged_to_their_own_partition():
+def test_stored_records_are_charged_to_their_own_partition():
     ledger = opened()
     series = []
     ledger.charge(entry({"e1": Q}))
@@ -53,7 +53,7 @@ def test_replayed_records_are_charged_to_their_own_partition():
 
 
 @pytest.mark.reference
-def test_a_batch_half_from_memory_is_charged_to_both_partitions():
+def test_a_batch_half_from_memory_charges_both_partitions():
     ledger = opened()
     ledger.charge(entry({"e1": Q}))
     for i in range(2, 6):
@@ -61,7 +61,7 @@ def test_a_batch_half_from_memory_is_charged_to_both_partitions():
     assert ledger.epsilon(delta=DELTA) == pytest.approx(43.914, abs=0.005)
 
 
-def test_rates_of_a_record_in_two_partitions_add_up():
+def test_the_rates_of_a_record_in_two_partitions_add_up():
     ledger = opened(partitions=2)
     ledger.charge(entry({"e1": 0.02, "e2": 0.03}))
     both = ledger.epsilon(["e1", "e2"], delta=DELTA)
@@ -69,7 +69,7 @@ def test_rates_of_a_record_in_two_partitions_add_up():
     assert both > epsilon([Charge(0.02, NOISE, STEPS), Charge(0.03, NOISE, STEPS)], delta=DELTA)
 
 
-def test_replace_one_epsilon_is_over_any_two_partitions():
+def test_replace_one_epsilon_takes_the_worst_two_partitions():
     ledger = opened(partitions=2, relation="replace-one")
     for i, rate in ((1, 0.02), (2, 0.03)):
         ledger.charge(entry({f"e{i}": rate}, relation="replace-one"))
@@ -79,7 +79,7 @@ def test_replace_one_epsilon_is_over_any_two_partitions():
     assert spent == epsilon(pair, delta=DELTA, relation="replace-one")
 
 
-def test_raw_data_makes_epsilon_infinite_for_its_partition_only():
+def test_raw_data_make_epsilon_infinite_only_for_their_partition():
     ledger = opened(partitions=2)
     ledger.charge(
         entry({"e1": 1.0}, mechanism="none", noise_multiplier=0.0, sampling="none", steps=1)
@@ -92,7 +92,7 @@ def test_raw_data_makes_epsilon_infinite_for_its_partition_only():
 # ---- entries and statements
 
 
-def test_the_digest_changes_with_every_field():
+def test_the_digest_of_an_entry_changes_with_every_field():
     base = entry()
     changes = {
         "purpose": "reference",
@@ -136,12 +136,12 @@ def test_the_digest_changes_with_every_field():
         {"sampling": "none"},
     ],
 )
-def test_impossible_entries_are_refused(wrong):
+def test_a_ledger_entry_refuses_an_invalid_field(wrong):
     with pytest.raises(ConfigError):
         entry(**wrong)
 
 
-def test_an_entry_without_scope_is_refused():
+def test_a_ledger_entry_without_scope_is_refused():
     with pytest.raises(ConfigError):
         replace(entry(), scope={})
 
@@ -157,7 +157,7 @@ def test_the_statement_has_the_weakest_independence_of_entries():
     assert ledger.independence_of(["e2"]) == "by construction", "no entry touches it"
 
 
-def test_a_partition_with_another_rule_is_refused(tmp_path):
+def test_the_ledger_refuses_a_partition_with_another_split_rule(tmp_path):
     key = NoiseKey.from_seed(0)
     ledger = Ledger.open(tmp_path / "ledger.jsonl", key=key)
     ledger.declare("a", 10, "rule 1")
@@ -170,7 +170,7 @@ def test_a_partition_with_another_rule_is_refused(tmp_path):
     assert again.rules == ledger.rules == {"a": "rule 1", "b": ""}
 
 
-def test_the_printed_statement_has_all_parts():
+def test_the_printed_statement_names_all_assumptions():
     ledger = opened()
     ledger.charge(entry())
     assert str(ledger.statement(DELTA)) == (
@@ -191,7 +191,7 @@ def test_the_printed_statement_has_all_parts():
         ([{"e1": 0.5}], "Poisson sampling"),
     ],
 )
-def test_statement_says_no_sampling_at_rate_1(scopes, sampling):
+def test_the_statement_says_no_sampling_at_rate_1(scopes, sampling):
     """The coins of a Poisson sample at rate 1 leave nobody out."""
     ledger = opened()
     for number, scope in enumerate(scopes):
@@ -201,7 +201,7 @@ def test_statement_says_no_sampling_at_rate_1(scopes, sampling):
     assert f"PLD, {sampling}, " in str(ledger.statement(DELTA))
 
 
-def test_statement_says_that_delta_is_too_large():
+def test_the_statement_warns_of_a_large_delta():
     ledger = opened()
     ledger.charge(entry())
     units = sum(ledger.sizes.values())
@@ -211,7 +211,7 @@ def test_statement_says_that_delta_is_too_large():
     assert str(at).endswith(f"; delta is not below 1 / {units} records: whole ones may leak)")
 
 
-def test_the_statement_with_a_secret_key_is_not_a_simulation(tmp_path):
+def test_the_statement_of_a_secret_key_is_not_a_simulation(tmp_path):
     key = NoiseKey.from_os(tmp_path / "key")
     ledger = opened(key=key, unit="client", relation="replace-one")
     ledger.charge(
@@ -229,7 +229,7 @@ def test_the_statement_with_a_secret_key_is_not_a_simulation(tmp_path):
     assert told in text and "simulation" not in text
 
 
-def test_printed_epsilon_is_rounded_up():
+def test_the_printed_epsilon_is_rounded_up():
     statement = opened().statement(DELTA)
     assert str(replace(statement, epsilon=2.3801)).startswith("epsilon 2.39 ")
     assert str(replace(statement, epsilon=2.39)).startswith("epsilon 2.39 ")
@@ -242,7 +242,7 @@ def test_printed_epsilon_is_rounded_up():
 @pytest.mark.parametrize(
     "wrong", [{"unit": "client"}, {"relation": "replace-one"}, {"simulated": False}]
 )
-def test_units_relations_and_kinds_of_noise_never_mix(wrong):
+def test_the_ledger_refuses_another_unit_relation_or_noise(wrong):
     ledger = opened()
     with pytest.raises(LedgerError, match=next(iter(wrong))):
         ledger.charge(entry(**wrong))
@@ -263,7 +263,7 @@ def test_a_partition_cannot_be_declared_with_two_sizes():
         ledger.epsilon(["e9"], delta=DELTA)
 
 
-def test_a_matching_entry_runs_again_without_being_appended(tmp_path):
+def test_an_equal_ledger_entry_is_not_appended_again(tmp_path):
     path = tmp_path / "ledger.jsonl"
     first = filled(path)
     before = path.read_bytes()
@@ -275,7 +275,7 @@ def test_a_matching_entry_runs_again_without_being_appended(tmp_path):
     assert len(path.read_bytes()) > len(before)
 
 
-def test_projection_writes_nothing():
+def test_a_projection_writes_nothing_to_the_ledger():
     ledger = opened(partitions=2)
     ledger.charge(entry())
     lines = list(ledger.chain.lines)
@@ -296,7 +296,7 @@ def test_projection_writes_nothing():
 PLAN = {"e1": [Charge(Q, NOISE, STEPS)], "e2": [Charge(Q, NOISE, STEPS), Charge(1.0, 10.0, 1)]}
 
 
-def test_a_plan_over_budget_is_refused_with_amount_and_way_out():
+def test_a_plan_over_budget_is_refused_with_amount_and_fix():
     ledger = opened()
     with pytest.raises(
         BudgetError,
@@ -307,7 +307,7 @@ def test_a_plan_over_budget_is_refused_with_amount_and_way_out():
     ledger.charge(entry(first_step=7))  # nothing was granted, nothing binds
 
 
-def test_a_grant_is_decided_by_pld():
+def test_a_grant_is_decided_by_the_pld_accountant():
     exact = epsilon(PLAN["e1"], delta=DELTA)
     assert epsilon(PLAN["e1"], delta=DELTA, accountant="rdp") > exact
     opened().grant({"e1": PLAN["e1"]}, epsilon=exact, delta=DELTA)
@@ -315,7 +315,7 @@ def test_a_grant_is_decided_by_pld():
         opened().grant({"e1": PLAN["e1"]}, epsilon=exact - 1e-6, delta=DELTA)
 
 
-def test_grant_counts_charges_from_before():
+def test_a_grant_counts_charges_made_before():
     ledger = opened()
     ledger.charge(entry(noise_multiplier=1.2))
     with pytest.raises(
@@ -341,7 +341,7 @@ def test_a_grant_does_not_count_charged_steps_twice():
         ledger.charge(entry(first_step=800, steps=1))
 
 
-def test_only_granted_charges_are_accepted(tmp_path):
+def test_the_ledger_accepts_only_granted_charges(tmp_path):
     ledger = opened(tmp_path / "l.jsonl")
     ledger.grant(PLAN, epsilon=3.0, delta=DELTA)
     ledger.charge(entry(steps=400))
@@ -370,7 +370,7 @@ def test_only_granted_charges_are_accepted(tmp_path):
         reopened.charge(entry(first_step=999, steps=1))
 
 
-def test_a_new_grant_replaces_the_old_one():
+def test_a_new_grant_replaces_the_old_grant():
     ledger = opened()
     old = {"e1": [Charge(Q, NOISE, 100)]}
     new = {"e1": [Charge(Q, 2.0, 50)]}
@@ -388,7 +388,7 @@ def test_a_new_grant_replaces_the_old_one():
     assert ledger.charges("e1") == (Charge(Q, NOISE, 60), Charge(Q, 2.0, 50))
 
 
-def test_impossible_grants_are_refused():
+def test_invalid_grants_are_refused():
     ledger = opened(partitions=1)
     with pytest.raises(LedgerError, match="'e9'"):
         ledger.grant({"e9": []}, epsilon=1.0, delta=DELTA)
@@ -397,7 +397,7 @@ def test_impossible_grants_are_refused():
             ledger.grant({"e1": []}, **wrong)
 
 
-def test_a_grant_under_replace_one_binds_two_partitions_together():
+def test_a_replace_one_grant_limits_two_partitions_together():
     ledger = opened(partitions=2, relation="replace-one")
     alone = epsilon([Charge(0.02, 2.0, 50)], delta=DELTA, relation="replace-one")
     with pytest.raises(BudgetError, match="e1 and e2"):

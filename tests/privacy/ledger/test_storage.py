@@ -41,19 +41,19 @@ def path(tmp_path):
     return tmp_path / "ledger.jsonl"
 
 
-def test_the_error_names_an_edited_ledger_line(path):
+def test_the_error_names_the_edited_ledger_line(path):
     lines = lines_of(path)
     lines[3] = lines[3].replace(b'"steps":1', b'"steps":0')
     assert "line 4" in damaged(path, lines)
 
 
-def test_another_spelling_of_the_same_line_is_refused(path):
+def test_a_ledger_line_with_an_added_space_is_refused(path):
     lines = lines_of(path)
     lines[3] = lines[3].replace(b'"steps":1', b'"steps": 1')
     assert "line 4" in damaged(path, lines)
 
 
-def test_reordered_removed_and_inserted_lines_are_named(path):
+def test_the_error_names_a_moved_missing_or_inserted_line(path):
     lines = lines_of(path)
     assert "line 4" in damaged(path, [*lines[:3], lines[4], lines[3], lines[5]])
     assert "line 4" in damaged(path, [*lines[:3], *lines[4:]])
@@ -61,16 +61,16 @@ def test_reordered_removed_and_inserted_lines_are_named(path):
 
 
 @pytest.mark.parametrize("kept", range(6))
-def test_a_shortened_file_is_refused(path, kept):
+def test_a_shortened_ledger_file_is_refused(path, kept):
     assert f"line {kept + 1}: the line is missing" in damaged(path, lines_of(path)[:kept])
 
 
-def test_a_covered_line_that_is_torn_is_refused(path):
+def test_a_truncated_sealed_ledger_line_is_refused(path):
     lines = lines_of(path)
     assert "line 6: the line is missing" in damaged(path, [*lines[:5], lines[5][:-1]])
 
 
-def test_a_ledger_rewritten_as_a_whole_is_refused(path):
+def test_a_ledger_rewritten_with_new_hashes_is_refused(path):
     rewritten = []
     last = "0" * 64
     for line in lines_of(path):
@@ -87,7 +87,7 @@ def test_a_ledger_rewritten_as_a_whole_is_refused(path):
     assert "does not fit this key" in damaged(path, rewritten)
 
 
-def test_a_head_of_another_key_or_a_missing_one_is_refused(path):
+def test_a_missing_head_or_a_head_of_another_key_is_refused(path):
     with pytest.raises(LedgerError, match="key"):
         Ledger.open(path, key=NoiseKey.from_seed(1))
     path.with_suffix(".head.json").unlink()
@@ -103,7 +103,7 @@ def test_a_ledger_with_another_owner_unit_or_relation_is_refused(path, options):
         Ledger.open(path, key=KEY, **options)
 
 
-def test_two_processes_at_once_are_refused(path):
+def test_the_ledger_refuses_a_second_writing_process(path):
     first = Ledger.open(path, key=KEY)
     second = Ledger.open(path, key=KEY)
     first.charge(entry(first_step=10))
@@ -117,7 +117,7 @@ def test_two_processes_at_once_are_refused(path):
     max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(data=st.data())
-def test_any_changed_byte_is_refused(path, data):
+def test_any_changed_byte_of_ledger_or_head_is_refused(path, data):
     """In the file or in its head; both are covered to the last byte."""
     victim = data.draw(st.sampled_from([path, path.with_suffix(".head.json")]))
     original = victim.read_bytes()
@@ -137,7 +137,7 @@ def test_any_changed_byte_is_refused(path, data):
     max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(tail=st.binary(min_size=1, max_size=300))
-def test_lines_beyond_the_head_are_dropped(path, tail):
+def test_ledger_lines_after_the_sealed_ones_are_dropped(path, tail):
     original = path.read_bytes()
     path.write_bytes(original + tail)
     assert len(Ledger.open(path, key=KEY).entries) == 3
@@ -217,7 +217,7 @@ def test_a_ledger_in_memory_behaves_like_a_ledger_file(tmp_path):
 # ---- secrecy
 
 
-def test_the_key_is_in_no_file_that_is_written(tmp_path):
+def test_no_ledger_file_contains_the_noise_key(tmp_path):
     key = NoiseKey.from_os(tmp_path / "private" / "key")
     secret = (tmp_path / "private" / "key").read_bytes()
     ledger = filled(tmp_path / "run" / "ledger.jsonl", key=key, owner="client 1")
@@ -239,7 +239,7 @@ def clients(tmp_path):
     return [tmp_path / f"{i}.jsonl" for i in (1, 2, 3)]
 
 
-def test_merged_ledgers_keep_partitions_of_all_owners(clients, tmp_path):
+def test_merged_ledgers_keep_the_partitions_of_all_owners(clients, tmp_path):
     merged = merge(clients)
     each = merged.per_client(DELTA)
     assert each == {
@@ -253,7 +253,7 @@ def test_merged_ledgers_keep_partitions_of_all_owners(clients, tmp_path):
     assert told in str(merged.statement(DELTA))
 
 
-def test_export_keeps_every_chain_and_head(clients, tmp_path):
+def test_an_export_keeps_every_hash_chain_and_head(clients, tmp_path):
     out = tmp_path / "all.jsonl"
     merge(
         [clients[0], Ledger.open(clients[1], key=NoiseKey.from_seed(2), owner="client 2")]
@@ -283,7 +283,7 @@ def test_reading_a_ledger_changes_no_file(clients):
     max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(data=st.data())
-def test_any_damage_of_an_export_is_refused(clients, tmp_path, data):
+def test_any_changed_byte_of_an_export_is_refused(clients, tmp_path, data):
     out = tmp_path / "all.jsonl"
     merge(clients).export(out)
     original = out.read_bytes()
@@ -298,7 +298,7 @@ def test_any_damage_of_an_export_is_refused(clients, tmp_path, data):
         read(out, keys)
 
 
-def test_lines_after_the_last_ledger_are_refused(clients, tmp_path):
+def test_an_export_with_lines_after_the_last_ledger_is_refused(clients, tmp_path):
     out = tmp_path / "all.jsonl"
     merge(clients).export(out)
     for extra in (b"{}\n", b"{}"):
@@ -324,7 +324,7 @@ def test_a_file_that_is_no_ledger_is_refused(tmp_path):
             read(tmp_path / "x.jsonl")
 
 
-def test_a_ledger_stopped_before_its_first_line_is_empty(tmp_path):
+def test_a_ledger_stopped_before_the_first_line_is_empty(tmp_path):
     class StoppedError(Exception):
         pass
 

@@ -33,7 +33,7 @@ def added(key, **changes):
         {"n": N - 1},
     ],
 )
-def test_noise_drawn_ahead_has_the_same_integers(changes):
+def test_noise_drawn_ahead_equals_noise_drawn_on_request(changes):
     """Whatever is asked for next, it is what a key without a draw ahead gives."""
     key = NoiseKey.from_seed(0)
     key.draw_ahead(N, SCALE, **PLACE)
@@ -41,7 +41,7 @@ def test_noise_drawn_ahead_has_the_same_integers(changes):
     assert torch.equal(added(key), added(NoiseKey.from_seed(0)))
 
 
-def test_noise_drawn_ahead_is_used_once_and_by_its_name_only():
+def test_noise_drawn_ahead_is_used_once_and_by_name():
     ahead = DrawAhead()
     ahead.begin("a", N, lambda room: room.__iadd__(7))
     assert ahead.take("b") is None
@@ -50,7 +50,7 @@ def test_noise_drawn_ahead_is_used_once_and_by_its_name_only():
     assert ahead.take("a") is None
 
 
-def test_a_draw_runs_on_another_thread_beside_the_caller():
+def test_noise_is_drawn_ahead_on_another_thread():
     goes_on = threading.Event()
     ahead = DrawAhead()
     ahead.begin("a", N, lambda room: room.fill(1 + 1 * goes_on.wait(60)))
@@ -58,13 +58,13 @@ def test_a_draw_runs_on_another_thread_beside_the_caller():
     assert (ahead.take("a") == 2).all()
 
 
-def test_a_failed_draw_ahead_is_drawn_again_on_request():
+def test_noise_that_failed_ahead_is_drawn_again_on_request():
     ahead = DrawAhead()
     ahead.begin("a", N, lambda room: room.reshape(-1, 0))
     assert ahead.take("a") is None
 
 
-def test_an_untaken_draw_is_not_overwritten_while_it_runs():
+def test_a_running_draw_is_not_overwritten_by_a_second_draw():
     may_end = threading.Event()
     ahead = DrawAhead()
     ahead.begin("a", N, lambda room: room.fill(1 * may_end.wait(60)))
@@ -74,7 +74,7 @@ def test_an_untaken_draw_is_not_overwritten_while_it_runs():
     assert (ahead.take("a") == 1).all()
 
 
-def test_small_draws_start_no_thread():
+def test_small_noise_draws_start_no_thread():
     ahead = DrawAhead()
     before = threading.active_count()
     ahead.begin("a", AHEAD_FROM - 1, lambda room: room.fill(1))
@@ -82,7 +82,7 @@ def test_small_draws_start_no_thread():
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="without fork there is nothing to test")
-def test_a_forked_process_draws_for_itself():
+def test_a_forked_process_draws_its_own_noise():
     """The thread is not in the child, and what it was writing is not whole there."""
     key = NoiseKey.from_seed(0)
     key.draw_ahead(N, SCALE, **PLACE)

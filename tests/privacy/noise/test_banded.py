@@ -31,7 +31,7 @@ def strategy_matrix(steps, bands):
 
 
 @pytest.mark.reference
-def test_banded_coefficients_equal_the_square_root():
+def test_banded_coefficients_equal_those_of_the_square_root():
     exact = [comb(2 * k, k) / 4**k for k in range(6)]
     assert [c / PARTS for c in coefficients(6)] == pytest.approx(exact, abs=0.5 / PARTS)
     root = strategy_matrix(STEPS, STEPS)
@@ -58,7 +58,7 @@ def test_banded_noise_equals_the_inverse_matrix_times_noise(bands):
         assert chain.deviation(step) == pytest.approx(float(chain.gain * inverse[step].norm()))
 
 
-def test_a_weighted_sum_is_exact_where_a_float64_would_round():
+def test_banded_sums_are_exact_beyond_the_digits_of_float64():
     chain = BandedNoise(3)
     first = torch.tensor([2**43 + 1])
     chain.commit(first, first.double(), 0)
@@ -71,7 +71,7 @@ def test_a_weighted_sum_is_exact_where_a_float64_would_round():
 
 
 @pytest.mark.parametrize("bands", [1, 2, 3, 4])
-def test_k_steps_of_a_record_cost_as_much_as_k_gaussian_steps(bands):
+def test_k_banded_steps_of_a_record_cost_k_gaussian_steps(bands):
     """All ways to take part at least `bands` steps apart: the norm of what a record adds to C x,
     over the gain.
     """
@@ -88,7 +88,7 @@ def test_k_steps_of_a_record_cost_as_much_as_k_gaussian_steps(bands):
     assert bands == 1 or float(closer.norm()) > sqrt(2) * gain
 
 
-def test_the_sum_of_steps_has_less_noise_than_independent_noise():
+def test_more_bands_give_less_noise_in_the_sum_of_steps():
     steps = 64
     ones = torch.ones(64, 64, dtype=torch.float64).tril()
 
@@ -131,7 +131,7 @@ def batches(learner, index=0):
     return seen
 
 
-def test_every_record_takes_part_once_per_epoch_at_a_fixed_step(learner_of, toy_stream):
+def test_with_bands_a_record_has_one_fixed_step_per_epoch(learner_of, toy_stream):
     seen = batches(learner_of())
     assert len(seen) == 12 and seen[:6] == seen[6:]
     assert sorted(i for ids in seen[:6] for i in ids) == sorted(toy_stream()[0].train.ids.tolist())
@@ -144,7 +144,7 @@ def test_every_record_takes_part_once_per_epoch_at_a_fixed_step(learner_of, toy_
     assert [ids - dropped for ids in seen] == neighbours
 
 
-def test_the_ledger_charges_participations_and_not_steps(learner_of):
+def test_with_bands_the_ledger_charges_steps_of_a_record_only(learner_of):
     learner = learner_of()
     learner.fit(learner.stream)
     entries = learner.private_sum.ledger.entries
@@ -156,7 +156,7 @@ def test_the_ledger_charges_participations_and_not_steps(learner_of):
     assert spent == epsilon([Charge(1.0, 2.0, 2, "grid-gaussian")], delta=1e-5)
 
 
-def test_a_target_is_calibrated_for_the_participations(learner_of):
+def test_with_bands_the_noise_meets_the_target_epsilon(learner_of):
     learner = learner_of(
         privacy=Privacy(epsilon=2.0, bands=3, seed=0), strategy=Replay(memory_size=8)
     )
@@ -164,7 +164,7 @@ def test_a_target_is_calibrated_for_the_participations(learner_of):
     assert 1.95 < learner.private_sum.ledger.worst(1e-5)[1] <= 2.0
 
 
-def test_an_epoch_shorter_than_the_bands_is_refused(learner_of):
+def test_more_bands_than_steps_per_epoch_are_refused(learner_of):
     with pytest.raises(
         ConfigError,
         match=r"privacy.bands = 7 is not allowed; allowed: up to 6, the number of steps in",
@@ -178,7 +178,7 @@ def test_an_epoch_shorter_than_the_bands_is_refused(learner_of):
             Privacy(**{"noise_multiplier": 1.0, "bands": 2} | other)
 
 
-def test_noise_follows_the_steps_and_a_repeated_block_is_equal(learner_of):
+def test_a_repeated_block_of_banded_steps_gives_equal_noise(learner_of):
     learner = learner_of()
     learner.begin(0)
     none = lambda clip: None  # noqa: E731
@@ -202,7 +202,7 @@ def test_noise_follows_the_steps_and_a_repeated_block_is_equal(learner_of):
 
 
 @pytest.mark.statistical
-def test_neighbouring_steps_of_noise_are_negatively_correlated(toy_stream, toy_model, learner_of):
+def test_banded_noise_of_neighbouring_steps_is_anticorrelated(toy_stream, toy_model, learner_of):
     """The lag-1 correlation of C^-1 z is -c_1 + .
 
     Over many coordinates; 5 standard errors never miss zero here.

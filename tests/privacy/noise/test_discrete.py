@@ -37,7 +37,7 @@ def words(*values):
 # --------------------------------------------------------------------------- uniform integers
 
 
-def test_integers_take_leading_bits_and_redraw_beyond_the_range():
+def test_random_integers_use_leading_bits_and_reject_the_rest():
     top = [value << 61 for value in (7, 5, 2)]  # three leading bits
     assert [Integers(words(*top)).below(n) for n in (8, 7, 5)] == [7, 5, 2]
     one = Integers(words(*top))
@@ -45,7 +45,7 @@ def test_integers_take_leading_bits_and_redraw_beyond_the_range():
     assert one.below(1) == 0
 
 
-def test_integers_wider_than_a_word_join_words():
+def test_random_integers_wider_than_a_word_join_words():
     wide = Integers(words(1 << 63, 3))
     assert wide.below(1 << 128) == (1 << 127) + 3
     assert wide.below(1 << 65) == 1 << 64  # the 65 leading bits of the same two
@@ -53,7 +53,7 @@ def test_integers_wider_than_a_word_join_words():
 
 @pytest.mark.statistical
 @pytest.mark.parametrize("n", [2, 3, 7, 10, 3 * 2**70])
-def test_integers_are_uniform(n):
+def test_random_integers_are_uniform(n):
     """Flakiness 1e-6 each; a tenth more of the lower half is rejected."""
     draws = 20_000
     source = Integers(stream(seed=n % 97))
@@ -69,7 +69,7 @@ def test_integers_are_uniform(n):
 @pytest.mark.parametrize(
     "rate", [Fraction(0), Fraction(1, 7), Fraction(1), Fraction(5, 2), Fraction(10**38, 3**80)]
 )
-def test_bernoulli_exp_is_true_with_its_exact_probability(rate):
+def test_bernoulli_exp_is_true_with_the_exact_probability(rate):
     """Flakiness 1e-6 each; a fifth more or less often is rejected."""
     n = 20_000
     source = Integers(stream(seed=1))
@@ -106,7 +106,7 @@ def fit(draws, sigma):
 
 @pytest.mark.statistical
 @pytest.mark.parametrize("sigma", [0.4, 1.0, 4.4, 30.0])
-def test_draws_follow_the_exact_law_and_reject_nearby_scales(sigma):
+def test_discrete_gaussian_has_the_exact_law_and_no_near_scale(sigma):
     """Chi-square, flakiness 1e-6 each; the wrong scales are rejected at 1e-12."""
     draws = discrete_gaussian(10_000, sigma, stream(seed=3)).numpy()
     assert draws.dtype == np.int64
@@ -127,7 +127,7 @@ def test_the_discrete_gaussian_is_not_a_rounded_gaussian():
 
 @pytest.mark.statistical
 @pytest.mark.parametrize(("sigma", "n"), [(0.7, 40_000), (4.4, 40_000)])
-def test_discrete_gaussian_has_right_parities_signs_and_tails(sigma, n):
+def test_discrete_gaussian_has_the_right_parities_and_tails(sigma, n):
     """Each share is binomial, flakiness 1e-6 each; a fifth more or less (in the tail, half as many)
     is rejected.
     """
@@ -157,12 +157,12 @@ def test_wide_discrete_gaussian_noise_is_close_to_normal(sigma):
     assert stats.kstest(draws, "norm").pvalue > 1e-6 > stats.kstest(1.2 * draws, "norm").pvalue
 
 
-def test_discrete_gaussian_with_tiny_sigma_gives_zeros():
+def test_the_discrete_gaussian_with_tiny_sigma_gives_zeros():
     assert discrete_gaussian(2000, 1e-6, stream()).abs().max() == 0
     assert discrete_gaussian(0, 1.0, stream()).shape == (0,)
 
 
-def test_equal_requests_give_equal_noise_and_others_different():
+def test_discrete_gaussian_noise_depends_only_on_the_request():
     first, again, other = (discrete_gaussian(50, 9.0, stream(step)) for step in (0, 0, 1))
     assert torch.equal(first, again) and (first == other).sum() < 15
     assert discrete_gaussian(8, 4.0, stream()).tolist() == PINNED
@@ -173,7 +173,7 @@ PINNED = [-2, -7, 6, 4, 0, 5, -4, 9]
 
 
 @pytest.mark.parametrize("sigma", [0.0, -1.0, math.inf, math.nan])
-def test_an_invalid_sigma_is_refused(sigma):
+def test_the_discrete_gaussian_refuses_an_invalid_sigma(sigma):
     with pytest.raises(ConfigError, match="sigma"):
         discrete_gaussian(1, sigma, stream())
 
@@ -212,7 +212,7 @@ def hockey_stick(sigma, times, eps):
 
 @pytest.mark.reference
 @pytest.mark.parametrize(("sigma", "times"), [(1.0, 1), (1.0, 3), (4.4, 1), (4.4, 5), (20.0, 2)])
-def test_epsilon_of_counts_equals_a_sum_over_the_exact_law(sigma, times):
+def test_epsilon_of_noisy_counts_equals_the_exact_law(sigma, times):
     """PLD is an upper bound and tight to half a percent; RDP lies above it; 2/3 of the noise would
     cost more.
     """
@@ -245,7 +245,7 @@ def test_values_outside_the_bins_are_skipped_or_refused():
 
 
 @pytest.mark.parametrize("bins", [0, -3])
-def test_fewer_than_one_bin_is_refused(bins):
+def test_a_histogram_with_less_than_one_bin_is_refused(bins):
     with pytest.raises(ConfigError, match="bins"):
         counted(torch.zeros(1, dtype=torch.int64), bins, strict=False)
     with pytest.raises(ConfigError, match="bins"):
@@ -260,7 +260,7 @@ def test_bin_numbers_that_are_not_integers_are_refused():
 @pytest.mark.property
 @settings(deadline=None)
 @given(st.lists(st.integers(-3, 8), max_size=12), st.integers(-3, 8))
-def test_one_record_changes_one_count_by_1(values, more):
+def test_one_record_changes_one_bin_count_by_1(values, more):
     before, after = (
         counted(torch.tensor(v, dtype=torch.int64), 5, strict=False)
         for v in (values, [*values, more])

@@ -21,7 +21,7 @@ def key():
     return NoiseKey(bytes(range(32)), simulated=False)
 
 
-def test_an_equal_sum_is_replayed_under_its_nonce(tmp_path, key):
+def test_an_equal_sum_gets_the_nonce_of_its_first_draw(tmp_path, key):
     log = DrawLog(tmp_path / "draws.jsonl", key, "boot 1")
     log.open("e")
     first = log.nonce_for("gradient", "e", 0, SUM)
@@ -40,7 +40,7 @@ def test_a_different_sum_gets_no_nonce_and_writes_no_line(tmp_path, key):
     assert (tmp_path / "draws.jsonl").read_bytes() == before
 
 
-def test_a_line_is_in_the_file_before_the_nonce_is_given(tmp_path, key):
+def test_a_draw_is_logged_before_its_nonce_is_given(tmp_path, key):
     path = tmp_path / "draws.jsonl"
     log = DrawLog(path, key, "boot 1")
     log.open("e")
@@ -58,7 +58,7 @@ def test_a_line_is_in_the_file_before_the_nonce_is_given(tmp_path, key):
         ("boot 2", True, False),  # closed: all lines were synced
     ],
 )
-def test_an_open_entry_counts_as_seen_after_another_boot(tmp_path, key, boot, closed, seen):
+def test_an_open_entry_counts_as_drawn_after_another_boot(tmp_path, key, boot, closed, seen):
     log = DrawLog(tmp_path / "draws.jsonl", key, "boot 1")
     log.open("e")
     assert not log.seen("e")
@@ -67,7 +67,7 @@ def test_an_open_entry_counts_as_seen_after_another_boot(tmp_path, key, boot, cl
     assert DrawLog(tmp_path / "draws.jsonl", key, boot).seen("e") is seen
 
 
-def test_an_entry_missing_in_the_log_counts_as_seen(tmp_path, key):
+def test_an_entry_missing_in_the_draw_log_counts_as_drawn(tmp_path, key):
     """A deleted log must not make a second look free."""
     assert DrawLog(tmp_path / "draws.jsonl", key, "boot 1").seen("e")
 
@@ -103,7 +103,7 @@ def refused_in_child(log):
 
 
 @pytest.mark.parametrize("where", ["disk", "memory"])
-def test_a_forked_child_draws_nothing_also_under_one_number(tmp_path, key, monkeypatch, where):
+def test_a_forked_child_with_an_equal_process_id_draws_nothing(tmp_path, key, monkeypatch, where):
     """Two sums once met one noise where the child's number was that of its parent."""
     monkeypatch.setattr(os, "getpid", lambda: 1)
     log = DrawLog(tmp_path / "draws.jsonl" if where == "disk" else None, key, "boot 1")
@@ -119,7 +119,7 @@ def test_a_simulation_in_memory_continues_in_a_child_process():
     assert refused_in_child(log) == ""
 
 
-def test_a_closed_entry_draws_nothing_new(tmp_path, key):
+def test_a_closed_log_entry_gives_no_nonce_for_a_new_sum(tmp_path, key):
     """So no line of it can be missing from a log that was put back."""
     log = DrawLog(tmp_path / "draws.jsonl", key, "boot 1")
     log.open("e")
@@ -129,7 +129,7 @@ def test_a_closed_entry_draws_nothing_new(tmp_path, key):
     assert log.nonce_for("gradient", "e", 0, SUM) == first
 
 
-def test_an_entry_that_was_not_opened_draws_nothing(tmp_path, key):
+def test_a_log_entry_that_was_not_opened_gives_no_nonce(tmp_path, key):
     assert DrawLog(tmp_path / "draws.jsonl", key).nonce_for("gradient", "e", 0, SUM) is None
 
 
@@ -149,7 +149,7 @@ def written(tmp_path, key):
 
 @pytest.mark.parametrize("kept", [None, *range(5)])
 @pytest.mark.parametrize("known_to", ["head", "copy", "anchor"])
-def test_a_restored_old_log_charges_open_entries_again(written, key, kept, known_to):
+def test_a_restored_old_draw_log_charges_open_entries_again(written, key, kept, known_to):
     path, copy = written
     lines = path.read_bytes().splitlines(keepends=True)
     head = DrawLog(path, key, "boot 1").head
@@ -169,7 +169,7 @@ def test_a_restored_old_log_charges_open_entries_again(written, key, kept, known
         assert path.read_text().count("lost") == 1
 
 
-def test_a_log_without_its_head_charges_open_entries_again(written, key):
+def test_a_draw_log_without_head_charges_open_entries_again(written, key):
     path, copy = written
     path.with_suffix(".head").unlink()
     copy.unlink()
@@ -177,7 +177,7 @@ def test_a_log_without_its_head_charges_open_entries_again(written, key):
     assert log.seen("b") and not log.seen("a")
 
 
-def test_a_kill_between_line_and_head_loses_no_draw(written, key):
+def test_a_kill_between_log_line_and_head_loses_no_draw(written, key):
     path, copy = written
     before = path.with_suffix(".head").read_bytes()
     log = DrawLog(path, key, "boot 1", copies=[copy])
@@ -188,7 +188,7 @@ def test_a_kill_between_line_and_head_loses_no_draw(written, key):
     assert again.nonce_for("gradient", "b", 1, SUM) == nonce and not again.seen("b")
 
 
-def test_a_second_log_of_the_same_file_cannot_draw(written, key):
+def test_a_second_open_draw_log_stops_the_first_one(written, key):
     path, _ = written
     first = DrawLog(path, key, "boot 1")
     second = DrawLog(path, key, "boot 1")
@@ -197,7 +197,7 @@ def test_a_second_log_of_the_same_file_cannot_draw(written, key):
         first.nonce_for("gradient", "b", 2, SUM)
 
 
-def test_a_draw_log_is_read_again_after_a_new_lock(tmp_path, key):
+def test_the_draw_log_is_read_again_after_a_new_lock(tmp_path, key):
     path = tmp_path / "private" / "draws.jsonl"
     mine, other = FolderLock(tmp_path), FolderLock(tmp_path)
     mine.acquire()
@@ -213,7 +213,7 @@ def test_a_draw_log_is_read_again_after_a_new_lock(tmp_path, key):
 
 
 @pytest.mark.parametrize("how", ["edited", "moved", "taken out", "older format"])
-def test_a_log_that_was_edited_is_refused(written, key, how):
+def test_an_edited_draw_log_is_refused(written, key, how):
     path, _ = written
     lines = path.read_bytes().splitlines(keepends=True)
     changed = {
@@ -243,11 +243,11 @@ def test_a_noise_draw_opens_no_file_and_does_no_sync(written, key, monkeypatch):
     assert calls == ["fsync"]
 
 
-def test_a_simulation_has_no_nonce():
+def test_a_simulated_draw_log_has_no_nonce():
     assert DrawLog(None, NoiseKey.from_seed(0)).nonce == ""
 
 
-def test_a_torn_last_line_is_dropped_and_other_damage_refused(tmp_path, key):
+def test_the_draw_log_drops_a_torn_line_and_refuses_other_damage(tmp_path, key):
     path = tmp_path / "draws.jsonl"
     log = DrawLog(path, key, "boot 1")
     log.open("e")

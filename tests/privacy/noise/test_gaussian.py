@@ -93,7 +93,7 @@ def outcome_probabilities(table):
 
 @pytest.mark.reference
 @pytest.mark.parametrize("scale", SCALES)
-def test_table_probabilities_have_the_stated_relative_error(scale):
+def test_noise_table_probabilities_have_the_stated_error(scale):
     """Of the first integer of 200 cells, near and far, against 300 bits."""
     table = gaussian_table(scale)
     cells = outcome_probabilities(table)
@@ -115,7 +115,7 @@ def test_table_probabilities_have_the_stated_relative_error(scale):
 
 @pytest.mark.reference
 @pytest.mark.parametrize("scale", [700.0, 1.1 * 2**21, 2.0**38])
-def test_integers_of_a_cell_are_kept_with_the_right_probability(scale):
+def test_noise_integers_are_kept_with_the_right_probability(scale):
     table = gaussian_table(scale)
     width = 2**table.offset_bits
     cells = np.repeat([0, 1, 300, 2000, len(table.slope) - 1], 5)
@@ -127,7 +127,7 @@ def test_integers_of_a_cell_are_kept_with_the_right_probability(scale):
         assert abs(int(value) / mpmath.mpf(2) ** 63 / exact - 1) < mpmath.mpf(2) ** -47
 
 
-def test_early_gaussian_decisions_agree_with_exact_ones():
+def test_early_gaussian_decisions_agree_with_exact_decisions():
     """What is kept at once would be kept by the exact comparison, at every place of the cell."""
     for scale in SCALES[2:]:
         table = gaussian_table(scale)
@@ -138,7 +138,7 @@ def test_early_gaussian_decisions_agree_with_exact_ones():
         assert table.early[table.tail] == 0
 
 
-def test_counts_are_within_one_of_their_shares():
+def test_table_counts_are_within_1_of_their_exact_shares():
     weights = [3, 10**40, 7**30, 1, 2**120]
     counts = counts_of(weights)
     assert sum(counts) == 2**64
@@ -148,7 +148,7 @@ def test_counts_are_within_one_of_their_shares():
 
 
 @pytest.mark.parametrize("scale", [63.9, 2.0**39 * 1.01, math.nan, math.inf])
-def test_a_scale_outside_the_tables_is_refused(scale):
+def test_a_noise_scale_outside_the_tables_is_refused(scale):
     with pytest.raises(PrivacyError, match="allowed: 64 to 2\\^39"):
         gaussian_table(scale)
 
@@ -157,7 +157,7 @@ def test_a_scale_outside_the_tables_is_refused(scale):
 
 
 @pytest.mark.parametrize("scale", [64.0, 700.0, 1.1 * 2**21, 2.0**38])
-def test_the_compiled_path_gives_the_same_integers(scale):
+def test_the_compiled_sampler_gives_the_same_integers(scale):
     """Also of words that are all zeros, all ones, and ties of thresholds."""
     table = gaussian_table(scale)
     small = (table.cut >> np.uint64(CUT_BITS - table.cut_bits), table.alias, table.early)
@@ -177,7 +177,7 @@ def test_the_compiled_path_gives_the_same_integers(scale):
 
 
 @pytest.mark.parametrize("scale", [64.0, 700.0, 1.1 * 2**21, 2.0**38])
-def test_the_compiled_decisions_give_the_same_integers(scale):
+def test_the_compiled_second_step_gives_the_same_integers(scale):
     """Of coordinates that the first words left open: half of them are lost in both paths."""
     table = gaussian_table(scale)
     first, second, third = np.random.default_rng(3).integers(0, 2**64, (3, 9000), dtype=np.uint64)
@@ -198,7 +198,7 @@ def test_the_compiled_decisions_give_the_same_integers(scale):
     assert len(open_) > 0 or scale == 64.0
 
 
-def test_a_draw_in_pieces_gives_the_same_integers(monkeypatch):
+def test_noise_drawn_in_pieces_has_the_same_integers(monkeypatch):
     n = COMPILED_FROM - 1
     whole = drawn(n, 1.1 * 2**21)
     monkeypatch.setattr(gaussian, "PIECE", 100)
@@ -210,7 +210,7 @@ def test_a_draw_in_pieces_gives_the_same_integers(monkeypatch):
 
 @pytest.mark.statistical
 @pytest.mark.parametrize(("scale", "bins"), [(64.0, 200), (700.0, 2000)])
-def test_every_integer_has_its_frequency(scale, bins):
+def test_every_noise_integer_has_the_gaussian_frequency(scale, bins):
     n = 1_000_000
     k = np.arange(-bins, bins + 1)
     expected = stats.norm.cdf((k + 0.5) / scale) - stats.norm.cdf((k - 0.5) / scale)
@@ -240,7 +240,7 @@ def test_noise_moments_and_tails_equal_the_gaussian():
             assert stats.binomtest(beyond, len(z), 1.1 * p).pvalue < 1e-3
 
 
-def test_the_farthest_tail_can_be_drawn():
+def test_the_noise_sampler_can_draw_the_farthest_tail():
     """Words that choose the tail of every table give an integer beyond 15 deviations."""
     table = gaussian_table(1.1 * 2**21)
     places = np.arange(4)

@@ -31,7 +31,7 @@ def draw(key=None, n=N, scale=SCALE, **changes):
 # ---- the key
 
 
-def test_key_file_is_created_once_with_mode_0600(tmp_path):
+def test_the_key_file_is_created_once_with_mode_0600(tmp_path):
     path = tmp_path / "private" / "noise.key"
     first = NoiseKey.from_os(path)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
@@ -56,7 +56,7 @@ def test_a_key_file_readable_by_others_is_refused(tmp_path, mode):
         NoiseKey.from_os(path)
 
 
-def test_a_damaged_key_is_refused(tmp_path):
+def test_a_damaged_key_file_is_refused(tmp_path):
     path = tmp_path / "noise.key"
     path.write_bytes(b"short")
     path.chmod(0o600)
@@ -64,7 +64,7 @@ def test_a_damaged_key_is_refused(tmp_path):
         NoiseKey.from_os(path)
 
 
-def test_a_key_that_another_process_wrote_first_is_kept(tmp_path, monkeypatch):
+def test_a_key_file_written_first_by_another_process_is_kept(tmp_path, monkeypatch):
     path = tmp_path / "noise.key"
     first = NoiseKey.from_os(path)
     # as for one that looked before the file was there
@@ -73,7 +73,7 @@ def test_a_key_that_another_process_wrote_first_is_kept(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["noise.key"]
 
 
-def test_the_key_is_neither_shown_nor_pickled_nor_copied(tmp_path):
+def test_the_noise_key_cannot_be_printed_pickled_or_copied(tmp_path):
     key = NoiseKey.from_os(tmp_path / "noise.key")
     secret = (tmp_path / "noise.key").read_bytes()
     assert repr(key) == str(key) == "NoiseKey(secret)"
@@ -84,7 +84,7 @@ def test_the_key_is_neither_shown_nor_pickled_nor_copied(tmp_path):
             leak(key)
 
 
-def test_simulated_keys_are_marked_and_depend_on_every_part():
+def test_simulated_keys_are_marked_and_depend_on_every_seed_part():
     keys = [
         NoiseKey.from_seed(*p)
         for p in [(0,), (1,), ("0",), (0, "a"), ("0a",), (0, "a", ""), (2**32,)]
@@ -95,12 +95,12 @@ def test_simulated_keys_are_marked_and_depend_on_every_part():
     assert NoiseKey.from_seed(0, "a").mac(b"x") == keys[3].mac(b"x")
 
 
-def test_a_simulated_key_from_an_unstable_name_is_refused():
+def test_a_simulated_key_of_an_unnamed_object_is_refused():
     with pytest.raises(ConfigError):
         NoiseKey.from_seed(object())
 
 
-def test_mac_is_domain_separated_from_every_stream():
+def test_the_mac_uses_a_key_of_its_own_apart_from_noise_streams():
     key = NoiseKey(bytes(32), simulated=False)
     assert key.mac(b"m") != hmac.new(bytes(32), b"m", hashlib.sha256).hexdigest()
     assert key.mac(b"m") != key.mac(b"n")
@@ -120,7 +120,7 @@ def test_mac_is_domain_separated_from_every_stream():
 
 
 @pytest.mark.reference
-def test_keystream_is_aes_256_ctr():
+def test_the_keystream_equals_aes_256_ctr():
     """NIST SP 800-38A uses another counter; encrypting counters block by block is the
     definition.
     """
@@ -133,7 +133,7 @@ def test_keystream_is_aes_256_ctr():
     assert keystream(key, 0).tobytes() == b""
 
 
-def test_a_keystream_reader_continues_at_its_last_position():
+def test_a_keystream_reader_continues_at_the_last_position():
     read = keystream_reader(bytes(32), 40)
     assert (
         b"".join(read(n).tobytes() for n in (40, 5, 0, 16, 39))
@@ -141,7 +141,7 @@ def test_a_keystream_reader_continues_at_its_last_position():
     )
 
 
-def test_equal_requests_give_equal_noise_and_pinned_values():
+def test_equal_noise_requests_give_equal_and_pinned_values():
     """Pinned: a simulated run stays reproducible from one version to the next."""
     assert torch.equal(draw(), draw())
     key = NoiseKey.from_seed(0, "client 3")
@@ -169,7 +169,7 @@ def test_equal_requests_give_equal_noise_and_pinned_values():
         {"scale": SCALE * (1 + 2**-30)},
     ],
 )
-def test_any_change_of_the_request_shares_no_value(change):
+def test_a_changed_noise_request_shares_no_value(change):
     base = draw()
     other = draw(**change)
     m = min(len(base), len(other))
@@ -184,7 +184,7 @@ def test_add_noise_adds_to_the_given_sum():
     NoiseKey.from_seed(0).add_noise(torch.zeros(0, dtype=torch.int64), SCALE, **STREAM)
 
 
-def test_tags_of_sums_are_equal_for_equal_sums_of_a_place():
+def test_tags_are_equal_only_for_equal_sums_of_one_place():
     key = NoiseKey.from_seed(0)
     exact = np.arange(5)
     assert key.tag("a", exact) == key.tag("a", exact.copy())
@@ -192,7 +192,7 @@ def test_tags_of_sums_are_equal_for_equal_sums_of_a_place():
     assert key.tag("a", exact) not in others
 
 
-def test_uniform_is_in_the_half_open_interval_with_53_bits():
+def test_uniform_numbers_are_in_0_to_1_with_53_bits():
     u = NoiseKey.from_seed(0).uniform(N, **STREAM)
     assert u.dtype == torch.float64 and u.shape == (N,)
     assert u.min() >= 0 and u.max() < 1
@@ -202,7 +202,7 @@ def test_uniform_is_in_the_half_open_interval_with_53_bits():
     assert NoiseKey.from_seed(0).uniform(0, **STREAM).shape == (0,)
 
 
-def test_tags_depend_on_the_id_alone():
+def test_tags_of_records_depend_only_on_the_record_id():
     key = NoiseKey.from_seed(0)
     ids = torch.arange(-500, 500)
     tags = key.tags(ids, "memory")
@@ -228,7 +228,7 @@ def scale_p_value(z, scale):
 
 @pytest.mark.statistical
 @pytest.mark.parametrize("seed", range(5))
-def test_noise_scale_is_1_and_not_two_thirds_or_three_halves(seed):
+def test_the_noise_scale_is_1_and_not_two_thirds_or_three_halves(seed):
     """Flakiness 1e-6 per seed; the wrong scales are rejected with power 1 - 1e-100."""
     z = draw(NoiseKey.from_seed(seed), n=4001)
     assert scale_p_value(z, 1) > 1e-6
@@ -237,7 +237,7 @@ def test_noise_scale_is_1_and_not_two_thirds_or_three_halves(seed):
 
 @pytest.mark.statistical
 @pytest.mark.parametrize("seed", [0])
-def test_normals_are_normal(seed):
+def test_noise_of_the_key_is_normally_distributed(seed):
     """Flakiness 1e-6; a scale of 1.02 or a mean of 0.02 is rejected at n = 400,000."""
     z = draw(NoiseKey.from_seed(seed), n=400_000).numpy()
     assert stats.kstest(z, "norm").pvalue > 1e-6
@@ -251,7 +251,7 @@ def test_normals_are_normal(seed):
 
 @pytest.mark.statistical
 @pytest.mark.parametrize("source", ["uniform", "tags"])
-def test_uniforms_are_uniform(source):
+def test_uniform_numbers_of_the_key_are_uniform(source):
     """Flakiness 1e-6; a coin that is 1 % too likely is rejected at n = 200,000."""
     key = NoiseKey.from_seed(1)
     n = 200_000
@@ -265,7 +265,7 @@ def test_uniforms_are_uniform(source):
 
 
 @pytest.mark.statistical
-def test_streams_are_independent_of_others_and_of_shifts():
+def test_noise_streams_are_independent_of_shifted_streams():
     """240 correlations, each beyond 5.5 sigma with probability 4e-8; a correlation of 0.05 would
     show.
     """
@@ -281,7 +281,7 @@ def test_streams_are_independent_of_others_and_of_shifts():
 
 
 @pytest.mark.statistical
-def test_coins_of_a_record_are_independent_over_steps():
+def test_sampling_of_a_record_is_independent_over_steps():
     """Rate 0.1, 2,000 records, 100 steps: each record's count is binomial.
 
     Flakiness 1e-6 per comparison.

@@ -56,7 +56,7 @@ def worst_ratio(pairs, scores, k, noise_multiplier):
 
 @pytest.mark.parametrize("noise_multiplier", [0.4, 2.0])
 @pytest.mark.parametrize("k", [1, 2, 3])
-def test_top_k_likelihood_moves_by_at_most_k_epsilon(k, noise_multiplier):
+def test_one_record_changes_top_k_likelihood_by_k_epsilon(k, noise_multiplier):
     """Exact, over all data sets of up to 4 records, some of them in no bin; a whole epsilon is
     nearly used.
     """
@@ -76,7 +76,7 @@ def test_top_k_likelihood_moves_by_at_most_k_epsilon(k, noise_multiplier):
 
 @pytest.mark.parametrize("noise_multiplier", [0.3, 2.0])
 @pytest.mark.parametrize("q", [0.1, 0.5, 0.75])
-def test_quantile_likelihood_moves_by_at_most_epsilon(q, noise_multiplier):
+def test_one_record_changes_quantile_likelihood_by_epsilon(q, noise_multiplier):
     """Exact, over all data sets of up to 5 records, on candidates, between them, beyond them and
     NaN.
     """
@@ -106,7 +106,7 @@ def test_quantile_likelihood_moves_by_at_most_epsilon(q, noise_multiplier):
     st.floats(0.02, 0.98),
     st.lists(st.floats(-6, 6), min_size=1, max_size=6, unique=True),
 )
-def test_scores_of_candidates_move_by_half_at_most(values, more, q, grid):
+def test_one_record_changes_quantile_scores_by_at_most_half(values, more, q, grid):
     utility = Quantile(q=q, candidates=torch.tensor(sorted(grid), dtype=torch.float64))
     before, after = (
         utility.scores(torch.tensor(v, dtype=torch.float64), strict=False)
@@ -115,7 +115,7 @@ def test_scores_of_candidates_move_by_half_at_most(values, more, q, grid):
     assert float((after - before).abs().max()) <= 0.5 + 1e-9
 
 
-def test_the_score_of_a_candidate_is_its_distance_from_the_rank():
+def test_a_quantile_score_is_the_distance_from_the_rank():
     values = torch.tensor([1.5, 2.5, 2.6, 7.0])
     grid = [0.0, 2.0, 3.0, 9.0]
     below = torch.tensor([0.0, 1.0, 3.0, 4.0])  # no record equals a candidate
@@ -137,7 +137,7 @@ def test_quantile_finds_a_value_shared_by_many_records():
     assert chosen == [1, 4, 4, 9]
 
 
-def test_nan_counts_as_above_all_candidates_or_is_refused():
+def test_quantile_counts_nan_above_all_candidates_or_refuses():
     values = torch.tensor([math.nan, 0.0, math.inf])
     utility = Quantile(q=0.5, candidates=torch.tensor([1.0, 2.0]))
     assert torch.equal(
@@ -161,7 +161,7 @@ def test_nan_counts_as_above_all_candidates_or_is_refused():
         ({"candidates": torch.tensor([0.0, math.inf])}, "finite"),
     ],
 )
-def test_invalid_quantile_arguments_are_refused_in_one_line(change, message):
+def test_quantile_refuses_invalid_arguments_in_one_line(change, message):
     with pytest.raises(ConfigError, match=message) as error:
         Quantile(**{"q": 0.5, "candidates": torch.tensor([0.0, 1.0])} | change)
     assert "\n" not in str(error.value)
@@ -173,7 +173,7 @@ def test_top_k_refuses_k_above_the_number_of_bins(k):
         Frequency(bins=4, k=k)
 
 
-def test_best_returns_sorted_places_and_first_of_equal_scores():
+def test_best_returns_the_highest_scores_in_order():
     assert best(torch.tensor([1.0, 3.0, 3.0, 0.0]), 3).tolist() == [1, 2, 0]
 
 

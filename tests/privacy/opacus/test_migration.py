@@ -84,13 +84,13 @@ def engine_for(model, *, kind="rdp", noise=1.3, steps=5, clip=0.7, **options):
 
 
 @pytest.mark.parametrize("kind", ["rdp", "prv", "gdp"])
-def test_spent_returns_the_history_of_the_engine(kind):
+def test_spent_returns_the_history_of_the_privacy_engine(kind):
     engine, _, _, loader = engine_for(small(), kind=kind, steps=7)
     assert spent(engine) == spent(engine.accountant) == (Charge(0.2, 1.3, 7),)
     assert sampling_rate(loader) == 0.2
 
 
-def test_history_keeps_changed_noise_and_rates_separate():
+def test_spent_keeps_changed_noise_and_rates_separate():
     engine, _, optimizer, _ = engine_for(small(), steps=3)
     optimizer.noise_multiplier = 0.9
     optimizer.step_hook(optimizer)
@@ -99,7 +99,7 @@ def test_history_keeps_changed_noise_and_rates_separate():
 
 
 @pytest.mark.reference
-def test_epsilon_of_the_history_equals_opacus():
+def test_the_epsilon_of_the_history_equals_that_of_opacus():
     engine, *_ = engine_for(small(), steps=11)
     assert epsilon(spent(engine), delta=1e-3, accountant="rdp") == pytest.approx(
         engine.get_epsilon(1e-3), abs=1e-3
@@ -112,7 +112,7 @@ class Trees(RDPAccountant):
         return "tree aggregation"
 
 
-def test_from_opacus_refuses_other_objects_as_history():
+def test_spent_refuses_objects_that_are_not_opacus_accountants():
     with pytest.raises(
         PrivacyError,
         match=r"Trees is not a supported .*: tree aggregation.; .*rdp or prv or gdp",
@@ -144,12 +144,12 @@ def test_a_loader_without_poisson_sampling_is_refused():
 
 
 @pytest.mark.parametrize("options", [{}, {"grad_sample_mode": "ghost"}, {"loss_reduction": "mean"}])
-def test_the_settings_of_a_flat_optimiser_are_two_numbers(options):
+def test_settings_returns_noise_and_clip_norm_of_the_optimizer(options):
     _, _, optimizer, _ = engine_for(small(), **options)
     assert settings(optimizer) == (1.3, 0.7)
 
 
-def test_optimisers_with_other_clipping_are_refused():
+def test_settings_refuses_optimizers_with_other_clipping():
     adaptive = {
         "target_unclipped_quantile": 0.5,
         "clipbound_learning_rate": 0.2,
@@ -174,7 +174,7 @@ def test_optimisers_with_other_clipping_are_refused():
         settings(torch.optim.SGD(small().parameters(), lr=0.1))
 
 
-def test_the_guard_refuses_the_opacus_optimiser_in_a_learner():
+def test_the_learner_refuses_the_optimizer_of_opacus():
     _, _, optimizer, _ = engine_for(small())
     with pytest.raises(
         GuardError, match=r"DPOptimizer of Opacus.*noise a second time.*original_optimizer"
@@ -201,7 +201,7 @@ def traces(model):
     "options", [{"grad_sample_mode": mode} for mode in ("hooks", "functorch", "ghost")]
 )
 @pytest.mark.parametrize("wrap", [True, False])
-def test_unwrapping_gives_a_clean_model_with_equal_parameters(options, wrap):
+def test_unwrapped_returns_a_clean_model_with_equal_parameters(options, wrap):
     model = small()
     _, wrapped, _, _ = engine_for(model, wrap_model=wrap, **options)
     params = list(model.parameters())
@@ -214,14 +214,14 @@ def test_unwrapping_gives_a_clean_model_with_equal_parameters(options, wrap):
     check_model(model)
 
 
-def test_unwrapping_removes_the_hooks_of_opacus():
+def test_unwrapped_removes_the_hooks_of_opacus():
     model = small()
     engine_for(model, wrap_model=False)
     assert traces(model)[1] and unwrapped(model) is model
     assert traces(model) == (set(), 0, set())
 
 
-def test_unwrapping_after_an_interrupted_pass_removes_everything():
+def test_unwrapped_cleans_up_after_an_interrupted_pass():
     model = nn.ModuleDict({"layer": DPLSTM(5, 4, batch_first=True)})
     wrapped = GradSampleModule(model)
     model["layer"](torch.rand(3, 4, 5))
@@ -234,7 +234,7 @@ def test_unwrapping_after_an_interrupted_pass_removes_everything():
     )
 
 
-def test_unwrapping_a_plain_model_returns_the_same_model():
+def test_unwrapped_returns_a_plain_model_unchanged():
     model = small()
     passes = []
     model[0].register_forward_hook(lambda *_: passes.append(1))
@@ -243,7 +243,7 @@ def test_unwrapping_a_plain_model_returns_the_same_model():
     assert passes == [1]
 
 
-def test_unwrapping_removes_data_parallel_wrappers(tmp_path):
+def test_unwrapped_removes_data_parallel_wrappers(tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
     try:
         parallel = nn.parallel.DistributedDataParallel
@@ -259,7 +259,7 @@ def test_unwrapping_removes_data_parallel_wrappers(tmp_path):
 # --------------------------------------------------------------------------- on with perdure
 
 
-def test_a_learner_continues_an_opacus_training(toy_stream, toy_model):
+def test_a_learner_continues_a_training_with_opacus(toy_stream, toy_model):
     stream = toy_stream()
     engine, wrapped, optimizer, _ = engine_for(
         nn.Sequential(nn.Flatten(), toy_model(stream)), steps=6
@@ -285,7 +285,7 @@ def test_a_learner_continues_an_opacus_training(toy_stream, toy_model):
     assert learner.private_sum.ledger.epsilon(delta=1e-3) > epsilon(spent(engine), delta=1e-3)
 
 
-def test_the_opacus_statement_says_which_spending_is_counted():
+def test_the_opacus_notice_names_the_spending_that_is_counted():
     assert "accounted from now on" in STATEMENT and "from_opacus" in STATEMENT
 
 
@@ -334,7 +334,7 @@ HISTORIES = [
 @pytest.mark.reference
 @pytest.mark.parametrize("ours", HISTORIES)
 @pytest.mark.parametrize("delta", [1e-5, 1e-3])
-def test_an_exported_history_has_the_epsilon_of_opacus(ours, delta):
+def test_an_exported_history_has_the_same_epsilon_in_opacus(ours, delta):
     theirs = accountant(ours, ["one"])
     assert isinstance(theirs, IAccountant) and theirs.mechanism() == "rdp"
     assert theirs.get_epsilon(delta) == pytest.approx(
@@ -347,12 +347,12 @@ def test_an_exported_history_has_the_epsilon_of_opacus(ours, delta):
 # log(1 - q) of a step without sampling
 @pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")
 @pytest.mark.parametrize("ours", HISTORIES)
-def test_an_exported_prv_epsilon_is_close_above_our_epsilon(ours):
+def test_the_exported_prv_epsilon_is_close_above_our_epsilon(ours):
     theirs = accountant(ours, ["one"], mechanism="prv").get_epsilon(1e-5)
     assert 0 < theirs - ours.epsilon(["one"], delta=1e-5) < 0.02
 
 
-def test_a_record_of_two_partitions_is_exported_with_both():
+def test_a_record_of_two_partitions_is_exported_with_both_rates():
     [entry] = accountant(HISTORIES[0], ["one", "two"]).history
     assert entry == (1.0, 0.02, 1000)
 
@@ -372,7 +372,7 @@ def test_histories_that_opacus_cannot_express_are_refused():
 
 
 @pytest.mark.parametrize("noise", ["discrete-gaussian", "exponential"])
-def test_noise_of_another_kind_is_refused(noise):
+def test_exports_of_discrete_or_exponential_noise_are_refused(noise):
     ours = account(({"one": 1.0}, 1.0, 1))
     # as of a histogram or a selection
     ours.entries = [replace(entry, mechanism=noise) for entry in ours.entries]
@@ -381,7 +381,7 @@ def test_noise_of_another_kind_is_refused(noise):
 
 
 @pytest.mark.deep(reason="deployment: fresh processes that load libraries where they are used")
-def test_opacus_is_imported_only_for_its_layers():
+def test_opacus_is_imported_only_for_opacus_layers():
     code = """
 import sys, torch
 from perdure.privacy.guard import model_checks as guard
@@ -403,7 +403,7 @@ tried(torch.nn.Conv1d(2, 2, 1, padding="same"), (x[:, :, None],))
     assert done.stdout.split("\n")[:3] == ["True False", "True False", "False True"], done.stderr
 
 
-def test_a_wrapped_model_without_history_gets_a_scope_statement():
+def test_a_model_wrapped_by_opacus_gives_a_warning_of_scope():
     _, wrapped, _, _ = engine_for(small())
     with pytest.warns(UserWarning, match=r"accounted from now on.*from_opacus"):
         learner = Learner(

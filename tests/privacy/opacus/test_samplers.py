@@ -156,7 +156,7 @@ def size(total):
 @pytest.mark.parametrize("records", [RECORDS, LENGTH, 1])
 @pytest.mark.parametrize("clip", [CLIP, COUNTED], ids=["flat", "by layer"])
 @pytest.mark.parametrize("name", MODELS)
-def test_opacus_sampler_sum_equals_a_loop_over_records(name, clip, records):
+def test_opacus_sampler_sums_equal_a_loop_over_records(name, clip, records):
     model, x, y = case(name, records)
     params = dict(model.named_parameters())
     assert clipped_gradient_sum(model, params, lambda: plain(model, x, y), records, clip) is None
@@ -166,7 +166,7 @@ def test_opacus_sampler_sum_equals_a_loop_over_records(name, clip, records):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_one_record_moves_the_sum_by_at_most_the_clip_norm(name):
+def test_one_record_changes_sampler_sums_by_at_most_clip_norm(name):
     model, x, y = case(name)
     # so small that every record is clipped
     params = dict(model.named_parameters())
@@ -179,7 +179,7 @@ def test_one_record_moves_the_sum_by_at_most_the_clip_norm(name):
 
 
 @pytest.mark.parametrize("name", ["DPLSTM", "block with SequenceBias", "mixed"])
-def test_two_passes_of_all_records_are_summed_before_the_norm(name):
+def test_samplers_add_two_passes_before_the_norm(name):
     def twice(model, x, y):
         return plain(model, x, y) + 2 * plain(model, 0.5 * x.flip(1), y)
 
@@ -191,7 +191,7 @@ def test_two_passes_of_all_records_are_summed_before_the_norm(name):
     assert distance(apart, expected) > 0.1 * size(expected)
 
 
-def test_a_layer_that_is_used_twice_is_one_layer():
+def test_samplers_count_a_layer_used_twice_as_one_layer():
     torch.manual_seed(0)
     norm = nn.RMSNorm(5)
     model = Around(nn.Sequential(norm, nn.Tanh(), norm, nn.Conv1d(4, 4, 3, padding=1, groups=2)), 5)
@@ -202,7 +202,7 @@ def test_a_layer_that_is_used_twice_is_one_layer():
     assert distance(by_bridge(model, params, x, y, CLIP), expected) < 1e-5 * size(expected)
 
 
-def test_frozen_layers_and_teachers_are_ignored_by_samplers():
+def test_samplers_ignore_frozen_layers_and_teachers():
     def with_teacher(model, x, y):
         with torch.no_grad():
             taught = model(-3 * x).softmax(-1).flip(1)
@@ -216,7 +216,7 @@ def test_frozen_layers_and_teachers_are_ignored_by_samplers():
     )
 
 
-def test_a_layer_that_no_loss_reaches_gets_zeros():
+def test_samplers_give_zeros_for_a_layer_that_no_loss_uses():
     model, x, y = case("DPLSTM")
     model.spare = nn.RMSNorm(5)
     total = by_bridge(model, dict(model.named_parameters()), x, y, CLIP)
@@ -237,7 +237,7 @@ def test_sampler_sums_of_float64_models_are_float64():
 @pytest.mark.parametrize(
     "name", ["block with DPMultiheadAttention", "DPGRU", "grouped convolution"]
 )
-def test_autocast_sums_stay_in_the_precision_of_parameters(name):
+def test_sampler_sums_under_autocast_are_float32(name):
     def lowered(model, x, y):
         with torch.autocast("cpu", torch.bfloat16):
             return plain(model, x, y).float()
@@ -264,7 +264,7 @@ def halves(model, x, y):
 @pytest.mark.parametrize(
     "name", ["DPLSTM", "block with SequenceBias", "grouped convolution", "mixed"]
 )
-def test_passes_of_half_the_records_are_left_to_the_next_method(name):
+def test_samplers_refuse_passes_of_half_the_records(name):
     model, x, y = case(name, records=6)
     params = dict(model.named_parameters())
     assert by_bridge(model, params, x, y, CLIP, halves) is None
@@ -278,7 +278,7 @@ def test_passes_of_half_the_records_are_left_to_the_next_method(name):
 
 @pytest.mark.reference
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")
-def test_opacus_hooks_would_mix_the_halves_without_an_error():
+def test_the_hooks_of_opacus_mix_half_batches_without_an_error():
     model, x, y = case("DPLSTM", records=6)
     params = dict(model.named_parameters())
     clip = Clip(norm=0.01)
@@ -357,7 +357,7 @@ LEFT = {
 
 
 @pytest.mark.parametrize("name", LEFT)
-def test_unsupported_models_are_left_to_the_next_method(name):
+def test_samplers_refuse_unsupported_models(name):
     torch.manual_seed(0)
     model = LEFT[name]()
     x = torch.randn(RECORDS, LENGTH, 5)
@@ -366,7 +366,7 @@ def test_unsupported_models_are_left_to_the_next_method(name):
     assert not any_hooks(model)
 
 
-def test_rows_that_are_positions_do_not_count_as_records():
+def test_samplers_refuse_layers_whose_rows_are_positions():
     torch.manual_seed(0)
     model = LEFT["linear layers that see the length first"]()
     x = torch.randn(LENGTH, LENGTH, 5)
@@ -374,14 +374,14 @@ def test_rows_that_are_positions_do_not_count_as_records():
     assert by_bridge(model, dict(model.named_parameters()), x, y, CLIP) is None
 
 
-def test_partly_trained_layers_are_left_to_the_next_method():
+def test_samplers_refuse_partly_trained_layers():
     model, x, y = case("mixed")
     for left_out in ("inner.0.bias", "inner.3.weight_ih_l0", "head.bias"):
         params = {n: p for n, p in model.named_parameters() if n != left_out}
         assert by_bridge(model, params, x, y, CLIP) is None
 
 
-def test_samplers_skip_empty_and_too_large_batches(monkeypatch):
+def test_samplers_refuse_empty_and_too_large_batches(monkeypatch):
     model, x, y = case("grouped convolution")
     params = dict(model.named_parameters())
     assert by_bridge(model, params, x[:0], y[:0], CLIP) is None
@@ -390,7 +390,7 @@ def test_samplers_skip_empty_and_too_large_batches(monkeypatch):
     assert by_bridge(model, params, x, y, CLIP) is None
 
 
-def test_sampler_error_names_rows_with_nan_or_infinity():
+def test_the_sampler_error_names_rows_with_nan_or_infinity():
     model, x, y = case("grouped convolution")
     x = torch.where(torch.arange(7)[:, None, None] == 3, x / 0, x)
     with pytest.raises(NotFiniteError) as refusal:
@@ -398,7 +398,7 @@ def test_sampler_error_names_rows_with_nan_or_infinity():
     assert refusal.value.rows.tolist() == [i == 3 for i in range(7)]
 
 
-def test_samplers_leave_models_with_rules_to_bookkeeping():
+def test_samplers_leave_models_with_rules_to_book_keeping():
     model = Around(nn.Linear(5, 8), 8)
     x = torch.randn(RECORDS, LENGTH, 5)
     y = torch.zeros(RECORDS, dtype=torch.int64)
@@ -406,7 +406,7 @@ def test_samplers_leave_models_with_rules_to_bookkeeping():
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_samplers_leave_no_attributes_also_after_an_error(name):
+def test_samplers_leave_no_hooks_or_attributes_on_the_model(name):
     def broken(model, x, y):
         plain(model, x, y)
         raise ZeroDivisionError
@@ -427,13 +427,13 @@ def test_samplers_leave_no_attributes_also_after_an_error(name):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_the_guard_accepts_the_rows_of_every_layer(name):
+def test_the_row_check_accepts_every_layer_with_a_sampler(name):
     model, x, _ = case(name, records=6)
     check_rows(model, lambda x, y: plain(model, x, y), x, torch.tensor([0, 1, 2, 0, 1, 2]), "plain")
 
 
 @pytest.mark.parametrize("name", ["DPLSTM", "DPLSTM, two layers both ways", "DPGRU", "mixed"])
-def test_layers_of_opacus_also_run_record_by_record(name):
+def test_opacus_layers_also_run_record_by_record(name):
     model, x, y = case(name)
     params = {n: p.detach() for n, p in model.named_parameters()}
 
@@ -479,7 +479,7 @@ def register(undone, kind, sampler):
     register_grad_sampler(kind)(sampler)
 
 
-def test_a_layer_with_two_inputs_is_left_to_the_next_method(monkeypatch):
+def test_samplers_refuse_a_layer_with_two_inputs(monkeypatch):
     register(
         monkeypatch,
         Product,
