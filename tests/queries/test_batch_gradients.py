@@ -23,7 +23,7 @@ def problem(toy_stream, toy_model):
     return Forward(model), dict(model.named_parameters()), Batch.current(stream[0].train, 0)
 
 
-def test_row_chunks_contain_every_row_once(problem):
+def test_micro_batches_contain_every_row_once(problem):
     _, _, batch = problem
     assert [len(piece) for piece in micro_batches(batch, 7)] == [7, 7, 7, 3]
     assert torch.equal(torch.cat([piece.ids for piece in micro_batches(batch, 7)]), batch.ids)
@@ -71,7 +71,7 @@ def test_each_model_pass_has_at_most_micro_batch_size_rows(problem):
 
 
 @pytest.mark.parametrize("private", [False, True])
-def test_micro_batches_do_not_change_training_or_charges(toy_stream, toy_model, private):
+def test_micro_batches_change_neither_training_nor_charges(toy_stream, toy_model, private):
     """Up to rounding, and up to noise: it is keyed by all that shapes a sum, down to its
     rounding.
     """
@@ -131,7 +131,7 @@ def test_model_passes_run_in_the_given_precision(toy_stream, toy_model, precisio
     assert seen == {f"torch.{precision}"}
 
 
-def test_the_last_gradient_is_freed_before_the_next_is_computed(toy_stream, toy_model):
+def test_the_last_gradient_is_freed_before_the_next_one(toy_stream, toy_model):
     """So that both never lie in memory at once."""
     stream = toy_stream()
     seen = []

@@ -21,7 +21,7 @@ def small():
 # --------------------------------------------------------------------------- each record alone
 
 
-def test_rows_are_evaluated_on_each_record_alone():
+def test_query_rows_are_computed_on_each_record_alone():
     lengths = []
 
     def coupled(forward, batch):
@@ -36,7 +36,7 @@ def test_rows_are_evaluated_on_each_record_alone():
     assert coupled(Forward(module), data).abs().max() > 0.1
 
 
-def test_gradient_rows_are_evaluated_on_each_record_alone():
+def test_gradient_rows_are_computed_on_each_record_alone():
     def coupled(forward, batch):
         losses = F.cross_entropy(forward(batch.inputs), batch.labels, reduction="none")
         return losses / losses.detach().sum()
@@ -55,7 +55,7 @@ def test_gradient_rows_are_evaluated_on_each_record_alone():
             torch.testing.assert_close(rows[name][i], gradient, rtol=1e-4, atol=1e-6)
 
 
-def test_a_query_that_returns_a_tensor_is_named_value():
+def test_a_query_that_returns_one_tensor_names_it_value():
     data = batch()
     module = small()
     assert list(as_params(torch.zeros(3))) == ["value"]

@@ -99,7 +99,7 @@ def test_the_fast_gram_sum_equals_the_sum_of_clipped_rows(toy_stream, toy_model,
 @pytest.mark.property
 @settings(deadline=None)
 @given(st.integers(1, 7), st.integers(0, 99))
-def test_svec_keeps_norms_and_unsvec_inverts_it(d, seed):
+def test_svec_keeps_norms_and_unsvec_inverts_svec(d, seed):
     half = torch.randn(d, d, generator=torch.Generator().manual_seed(seed))
     matrix = half + half.T
     packed = svec(matrix)
@@ -114,7 +114,7 @@ def wide(d):
 
 
 @pytest.mark.statistical
-def test_gram_noise_is_symmetric_and_of_the_stated_scales(party, toy_stream):
+def test_gram_noise_is_symmetric_and_has_the_stated_scales(party, toy_stream):
     """On nobody's records, d = 300, C = 0.2, m = 3: 0.6 on the diagonal, 0.6 / sqrt(2) off it, 0.6
     / w, 0.6 / v.
     """
@@ -137,7 +137,7 @@ def test_gram_noise_is_symmetric_and_of_the_stated_scales(party, toy_stream):
     assert 0.93 < largest / (0.6 * (2 * 300) ** 0.5) < 1.07  # what a ridge has to stand up to
 
 
-def test_private_gram_sums_use_clipped_vectors(party):
+def test_private_gram_sums_use_clipped_feature_vectors(party):
     """End to end, with next to no noise: features and targets of each record times its factor."""
     test = party(**SILENT)
     records = test.stream[0].train
@@ -156,7 +156,7 @@ def test_private_gram_sums_use_clipped_vectors(party):
         torch.testing.assert_close(released[name], value, rtol=1e-4, atol=2e-5)
 
 
-def test_ridge_from_the_release_equals_ridge_from_the_rows(party):
+def test_ridge_weights_from_a_gram_release_equal_those_from_rows(party):
     """What analytic heads do with it: exact without privacy."""
     test = party()
     records = test.stream[0].train
@@ -184,7 +184,7 @@ class Widest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("privacy", [{}, NOISY])
-def test_no_rows_of_d_squared_numbers_are_formed(party, privacy):
+def test_a_gram_release_forms_no_matrix_per_record(party, privacy):
     """24 records at d = 200: the largest tensor is one matrix (its indices, or its bytes, 8 for
     each float64 number), not 24 of them.
     """
@@ -194,7 +194,7 @@ def test_no_rows_of_d_squared_numbers_are_formed(party, privacy):
     assert 200**2 <= widest.most <= 9 * 200**2
 
 
-def test_a_users_gram_subclass_cannot_clip_by_its_own_method(party, toy_stream):
+def test_a_users_gram_subclass_cannot_change_the_clipping(party, toy_stream):
     """Its rows are clipped like anyone's; only `Gram` itself takes the short way."""
 
     class Loose(Gram):
@@ -233,7 +233,7 @@ class Disguised(Named, SummedQuery):
 
 
 @pytest.mark.parametrize("kind", [Named, Derived, Disguised])
-def test_clipped_sum_of_a_users_query_is_never_called(kind, party, toy_stream):
+def test_the_clipped_sum_method_of_a_users_query_is_not_called(kind, party, toy_stream):
     def plain(forward, batch):
         return {"value": forward.features(batch.inputs)}
 
@@ -265,7 +265,7 @@ class OneShape(Derived):
         return {"value": torch.Size([1])}
 
 
-def test_a_sum_with_other_shapes_than_its_noise_is_refused(party):
+def test_a_query_sum_with_other_shapes_than_its_rows_is_refused(party):
     with pytest.raises(
         PrivacyError, match=r"has shapes .*allowed: the shapes of the query's rows.*1"
     ):
@@ -282,7 +282,7 @@ class Doubled(Derived):
         return {name: value / 2 for name, value in released.items()}
 
 
-def test_gram_subclasses_may_choose_exact_sums_and_release_form(party):
+def test_a_gram_subclass_can_change_exact_sums_and_scaling(party):
     test = party()
     rows = test.model.features(test.stream[0].train.inputs).detach()
     exact = test.curator.release(Doubled(), clip_norm=1e3, purpose="x")["value"]
@@ -291,7 +291,7 @@ def test_gram_subclasses_may_choose_exact_sums_and_release_form(party):
     torch.testing.assert_close(noised, rows.sum(0) / 2, rtol=1e-3, atol=2e-2)
 
 
-def test_targets_with_norm_above_1_are_scaled_or_refused(party):
+def test_gram_targets_above_norm_1_are_scaled_or_refused(party):
     long = Gram(features, lambda f, b: 3.0 * F.one_hot(b.labels, 4))
     unit = Gram(features, one_hot)
     answers = [
@@ -311,13 +311,13 @@ def test_targets_with_norm_above_1_are_scaled_or_refused(party):
         (lambda: Gram(features, one_hot, totals=-1.0), "totals = -1.0"),
     ],
 )
-def test_invalid_weights_of_a_gram_query_are_refused(query, message):
+def test_a_gram_query_refuses_invalid_weights(query, message):
     with pytest.raises(ConfigError, match=message):
         query()
 
 
 @pytest.mark.parametrize("privacy", [{}, NOISY])
-def test_features_of_another_shape_are_refused(party, privacy):
+def test_a_gram_query_refuses_features_of_the_wrong_shape(party, privacy):
     for query in (
         Gram(lambda f, b: b.inputs.sum(1)),
         Gram(lambda f, b: b.inputs[:, :, None]),

@@ -55,7 +55,7 @@ def problem(model, n=20):
 @pytest.mark.reference
 @pytest.mark.parametrize("terms", [logit, fisher_terms])
 @pytest.mark.parametrize("model", ["mlp", "cnn"])
-def test_rows_and_sums_equal_one_backward_pass_per_record(model, terms):
+def test_grouped_gradients_equal_one_backward_pass_per_record(model, terms):
     module, data = problem(model)
     query = query_of(terms)
     expected = by_hand(module, terms, data, by_label, 3)
@@ -82,7 +82,7 @@ def test_grouped_sums_are_right_for_unusual_layer_use(make):
 
 @pytest.mark.parametrize("clip", [Clip(norm=0.3), Clip(norm=3.0), Clip(norm=0.5, per_layer=True)])
 @pytest.mark.parametrize("model", ["mlp", "cnn"])
-def test_the_clipped_sum_equals_the_sum_of_clipped_rows(model, clip):
+def test_the_clipped_grouped_sum_equals_the_sum_of_clipped_rows(model, clip):
     module, data = problem(model)
     query = query_of()
     params = {name: value.detach() for name, value in module.named_parameters()}
@@ -91,7 +91,7 @@ def test_the_clipped_sum_equals_the_sum_of_clipped_rows(model, clip):
 
 
 @pytest.mark.parametrize("model", ["mlp", "cnn"])
-def test_one_record_moves_the_sum_by_at_most_the_clip_norm(model):
+def test_one_record_changes_a_grouped_sum_by_at_most_clip_norm(model):
     module, data = problem(model)
     query = query_of()
     bound = 0.3
@@ -107,7 +107,7 @@ def test_one_record_moves_the_sum_by_at_most_the_clip_norm(model):
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), 1e30])
 @pytest.mark.parametrize("model", ["mlp", "cnn"])
-def test_a_record_with_nan_norm_adds_nothing_to_its_group(model, poison):
+def test_a_record_with_nan_adds_nothing_to_its_group(model, poison):
     module, data = problem(model, 9)
     query = query_of(fisher_terms)
     clip = Clip(norm=0.05)
@@ -121,7 +121,7 @@ def test_a_record_with_nan_norm_adds_nothing_to_its_group(model, poison):
 
 
 @pytest.mark.parametrize("model", ["mlp", "cnn"])
-def test_a_record_without_group_adds_nothing(model):
+def test_a_record_without_a_group_adds_nothing(model):
     module, data = problem(model)
     shifted = lambda rows: 2 * rows.labels - 1  # noqa: E731  # -1, 1 and 3, of 3 groups
     found = summed(query_of(group=shifted), module, data)
@@ -131,7 +131,7 @@ def test_a_record_without_group_adds_nothing(model):
         assert not value[0].any() and not value[2].any()
 
 
-def test_a_release_without_records_has_noise_of_the_right_shape():
+def test_a_grouped_release_without_records_has_the_right_shape():
     module, data = problem("mlp")
     none = data.take(slice(0, 0))
     assert summed(query_of(), module, none) is None
@@ -139,7 +139,7 @@ def test_a_release_without_records_has_noise_of_the_right_shape():
 
 
 @pytest.mark.parametrize("model", ["mlp", "cnn"])
-def test_rows_of_all_groups_are_never_formed(model, monkeypatch):
+def test_grouped_gradients_form_no_rows_for_all_groups(model, monkeypatch):
     """They would take 20 x 100,000 gradients here."""
     module, data = problem(model)
     params = {name: value.detach() for name, value in module.named_parameters()}
@@ -161,7 +161,7 @@ class Cheating(GroupedGradient):
     clipped_sum = summed
 
 
-def test_a_users_grouped_query_cannot_clip_by_its_own_method():
+def test_a_users_grouped_query_cannot_change_the_clipping():
     module, data = problem("mlp")
     params = {name: value.detach() for name, value in module.named_parameters()}
     honest = bounded_sum(query_of(), module, params, data.tensors(), Clip(norm=0.3))

@@ -17,7 +17,7 @@ from perdure.queries import releases
 
 
 @pytest.mark.statistical
-def test_a_mean_and_its_noise_divide_by_the_declared_number(party, toy_stream):
+def test_a_mean_and_its_noise_are_divided_by_the_declared_size(party, toy_stream):
     """Declared 96 of 24: noise 3 x 0.2 / 96, two-sided (flakiness 4e-8)."""
     stream = toy_stream()
     first = stream[0]
@@ -67,7 +67,7 @@ def test_a_record_outside_the_bins_is_skipped_only_under_privacy(party):
             one(party().curator)
 
 
-def test_nan_lies_above_all_candidates_only_under_privacy(party, toy_stream):
+def test_a_quantile_counts_nan_above_all_only_under_privacy(party, toy_stream):
     stream = toy_stream()
     for place in range(20):
         stream = poisoned(stream, place, math.nan)
@@ -79,7 +79,7 @@ def test_nan_lies_above_all_candidates_only_under_privacy(party, toy_stream):
 
 
 @pytest.mark.parametrize("q", [0.05, 0.5, 0.9])
-def test_quantiles_of_many_records_are_near(q):
+def test_private_quantiles_of_many_records_are_accurate(q):
     """1,000 numbers, epsilon 0.5: a rank 80 off has probability below 1e-6 (with 500
     candidates).
     """
@@ -96,7 +96,7 @@ def test_quantiles_of_many_records_are_near(q):
     assert abs(float((values < grid[chosen]).float().mean()) - q) < 0.08
 
 
-def test_selected_candidates_depend_on_the_records(party):
+def test_quantile_and_top_k_select_by_the_records(party):
     test = party(**(NOISY | {"release_noise": 0.05}))
     chosen = releases.quantile(
         test.curator, brightness, q=0.5, candidates=torch.tensor(GRID), purpose="x"
@@ -148,14 +148,14 @@ def test_selected_candidates_depend_on_the_records(party):
         ),
     ],
 )
-def test_refusals_take_one_line_and_cost_nothing(party, ask, message, privacy):
+def test_invalid_queries_are_refused_in_one_line_uncharged(party, ask, message, privacy):
     test = party(**privacy)
     with pytest.raises(ConfigError, match=message) as error:
         ask(test.curator)
     assert "\n" not in str(error.value) and isinstance(error.value, PerdureError) and not test.trace
 
 
-def test_score_classes_of_the_user_are_refused(party):
+def test_select_refuses_score_classes_of_the_user(party):
     @dataclass
     class Own:
         k = 1

@@ -136,12 +136,12 @@ def counted(monkeypatch, module, data, terms):
     return len(forward), len(backward)
 
 
-def test_a_sum_takes_one_forward_pass_and_one_backward_a_term(monkeypatch):
+def test_a_layer_sum_needs_one_forward_pass_for_all_records(monkeypatch):
     module = small("cnn")
     assert counted(monkeypatch, module, batch(20, (1, 8, 8)), fisher_terms) == (2, 3)
 
 
-def test_passes_have_no_more_records_than_memory_allows(monkeypatch):
+def test_layer_sum_passes_hold_as_many_records_as_memory_allows(monkeypatch):
     module = small("cnn")
     data = batch(20, (1, 8, 8))
     expected = exact_sum(SquaredGradient(fisher_terms), Forward(module), data, 1024)
@@ -151,7 +151,7 @@ def test_passes_have_no_more_records_than_memory_allows(monkeypatch):
 
 
 @pytest.mark.parametrize("model", ["mlp", "cnn"])
-def test_no_graph_of_second_derivatives_is_kept(model):
+def test_layer_sums_keep_no_graph_of_second_derivatives(model):
     seen = set()
 
     class Watched(SquaredGradient):
@@ -166,7 +166,7 @@ def test_no_graph_of_second_derivatives_is_kept(model):
     assert seen == {False}
 
 
-def test_rows_of_a_linear_layer_with_one_place_are_not_formed():
+def test_layer_sums_form_no_rows_of_a_linear_layer():
     """The only numbers whose size is taken are inputs and gradients at outputs."""
     largest = []
 
@@ -180,7 +180,7 @@ def test_rows_of_a_linear_layer_with_one_place_are_not_formed():
     assert max(largest) == 3 * 400
 
 
-def test_terms_are_computed_from_one_record_at_a_time():
+def test_layer_sum_terms_are_computed_from_each_record_alone():
     def coupled(forward, batch):
         log_p = torch.log_softmax(forward(batch.inputs - batch.inputs.mean(0)), dim=1)
         return -log_p, log_p.exp().detach()
@@ -201,7 +201,7 @@ def test_layers_with_a_shared_weight_are_not_summed_separately():
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
-def test_torch_attention_is_not_summed_by_layers():
+def test_layer_sums_are_right_for_a_torch_transformer_layer():
     """It has a way without gradients, which it takes where it does not see that they are wanted."""
     layer = nn.TransformerEncoderLayer(2, 1, 4, dropout=0.0, batch_first=True)
     module = nn.Sequential(layer, nn.Flatten(), nn.Linear(8, 3)).eval()
@@ -217,7 +217,7 @@ def test_a_layer_sum_without_records_is_none():
     assert sum_by_layers(fisher_terms, torch.square, module, parameters(module), none) is None
 
 
-def test_losses_without_parameters_have_no_sum():
+def test_losses_without_parameters_have_a_squared_gradient_of_0():
     def constant(forward, batch):
         return forward(batch.inputs).detach()[:, :1], torch.ones(len(batch), 1)
 

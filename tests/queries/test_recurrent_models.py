@@ -90,7 +90,7 @@ def one_by_one(model, batch, size, groups):
 
 @pytest.mark.parametrize("query", QUERIES)
 @pytest.mark.parametrize("name", ["GRU", "LSTM", "branch"])
-def test_recurrent_sums_equal_a_loop_of_autograd(name, query):
+def test_sums_of_recurrent_models_equal_a_loop_of_autograd(name, query):
     place = torch.Generator().manual_seed(1)
     records = Records(inputs=torch.randn(3, 5, generator=place), labels=torch.arange(3))
     batch = Batch.current(records, 0)
@@ -105,7 +105,7 @@ def test_recurrent_sums_equal_a_loop_of_autograd(name, query):
 @pytest.mark.parametrize(
     "strategy", [EWC(strength=1.0), MAS(strength=1.0), RWalk(strength=1.0), OGD()]
 )
-def test_a_recurrent_model_is_trained_on_a_whole_stream(toy_data, strategy):
+def test_strategies_train_a_recurrent_model_on_a_whole_stream(toy_data, strategy):
     stream = split(toy_data, scenario="class", experiences=2)
     learner = Learner(
         model=model_of("GRU"),
@@ -118,7 +118,7 @@ def test_a_recurrent_model_is_trained_on_a_whole_stream(toy_data, strategy):
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_a_hand_written_recurrent_layer_equals_torch(name):
+def test_an_unrolled_recurrent_layer_equals_the_torch_layer(name):
     layer = LAYERS[name]().double()
     rows = torch.randn(4, 5, 1, dtype=torch.float64)
     with torch.no_grad():
@@ -131,7 +131,7 @@ def test_a_hand_written_recurrent_layer_equals_torch(name):
     torch.testing.assert_close(alone, outputs[0])
 
 
-def test_a_packed_sequence_is_left_to_torch():
+def test_an_unrolled_layer_leaves_packed_sequences_to_torch():
     layer = nn.GRU(1, 3, batch_first=True)
     packed = nn.utils.rnn.pack_padded_sequence(torch.randn(2, 5, 1), [5, 3], batch_first=True)
     with torch.no_grad(), unrolled_recurrence(layer):

@@ -68,7 +68,7 @@ every = pytest.mark.parametrize("asked", ASKED)
 
 
 @every
-def test_a_release_is_charged_once_and_before_its_noise_is_drawn(party, asked):
+def test_a_release_is_charged_once_before_its_noise_is_drawn(party, asked):
     test = party(**NOISY)
     ASKED[asked](test.curator)
     assert test.trace == [
@@ -106,7 +106,7 @@ def test_a_release_without_privacy_is_exact(party, asked):
 
 
 @every
-def test_a_release_with_tiny_noise_is_the_clipped_sum(party, asked):
+def test_a_release_with_very_small_noise_is_the_clipped_sum(party, asked):
     """Noise of 1e-6; the same as without privacy where nothing is clipped."""
     test = party(**SILENT)
     exact = party()
@@ -123,7 +123,7 @@ def test_a_release_with_tiny_noise_is_the_clipped_sum(party, asked):
 
 
 @every
-def test_a_release_without_records_is_noise_only(party, toy_stream, asked):
+def test_a_release_without_records_is_only_noise(party, toy_stream, asked):
     test = party(nobody(toy_stream()), **NOISY)
     full = party(**NOISY)
     answer = ASKED[asked](test.curator)
@@ -136,7 +136,7 @@ def test_a_release_without_records_is_noise_only(party, toy_stream, asked):
 
 
 @every
-def test_equal_releases_have_own_noise_and_repeat_after_restart(party, asked):
+def test_equal_releases_have_own_noise_and_repeat_on_restart(party, asked):
     noisier = NOISY | {"noise_multiplier": 20.0}
     ask = {
         "quantile": lambda c: releases.quantile(
@@ -156,7 +156,7 @@ def test_equal_releases_have_own_noise_and_repeat_after_restart(party, asked):
 
 
 @pytest.mark.parametrize("asked", ["histogram", "top-k", "quantile"])
-def test_another_release_after_a_restart_is_a_new_entry(party, asked):
+def test_a_changed_release_after_a_restart_is_a_new_entry(party, asked):
     """Under one name and number, but of other records' values: never the same noise on another
     answer.
     """
@@ -214,7 +214,7 @@ COUPLED = {
 
 @pytest.mark.parametrize("couple", COUPLED)
 @pytest.mark.parametrize("targets", [None, one_hot])
-def test_features_are_computed_on_one_record_at_a_time(party, toy_stream, couple, targets):
+def test_gram_features_are_computed_on_each_record_alone(party, toy_stream, couple, targets):
     query = Gram(COUPLED[couple], targets)
     stream = toy_stream()
     change = moved(party, stream, 0, lambda c: c.release(query, clip_norm=1.0, purpose="gram"))
@@ -239,7 +239,7 @@ def test_features_are_computed_on_one_record_at_a_time(party, toy_stream, couple
         lambda b: b.labels.roll(1),
     ],
 )
-def test_bins_are_computed_on_one_record_at_a_time(party, toy_stream, of):
+def test_histogram_bins_are_computed_on_each_record_alone(party, toy_stream, of):
     for ask in (
         lambda c: releases.histogram(c, of, bins=4, purpose="x"),
         lambda c: releases.top_k(c, of, bins=4, k=1, purpose="x"),
@@ -305,7 +305,7 @@ def learner(stream, model, strategy, **privacy):
 
 
 @pytest.mark.slow
-def test_declared_releases_are_planned_granted_and_spent(toy_stream, toy_model):
+def test_declared_releases_are_planned_granted_and_charged(toy_stream, toy_model):
     made = learner(toy_stream(), toy_model, Curious(), epsilon=8.0)
     made.fit(toy_stream())
     ledger = made.private_sum.ledger
@@ -336,7 +336,7 @@ def test_an_undeclared_release_is_refused(toy_stream, toy_model, more, refused):
         made.fit(toy_stream())
 
 
-def test_a_combination_makes_the_releases_of_its_parts(toy_stream, toy_model):
+def test_combine_makes_the_releases_of_all_its_parts(toy_stream, toy_model):
     both = Combine(Curious(), EWC(strength=1.0), Curious())
     assert both.privacy_cost == PrivacyCost(releases=5, histograms=2, selections=6)
     made = learner(toy_stream(), toy_model, both, noise_multiplier=1.0)

@@ -98,7 +98,7 @@ def without(batch, place=3):
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("poison", POISONS)
 @pytest.mark.parametrize("clip", [Clip(norm=0.5), Clip(norm=0.5, per_layer=True)])
-def test_gradient_of_a_nan_row_counts_as_zero(kind, poison, clip):
+def test_the_gradient_of_a_nan_record_counts_as_zero(kind, poison, clip):
     model = model_of(kind)
     params = dict(model.named_parameters())
     ask = partial(clipped_gradient, Forward(model), losses, params, clip=clip, at_once=None)
@@ -112,7 +112,7 @@ def test_gradient_of_a_nan_row_counts_as_zero(kind, poison, clip):
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_batch_of_bad_rows_sums_to_zero(kind):
+def test_a_batch_of_nan_records_sums_to_zero(kind):
     model = model_of(kind)
     params = dict(model.named_parameters())
     bad = poisoned(rows(2), math.nan, place=slice(None))
@@ -142,7 +142,7 @@ QUERIES = {
 @pytest.mark.parametrize("kind", ["by rules", "record by record"])
 @pytest.mark.parametrize("query", QUERIES)
 @pytest.mark.parametrize("poison", POISONS[:3])
-def test_query_row_of_a_nan_record_counts_as_zero(kind, query, poison):
+def test_the_query_row_of_a_nan_record_counts_as_zero(kind, query, poison):
     model = model_of(kind)
     params = {name: value.detach() for name, value in model.named_parameters()}
     ask = partial(bounded_sum, QUERIES[query], model, params, clip=Clip(norm=0.5))
@@ -171,7 +171,7 @@ class Asking(Strategy):
     ids=lambda strategy: strategy.name,
 )
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
-def test_private_run_with_nan_rows_ends_without_error(toy_data, strategy, poison):
+def test_a_private_run_with_nan_records_ends_without_error(toy_data, strategy, poison):
     from dataclasses import replace
 
     inputs = toy_data.train.inputs.clone()

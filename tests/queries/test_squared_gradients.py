@@ -43,7 +43,7 @@ both = pytest.mark.parametrize("kind", list(SIZES))
 @both
 @pytest.mark.parametrize("terms", [fisher_terms, label_terms])
 @pytest.mark.parametrize("model", ["mlp", "cnn"])
-def test_gradients_equal_one_backward_pass_per_record_and_term(model, terms, kind):
+def test_squared_gradients_equal_one_backward_pass_per_record(model, terms, kind):
     module = small(model)
     query = kind(terms)
     data = batch(shape=(1, 8, 8)) if model == "cnn" else batch()
@@ -103,7 +103,7 @@ def test_the_fast_sum_is_not_used_if_it_would_be_wrong(make, kind):
 
 @both
 @pytest.mark.parametrize("make", FAST)
-def test_the_fast_sum_includes_effects_of_hooks(make, kind):
+def test_the_fast_sum_includes_the_effects_of_hooks(make, kind):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         module = make()
@@ -116,7 +116,7 @@ def test_the_fast_sum_includes_effects_of_hooks(make, kind):
 
 @both
 @pytest.mark.parametrize("make", [*FAST, *BY_ROWS])
-def test_private_sums_of_any_model_equal_sums_of_its_rows(make, kind):
+def test_private_squared_sums_equal_sums_of_clipped_rows(make, kind):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         module = make()
@@ -128,7 +128,7 @@ def test_private_sums_of_any_model_equal_sums_of_its_rows(make, kind):
     assert_same(bounded_sum(query, module, params, data.tensors(), clip), expected)
 
 
-def test_clipped_sums_join_two_rows_of_a_record_in_one_call():
+def test_two_rows_of_a_record_in_one_layer_call_are_clipped_once():
     """A layer that is called on a matrix: its gradient is no outer product."""
 
     class Pairs(nn.Module):
@@ -162,7 +162,7 @@ def test_a_hook_for_all_modules_stops_the_fast_sum():
     assert summed(SquaredGradient(fisher_terms), small(), batch()) is not None
 
 
-def test_frozen_parameters_do_not_stop_the_sum():
+def test_squared_sums_work_with_frozen_parameters():
     module = small()
     data = batch()
     expected = exact_sum(SquaredGradient(fisher_terms), Forward(module), data, 100)
@@ -172,7 +172,7 @@ def test_frozen_parameters_do_not_stop_the_sum():
 
 
 @both
-def test_a_body_without_parameters_is_not_counted_as_layer(kind):
+def test_a_body_without_parameters_is_not_counted_as_a_layer(kind):
     body = nn.Sequential(nn.Flatten(), nn.Linear(5, 4), nn.Tanh())
     module = frozen(body, input_shape=(5,), num_classes=3)
     data = batch()
@@ -186,7 +186,7 @@ def test_a_body_without_parameters_is_not_counted_as_layer(kind):
     )
 
 
-def test_no_more_rows_are_computed_at_once_than_memory_allows(monkeypatch):
+def test_query_rows_are_computed_in_pieces_that_fit_memory(monkeypatch):
     module = Transposed()
     data = batch(40)
     seen = []
@@ -203,7 +203,7 @@ def test_no_more_rows_are_computed_at_once_than_memory_allows(monkeypatch):
     assert seen == [16, 16, 8]
 
 
-def test_sums_use_the_given_parameters():
+def test_squared_gradient_sums_use_the_given_parameters():
     module = small()
     other = mlp(input_shape=(5,), num_classes=3, hidden=(6, 4), seed=9, activation="tanh")
     data = batch()
@@ -215,7 +215,7 @@ def test_sums_use_the_given_parameters():
     )
 
 
-def test_hooks_do_not_outlive_the_fast_sum():
+def test_the_fast_sum_removes_its_hooks_after_an_error():
     module = small()
 
     def failing(forward, batch):
@@ -233,7 +233,7 @@ def test_hooks_do_not_outlive_the_fast_sum():
 @both
 @pytest.mark.parametrize("terms", [fisher_terms, label_terms])
 @pytest.mark.parametrize("clip", [Clip(norm=0.02), Clip(norm=0.2), Clip(norm=0.05, per_layer=True)])
-def test_the_clipped_sum_equals_the_sum_of_clipped_rows(terms, clip, kind):
+def test_the_clipped_squared_sum_equals_the_sum_of_clipped_rows(terms, clip, kind):
     module = small()
     data = batch(n=20)
     query = kind(terms)
@@ -245,7 +245,7 @@ def test_the_clipped_sum_equals_the_sum_of_clipped_rows(terms, clip, kind):
 
 @both
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), 1e30])
-def test_a_record_with_nan_norm_adds_nothing(poison, kind):
+def test_a_nan_record_adds_nothing_to_squared_gradients(poison, kind):
     module = small()
     data = batch(n=9)
     query = kind(fisher_terms)
@@ -269,7 +269,7 @@ def test_an_absolute_gradient_has_the_norm_of_the_gradient():
         torch.testing.assert_close(length, torch.cat([g.flatten() for g in gradients]).norm())
 
 
-def test_terms_of_one_record_do_not_depend_on_other_records():
+def test_squared_gradient_terms_see_one_record_at_a_time():
     seen = []
 
     def coupled(forward, batch):

@@ -76,7 +76,7 @@ def words_of(result: dict[str, Any], config: str | None = None) -> str:
     return Page(html(checked(result), [], config)).text
 
 
-def test_the_page_has_and_links_every_section(page: Page) -> None:
+def test_the_report_page_has_and_links_every_section(page: Page) -> None:
     names = [attributes["id"] for attributes in page.all("section")]
     assert names == ["answer", "arms", "pictures", "privacy", "run", "words"]
     assert [attributes["href"] for attributes in page.all("a")] == [f"#{name}" for name in names]
@@ -84,7 +84,7 @@ def test_the_page_has_and_links_every_section(page: Page) -> None:
     assert len(page.all("svg")) == len(page.all("figcaption")) == 4
 
 
-def test_the_page_loads_nothing_from_the_network(page: Page, written: Path) -> None:
+def test_the_report_page_loads_nothing_from_the_network(page: Page, written: Path) -> None:
     for tag, attributes in page.elements:
         assert tag not in {"script", "iframe", "object", "embed", "base"}
         for name in ("src", "href", "xlink:href", "action", "data", "srcset"):
@@ -97,7 +97,7 @@ def test_the_page_loads_nothing_from_the_network(page: Page, written: Path) -> N
     assert source.count("url(") == source.count("url(#") > 0
 
 
-def test_every_id_is_unique_and_every_reference_resolves(page: Page) -> None:
+def test_every_id_of_the_report_page_is_unique_and_found(page: Page) -> None:
     ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
     assert len(ids) == len(set(ids))
     for _, attributes in page.elements:
@@ -118,13 +118,13 @@ def test_tables_and_figures_have_texts_for_screen_readers(page: Page) -> None:
     assert page.all("html") == [{"lang": "en"}]
 
 
-def test_the_page_has_styles_for_dark_print_and_small_screens(written: Path) -> None:
+def test_the_report_page_has_dark_print_and_narrow_styles(written: Path) -> None:
     source = (written / "report.html").read_text(encoding="utf-8")
     for query in ("prefers-color-scheme: dark", "@media print", "max-width: 40rem"):
         assert query in source
 
 
-def test_options_are_shown_in_chips_that_wrap(
+def test_strategy_options_are_shown_as_chips_that_wrap(
     result: dict[str, Any],
 ) -> None:
     replay = next(arm for arm in result["arms"] if arm["strategy"] == "replay")
@@ -139,7 +139,7 @@ def test_options_are_shown_in_chips_that_wrap(
     assert len(chips) == sum(name.startswith("options") for name in rows)
 
 
-def test_an_options_row_has_all_columns_of_the_table(result: dict[str, Any]) -> None:
+def test_an_options_row_has_all_columns_of_the_arms_table(result: dict[str, Any]) -> None:
     arms = Page(arms_table(checked(result)))
     width = sum(attributes.get("scope") == "col" for attributes in arms.all("th"))
     (span,) = {
@@ -149,7 +149,7 @@ def test_an_options_row_has_all_columns_of_the_table(result: dict[str, Any]) -> 
     assert span + beside // len(arms.all("ul")) == width
 
 
-def test_only_numbers_in_the_table_of_arms_stay_on_one_line(written: Path) -> None:
+def test_only_numbers_in_the_arms_table_stay_on_one_line(written: Path) -> None:
     style = (written / "report.html").read_text(encoding="utf-8").partition("</style>")[0]
     rules = dict(re.findall(r"^([^@{}\n]+?) \{([^}]*)\}", style, flags=re.MULTILINE))
     kept = {name for name, rule in rules.items() if "white-space: nowrap" in rule}
@@ -159,7 +159,7 @@ def test_only_numbers_in_the_table_of_arms_stay_on_one_line(written: Path) -> No
     assert "overflow-x: auto" in rules[".scroll"]
 
 
-def test_the_answer_names_the_best_arms(result: dict[str, Any]) -> None:
+def test_the_report_page_names_the_best_arms(result: dict[str, Any]) -> None:
     best = {arm["private"]: arm for arm in result["arms"] if arm["strategy"] == "replay"}
     text = words_of(result)
     assert (
@@ -169,7 +169,7 @@ def test_the_answer_names_the_best_arms(result: dict[str, Any]) -> None:
     assert f"at epsilon 7.99 (per record, add-remove, δ = 1e-5; {SIMULATION})" in text
 
 
-def test_the_answer_depends_on_the_numbers_of_the_result(result: dict[str, Any]) -> None:
+def test_the_summary_depends_on_the_numbers_of_the_result(result: dict[str, Any]) -> None:
     result["arms"][0]["average_accuracy"] = 99.5
     result["arms"][1]["average_accuracy"] = 99.9
     text = words_of(result)
@@ -177,7 +177,7 @@ def test_the_answer_depends_on_the_numbers_of_the_result(result: dict[str, Any])
     assert "With privacy, naive is best at 99.9 % , 0.4 points more" in text
 
 
-def test_without_private_arms_nothing_may_be_called_private(result: dict[str, Any]) -> None:
+def test_a_report_without_private_arms_promises_no_privacy(result: dict[str, Any]) -> None:
     result["arms"] = [arm for arm in result["arms"] if not arm["private"]]
     result["epsilon_of_all_arms"] = None
     text = words_of(result)
@@ -186,14 +186,14 @@ def test_without_private_arms_nothing_may_be_called_private(result: dict[str, An
     assert SIMULATION not in text
 
 
-def test_the_page_works_with_private_arms_only(result: dict[str, Any]) -> None:
+def test_the_report_page_works_with_private_arms_only(result: dict[str, Any]) -> None:
     result["arms"] = [arm for arm in result["arms"] if arm["private"]]
     text = words_of(result)
     assert "No model was measured without privacy." in text
     assert "epsilon is infinite" not in text
 
 
-def test_the_statement_covers_every_private_arm_and_all_together(result: dict[str, Any]) -> None:
+def test_the_report_states_epsilon_of_every_private_arm(result: dict[str, Any]) -> None:
     text = words_of(result)
     for arm in result["arms"]:
         if arm["epsilon"]:
@@ -205,20 +205,20 @@ def test_the_statement_covers_every_private_arm_and_all_together(result: dict[st
     assert "server sees released sums only" in text
 
 
-def test_the_page_says_if_the_joint_epsilon_is_missing(result: dict[str, Any]) -> None:
+def test_the_report_page_says_if_the_joint_epsilon_is_missing(result: dict[str, Any]) -> None:
     result["epsilon_of_all_arms"] = None
     text = words_of(result)
     assert "No joint epsilon was computed for the 4 models with privacy." in text
     assert "Use this number if more than one" not in text
 
 
-def test_the_statement_says_that_declared_sizes_are_public(result: dict[str, Any]) -> None:
+def test_the_report_page_says_that_declared_sizes_are_public(result: dict[str, Any]) -> None:
     text = words_of(result)
     assert "Declared sizes: public" in text
     assert "If no number was declared, the real number is used, and it becomes public." in text
 
 
-def test_only_simulated_epsilons_are_labelled(result: dict[str, Any]) -> None:
+def test_the_report_page_labels_only_simulated_epsilons(result: dict[str, Any]) -> None:
     # Answer, table and statement of four arms, and all together; the warning begins with a capital.
     assert words_of(result).count(SIMULATION) == 1 + 4 + 4 + 1
     assert SIMULATION.capitalize() in words_of(result)
@@ -228,7 +228,7 @@ def test_only_simulated_epsilons_are_labelled(result: dict[str, Any]) -> None:
     assert SIMULATION not in words_of(result).lower()
 
 
-def test_units_and_relations_are_explained_each_in_its_own_words(result: dict[str, Any]) -> None:
+def test_the_report_page_explains_each_unit_and_relation(result: dict[str, Any]) -> None:
     other = result["arms"][1]["epsilon"]
     other.update(unit="client", relation="replace-one")
     text = words_of(result)
@@ -260,7 +260,7 @@ def test_text_from_a_run_cannot_become_markup(run: Path, result: dict[str, Any])
     assert attack in hostile.text
 
 
-def test_the_same_result_gives_the_same_bytes(
+def test_equal_results_give_report_files_with_equal_bytes(
     run: Path, result: dict[str, Any], tmp_path: Path
 ) -> None:
     result["arms"] = result["arms"][-1:]
@@ -273,7 +273,9 @@ def test_the_same_result_gives_the_same_bytes(
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
 
 
-def test_figures_are_also_written_as_files(run: Path, result: dict[str, Any]) -> None:
+def test_the_figures_of_a_report_are_also_written_as_files(
+    run: Path, result: dict[str, Any]
+) -> None:
     (run / "result.json").write_text(json.dumps(result | {"arms": result["arms"][-1:]}))
     paths = write_figures(run)
     names = ["accuracy_matrix", "accuracy_over_time", "epsilon_over_time", "explanations"]
@@ -285,7 +287,9 @@ def test_figures_are_also_written_as_files(run: Path, result: dict[str, Any]) ->
     assert sorted((run / "figures").iterdir()) == sorted(paths), "no draft is left"
 
 
-def test_arms_of_different_units_have_separate_axes(run: Path, result: dict[str, Any]) -> None:
+def test_arms_with_different_privacy_units_have_separate_axes(
+    run: Path, result: dict[str, Any]
+) -> None:
     result["explanations"] = None
     assert len(pictures(checked(result), run)[2].figure.axes) == 1
     result["arms"][1]["epsilon"]["unit"] = "client"
@@ -297,14 +301,16 @@ def test_arms_of_different_units_have_separate_axes(run: Path, result: dict[str,
     assert [len(axes.lines) for axes in figure.axes] == [1, 3]
 
 
-def test_arms_with_equal_epsilon_share_a_line(run: Path, result: dict[str, Any]) -> None:
+def test_arms_with_equal_epsilon_share_a_line_in_the_figure(
+    run: Path, result: dict[str, Any]
+) -> None:
     result["explanations"] = None
     axes = pictures(checked(result), run)[2].figure.axes[0]
     assert len(axes.lines) == 3
     assert any(text.get_text() == "naive, lwf: 7.98" for text in axes.texts)
 
 
-def test_the_heat_map_shows_the_matrix(run: Path, result: dict[str, Any]) -> None:
+def test_the_heat_map_shows_the_accuracy_matrix(run: Path, result: dict[str, Any]) -> None:
     result["explanations"] = None
     result["arms"][0]["accuracy_matrix"][4][0] = None
     axes = pictures(checked(result), run)[0].figure.axes[0]
@@ -313,7 +319,7 @@ def test_the_heat_map_shows_the_matrix(run: Path, result: dict[str, Any]) -> Non
     assert shown == ["–" if value is None else f"{value:.0f}" for value in expected]
 
 
-def test_a_dollar_sign_in_options_is_printed(run: Path, result: dict[str, Any]) -> None:
+def test_a_dollar_sign_in_a_strategy_name_is_printed(run: Path, result: dict[str, Any]) -> None:
     result["arms"] = result["arms"][-2:]
     for arm in result["arms"]:
         arm["strategy"] = r"$\broken{ " + arm["strategy"] + "$"
@@ -322,7 +328,7 @@ def test_a_dollar_sign_in_options_is_printed(run: Path, result: dict[str, Any]) 
 
 
 @pytest.mark.parametrize("moments", [1, 12])
-def test_figures_work_for_short_and_long_streams(
+def test_report_figures_work_for_short_and_long_streams(
     run: Path, result: dict[str, Any], moments: int
 ) -> None:
     result.update(explanations=None, arms=result["arms"][:2])
@@ -336,7 +342,7 @@ def test_figures_work_for_short_and_long_streams(
     assert f"in {moments} experience" in Page(write_report(run).read_text(encoding="utf-8")).text
 
 
-def test_the_page_shows_config_and_command_to_repeat_the_run(result: dict[str, Any]) -> None:
+def test_the_report_page_shows_config_and_command_of_the_run(result: dict[str, Any]) -> None:
     text = words_of(result)
     for fact in (
         "hidden [64, 64]",
@@ -351,13 +357,13 @@ def test_the_page_shows_config_and_command_to_repeat_the_run(result: dict[str, A
     assert "seed = 17" in words_of(result, config="seed = 17")
 
 
-def test_the_page_works_without_federation_and_attack(result: dict[str, Any]) -> None:
+def test_the_report_page_works_without_federation_and_attack(result: dict[str, Any]) -> None:
     result.update(federation=None, attack=None)
     text = words_of(result)
     assert "none: one learner" in text and "no attack" in text
 
 
-def test_a_missing_result_file_is_named(tmp_path: Path) -> None:
+def test_write_report_names_a_missing_result_file(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"result\.json cannot be read"):
         write_report(tmp_path)
 
@@ -378,7 +384,7 @@ def test_an_invalid_result_is_refused_and_keeps_the_old_page(
     assert not (run / "figures").exists()
 
 
-def test_explanations_that_are_missing_or_do_not_fit_are_named(
+def test_the_error_names_missing_or_wrong_explanation_files(
     run: Path, result: dict[str, Any]
 ) -> None:
     changed = copy.deepcopy(result) | {"arms": result["arms"][-1:]}
@@ -396,7 +402,7 @@ def test_explanations_that_are_missing_or_do_not_fit_are_named(
 
 @pytest.mark.property
 @given(st.floats(0, 20), st.floats(0, 0.1))
-def test_guess_limit_is_reached_by_the_worst_mechanism(epsilon: float, delta: float) -> None:
+def test_the_guess_limit_is_reached_by_the_worst_mechanism(epsilon: float, delta: float) -> None:
     # The dominating pair of (epsilon, delta): with probability delta it tells all.
     odds = math.exp(epsilon)
     present = [delta, (1 - delta) * odds / (1 + odds), (1 - delta) / (1 + odds), 0.0]
@@ -406,7 +412,7 @@ def test_guess_limit_is_reached_by_the_worst_mechanism(epsilon: float, delta: fl
 
 
 @pytest.mark.deep(reason="deployment: a fresh process that loads a library where it is used")
-def test_matplotlib_is_loaded_only_to_draw_and_pyplot_never(run: Path) -> None:
+def test_write_report_loads_matplotlib_only_to_draw(run: Path) -> None:
     program = (
         "import sys, pathlib, perdure.report as report\n"
         "assert 'matplotlib' not in sys.modules\n"

@@ -36,20 +36,20 @@ def test_the_table_has_one_row_per_arm_in_100_columns(result: dict[str, Any]) ->
     assert not any("…" in line for line in text.splitlines())
 
 
-def test_a_table_row_has_all_parts_of_its_epsilon(result: dict[str, Any]) -> None:
+def test_a_table_row_states_all_parts_of_its_epsilon(result: dict[str, Any]) -> None:
     row = line_of(printed(result), "replay", "yes")
     for word in ("7.99", "per record", "add-remove", "δ = 1e-5", "14.5"):
         assert word in row
     assert line_of(printed(result), "replay", "no").split()[-2:] == ["–", "11.4"]
 
 
-def test_the_header_names_the_attack_and_the_caption_the_units(result: dict[str, Any]) -> None:
+def test_the_table_header_names_the_attack(result: dict[str, Any]) -> None:
     text = printed(result)
     assert "PGD-10" in text and "L∞ 0.1" in text
     assert text.splitlines()[-1].strip().startswith("accuracy, robust: %")
 
 
-def test_only_simulated_epsilons_are_labelled(result: dict[str, Any]) -> None:
+def test_the_table_labels_only_simulated_epsilons(result: dict[str, Any]) -> None:
     assert printed(result).count(SIMULATION) == 4
     for arm in result["arms"]:
         if arm["epsilon"]:
@@ -64,7 +64,7 @@ def test_the_table_has_the_numbers_of_the_result(result: dict[str, Any]) -> None
     assert cells[2:5] == [f"{value:.1f}" for value in expected]
 
 
-def test_missing_values_are_printed_as_a_dash(result: dict[str, Any]) -> None:
+def test_the_table_prints_missing_values_as_a_dash(result: dict[str, Any]) -> None:
     result["attack"] = None
     for arm in result["arms"]:
         arm["robust_accuracy"] = None
@@ -74,7 +74,7 @@ def test_missing_values_are_printed_as_a_dash(result: dict[str, Any]) -> None:
     assert line_of(text, "naive", "no").split()[2:5:2] == ["–", "–"]
 
 
-def test_changed_options_are_below_the_strategy_one_per_line(
+def test_changed_options_are_printed_below_the_strategy(
     result: dict[str, Any],
 ) -> None:
     result["arms"][2].update(
@@ -86,7 +86,7 @@ def test_changed_options_are_below_the_strategy_one_per_line(
     assert lines[row + 3].split()[0] == "lwf", "what is at its default is left out"
 
 
-def test_arms_of_one_strategy_differ_by_their_options(result: dict[str, Any]) -> None:
+def test_two_arms_of_one_strategy_are_labelled_by_their_options(result: dict[str, Any]) -> None:
     weak, strong = result["arms"][2], result["arms"][4]
     weak.update(options="EWC(strength=100.0, mode='online')")
     strong.update(strategy="ewc", options="EWC(strength=5.0, mode='online')")
@@ -101,7 +101,9 @@ def test_arms_of_one_strategy_differ_by_their_options(result: dict[str, Any]) ->
 
 
 @pytest.mark.parametrize("arms", [1, 2])
-def test_unreadable_options_are_shown_unchanged(result: dict[str, Any], arms: int) -> None:
+def test_unreadable_strategy_options_are_printed_unchanged(
+    result: dict[str, Any], arms: int
+) -> None:
     chosen = result["arms"][:arms]
     texts = ["Combine(EWC(), Replay())", "odd \0 (", "x" * 5, "(" * 5000, "**{}"][-len(chosen) :]
     for arm, text in zip(chosen, texts, strict=True):
@@ -123,14 +125,14 @@ def test_unreadable_options_are_shown_unchanged(result: dict[str, Any], arms: in
         ("Inner(a=1.0)", "Inner(a=1.0)"),
     ],
 )
-def test_option_values_are_printed_as_numbers_and_words(
+def test_option_values_are_printed_as_plain_numbers_and_words(
     result: dict[str, Any], written: str, shown: str
 ) -> None:
     arm = result["arms"][0] | {"strategy": "own", "options": f"Own(option={written})"}
     assert shown_options(arm, [arm]) == [f"option = {shown}"]
 
 
-def test_every_strategy_at_its_defaults_shows_no_option(result: dict[str, Any]) -> None:
+def test_a_strategy_with_default_options_prints_no_option(result: dict[str, Any]) -> None:
     for name in names():
         strategy = find(name)
         if any(option.default is MISSING is option.default_factory for option in fields(strategy)):
@@ -139,7 +141,7 @@ def test_every_strategy_at_its_defaults_shows_no_option(result: dict[str, Any]) 
         assert shown_options(arm, [arm]) == []
 
 
-def test_long_options_wrap_and_are_complete(result: dict[str, Any]) -> None:
+def test_long_options_wrap_and_are_printed_completely(result: dict[str, Any]) -> None:
     result["arms"][6]["options"] = f"Replay(memory_size=200, {'x' * 50}='{'y' * 50}')"
     text = printed(result)
     assert text.count("x") >= 50 and text.count("y") >= 50
@@ -148,7 +150,7 @@ def test_long_options_wrap_and_are_complete(result: dict[str, Any]) -> None:
     assert line_of(text, "memory_size").strip() == "memory_size = 200"
 
 
-def test_names_are_printed_as_text_and_not_as_markup(result: dict[str, Any]) -> None:
+def test_strategy_names_are_printed_as_text_not_as_markup(result: dict[str, Any]) -> None:
     result["name"] = "[bold]x[/bold]"
     result["arms"][0]["strategy"] = "[red]odd"
     text = printed(result)
@@ -156,7 +158,9 @@ def test_names_are_printed_as_text_and_not_as_markup(result: dict[str, Any]) -> 
 
 
 @pytest.mark.parametrize("schema", [None, 2, "1"])
-def test_a_result_of_another_schema_is_refused(result: dict[str, Any], schema: object) -> None:
+def test_a_result_with_another_schema_version_is_refused(
+    result: dict[str, Any], schema: object
+) -> None:
     with pytest.raises(RunError, match="schema"):
         table(result | {"schema": schema})
 
@@ -173,7 +177,7 @@ def test_a_result_of_another_schema_is_refused(result: dict[str, Any], schema: o
         (lambda r: r["attack"].pop("norm"), "attack has no norm"),
     ],
 )
-def test_an_incomplete_result_is_refused_by_name(
+def test_an_incomplete_result_is_refused_by_field_name(
     result: dict[str, Any], change: Any, word: str
 ) -> None:
     change(result)
@@ -188,5 +192,5 @@ def test_a_printed_epsilon_is_never_rounded_down(value: float) -> None:
     assert value - 1e-10 <= shown <= value + 0.0100001
 
 
-def test_an_infinite_epsilon_is_printed_in_words() -> None:
+def test_an_infinite_epsilon_is_printed_as_a_symbol() -> None:
     assert epsilon_number(math.inf) == "∞"

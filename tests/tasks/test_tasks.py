@@ -82,14 +82,14 @@ def test_task_losses_equal_their_formula(task, masked):
 
 
 @every
-def test_a_loss_depends_on_its_record_alone(task):
+def test_the_task_loss_of_a_record_depends_only_on_that_record(task):
     outputs, targets = outputs_of(task), TARGETS[task]
     alone = torch.func.vmap(lambda z, y: task.losses(z[None], y[None])[0])(outputs, targets)
     torch.testing.assert_close(alone, task.losses(outputs, targets))
 
 
 @every
-def test_distillation_pulls_to_the_teacher(task):
+def test_distillation_is_smallest_at_the_outputs_of_the_teacher(task):
     teacher, targets = outputs_of(task, seed=8), TARGETS[task]
     outputs = outputs_of(task).requires_grad_()
     rows = task.distillation(outputs, teacher, targets, temperature=2.0)
@@ -102,7 +102,7 @@ def test_distillation_pulls_to_the_teacher(task):
 
 
 @every
-def test_distillation_is_over_known_outputs_alone(task):
+def test_distillation_covers_only_the_known_outputs(task):
     teacher, targets = outputs_of(task, seed=8), TARGETS[task]
     other = teacher.clone()
     other[..., -1] += 3.0
@@ -114,7 +114,7 @@ def test_distillation_is_over_known_outputs_alone(task):
 
 
 @every
-def test_predictions_have_the_form_of_targets(task):
+def test_task_predictions_have_the_shape_of_targets(task):
     targets = TARGETS[task]
     found = task.predictions(outputs_of(task), GIVEN)
     assert found.shape == targets.shape
@@ -153,7 +153,7 @@ def test_macro_f1_is_the_mean_over_labels_that_occur():
 
 
 @every
-def test_synthetic_targets_pass_the_checks_and_differ(task):
+def test_synthetic_targets_are_valid_and_differ(task):
     rows = task.synthetic(TARGETS[task], (0, 1, 2, 3, 4), torch.arange(7))
     task.check(rows)
     assert rows.shape[1:] == TARGETS[task].shape[1:]
@@ -164,7 +164,7 @@ def test_synthetic_targets_pass_the_checks_and_differ(task):
 
 
 @every
-def test_extreme_synthetic_targets_pass_the_checks(task):
+def test_extreme_synthetic_targets_are_valid(task):
     rows = task.synthetic(TARGETS[task], (0, 1, 2), EXTREME + torch.arange(7))
     task.check(rows)
     assert task.undeclared(rows[:, :3] if isinstance(task, Regression) else rows, range(3)) == ""
@@ -183,7 +183,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("task", "targets", "message"), BAD)
-def test_targets_of_another_form_are_refused(task, targets, message):
+def test_records_refuse_targets_of_another_task(task, targets, message):
     with pytest.raises(DataError, match=message):
         Records(inputs=torch.rand(N, 3), labels=targets, task=task)
 
@@ -193,7 +193,7 @@ def records(task: Task) -> Records:
 
 
 @every
-def test_data_and_streams_carry_the_task(task):
+def test_data_sets_streams_and_experiences_keep_the_task(task):
     part = records(task)
     data = Dataset(name="made", train=part, test=part, num_classes=C, input_shape=(3,))
     stream = permuted(data, experiences=2)
@@ -211,13 +211,13 @@ def test_data_and_streams_carry_the_task(task):
         (NextToken(), (0, 1, 2), r"has train tokens \[3\]"),
     ],
 )
-def test_targets_beyond_the_declared_are_refused(task, declared, message):
+def test_targets_beyond_the_declared_classes_are_refused(task, declared, message):
     part = records(task)
     with pytest.raises(DataError, match=message):
         Experience(index=0, train=part, test=part, classes=declared)
 
 
-def test_a_mixture_of_tasks_is_refused():
+def test_data_sets_and_streams_refuse_a_mixture_of_tasks():
     one, other = records(NextToken()), records(NextToken())
     other = replace(other, task=NextToken(padding=-1), labels=other.labels.clamp(min=-1))
     with pytest.raises(DataError, match="give both the same task"):
@@ -238,7 +238,7 @@ def test_a_mixture_of_tasks_is_refused():
         )
 
 
-def test_class_based_strategies_refuse_other_tasks():
+def test_class_based_splits_refuse_other_tasks():
     part = records(Regression())
     data = Dataset(name="made", train=part, test=part, num_classes=C, input_shape=(3,))
     with pytest.raises(ConfigError, match="split does not support regression records: it cuts by"):
@@ -249,14 +249,14 @@ def test_class_based_strategies_refuse_other_tasks():
         dirichlet(permuted(data, experiences=2), clients=2, alpha=1.0)
 
 
-def test_tasks_are_found_from_their_files():
+def test_tasks_are_found_by_their_file_names():
     assert perdure.tasks.names() == ("multi_label", "next_token", "regression", "single_label")
     assert perdure.tasks.find("next_token") is NextToken
     with pytest.raises(ConfigError, match=r"'regresion' is not allowed.*did you mean 'regression'"):
         perdure.tasks.find("regresion")
 
 
-def test_labels_not_seen_yet_count_for_nothing():
+def test_labels_of_later_experiences_are_left_out_of_the_loss():
     parts = []
     for index, classes in enumerate(((0, 1), (2, 3, 4))):
         labels = torch.zeros(N, C)

@@ -38,7 +38,7 @@ def untrained(task: Task) -> list[float]:
 
 
 @every
-def test_a_task_is_learnt_and_forgotten(task):
+def test_each_task_is_learnt_and_its_forgetting_measured(task):
     stream = stream_of(task)
     matrix = learner_of(task).fit(stream)
     start = untrained(task)
@@ -51,7 +51,7 @@ def test_a_task_is_learnt_and_forgotten(task):
 
 
 @others
-def test_a_task_is_learnt_by_a_federation(task):
+def test_each_task_is_learnt_by_a_federation(task):
     stream = stream_of(task)
     clients = iid(stream, clients=2)
     server = run_federation(
@@ -66,7 +66,7 @@ def test_a_task_is_learnt_by_a_federation(task):
 
 @pytest.mark.deep(reason="deployment: a private federation of every task")
 @others
-def test_a_task_is_learnt_by_a_private_federation(task):
+def test_each_task_is_learnt_by_a_private_federation(task):
     clients = iid(stream_of(task), clients=2, exact=False)
 
     def make(number):
@@ -78,7 +78,7 @@ def test_a_task_is_learnt_by_a_private_federation(task):
 
 
 @others
-def test_a_task_is_learnt_in_private(task):
+def test_each_task_is_learnt_under_privacy(task):
     stream = stream_of(task)
     private = Privacy(noise_multiplier=0.3, clip_norm=2.0, seed=0)
     learner = learner_of(task, privacy=private, iterations=12)
@@ -88,7 +88,7 @@ def test_a_task_is_learnt_in_private(task):
 
 
 @others
-def test_the_whole_loss_of_a_record_is_one_clipped_row(task):
+def test_the_gradient_of_all_targets_of_a_record_is_clipped_once(task):
     stream = stream_of(task)
     batch = Batch.current(stream[0].train.take(torch.arange(9)), 0)
     context = contexts(stream, "cpu")(0)
@@ -111,7 +111,7 @@ def test_the_whole_loss_of_a_record_is_one_clipped_row(task):
 
 
 @others
-def test_fisher_information_is_of_whole_records(task):
+def test_fisher_information_is_the_mean_over_whole_records(task):
     stream = stream_of(task)
     learner = learner_of(task, EWC(strength=0.0), iterations=1)
     learner.prepare(stream)
@@ -132,7 +132,7 @@ def test_fisher_information_is_of_whole_records(task):
 
 
 @others
-def test_canaries_are_records_of_the_task(task):
+def test_canaries_have_valid_targets_of_the_task(task):
     stream = with_canaries(stream_of(task), 0, torch.tensor([7, 8]))
     rows = stream[0].train.labels[-2:]
     task.check(rows)
@@ -154,7 +154,7 @@ def plain_model(strategy: Strategy) -> bool:
     return strategy.small_model(input_shape=(6,), num_classes=4) is None
 
 
-def test_every_strategy_trains_its_supported_tasks():
+def test_every_strategy_trains_the_tasks_that_it_supports():
     trained = set()
     for name, task in pairs():
         strategy = served(name)
@@ -168,7 +168,7 @@ def test_every_strategy_trains_its_supported_tasks():
     assert len(trained) > 40
 
 
-def test_an_unsupported_task_of_a_strategy_is_refused():
+def test_every_strategy_refuses_the_tasks_it_does_not_support():
     for name, task in pairs():
         strategy = served(name)
         if not isinstance(task, strategy.tasks):
@@ -179,13 +179,13 @@ def test_an_unsupported_task_of_a_strategy_is_refused():
         learner_of(Regression(), Combine(Naive(), NCM())).prepare(stream_of(Regression()))
 
 
-def test_exact_fisher_information_is_for_single_labels():
+def test_exact_fisher_information_is_refused_for_other_tasks():
     assert EWC(strength=1.0).form_for(MultiLabel(), 4) == "empirical"
     with pytest.raises(ConfigError, match=r"ewc\.fisher = 'exact'.*for next-token records"):
         learner_of(NextToken(), EWC(strength=1.0, fisher="exact")).prepare(stream_of(NextToken()))
 
 
-def test_outputs_of_another_shape_are_refused_by_task():
+def test_model_outputs_of_the_wrong_shape_for_a_task_are_refused():
     stream = stream_of(NextToken())
     model = torch.nn.Sequential(
         torch.nn.Embedding(6, 4), torch.nn.Flatten(), torch.nn.Linear(20, 6)
@@ -246,7 +246,7 @@ class Ranked(Regression):
         return (outputs - outputs.mean(0) - targets).square().mean(1)
 
 
-def test_the_guard_looks_at_a_task_of_ones_own():
+def test_the_guard_inspects_a_users_own_task():
     stream = stream_of(Regression())
     private = Privacy(noise_multiplier=1.0, seed=0)
     with pytest.raises(GuardError, match="Naive"):
@@ -277,14 +277,14 @@ class CouplesBySeldomTargets(Naive):
 
 
 @others
-def test_losses_that_couple_by_seldom_targets_are_refused(task):
+def test_losses_that_couple_records_by_rare_targets_are_refused(task):
     private = Privacy(noise_multiplier=1.0, seed=0)
     learner = learner_of(task, CouplesBySeldomTargets(), privacy=private)
     with pytest.raises(GuardError, match="couples records: other neighbours"):
         learner.prepare(stream_of(task))
 
 
-def test_labels_of_synthetic_neighbours_are_their_outputs():
+def test_synthetic_single_labels_equal_their_declared_numbers():
     rows = learner_of(SingleLabel(), privacy=Privacy(noise_multiplier=1.0, seed=0))
     rows.prepare(stream_of(SingleLabel()))
     synthetic = rows.session.inspection().rows
@@ -294,7 +294,7 @@ def test_labels_of_synthetic_neighbours_are_their_outputs():
     assert torch.equal(batch.labels, facts[:, 0])
 
 
-def test_ordinary_targets_of_a_large_vocabulary_are_not_extreme():
+def test_synthetic_tokens_of_a_large_vocabulary_are_not_extreme():
     numbers = 50_000 * torch.arange(1, 20_000, 999)  # ids of whole batches, times the vocabulary
     rows = NextToken().synthetic(torch.zeros(1, 8, dtype=torch.int64), range(50_000), numbers)
     assert ((rows != NextToken().padding).sum(1) > 4).all()

@@ -207,7 +207,7 @@ class AveragingIntegers(Strategy):
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_each_broken_strategy_fails_its_check(name):
+def test_each_broken_strategy_fails_the_check_made_for_it(name):
     make, check, words = BROKEN[name]
     with pytest.raises(ConformanceError) as caught:
         check_strategy(make())
@@ -219,12 +219,12 @@ def test_each_broken_strategy_fails_its_check(name):
     assert isinstance(caught.value, StrategyError)
 
 
-def test_every_check_has_a_broken_strategy():
+def test_every_check_has_a_broken_strategy_that_fails_it():
     assert {check for _, check, _ in BROKEN.values()} == set(CHECKS)
 
 
 @pytest.mark.parametrize("scenario", ["task", "domain", "class"])
-def test_valid_strategies_pass_in_every_scenario(scenario):
+def test_valid_strategies_pass_check_strategy_in_every_scenario(scenario):
     report = check_strategy(Combine(EWC(strength=5.0), Replay(memory_size=12)), scenario=scenario)
     assert report.passed[: len(CHECKS)] == tuple(CHECKS)
     assert set(report.skipped) <= {"cuda"}
@@ -248,14 +248,14 @@ class ByIdentity(Strategy):
         return task_losses(forward, batch, context) * (1 + (batch.ids * 2654435761 >> 8) % 7)
 
 
-def test_a_loss_may_depend_on_the_records_identity():
+def test_check_strategy_accepts_a_loss_that_uses_record_ids():
     """It is the record's own; the guard of a private run, which leaves records out, must not
     renumber those left.
     """
     assert check_strategy(ByIdentity()).passed[: len(CHECKS)] == tuple(CHECKS)
 
 
-def test_inapplicable_checks_are_skipped_and_reported():
+def test_check_strategy_reports_checks_that_do_not_apply():
     report = check_strategy(Honest())
     assert {"declared", "alone", "pure", "rows", "resume", "federated"} <= set(report.passed)
     assert not {"bounds", "vmap", "private"} & set(report.passed)
@@ -301,7 +301,7 @@ class GatingAtHome(Gating):
         return Gated(mlp(input_shape=input_shape, num_classes=num_classes, hidden=(4,), seed=0))
 
 
-def test_a_strategy_that_needs_another_model_is_tested_on_one():
+def test_check_strategy_uses_the_model_that_a_strategy_needs():
     with pytest.raises(
         ConformanceError, match="'alone': it raised StrategyError: Gating needs a model with a gate"
     ):
@@ -310,7 +310,7 @@ def test_a_strategy_that_needs_another_model_is_tested_on_one():
         assert report.passed[: len(CHECKS)] == tuple(CHECKS)
 
 
-def test_a_given_model_is_used_instead_of_small_model():
+def test_check_strategy_prefers_a_given_model_to_small_model():
     shapes = {"input_shape": (4,), "num_classes": 6}
     assert StrategyFixture(strategy=Naive(), scenario="class").build().feature_size == 5
     for strategy in (GatingAtHome(), Combine(Naive(), GatingAtHome())):
@@ -323,7 +323,7 @@ def test_a_given_model_is_used_instead_of_small_model():
     assert Combine(Naive(), Gating()).small_model(**shapes) is None
 
 
-def test_check_strategy_changes_no_instance_or_generator():
+def test_check_strategy_changes_no_strategy_or_generator():
     strategy = Naive()
     before = torch.get_rng_state()
     check_strategy(strategy)

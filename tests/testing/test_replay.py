@@ -51,7 +51,9 @@ def combinations():
 
 
 @pytest.mark.parametrize(("name", "clipping", "place"), list(combinations()))
-def test_a_record_changes_no_sum_more_than_charged(name, clipping, place, toy_stream, toy_model):
+def test_a_record_changes_no_sum_by_more_than_its_charge(
+    name, clipping, place, toy_stream, toy_model
+):
     parts = experiment(toy_stream(), name, clipping, place, toy_model)
     record = int(parts["streams"][0][0].train.ids[3])
     found = replay(**parts, record=record)
@@ -69,7 +71,7 @@ def test_a_record_changes_no_sum_more_than_charged(name, clipping, place, toy_st
     assert any(row.startswith("release:") for row in names) == bool(once)
 
 
-def test_every_strategy_can_be_replayed_or_gives_a_reason():
+def test_every_strategy_can_be_replayed_or_has_a_reason():
     assert set(private()) | set(REFUSED) == set(strategies.names())
 
 
@@ -80,12 +82,12 @@ def test_replay_gives_the_reason_for_a_refused_strategy(name, toy_stream, toy_mo
         replay(**parts, record=0)
 
 
-def test_correlated_noise_is_refused_beside_adaptive_clipping():
+def test_correlated_noise_with_adaptive_clipping_is_refused():
     with pytest.raises(ConfigError, match="with sampling_rate or adaptive clipping"):
         settings(**CLIPPINGS["adaptive"], **CLIPPINGS["correlated"])
 
 
-def test_a_record_held_out_by_bic_moves_its_releases(toy_stream, toy_model):
+def test_a_record_held_out_by_bic_changes_its_releases(toy_stream, toy_model):
     stream = toy_stream()
     ids = stream[0].train.ids
     parts = experiment(stream, "bic", "flat", "alone", toy_model)
@@ -150,7 +152,7 @@ BESIDE = {
 
 
 @pytest.mark.parametrize("beside", BESIDE)
-def test_replay_compares_one_record_with_none(beside, toy_stream):
+def test_replay_alone_compares_one_record_with_no_record(beside, toy_stream):
     """Beside an empty partition nothing fails that runs beside one record, draws included."""
     make = maker(toy_stream(), Naive(), **({"model": lambda stream: ByShape()} | BESIDE[beside]))
     record = int(toy_stream()[0].train.ids[3])
@@ -172,7 +174,7 @@ def test_replay_compares_one_record_with_none(beside, toy_stream):
         for place in PLACES
     ],
 )
-def test_replay_compares_each_strategy_with_and_without_data(name, place, toy_stream, toy_model):
+def test_replay_alone_passes_for_each_strategy(name, place, toy_stream, toy_model):
     own = (lambda stream: ByShape()) if name == "der" else toy_model
     parts = experiment(toy_stream(), name, "flat", place, own)
     record = int(parts["streams"][0][0].train.ids[3])
@@ -180,7 +182,7 @@ def test_replay_compares_each_strategy_with_and_without_data(name, place, toy_st
     assert found.unexplained == () and found.unpaid == () and found.largest <= 1
 
 
-def test_replay_finds_an_error_without_records(toy_stream, toy_model):
+def test_replay_finds_an_error_that_occurs_without_records(toy_stream, toy_model):
     """Whatever its class: a raw error of torch tells as much as one of ours."""
 
     class Failing(Learner):
@@ -200,7 +202,7 @@ def test_replay_refuses_neighbours_with_alone(toy_stream, toy_model):
         replay(make, [toy_stream()], [toy_stream()], record=0, alone=True)
 
 
-def test_a_learner_without_privacy_is_refused(toy_stream, toy_model):
+def test_replay_refuses_a_learner_without_privacy(toy_stream, toy_model):
     make = maker(toy_stream(), Naive(), toy_model)
 
     def bare(number):
@@ -220,7 +222,7 @@ def test_without_record_removes_one_record_and_keeps_sizes(toy_stream):
     assert [e.train.declared_size for e in fewer] == [24, 24]
 
 
-def test_replay_compares_other_outputs(toy_stream, toy_model):
+def test_replay_compares_the_outputs_that_the_user_names(toy_stream, toy_model):
     make = maker(toy_stream(), Naive(), toy_model)
     found = replay(
         make,
@@ -231,7 +233,7 @@ def test_replay_compares_other_outputs(toy_stream, toy_model):
     assert found.unexplained == ("output records",) and not found.holds
 
 
-def test_an_error_that_depends_on_a_record_is_an_output(toy_stream, toy_model):
+def test_replay_reports_an_error_that_depends_on_a_record(toy_stream, toy_model):
     """Here before anything is charged: the neighbour lies outside its declared domain."""
 
     def declared(high):
@@ -245,7 +247,7 @@ def test_an_error_that_depends_on_a_record_is_an_output(toy_stream, toy_model):
     assert found.unexplained[0].startswith("an error: ") and not found.holds
 
 
-def test_messages_of_a_federation_are_compared(toy_stream, toy_model, monkeypatch):
+def test_replay_compares_the_messages_of_a_federation(toy_stream, toy_model, monkeypatch):
     """A client that reports its realised size is found out by its reply."""
     parts = experiment(toy_stream(), "naive", "flat", "federated", toy_model)
     realised = property(lambda plan: lambda index: len(plan.stream[index].train))
@@ -256,7 +258,7 @@ def test_messages_of_a_federation_are_compared(toy_stream, toy_model, monkeypatc
     assert any("metrics.num-examples" in name for name in found.unexplained)
 
 
-def test_a_replay_is_the_same_every_time(toy_stream, toy_model):
+def test_a_repeated_replay_gives_the_same_result(toy_stream, toy_model):
     parts = experiment(toy_stream(), "ewc", "flat", "alone", toy_model)
     assert replay(**parts, record=3) == replay(**parts, record=3)
     assert torch.get_num_threads() == 1

@@ -76,7 +76,7 @@ class Unread(CheckedFields):
         ({"cls": 3}, "a class"),
     ],
 )
-def test_a_field_of_another_type_is_refused(kind, given, allowed):
+def test_a_settings_field_refuses_a_value_of_the_wrong_type(kind, given, allowed):
     (name,) = given
     with pytest.raises(
         ConfigError, match=rf"^\w+\.{name} = .* is not allowed; allowed: {allowed}$"
@@ -92,7 +92,7 @@ def test_a_field_of_another_type_is_refused(kind, given, allowed):
         ({"folder": "runs"}, Path("runs")),
     ],
 )
-def test_a_list_or_text_is_converted_to_the_field_type(given, kept):
+def test_a_settings_field_converts_a_list_or_a_text(given, kept):
     assert getattr(Settings(**given), next(iter(given))) == kept
 
 
@@ -106,17 +106,17 @@ def test_a_list_or_text_is_converted_to_the_field_type(given, kept):
         ("change", abs),
     ],
 )
-def test_a_value_of_the_right_type_is_kept(name, value):
+def test_a_settings_field_keeps_a_value_of_the_right_type(name, value):
     assert getattr(Settings(**{name: value}), name) is value
 
 
-def test_a_class_checks_its_own_message_before_types():
+def test_own_checks_of_a_settings_class_run_before_type_checks():
     for value in (0, 0.5):
         with pytest.raises(ConfigError, match=rf"^size = {value} .*1 or more"):
             Further(size=value)
 
 
-def test_other_errors_of_a_field_are_raised_unchanged():
+def test_other_errors_of_a_settings_class_are_raised_unchanged():
     with pytest.raises(ZeroDivisionError):
         Failing(size=0)
     with pytest.raises(ConfigError, match=r"failing.size = '0' .*a whole number"):

@@ -27,13 +27,13 @@ def denormal() -> float:
     return float(torch.tensor(1e-30) * 1e-10)
 
 
-def test_denormals_are_zero_only_inside_flushed() -> None:
+def test_denormal_numbers_are_0_only_inside_flushed() -> None:
     with flushed():
         assert denormal() == 0.0
     assert denormal() > 0.0
 
 
-def test_flushed_ends_also_after_an_error() -> None:
+def test_flushed_ends_even_after_an_error() -> None:
     with pytest.raises(KeyError), flushed():
         raise KeyError
     assert denormal() > 0.0
@@ -46,13 +46,13 @@ def test_flushed_restores_the_mode_of_the_caller() -> None:
     assert denormal() == 0.0
 
 
-def test_denormals_do_not_depend_on_the_thread_that_worked() -> None:
+def test_flushed_changes_nothing_with_several_threads() -> None:
     torch.set_num_threads(2)
     with flushed():
         assert denormal() > 0.0
 
 
-def test_the_training_loop_runs_with_flushed_denormals(toy_stream, toy_model) -> None:
+def test_training_flushes_denormals_and_evaluation_does_not(toy_stream, toy_model) -> None:
     seen: dict[str, float] = {}
     learner = Learner(
         model=toy_model(toy_stream()),

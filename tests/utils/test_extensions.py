@@ -119,19 +119,19 @@ def shapes(tmp_path, monkeypatch):
 # --------------------------------------------------------------------------- files
 
 
-def test_names_lists_files_without_importing_them(shapes):
+def test_names_lists_extension_files_without_importing_them(shapes):
     assert shapes.registry().names() == NAMES
     loaded = {name for name in sys.modules if name.startswith(f"{shapes.package}.")}
     assert loaded == set()
 
 
-def test_the_one_class_of_a_file_is_found(shapes):
+def test_find_returns_the_one_class_of_an_extension_file(shapes):
     registry = shapes.registry()
     assert registry.find("square").__name__ == "Square"
     assert registry.find("right_circle")().area() == 3
 
 
-def test_a_class_is_an_attribute_by_its_own_name(shapes):
+def test_an_extension_class_is_an_attribute_of_its_package(shapes):
     registry = shapes.registry()
     assert registry.attribute("RightCircle") is registry.find("right_circle")
     for name in ("Rightcircle", "right_circle", "Circle", "On"):
@@ -140,19 +140,19 @@ def test_a_class_is_an_attribute_by_its_own_name(shapes):
 
 
 @pytest.mark.parametrize(("name", "count"), [("empty", 0), ("two", 2)])
-def test_a_file_holds_exactly_one_extension(shapes, name, count):
+def test_an_extension_file_must_define_exactly_one_extension(shapes, name, count):
     message = shapes.refusal(name)
     assert message.startswith(f"{shapes.package}/{name}.py defines {count} objects that are a sub")
     assert "allowed: exactly one; " in message
 
 
-def test_a_file_that_cannot_be_imported_is_named_with_its_reason(shapes):
+def test_the_error_names_an_extension_file_that_fails_to_import(shapes):
     message = shapes.refusal("broken")
     assert message.startswith(f"{shapes.package}/broken.py cannot be imported (ModuleNotFoundError")
     assert "no_such_module_at_all" in message
 
 
-def test_an_unknown_extension_is_refused_with_known_names(shapes):
+def test_an_unknown_extension_is_refused_with_the_known_names(shapes):
     assert shapes.refusal("sqare") == (
         "shape = 'sqare' is not allowed; allowed: broken, empty, right_circle, square, two, or "
         "\"module:name\"; did you mean 'square'?"
@@ -162,7 +162,7 @@ def test_an_unknown_extension_is_refused_with_known_names(shapes):
         assert "is not allowed; allowed: broken, " in shapes.refusal(name)
 
 
-def test_a_function_is_found_by_the_name_of_its_file(shapes):
+def test_an_extension_function_is_found_by_its_file_name(shapes):
     package = shapes.folder / shapes.package
     (package / "load.py").write_text("def helper(): ...\ndef load(): return 7\n")
     (package / "other.py").write_text("def another(): ...\n")
@@ -182,7 +182,7 @@ def test_a_function_is_found_by_the_name_of_its_file(shapes):
 # --------------------------------------------------------------------------- entry points
 
 
-def test_an_entry_point_is_listed_and_found(shapes):
+def test_an_entry_point_extension_is_listed_and_found(shapes):
     shapes.add("tri-angles", {"triangle": f"{shapes.outside}:Triangle"})
     registry = shapes.registry()
     assert registry.names() == (*NAMES[:4], "triangle", "two")
@@ -201,7 +201,7 @@ def test_an_entry_point_is_listed_and_found(shapes):
         ("OUTSIDE:number", "is not allowed; allowed: a subclass of "),
     ],
 )
-def test_a_wrong_entry_point_names_its_distribution(shapes, value, reason):
+def test_a_wrong_entry_point_error_names_its_distribution(shapes, value, reason):
     __import__(f"{shapes.package}.base")
     shapes.add("bad-shapes", {"bad": value.replace("OUTSIDE", shapes.outside)})
     message = shapes.refusal("bad")
@@ -217,7 +217,7 @@ def test_an_import_error_of_an_extension_is_one_line(shapes):
     assert "(ValueError: two lines)" in message
 
 
-def test_an_entry_point_may_not_take_the_name_of_a_file(shapes):
+def test_an_entry_point_with_the_name_of_a_file_is_refused(shapes):
     shapes.add("squares", {"square": f"{shapes.outside}:Triangle"})
     message = shapes.refusal("square", field="arms[0].shape")
     assert message == (
@@ -228,7 +228,7 @@ def test_an_entry_point_may_not_take_the_name_of_a_file(shapes):
     assert shapes.registry().find(f"{shapes.package}.square:Square").__name__ == "Square"
 
 
-def test_two_distributions_may_not_claim_one_name(shapes):
+def test_two_distributions_with_one_extension_name_are_refused(shapes):
     shapes.add("first", {"triangle": f"{shapes.outside}:Triangle"})
     shapes.add("second", {"triangle": f"{shapes.outside}:Triangle"})
     assert "claimed by distribution first and distribution second" in shapes.refusal("triangle")
@@ -237,7 +237,7 @@ def test_two_distributions_may_not_claim_one_name(shapes):
 # --------------------------------------------------------------------------- module:name
 
 
-def test_an_extension_of_any_module_is_found(shapes):
+def test_an_extension_is_found_by_module_and_name(shapes):
     shapes.add("others", {})
     assert shapes.registry().find(f"{shapes.outside}:Triangle")().area() == 0.5
     assert shapes.registry().find(f"{shapes.package}.right_circle:Square").__name__ == "Square"
@@ -247,13 +247,13 @@ def test_an_extension_of_any_module_is_found(shapes):
     "name",
     [":", "a:", ":A", "a b:C", "a:b c", "a:b:c", "a..b:C", "1a:B", "a:B.C", "a:B[x]", "é-:A"],
 )
-def test_an_invalid_python_name_is_refused_as_extension(shapes, name):
+def test_an_extension_name_that_is_not_valid_python_is_refused(shapes, name):
     assert shapes.refusal(name) == (
         f'shape = {name!r} is not allowed; allowed: "package.module:Name", both of them importable'
     )
 
 
-def test_a_module_or_name_that_is_missing_is_refused(shapes):
+def test_a_missing_extension_module_or_name_is_refused(shapes):
     shapes.add("others", {})
     message = shapes.refusal("no_such_package.inside:Mine")
     assert message.startswith("shape = 'no_such_package.inside:Mine' cannot be imported (ModuleNot")
@@ -262,7 +262,7 @@ def test_a_module_or_name_that_is_missing_is_refused(shapes):
 
 
 @pytest.mark.parametrize("name", ["OUTSIDE:number", "OUTSIDE:Abstract", "PACKAGE.base:Shape"])
-def test_an_object_of_another_kind_is_refused(shapes, name):
+def test_an_object_of_the_wrong_kind_is_refused_as_extension(shapes, name):
     __import__(f"{shapes.package}.base")
     shapes.add("others", {})
     given = shapes.own(name).replace("OUTSIDE", shapes.outside)

@@ -27,7 +27,7 @@ def test_a_folder_can_be_locked_only_once(tmp_path):
     assert not first.held and second.acquire()
 
 
-def test_a_lock_is_released_with_its_object(tmp_path):
+def test_a_folder_lock_is_released_when_its_object_is_deleted(tmp_path):
     FolderLock(tmp_path).acquire()
     assert FolderLock(tmp_path).acquire()
 
@@ -42,7 +42,7 @@ def test_a_folder_is_locked_until_the_block_ends_or_fails(tmp_path):
         pass
 
 
-def test_the_lock_of_a_killed_process_is_released(tmp_path):
+def test_the_folder_lock_of_a_killed_process_is_released(tmp_path):
     context = multiprocessing.get_context("fork")
     ready = context.Event()
     process = context.Process(target=holding, args=(tmp_path, ready))
@@ -57,7 +57,7 @@ def test_the_lock_of_a_killed_process_is_released(tmp_path):
     assert FolderLock(tmp_path).acquire()
 
 
-def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
+def test_locking_a_folder_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(RunError, match="cannot be written"):
         FolderLock(tmp_path / "file" / "run").acquire()

@@ -24,14 +24,14 @@ def test_a_forked_child_has_another_process_name():
     assert in_child(lambda: present_process() != mine)
 
 
-def test_a_child_with_equal_pid_has_another_process_name(monkeypatch):
+def test_a_child_with_an_equal_pid_has_another_process_name(monkeypatch):
     """In two process namespaces both may be process 1."""
     monkeypatch.setattr(os, "getpid", lambda: 1)
     mine = present_process()
     assert in_child(lambda: os.getpid() == 1 and present_process() != mine)
 
 
-def test_a_child_does_not_hold_its_parents_folder(tmp_path, monkeypatch):
+def test_a_child_process_does_not_hold_the_lock_of_its_parent(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "getpid", lambda: 1)
     lock = FolderLock(tmp_path)
     lock.acquire()

@@ -21,7 +21,7 @@ def mixed(word):
 
 
 @pytest.mark.reference
-def test_the_mixing_function_is_splitmix64():
+def test_the_hash_of_an_id_equals_splitmix64():
     assert mixed(0) == 0xE220A8397B1DCDAF  # first output of the reference implementation at seed 0
     ids = [0, 1, 12_345, 2**62 + 7, -1, -(2**63)]
     for stream in ((), (3,), (3, -5), (derive("label", 0), 2**63 - 1)):
@@ -38,7 +38,7 @@ def test_the_public_number_has_the_upper_bits_of_the_hash():
     assert public_coin(MANY[:50], seed=7, purpose=2).tolist() == expected
 
 
-def test_uniforms_are_uniform_in_the_open_interval():
+def test_hashed_uniform_numbers_are_uniform():
     """No flakiness: a fixed hash.
 
     The gap to the uniform distribution is 1.36 / sqrt(n) in one of 20 samples.
@@ -60,7 +60,7 @@ def unmixed(word):
     return (word - 0x9E3779B97F4A7C15) % 2**64
 
 
-def test_uniforms_are_never_0_or_1():
+def test_hashed_uniform_numbers_are_never_0_or_1():
     """By the ids whose words are the smallest and the largest; the inverse of a distribution
     function is finite.
     """
@@ -71,7 +71,7 @@ def test_uniforms_are_never_0_or_1():
     assert normals(ends).tolist() == pytest.approx([-5.29, 5.29], abs=0.02)
 
 
-def test_normals_are_normal():
+def test_hashed_normal_numbers_are_normal():
     """No flakiness: a fixed hash.
 
     Bounds are four standard errors of the moments of 100,000 numbers.
@@ -84,7 +84,7 @@ def test_normals_are_normal():
         assert abs(drawn.pow(4).mean() - 3) < 4 * 96**0.5 * error
 
 
-def test_streams_and_neighbouring_ids_are_independent():
+def test_hashed_numbers_of_two_streams_or_ids_are_independent():
     rows = [
         uniforms(MANY),
         uniforms(MANY, 0),
@@ -97,7 +97,7 @@ def test_streams_and_neighbouring_ids_are_independent():
     assert float(apart.abs().max()) < 4 / len(MANY) ** 0.5
 
 
-def test_a_number_depends_on_its_id_and_tensors_make_tables():
+def test_a_hashed_number_depends_only_on_its_id_and_stream():
     table = uniforms(MANY[:20, None], 9, torch.arange(4))
     assert table.shape == (20, 4)
     for i in (0, 7):

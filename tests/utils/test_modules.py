@@ -10,7 +10,7 @@ NUMBERS = [torch.float16, torch.float32, torch.float64, torch.int64, torch.uint8
 
 
 @pytest.mark.parametrize("dtype", NUMBERS, ids=str)
-def test_tensors_are_the_same_only_to_the_last_bit(dtype):
+def test_same_bits_is_true_only_for_bit_identical_tensors(dtype):
     one = torch.tensor([[1, 0], [1, 1]]).to(dtype)
     assert same_bits(one, one.clone())
     assert same_bits(one.T, one.T.contiguous())
@@ -19,7 +19,7 @@ def test_tensors_are_the_same_only_to_the_last_bit(dtype):
     assert same_bits(one.sum().to(dtype), one.sum().to(dtype))
 
 
-def test_signed_zeros_and_dtypes_differ_and_nan_equals_itself():
+def test_same_bits_separates_signed_zeros_and_accepts_equal_nan():
     zero, nan = torch.tensor(0.0), torch.tensor([float("nan")])
     assert not same_bits(zero, -zero)
     assert not same_bits(zero, zero.int())
@@ -41,7 +41,7 @@ class HalfFrozen(nn.Module):
         return self
 
 
-def test_training_mode_uses_overridden_train_methods():
+def test_begin_training_calls_overridden_train_methods():
     model = nn.Sequential(HalfFrozen())
     for asked in (1, 2):
         begin_training(model)
@@ -49,7 +49,7 @@ def test_training_mode_uses_overridden_train_methods():
         assert not model[0].norm.training
 
 
-def test_training_mode_is_set_on_every_submodule():
+def test_begin_training_sets_every_submodule_to_training_mode():
     model = nn.Sequential(nn.Linear(2, 2), nn.Dropout())
     model[1].eval()
     begin_training(model)

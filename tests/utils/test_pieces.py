@@ -5,7 +5,7 @@ from perdure.utils.pieces import PIECE, pieces
 
 
 @pytest.mark.parametrize("shape", [(), (7,), (PIECE,), (3, PIECE // 2), (PIECE + 1,)])
-def test_pieces_are_views_that_cover_every_number_once(shape):
+def test_pieces_cover_every_number_of_a_tensor_once(shape):
     counts = torch.zeros(shape)
     other = torch.rand(shape)
     sizes = []
@@ -17,7 +17,7 @@ def test_pieces_are_views_that_cover_every_number_once(shape):
     assert len(sizes) == -(-max(1, counts.numel()) // PIECE)
 
 
-def test_pieces_returns_tensors_without_flat_view_whole():
+def test_pieces_returns_a_tensor_without_flat_view_whole():
     turned = torch.zeros(400, 300).T
     ((piece, _),) = pieces(turned, torch.zeros(300, 400))
     piece.add_(1)

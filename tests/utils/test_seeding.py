@@ -23,13 +23,13 @@ def test_generator_from_uses_every_bit_of_a_secret():
     assert len({drawn(secret) for secret in secrets}) == len(secrets)
 
 
-def test_generator_from_bytes_has_more_states_than_from_a_number():
+def test_generator_from_secret_bytes_has_more_than_32_bits():
     """torch keeps 32 bits of a number: two that agree in them draw the same."""
     assert drawn(5) == drawn(5 + 2**32)
     assert drawn(SECRET) != drawn(SECRET[:4] + bytes(28)) != drawn(bytes(28) + SECRET[-4:])
 
 
-def test_generator_from_fills_the_state_that_torch_draws_from():
+def test_generator_from_fills_the_whole_state_of_the_generator():
     """NumPy's Mersenne twister, given the same words, draws the same: no word was lost."""
     generator = generator_from(SECRET)
     wide = generator.get_state()[24 : 24 + 8 * 624].view(624, 8)
@@ -48,7 +48,7 @@ def test_generator_from_refuses_a_short_secret():
 
 
 @pytest.mark.parametrize("seed", [7, SECRET])
-def test_seeded_does_not_change_the_global_generator(seed):
+def test_drawing_from_a_seed_keeps_the_global_generator(seed):
     before = torch.get_rng_state()
     with drawing_from(seed):
         first = torch.rand(3)
