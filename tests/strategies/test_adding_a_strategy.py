@@ -145,11 +145,11 @@ def python(project, *words):
     ],
     ids=ADDITIONS,
 )
-def test_an_added_file_is_found_and_works(project, addition):
+def test_an_added_extension_file_is_found_and_works(project, addition):
     python(project, addition.program)
 
 
-def test_classes_unknown_to_type_checkers_are_only_reported(project):
+def test_make_lint_reports_classes_unknown_to_type_checkers(project):
     printed = python(project, "tests/helpers/typed_list.py")
     for package, name in (
         ("strategies", "Tether"),
@@ -169,7 +169,7 @@ def test_an_added_strategy_is_listed_with_its_costs(project):
     assert row["not_vmappable_because"] is None
 
 
-def test_a_row_that_the_readme_lacks_is_reported_only(project):
+def test_a_strategy_missing_in_the_readme_is_reported(project):
     printed = python(project, "-m", "perdure.experiment.tables", "--report")
     assert re.search(r"^README\.md, table of strategies: missing: .*\bTether\b", printed)
 
@@ -184,7 +184,7 @@ def test_added_files_pass_the_linter_and_the_formatter(project):
 
 
 @pytest.mark.deep(reason="deployment: lints and type-checks a copy of the whole project")
-def test_the_project_with_added_files_passes_every_check_of_lint(project):
+def test_the_project_with_added_files_passes_lint_and_mypy(project):
     python(project, "-m", "ruff", "check")
     python(project, "-m", "ruff", "format", "--check")
     # with the cache of `make lint` mypy needs seconds instead of minutes
@@ -200,12 +200,12 @@ def run_tests(project, *words):
 
 @pytest.mark.deep(reason="deployment: runs a copy's tests over all extensions")
 @every_addition
-def test_extension_tests_pass_with_an_added_file(project, addition):
+def test_the_tests_of_each_extension_pass_with_an_added_file(project, addition):
     run_tests(project, *addition.tests)
 
 
 @pytest.mark.deep(reason="deployment: runs a copy's tests of names, layers and documents")
-def test_name_layer_and_document_tests_pass_with_added_files(project):
+def test_the_tests_of_names_and_documents_pass_with_added_files(project):
     top = [path for path in project.glob("tests/test_*.py") if path.stem != "test_packaging"]
     lists = [
         f"tests/experiment/test_{name}.py"

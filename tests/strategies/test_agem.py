@@ -47,7 +47,7 @@ def test_agem_projection_equals_the_formula(seed):
     assert float((flat(mine).double() - nearest).norm()) < 1e-4  # nearest point of the half-space
 
 
-def test_a_missing_or_zero_reference_does_not_change_gradients():
+def test_agem_with_a_missing_or_zero_reference_changes_nothing():
     gradient, _ = pair(0)
     assert AGEM(memory_size=5).project(gradient, (), State()) is gradient
     nothing = {name: torch.zeros_like(value) for name, value in gradient.items()}
@@ -58,7 +58,7 @@ def test_a_missing_or_zero_reference_does_not_change_gradients():
 @pytest.mark.parametrize(
     "privacy", [None, Privacy(noise_multiplier=1.0, seed=0)], ids=["plain", "private"]
 )
-def test_a_step_uses_the_projected_gradient(toy_stream, toy_model, privacy):
+def test_an_agem_step_uses_the_projected_gradient(toy_stream, toy_model, privacy):
     """Plain gradient descent at rate 0.5; what leaves the curator points with and against the
     reference in turn.
     """
@@ -111,7 +111,7 @@ def test_a_step_uses_the_projected_gradient(toy_stream, toy_model, privacy):
         before = moved[-1]
 
 
-def test_the_first_experience_equals_plain_training(toy_stream, toy_model):
+def test_agem_equals_plain_training_in_the_first_experience(toy_stream, toy_model):
     from perdure.strategies import Naive
 
     ends = []
@@ -131,7 +131,7 @@ def test_the_first_experience_equals_plain_training(toy_stream, toy_model):
     assert torch.equal(*ends)
 
 
-def test_stored_rows_are_not_in_the_batches(toy_stream, toy_model):
+def test_agem_batches_contain_no_stored_rows(toy_stream, toy_model):
     stream = toy_stream()
     roles = []
 
@@ -151,7 +151,7 @@ def test_stored_rows_are_not_in_the_batches(toy_stream, toy_model):
     assert roles == [(False, {0})] * 2 + [(False, {1})] * 2
 
 
-def test_the_plan_uses_memory_for_one_reference_gradient(toy_stream):
+def test_agem_plans_memory_for_one_reference_gradient(toy_stream):
     first = toy_stream()[0]
     assert AGEM(memory_size=9, selection="ring", per_class=2, batch_size=3).plan(
         first
@@ -168,6 +168,6 @@ def test_the_plan_uses_memory_for_one_reference_gradient(toy_stream):
         ({"memory_size": "5 records"}, "memory_size = '5 records'"),
     ],
 )
-def test_invalid_options_are_refused(toy_stream, options, message):
+def test_agem_refuses_invalid_options(toy_stream, options, message):
     with pytest.raises(ConfigError, match=message):
         AGEM(**options).plan(toy_stream()[0])

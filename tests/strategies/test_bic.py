@@ -60,7 +60,7 @@ def problem(toy_stream, toy_model):
 
 
 @pytest.mark.reference
-def test_the_loss_equals_its_formula(problem):
+def test_the_bic_loss_equals_its_formula(problem):
     stream, model, teacher, state = problem
     strategy = BiC(memory_size=8, temperature=3.0)
     batch = Batch.current(stream[1].train, 1)
@@ -89,7 +89,7 @@ def test_the_loss_equals_its_formula(problem):
 
 
 @pytest.mark.reference
-def test_rows_of_the_bic_query_are_derivatives_per_record(problem):
+def test_bic_query_rows_are_derivatives_of_each_record(problem):
     stream, model, _, state = problem
     batch = Batch.current(stream[1].train, 1)
     at = contexts(stream, "cpu")(1)
@@ -113,7 +113,7 @@ def test_rows_of_the_bic_query_are_derivatives_per_record(problem):
 
 
 @pytest.mark.reference
-def test_the_fit_minimises_the_loss_on_held_out_records():
+def test_the_bic_correction_minimises_the_held_out_loss():
     stream = split(digits(), scenario="class", experiences=2)
     learner = learner_of(BiC(memory_size=200), stream)
     learner.fit(stream)
@@ -141,7 +141,7 @@ def test_the_fit_minimises_the_loss_on_held_out_records():
     assert (learner.state["alpha"][:5] == 1).all() and (learner.state["beta"][:5] == 0).all()
 
 
-def test_classes_that_come_again_are_learnt_from_their_labels(problem):
+def test_bic_learns_repeated_classes_from_their_labels(problem):
     stream, model, teacher, state = problem
     state = state.replace_group("teacher", teacher)
     batch = Batch.current(stream[1].train, 1)
@@ -156,7 +156,7 @@ def test_classes_that_come_again_are_learnt_from_their_labels(problem):
     )
 
 
-def test_one_in_ten_records_is_held_out_and_never_trained():
+def test_bic_holds_out_one_in_ten_records_from_training():
     ids = torch.arange(20_000)
     assert float(held_out(ids).double().mean()) == pytest.approx(0.1, abs=0.01)
     assert torch.equal(held_out(ids.flip(0)), held_out(ids).flip(0))
@@ -180,12 +180,12 @@ def score(strategy, seed):
     return float(average_accuracy(learner_of(strategy, stream, seed).fit(stream)))
 
 
-def test_the_correction_improves_accuracy_on_old_classes():
+def test_the_bic_correction_improves_accuracy_on_old_classes():
     for seed in range(3):
         assert score(BiC(memory_size=100), seed) > score(Uncorrected(memory_size=100), seed) + 2
 
 
-def test_the_fit_is_finite_for_any_noisy_sums():
+def test_the_bic_fit_is_finite_for_any_noisy_sums():
     place = torch.Generator().manual_seed(0)
     for _ in range(200):
         sums = 100 * torch.randn(5, generator=place)
@@ -197,7 +197,7 @@ def test_the_fit_is_finite_for_any_noisy_sums():
     assert none.tolist() == [0.0, 0.0]
 
 
-def test_private_rounds_are_entries_and_client_fits_are_averaged():
+def test_bic_charges_each_fit_round_and_averages_client_fits():
     stream = split(digits(), scenario="class", experiences=2)
     strategy = BiC(memory_size=100)
     learner = learner_of(
@@ -218,7 +218,7 @@ def test_private_rounds_are_entries_and_client_fits_are_averaged():
     assert (state["alpha"][:5] == 1).all() and (state["alpha"][5:] < 1).all()
 
 
-def test_other_scenarios_and_options_are_refused(problem):
+def test_bic_refuses_other_scenarios_and_invalid_options(problem):
     *_, params, _ = problem
     for scenario in ("task", "domain"):
         with pytest.raises(StrategyError, match="use Replay for this stream"):

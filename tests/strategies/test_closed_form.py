@@ -74,7 +74,7 @@ def test_float64_gram_sums_equal_gram_sums(d):
     assert torch.equal(found["gram"], found["gram"].T)
 
 
-def test_float64_sums_do_not_depend_on_the_order():
+def test_float64_gram_sums_do_not_depend_on_the_record_order():
     f, y = rows(n=3000, d=8)
     order = torch.randperm(len(f), generator=torch.Generator().manual_seed(1))
 
@@ -124,7 +124,7 @@ def test_one_record_changes_class_sums_by_at_most_clip_norm():
         assert 0.9 < float(moved) <= 1 + 1e-4
 
 
-def test_the_upper_triangle_is_mirrored():
+def test_mirrored_copies_the_upper_triangle_of_a_matrix():
     assert mirrored(torch.tensor([[1.0, 2.0], [9.0, 3.0]])).tolist() == [[1.0, 2.0], [2.0, 3.0]]
 
 
@@ -132,7 +132,7 @@ def test_the_upper_triangle_is_mirrored():
 
 
 @pytest.mark.reference
-def test_the_ridge_head_equals_scikit_learn():
+def test_the_ridge_head_equals_ridge_of_scikit_learn():
     from sklearn.linear_model import Ridge
 
     f, y = (value.double() for value in rows())
@@ -143,12 +143,12 @@ def test_the_ridge_head_equals_scikit_learn():
     )
 
 
-def test_a_singular_matrix_is_refused_with_its_ridge():
+def test_a_singular_gram_matrix_is_refused_with_its_ridge():
     with pytest.raises(StrategyError, match="width 3 with ridge = 0 is singular"):
         ridge_head(torch.zeros(3, 3), torch.zeros(3, 2), 0.0)
 
 
-def test_the_covariance_is_around_the_class_means():
+def test_the_covariance_is_computed_around_the_class_means():
     f, y = rows()
     f = f.double()
     targets = torch.eye(3, dtype=torch.float64)[y]
@@ -161,7 +161,7 @@ def test_the_covariance_is_around_the_class_means():
 
 @pytest.mark.reference
 @pytest.mark.parametrize("shrinkage", [0.05, 1.0])
-def test_shrinkage_equals_scikit_learn(shrinkage):
+def test_covariance_shrinkage_equals_scikit_learn(shrinkage):
     from sklearn.covariance import shrunk_covariance
 
     matrix = torch.cov(rows()[0].T).double()
@@ -173,7 +173,7 @@ def test_shrinkage_equals_scikit_learn(shrinkage):
     )
 
 
-def test_a_head_can_be_solved_without_records():
+def test_a_closed_form_head_without_records_is_zero():
     """A federation derives before the first record was seen."""
     empty = within_covariance(torch.zeros(3, 3), torch.zeros(3, 2), torch.zeros(2))
     weight, bias = discriminant_head(
@@ -184,7 +184,7 @@ def test_a_head_can_be_solved_without_records():
 
 
 @pytest.mark.reference
-def test_discriminant_head_is_gaussian_log_density_plus_constant():
+def test_the_discriminant_head_gives_the_gaussian_log_density():
     f, _ = rows()
     covariance = torch.cov(f.T) + torch.eye(5)
     means = torch.randn(5, 4, generator=torch.Generator().manual_seed(2))
@@ -219,7 +219,7 @@ def test_denoising_keeps_a_matrix_without_negative_eigenvalues():
 
 @pytest.mark.statistical
 @pytest.mark.parametrize("seed", range(3))
-def test_the_floor_estimates_noise_from_weak_directions(seed):
+def test_denoising_adds_the_noise_level_of_weak_directions(seed):
     """Wigner: the least eigenvalue is near -s sqrt(2 d); at d = 200 within 5 % but for one matrix
     in a million.
     """
@@ -295,7 +295,7 @@ def accuracy_of(strategy, k, privacy):
 
 
 @pytest.mark.parametrize("name", BOUNDED)
-def test_accuracy_under_privacy_does_not_depend_on_the_scale(name):
+def test_private_accuracy_does_not_depend_on_the_feature_scale(name):
     """A power of 2 changes no digit, so that the noise is the same in units of the bound."""
     privacy = Privacy(noise_multiplier=0.5, release_noise=1.0, seed=1)
     base, plain = accuracy_of(BOUNDED[name](1.0), 1.0, privacy)

@@ -41,7 +41,7 @@ def state_of(done):
 
 @pytest.mark.parametrize("done", [0, 1, 2])
 @torch.no_grad()
-def test_the_penalty_equals_the_formula_of_the_paper(toy_stream, done):
+def test_the_coda_prompt_penalty_equals_the_formula(toy_stream, done):
     """Over what is known: later components count neither with others nor by themselves."""
     model = moved(model_of(toy_stream(), experiences=3))
     expected = 0.0
@@ -56,7 +56,7 @@ def test_the_penalty_equals_the_formula_of_the_paper(toy_stream, done):
     assert expected > 1 and float(penalty) == pytest.approx(0.3 * expected, rel=1e-4)
 
 
-def test_the_penalty_is_0_at_the_start(toy_stream):
+def test_the_coda_prompt_penalty_is_0_at_the_start(toy_stream):
     model = model_of(toy_stream())
     for done in range(2):
         assert (
@@ -67,7 +67,7 @@ def test_the_penalty_is_0_at_the_start(toy_stream):
 
 @pytest.mark.parametrize("scenario", ["class", "task", "domain"])
 @torch.no_grad()
-def test_the_loss_and_the_prediction_use_the_components_so_far(toy_stream, scenario):
+def test_coda_prompt_uses_only_components_up_to_the_experience(toy_stream, scenario):
     stream = toy_stream(scenario)
     model = moved(model_of(stream, experiences=3))
     of = contexts(stream, "cpu")
@@ -94,7 +94,7 @@ def test_the_loss_and_the_prediction_use_the_components_so_far(toy_stream, scena
         partial(torch.optim.SGD, lr=0.1, momentum=0.9),
     ],
 )
-def test_only_own_components_and_the_head_are_trained(toy_stream, optimizer):
+def test_coda_prompt_trains_only_own_components_and_the_head(toy_stream, optimizer):
     stream = toy_stream()
     learner = learner_of(stream, optimizer=optimizer)
     learner.prepare(stream)
@@ -112,7 +112,7 @@ def test_only_own_components_and_the_head_are_trained(toy_stream, optimizer):
     assert float(learner.state["done"]) == 2
 
 
-def test_later_steps_keep_earlier_answers_when_tasks_are_given(toy_stream):
+def test_coda_prompt_with_tasks_keeps_earlier_predictions(toy_stream):
     stream = toy_stream("task")
     answers = []
 
@@ -125,7 +125,7 @@ def test_later_steps_keep_earlier_answers_when_tasks_are_given(toy_stream):
     assert len(answers) == 2 and torch.equal(*answers)
 
 
-def test_the_penalty_keeps_components_orthogonal(toy_stream):
+def test_the_coda_prompt_penalty_keeps_components_orthogonal(toy_stream):
     stream = toy_stream()
     distances = []
     for strength in (0.0, 1.0):
@@ -138,11 +138,11 @@ def test_the_penalty_keeps_components_orthogonal(toy_stream):
 
 
 @pytest.mark.deep(reason="full replay: the whole contract a second time")
-def test_the_strategy_passes_check_strategy_on_task_streams():
+def test_coda_prompt_passes_check_strategy_on_task_streams():
     assert "private" in check_strategy(CODAPrompt(), scenario="task").passed
 
 
-def test_a_model_with_too_few_components_is_refused(toy_stream):
+def test_coda_prompt_refuses_a_model_with_too_few_components(toy_stream):
     stream = toy_stream()
     plain = mlp(input_shape=(5,), num_classes=4, seed=0)
     pool = prompted(tiny((5,)), num_classes=4)
@@ -153,6 +153,6 @@ def test_a_model_with_too_few_components_is_refused(toy_stream):
             learner_of(stream, model=model).prepare(stream)
 
 
-def test_numbers_out_of_range_are_refused():
+def test_coda_prompt_refuses_a_negative_strength():
     with pytest.raises(ConfigError, match=r"coda_prompt.strength = -0.5"):
         CODAPrompt(strength=-0.5)

@@ -44,13 +44,13 @@ def learner_of(toy_stream, toy_model):
 
 
 @every
-def test_the_example_of_each_strategy_has_its_class(name):
+def test_the_example_of_each_strategy_has_the_class_of_its_name(name):
     kind = strategies.find(name)
     assert type(kind.example()) is kind and kind.example() == kind.example()
 
 
 @every
-def test_each_strategy_runs_alone(learner_of, toy_stream, name):
+def test_each_strategy_trains_alone(learner_of, toy_stream, name):
     adam = partial(torch.optim.Adam, lr=0.04)
     matrix = learner_of(name, iterations=90, optimizer=adam).fit(toy_stream())
     assert matrix.shape == (2, 2) and matrix[0, 0] > 80 and matrix[1, 1] > 40
@@ -85,7 +85,7 @@ def test_each_strategy_passes_check_strategy(name):
 
 
 @every
-def test_combine_with_one_part_equals_the_part(learner_of, toy_stream, name):
+def test_combine_with_one_part_equals_that_part(learner_of, toy_stream, name):
     alone = learner_of(name)
     combined = learner_of(name)
     combined.strategy = Combine(example(name), strategies.find("naive")())
@@ -95,7 +95,7 @@ def test_combine_with_one_part_equals_the_part(learner_of, toy_stream, name):
 
 
 @pytest.mark.parametrize("name", sorted({*strategies.names()} - OWN))
-def test_each_strategy_works_with_normalisation_and_dropout(toy_stream, name):
+def test_each_strategy_trains_with_normalisation_and_dropout(toy_stream, name):
     stream = toy_stream()
     body = nn.Sequential(nn.Linear(5, 8), nn.GroupNorm(2, 8), nn.Tanh(), nn.Dropout(0.2))
     learner = Learner(
@@ -110,6 +110,6 @@ def test_each_strategy_works_with_normalisation_and_dropout(toy_stream, name):
 
 
 @pytest.mark.parametrize("name", sorted({*strategies.names()} - {*private()}))
-def test_coupling_strategies_give_a_reason_and_are_refused(learner_of, name):
+def test_privacy_refuses_strategies_that_couple_records(learner_of, name):
     with pytest.raises(PrivacyError, match=f"{example(name).name} couples the records"):
         learner_of(name, privacy=Privacy(noise_multiplier=1.0, seed=0))

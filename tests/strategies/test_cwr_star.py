@@ -81,7 +81,7 @@ def by_hand(stream, experiences, seed=0):
 
 @pytest.mark.reference
 @pytest.mark.parametrize("scenario", ["class", "domain"])
-def test_a_shifted_head_equals_a_rewritten_head(scenario):
+def test_the_shifted_cwr_head_equals_a_rewritten_head(scenario):
     stream = split(digits(), scenario=scenario, experiences=5)
     learner = learner_of(CWRStar(), stream)
     learner.fit(stream)
@@ -101,7 +101,7 @@ def test_a_shifted_head_equals_a_rewritten_head(scenario):
     )
 
 
-def test_body_and_old_class_weights_do_not_change():
+def test_cwr_star_keeps_the_body_and_weights_of_old_classes():
     stream = split(digits(), scenario="class", experiences=5)
     learner = learner_of(CWRStar(), stream, optimizer=partial(torch.optim.Adam, lr=0.01))
     learner.prepare(stream)
@@ -119,7 +119,7 @@ def test_body_and_old_class_weights_do_not_change():
 
 
 @pytest.mark.reference
-def test_client_counts_add_up_to_the_head_of_all_records():
+def test_cwr_star_client_counts_add_up_to_all_records():
     """Clients with other shares of the classes: the weights of past and present are those of all of
     them together.
     """
@@ -146,7 +146,7 @@ def test_client_counts_add_up_to_the_head_of_all_records():
     assert not torch.allclose(own[0] / own[0].sum(), counts[0] / counts[0].sum(), atol=0.02)
 
 
-def test_private_class_counts_below_zero_are_handled(toy_stream, toy_model):
+def test_cwr_star_accepts_private_class_counts_below_zero(toy_stream, toy_model):
     stream = toy_stream()
     strategy = CWRStar()
     learner = Learner(
@@ -204,7 +204,7 @@ def test_cwr_star_forgets_less_than_plain_training(seed):
     assert scores(CWRStar(), seed) > scores(Naive(), seed) + 20
 
 
-def test_a_head_that_is_not_linear_is_refused(toy_model, toy_stream):
+def test_cwr_star_refuses_a_head_that_is_not_linear(toy_model, toy_stream):
     params = dict(toy_model(toy_stream()).named_parameters())
     spec = partial(Spec, params=params, num_classes=4, num_experiences=2, scenario="class")
     for strategy, size in (

@@ -68,7 +68,7 @@ def by_hand(logits, batch, allowed, alpha, beta):
 @pytest.mark.reference
 @pytest.mark.parametrize("beta", [0.0, 0.7])
 @pytest.mark.parametrize("stored", [None, 3])
-def test_the_loss_equals_its_formula(toy_stream, toy_model, beta, stored):
+def test_the_der_loss_equals_its_formula(toy_stream, toy_model, beta, stored):
     stream = toy_stream()
     watch = Watch()
     model = toy_model(stream)
@@ -84,7 +84,7 @@ def test_the_loss_equals_its_formula(toy_stream, toy_model, beta, stored):
         torch.testing.assert_close(mine, by_hand(model(batch.inputs), batch, at.seen, 0.3, beta))
 
 
-def test_without_stored_rows_the_loss_is_cross_entropy(toy_stream, toy_model):
+def test_the_der_loss_without_stored_rows_is_cross_entropy(toy_stream, toy_model):
     stream = toy_stream()
     watch = Watch()
     model = toy_model(stream)
@@ -99,7 +99,7 @@ def test_without_stored_rows_the_loss_is_cross_entropy(toy_stream, toy_model):
 
 
 @pytest.mark.parametrize("selected", [1, 2])
-def test_stored_logits_are_computed_in_a_step_with_the_record(toy_stream, toy_model, selected):
+def test_der_stores_the_logits_of_a_step_that_used_the_record(toy_stream, toy_model, selected):
     """In one epoch of the one; with two epochs, of one of the two."""
     stream = toy_stream()
     watch = Watch()
@@ -126,7 +126,9 @@ def test_stored_logits_are_computed_in_a_step_with_the_record(toy_stream, toy_mo
 
 
 @pytest.mark.parametrize("private", [False, True])
-def test_stored_logits_survive_a_stop_in_an_experience(toy_stream, toy_model, tmp_path, private):
+def test_a_resumed_experience_keeps_the_logits_stored_by_der(
+    toy_stream, toy_model, tmp_path, private
+):
     stream = toy_stream()
     watch = Watch()
     options = {
@@ -170,7 +172,7 @@ def test_stored_logits_survive_a_stop_in_an_experience(toy_stream, toy_model, tm
     assert float(early.abs().max()) > 1e-2
 
 
-def test_private_logits_are_of_the_last_step_with_equal_weights(toy_stream, toy_model):
+def test_private_der_stores_the_logits_of_a_records_last_step(toy_stream, toy_model):
     stream = toy_stream()
     watch = Watch()
     model = toy_model(stream)
@@ -199,7 +201,7 @@ def test_private_logits_are_of_the_last_step_with_equal_weights(toy_stream, toy_
     torch.testing.assert_close(losses, torch.where(batch.from_memory, stored, entropy))
 
 
-def test_the_logit_distance_is_over_all_classes(toy_stream, toy_model):
+def test_the_der_logit_distance_covers_all_classes(toy_stream, toy_model):
     """A stored row pulls the logits of unseen classes as well: the paper's heads are full-width."""
     stream = toy_stream()
     model = toy_model(stream)
@@ -214,7 +216,7 @@ def test_the_logit_distance_is_over_all_classes(toy_stream, toy_model):
     torch.testing.assert_close(losses, torch.ones(24))  # 2 ** 2 / 4
 
 
-def test_the_plan_uses_a_reservoir_updated_every_step(toy_stream):
+def test_der_plans_a_reservoir_updated_in_every_step(toy_stream):
     memory = DER(memory_size=9, batch_size=3).plan(toy_stream()[0]).memory
     assert memory == MemoryPlan(capacity=9, selection="reservoir", batch_size=3, update="step")
     assert DER(memory_size="0.4 kB").plan(toy_stream()[0]).memory.capacity == 400 // (5 * 4 + 8 + 8)
@@ -228,7 +230,7 @@ def test_the_plan_uses_a_reservoir_updated_every_step(toy_stream):
         ({"alpha": float("nan")}, "der.alpha = nan"),
     ],
 )
-def test_invalid_options_are_refused(options, message):
+def test_der_refuses_invalid_options(options, message):
     with pytest.raises(ConfigError, match=message):
         DER(memory_size=5, **options)
 
@@ -241,6 +243,6 @@ def test_invalid_options_are_refused(options, message):
         ({"memory_size": 5, "batch_size": 0}, "memory batch_size = 0"),
     ],
 )
-def test_an_invalid_memory_size_is_refused(toy_stream, options, message):
+def test_der_refuses_an_invalid_memory_size(toy_stream, options, message):
     with pytest.raises(ConfigError, match=message):
         DER(**options).plan(toy_stream()[0])

@@ -47,7 +47,7 @@ CLASSES = {  # of a new row, and of a stored one
 @pytest.mark.reference
 @pytest.mark.parametrize("scenario", CLASSES)
 @pytest.mark.parametrize("share", [0.0, 1 / 3])
-def test_new_rows_use_own_classes_and_stored_rows_all_seen(mixed, toy_model, scenario, share):
+def test_er_ace_masks_new_rows_to_own_classes_not_stored_rows(mixed, toy_model, scenario, share):
     stream, batch = mixed(scenario)
     model = toy_model(stream)
     at = contexts(stream, "cpu")(1, memory_share=share)
@@ -68,7 +68,7 @@ def test_new_rows_use_own_classes_and_stored_rows_all_seen(mixed, toy_model, sce
         assert mine.tolist() == pytest.approx(each, rel=1e-5)
 
 
-def test_new_rows_have_no_gradient_for_old_classes(mixed, toy_model):
+def test_er_ace_gives_new_rows_no_gradient_for_old_classes(mixed, toy_model):
     stream, batch = mixed("class")
     model = toy_model(stream)
     at = contexts(stream, "cpu")(1)
@@ -81,7 +81,7 @@ def test_new_rows_have_no_gradient_for_old_classes(mixed, toy_model):
     assert bool((of_stored.abs().sum(1) > 0).all())
 
 
-def test_masks_use_declared_classes_not_the_batch():
+def test_er_ace_masks_use_declared_classes_not_those_in_a_batch():
     """A batch with one class of the two: the other competes all the same."""
     table = torch.tensor([[1, 1, 0, 0], [0, 0, 1, 1]]).bool()
     at = Context(scenario="class", experience=1, task_classes=table, seen=table.any(0))
@@ -98,7 +98,7 @@ def test_masks_use_declared_classes_not_the_batch():
     torch.testing.assert_close(losses, torch.full((2,), math.log(2)))
 
 
-def test_in_the_first_experience_it_is_plain_cross_entropy(toy_stream, toy_model):
+def test_er_ace_is_cross_entropy_in_the_first_experience(toy_stream, toy_model):
     stream = toy_stream()
     model = toy_model(stream)
     at = contexts(stream, "cpu")(0)
@@ -111,7 +111,7 @@ def test_in_the_first_experience_it_is_plain_cross_entropy(toy_stream, toy_model
     )
 
 
-def test_private_rows_have_masks_and_equal_weights(toy_stream, toy_model):
+def test_private_er_ace_gives_new_and_stored_rows_equal_weight(toy_stream, toy_model):
     stream = toy_stream()
     seen = []
 
@@ -137,7 +137,7 @@ def test_private_rows_have_masks_and_equal_weights(toy_stream, toy_model):
     ]
 
 
-def test_the_plan_uses_a_reservoir(toy_stream):
+def test_er_ace_plans_a_reservoir(toy_stream):
     first = toy_stream()[0]
     assert ERACE(memory_size=9, batch_size=3).plan(first).memory == MemoryPlan(
         capacity=9, selection="reservoir", batch_size=3, update="step"
@@ -158,6 +158,6 @@ def test_the_plan_uses_a_reservoir(toy_stream):
         ),
     ],
 )
-def test_invalid_options_are_refused(toy_stream, options, message):
+def test_er_ace_refuses_invalid_options(toy_stream, options, message):
     with pytest.raises(ConfigError, match=message):
         ERACE(**options).plan(toy_stream()[0])

@@ -76,7 +76,7 @@ def same(mine, theirs):
 
 
 @pytest.mark.reference
-def test_a_merged_penalty_is_the_sum_of_penalties_plus_constant(toy_stream):
+def test_the_ewc_penalty_equals_the_sum_over_past_experiences(toy_stream):
     past = Past(EWC(strength=7.0), toy_stream())
     separate = [
         quadratic(7.0, fisher, point)
@@ -96,7 +96,7 @@ def test_a_merged_penalty_is_the_sum_of_penalties_plus_constant(toy_stream):
 
 
 @pytest.mark.reference
-def test_the_online_form_decays_around_the_last_anchor(toy_stream):
+def test_online_ewc_decays_fisher_around_the_latest_parameters(toy_stream):
     past = Past(
         EWC(strength=7.0, mode="online", decay=0.5),
         toy_stream(),
@@ -119,7 +119,7 @@ def test_ewc_has_no_penalty_in_the_first_experience(toy_stream):
     )
 
 
-def test_private_fisher_is_one_release_clipped_and_clamped(
+def test_private_ewc_makes_one_clipped_fisher_release(
     toy_stream,
 ):
     """The share of zeros is over 16 models: that of one, 64 numbers, hangs on the noise that is
@@ -174,7 +174,7 @@ def query_of(strategy, stream, model, experience=0):
     return curator.query
 
 
-def test_a_squared_gradient_is_at_most_the_clip_norm_squared(toy_stream):
+def test_a_fisher_row_is_at_most_the_squared_clip_norm(toy_stream):
     """|g * g| <= |g|^2, weights that add up to 1: so no record is clipped whose gradients lie
     within C.
     """
@@ -209,7 +209,7 @@ def rows_of(fisher, stream, experience, batch):
 @pytest.mark.parametrize(
     ("scenario", "experience"), [("class", 0), ("class", 1), ("task", 1), ("domain", 1)]
 )
-def test_sampled_fisher_approaches_the_exact_one_over_many_ids(toy_stream, scenario, experience):
+def test_sampled_fisher_is_close_to_exact_fisher_over_many_ids(toy_stream, scenario, experience):
     """Four standard errors of each of at most 64 numbers, by a fixed hash: it always passes, or the
     draw is wrong.
     """
@@ -226,7 +226,7 @@ def test_sampled_fisher_approaches_the_exact_one_over_many_ids(toy_stream, scena
     assert ((empirical - exact).abs() > 8 * errors).any(), "a test that could not tell them apart"
 
 
-def test_label_draws_differ_by_record_and_by_experience(toy_stream):
+def test_sampled_fisher_labels_differ_by_record_and_experience(toy_stream):
     stream = toy_stream()
     batch = Batch.current(stream[1].train, 1)
     rows = rows_of("sampled", stream, 1, batch)
@@ -240,7 +240,7 @@ def test_label_draws_differ_by_record_and_by_experience(toy_stream):
     assert 150 < int((labels[0] == labels[1]).sum()) < 350
 
 
-def test_classes_are_drawn_by_share_and_never_at_probability_0():
+def test_fisher_labels_are_drawn_by_class_probability():
     p = torch.tensor([0.0, 0.25, 0.0, 0.75, 0.0])
     ends = torch.tensor([2.0**-24, 0.2499, 0.2501, 1 - 2.0**-24])
     assert drawn(p.expand(4, 5), ends).tolist() == [1, 1, 3, 3]
@@ -284,7 +284,7 @@ def terms_of(strategy, classes):
         ("empirical", 10, 1),
     ],
 )
-def test_the_form_is_sampled_above_a_hundred_classes(fisher, classes, terms, caplog):
+def test_fisher_auto_means_sampled_above_100_classes(fisher, classes, terms, caplog):
     caplog.set_level("INFO", logger="perdure.strategies.ewc")
     assert terms_of(EWC(strength=1.0, fisher=fisher), classes) == terms
     told = [record.getMessage() for record in caplog.records]
@@ -292,23 +292,23 @@ def test_the_form_is_sampled_above_a_hundred_classes(fisher, classes, terms, cap
     assert len(told) == said and all("one sampled label a record" in line for line in told)
 
 
-def test_the_default_fisher_is_exact_for_few_classes(toy_stream):
+def test_fisher_auto_means_exact_for_few_classes(toy_stream):
     stream = toy_stream()
     batch = Batch.current(stream[1].train, 1)
     assert torch.equal(rows_of("auto", stream, 1, batch), rows_of("exact", stream, 1, batch))
 
 
-def test_the_sampled_form_keeps_the_contract():
+def test_ewc_with_sampled_fisher_passes_check_strategy():
     assert "vmap" in check_strategy(EWC(strength=50.0, fisher="sampled")).passed
 
 
-def test_an_anchor_is_the_fisher_weighted_mean_and_finite():
+def test_the_ewc_anchor_is_the_fisher_weighted_mean():
     state = State().declare("fisher/w", torch.tensor([4.0, 0.0]), "mean")
     state = state.declare("pull/w", torch.tensor([1.0 * 2.0 + 3.0 * 6.0, 0.0]), "mean")
     assert anchor(state, "w").tolist() == [5.0, 0.0]
 
 
-def test_averaged_clients_equal_one_party_with_all_records():
+def test_averaged_ewc_clients_equal_one_client_with_all_records():
     """Two experiences, two clients of sizes 1 and 3: the combined penalty is the sum of the global
     ones.
     """
@@ -345,6 +345,6 @@ def test_averaged_clients_equal_one_party_with_all_records():
         ),
     ],
 )
-def test_invalid_options_are_refused(options, message):
+def test_ewc_refuses_invalid_options(options, message):
     with pytest.raises(ConfigError, match=message):
         EWC(**options)

@@ -22,7 +22,7 @@ def problem(toy_stream, toy_model):
 
 
 @pytest.mark.reference
-def test_the_loss_equals_its_formula(problem):
+def test_the_feature_distillation_loss_equals_its_formula(problem):
     stream, model, teacher, spec = problem
     strategy = FeatureDistillation(strength=0.7)
     batch = Batch.current(stream[1].train, 1)
@@ -43,7 +43,7 @@ def test_the_loss_equals_its_formula(problem):
         assert mine[i].item() == pytest.approx(expected, rel=1e-4) and distance > 0.01
 
 
-def test_in_the_first_experience_there_is_no_teacher(problem):
+def test_feature_distillation_has_no_teacher_at_first(problem):
     stream, model, _, spec = problem
     strategy = FeatureDistillation(strength=1.0)
     batch = Batch.current(stream[0].train, 0)
@@ -56,7 +56,7 @@ def test_in_the_first_experience_there_is_no_teacher(problem):
     torch.testing.assert_close(strategy.losses(Forward(model), batch, at, poisoned), plain)
 
 
-def test_the_distance_gives_head_and_teacher_no_gradient(problem):
+def test_feature_distillation_leaves_head_and_teacher_fixed(problem):
     stream, model, _, spec = problem
     batch = Batch.current(stream[1].train, 1)
     at = contexts(stream, "cpu")(1)
@@ -77,7 +77,7 @@ def test_the_distance_gives_head_and_teacher_no_gradient(problem):
     assert sizes["teacher/head.weight"] < 1e-5 and sizes["teacher/body.1.weight"] > 0.01
 
 
-def test_features_of_new_inputs_change_less(toy_stream, toy_model):
+def test_feature_distillation_reduces_the_change_of_features(toy_stream, toy_model):
     def drift(strategy):
         """Mean squared distance over the second experience between the features before and after
         it.
@@ -105,6 +105,6 @@ def test_features_of_new_inputs_change_less(toy_stream, toy_model):
 
 
 @pytest.mark.parametrize("strength", [-1.0, float("inf"), float("nan")])
-def test_invalid_options_are_refused(strength):
+def test_feature_distillation_refuses_an_invalid_strength(strength):
     with pytest.raises(ConfigError, match=r"feature_distillation\.strength"):
         FeatureDistillation(strength=strength)

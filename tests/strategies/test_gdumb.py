@@ -36,7 +36,7 @@ def learner_of(model, **changes):
 
 
 @EITHER
-def test_batches_have_memory_rows_only_in_equal_shares(four, toy_model, privacy):
+def test_gdumb_batches_contain_only_memory_rows(four, toy_model, privacy):
     found = []
 
     def look(point, learner):
@@ -56,7 +56,7 @@ def test_batches_have_memory_rows_only_in_equal_shares(four, toy_model, privacy)
 
 
 @EITHER
-def test_every_experience_is_offered_to_memory_once(four, toy_model, privacy):
+def test_gdumb_offers_every_experience_to_memory_once(four, toy_model, privacy):
     offered = []
 
     def look(point, learner):
@@ -69,7 +69,7 @@ def test_every_experience_is_offered_to_memory_once(four, toy_model, privacy):
 
 
 @EITHER
-def test_training_starts_from_the_initial_parameters(four, toy_model, privacy):
+def test_gdumb_trains_from_the_initial_parameters(four, toy_model, privacy):
     starts = []
     model = toy_model(four)
     initial = {name: value.clone() for name, value in model.state_dict().items()}
@@ -93,7 +93,7 @@ def test_training_starts_from_the_initial_parameters(four, toy_model, privacy):
 
 
 @EITHER
-def test_a_stop_causes_no_restart_and_no_second_offer(four, toy_model, tmp_path, privacy):
+def test_a_resumed_gdumb_run_offers_no_record_twice(four, toy_model, tmp_path, privacy):
     class Stopped(BaseException):
         pass
 
@@ -119,7 +119,7 @@ def test_a_stop_causes_no_restart_and_no_second_offer(four, toy_model, tmp_path,
     ] == []
 
 
-def test_the_loss_is_plain_cross_entropy(four, toy_model):
+def test_the_gdumb_loss_is_plain_cross_entropy(four, toy_model):
     model = toy_model(four)
     at = contexts(four, "cpu")(1)
     batch = Batch.current(four[1].train, 1)
@@ -129,7 +129,7 @@ def test_the_loss_is_plain_cross_entropy(four, toy_model):
     )
 
 
-def test_private_gdumb_exposes_records_at_the_memory_rate(four, toy_model):
+def test_private_gdumb_charges_records_at_the_memory_rate(four, toy_model):
     learner = learner_of(toy_model(four), privacy=Privacy(noise_multiplier=1.0, seed=0))
     learner.fit(four)
     assert [entry.scope for entry in learner.private_sum.ledger.entries] == [
@@ -137,7 +137,7 @@ def test_private_gdumb_exposes_records_at_the_memory_rate(four, toy_model):
     ]
 
 
-def test_the_plan_restarts_and_trains_on_memory(four):
+def test_gdumb_plans_a_restart_and_training_on_memory(four):
     assert GDumb(memory_size=9).plan(four[1]) == Plan(
         pool="memory", restart=True, memory=MemoryPlan(capacity=9)
     )
@@ -151,6 +151,6 @@ def test_the_plan_restarts_and_trains_on_memory(four):
     ("size", "message"),
     [(0, "memory_size = 0"), ("2 TB", r"memory_size = '2 TB' is not allowed.*'1 GB'")],
 )
-def test_invalid_options_are_refused(four, size, message):
+def test_gdumb_refuses_invalid_options(four, size, message):
     with pytest.raises(ConfigError, match=message):
         GDumb(memory_size=size).plan(four[0])

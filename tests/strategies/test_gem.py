@@ -36,7 +36,7 @@ def matrices(gradient, references):
 @pytest.mark.property
 @settings(deadline=None, max_examples=60)
 @given(st.integers(0, 10_000), st.integers(1, 5), st.sampled_from([0.0, 0.5, 2.0]))
-def test_the_dual_is_the_solution_of_its_program(seed, k, margin):
+def test_the_gem_dual_variables_solve_their_quadratic_program(seed, k, margin):
     """Against bounded least squares, |A v + b|^2 / 2 with A^T A = R R^T + ridge |r_k|^2, and the
     conditions of optimality.
     """
@@ -55,7 +55,7 @@ def test_the_dual_is_the_solution_of_its_program(seed, k, margin):
 @pytest.mark.reference
 @settings(deadline=None, max_examples=25)
 @given(st.integers(0, 10_000), st.integers(1, 3))
-def test_projection_is_the_nearest_harmless_gradient_at_margin_0(seed, k):
+def test_gem_with_margin_0_projects_to_the_nearest_gradient(seed, k):
     """The primal program by SciPy; the ridge moves constraints by at most itself times the dual
     variables.
     """
@@ -79,7 +79,7 @@ def test_projection_is_the_nearest_harmless_gradient_at_margin_0(seed, k):
     assert (rows @ flat(mine).double().numpy() >= -slack - 1e-4).all()
 
 
-def test_a_grid_search_finds_no_better_dual_solution():
+def test_a_grid_search_finds_no_better_gem_dual_solution():
     """Two references and all dual variables from 0 to 4 in steps of 1/50."""
     g = np.array([1.0, -2.0, 0.5])
     rows = np.array([[0.0, 1.0, 0.3], [-1.0, 0.4, 0.0]])
@@ -108,7 +108,7 @@ def test_gem_with_one_reference_and_margin_0_equals_agem(seed):
 
 @pytest.mark.parametrize("margin", [0.0, 0.5])
 @pytest.mark.parametrize("size", [1e-12, 0.014, 1e6])
-def test_the_projection_does_not_depend_on_the_size_of_gradients(size, margin):
+def test_the_gem_projection_does_not_depend_on_gradient_sizes(size, margin):
     gradient, (first, second) = problem(3, 2)
     against_first = {name: value - 2 * first[name] for name, value in gradient.items()}
     strategy = GEM(memory_size=5, margin=margin)
@@ -123,7 +123,7 @@ def test_the_projection_does_not_depend_on_the_size_of_gradients(size, margin):
     assert min(float(found @ unit) for unit in units) >= -5e-3 * float(found.norm())
 
 
-def test_a_short_reference_counts_as_much_as_a_long_one():
+def test_gem_weighs_short_and_long_references_alike():
     gradient, (first, second) = problem(3, 2)
     strategy = GEM(memory_size=5, margin=0.0)
     expected = flat(strategy.project(gradient, (first, second), State()))
@@ -133,7 +133,7 @@ def test_a_short_reference_counts_as_much_as_a_long_one():
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_agreeing_gradients_are_kept_and_margin_adds_references():
+def test_gem_keeps_a_gradient_that_agrees_with_its_references():
     gradient, _ = problem(0, 0)
     agreeing = tuple(
         {name: scale * value for name, value in gradient.items()} for scale in (1.0, 0.3)
@@ -150,7 +150,7 @@ def test_agreeing_gradients_are_kept_and_margin_adds_references():
     torch.testing.assert_close(at[1], -0.5 * flat(gradient))  # g + 1.5 r
 
 
-def test_every_earlier_experience_has_its_own_reference(toy_data, toy_model):
+def test_gem_asks_one_reference_of_every_earlier_experience(toy_data, toy_model):
     from perdure.data.scenarios import split
 
     stream = split(toy_data, scenario="class", experiences=4)
@@ -181,7 +181,7 @@ def test_every_earlier_experience_has_its_own_reference(toy_data, toy_model):
     assert all(bool(value.isfinite().all()) for value in learner.params.values())
 
 
-def test_the_plan_uses_memory_for_references(toy_stream):
+def test_gem_plans_memory_for_reference_gradients(toy_stream):
     first = toy_stream()[0]
     assert GEM(memory_size=9, batch_size=3).plan(first).memory == MemoryPlan(
         capacity=9, selection="ring", batch_size=3, use="references"
@@ -193,7 +193,7 @@ def test_the_plan_uses_memory_for_references(toy_stream):
 
 
 @pytest.mark.parametrize("margin", [-0.1, math.inf, math.nan])
-def test_invalid_options_are_refused(toy_stream, margin):
+def test_gem_refuses_invalid_options(toy_stream, margin):
     with pytest.raises(
         ConfigError, match=r"gem\.margin = .* is not allowed; allowed: a finite number, 0 or more"
     ):

@@ -123,7 +123,7 @@ def answer_by_hand(scenario, temperature, new, old):
 @pytest.mark.reference
 @pytest.mark.parametrize("temperature", [None, 3.0])
 @pytest.mark.parametrize("scenario", ["task", "domain", "class"])
-def test_the_loss_equals_its_formula(scene, scenario, temperature):
+def test_the_generative_replay_loss_equals_its_formula(scene, scenario, temperature):
     it = scene(scenario, temperature)
     mine = it.losses(Forward(it.model), it.batch)
     e, made, e_made = it.made()
@@ -141,7 +141,7 @@ def test_the_loss_equals_its_formula(scene, scenario, temperature):
 
 
 @pytest.mark.reference
-def test_the_answers_of_several_tasks_are_averaged():
+def test_the_distillation_loss_averages_over_earlier_tasks():
     at = contexts(split(digits(), scenario="task", experiences=5), "cpu")(4)
     new, old = torch.randn(6, 10, generator=torch.Generator().manual_seed(0)).split(3)
     mine = distillation(torch.cat([new, old]), torch.cat([old, new]), at, None)
@@ -154,7 +154,7 @@ def test_the_answers_of_several_tasks_are_averaged():
 
 
 @pytest.mark.reference
-def test_the_autoencoder_loss_is_minus_the_evidence_lower_bound(toy_stream, toy_model):
+def test_the_vae_loss_is_minus_the_evidence_lower_bound(toy_stream, toy_model):
     """One latent number, so that p(x) is an integral over a line.
 
     Means over 4,000 draws; the gap is far above them.
@@ -187,7 +187,7 @@ def test_the_autoencoder_loss_is_minus_the_evidence_lower_bound(toy_stream, toy_
             assert abs(-losses.mean() - (evidence - loose)) < 5 * error
 
 
-def test_in_the_first_experience_there_is_no_teacher(scene):
+def test_generative_replay_has_no_teacher_at_first(scene):
     it = scene()
     at = contexts(it.stream, "cpu")(0)
     batch = Batch.current(it.stream[0].train, 0)
@@ -228,7 +228,7 @@ def test_teacher_classifier_and_generator_share_no_gradient(scene):
 # --------------------------------------------------------------------------- what is drawn
 
 
-def test_generated_rows_depend_on_record_and_step_only(scene):
+def test_generated_rows_depend_only_on_the_record_and_the_step(scene):
     it = scene()
 
     def at(step, batch=it.batch):
@@ -245,7 +245,7 @@ def test_generated_rows_depend_on_record_and_step_only(scene):
     assert (other != at(11)).all()
 
 
-def test_steps_count_over_experiences_and_teacher_is_last_end(toy_stream, toy_model):
+def test_the_replay_teacher_is_the_model_of_the_last_experience(toy_stream, toy_model):
     stream = toy_stream()
     seen = []
     ends = []
@@ -274,7 +274,7 @@ def test_steps_count_over_experiences_and_teacher_is_last_end(toy_stream, toy_mo
 @pytest.mark.reference
 @pytest.mark.parametrize("per_layer", [False, True])
 @pytest.mark.parametrize("temperature", [None, 2.0])
-def test_the_clipped_sum_by_book_keeping_equals_single_records(scene, temperature, per_layer):
+def test_book_keeping_of_generative_replay_equals_single_records(scene, temperature, per_layer):
     it = scene("class", temperature)
     params = dict(it.model.named_parameters())
     each = [
@@ -420,7 +420,7 @@ def test_a_config_can_use_generative_replay(tmp_path):
 # --------------------------------------------------------------------------- what it cannot take
 
 
-def test_a_model_without_a_generator_is_refused(toy_stream, toy_model):
+def test_generative_replay_refuses_a_model_without_a_generator(toy_stream, toy_model):
     stream = toy_stream()
     learner = Learner(
         model=toy_model(stream),
@@ -449,7 +449,7 @@ def test_a_model_without_a_generator_is_refused(toy_stream, toy_model):
 
 
 @pytest.mark.parametrize("outside", [-0.4, 1.2, math.nan])
-def test_inputs_outside_0_to_1_are_refused(toy_stream, outside):
+def test_generative_replay_refuses_inputs_outside_0_to_1(toy_stream, outside):
     experience = toy_stream()[0]
     assert GenerativeReplay().plan(experience).train
     inputs = experience.test.inputs.clone()
@@ -459,7 +459,7 @@ def test_inputs_outside_0_to_1_are_refused(toy_stream, outside):
         GenerativeReplay().plan(changed)
 
 
-def test_inputs_outside_are_clamped_as_reconstruction_targets(toy_stream, toy_model):
+def test_the_vae_loss_clamps_inputs_outside_0_to_1(toy_stream, toy_model):
     stream = toy_stream()
     forward = Forward(with_generator(toy_model(stream), stream))
     x = stream[0].train.inputs[:2] + torch.tensor([[9.0], [-9.0]])
@@ -472,7 +472,7 @@ def test_inputs_outside_are_clamped_as_reconstruction_targets(toy_stream, toy_mo
     torch.testing.assert_close(vae_loss(forward, x, noise), (apart + divergence) / 5)
 
 
-def test_images_of_another_size_are_refused():
+def test_generative_replay_refuses_images_of_another_size():
     stream = split(digits(), scenario="class", experiences=2)
     classifier = cnn(input_shape=(1, 8, 8), num_classes=10, width=4, seed=0)
     learner = Learner(
@@ -489,6 +489,6 @@ def test_images_of_another_size_are_refused():
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan])
-def test_a_temperature_of_0_or_less_is_refused(temperature):
+def test_generative_replay_refuses_a_temperature_of_0_or_less(temperature):
     with pytest.raises(ConfigError, match=r"generative_replay\.temperature = "):
         GenerativeReplay(temperature=temperature)

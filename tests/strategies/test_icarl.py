@@ -49,7 +49,7 @@ def sigmoid(value):
 @pytest.mark.reference
 @pytest.mark.parametrize("scenario", ["class", "task"])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_the_loss_equals_its_formula(toy_stream, toy_model, scenario, temperature):
+def test_the_icarl_loss_equals_its_formula(toy_stream, toy_model, scenario, temperature):
     """Rows of both experiences in the second: teacher's answers for classes 0 and 1, labels for 2
     and 3.
     """
@@ -79,7 +79,7 @@ def test_the_loss_equals_its_formula(toy_stream, toy_model, scenario, temperatur
             assert mine[i].item() == pytest.approx(expected, rel=1e-4)
 
 
-def test_first_experience_has_no_teacher_and_no_future_classes(toy_stream, toy_model):
+def test_icarl_has_no_teacher_or_later_classes_at_first(toy_stream, toy_model):
     stream = toy_stream()
     model = toy_model(stream)
     strategy = ICaRL(memory_size=8)
@@ -99,7 +99,7 @@ def test_first_experience_has_no_teacher_and_no_future_classes(toy_stream, toy_m
     assert not grad[2:].any() and bool((grad[:2].abs().sum(1) > 0).all())
 
 
-def test_the_gradient_does_not_flow_into_the_teacher(toy_stream, toy_model):
+def test_the_icarl_loss_has_no_gradient_for_the_teacher(toy_stream, toy_model):
     stream = toy_stream()
     model = toy_model(stream)
     strategy = ICaRL(memory_size=8)
@@ -113,7 +113,7 @@ def test_the_gradient_does_not_flow_into_the_teacher(toy_stream, toy_model):
     )
 
 
-def test_the_teacher_is_the_model_after_the_last_experience(toy_stream, toy_model):
+def test_the_icarl_teacher_is_the_model_of_the_last_experience(toy_stream, toy_model):
     stream = toy_stream()
     learner = finished(learner_of(toy_model(stream), ICaRL(memory_size=8)), stream, 1)
     end = {name: value.detach().clone() for name, value in learner.model.named_parameters()}
@@ -150,7 +150,7 @@ def herded_by_hand(features, most):
 
 
 @pytest.mark.reference
-def test_exemplars_follow_the_class_mean_of_the_final_model(toy_stream, toy_model):
+def test_icarl_exemplars_approximate_the_class_mean(toy_stream, toy_model):
     """Eight exemplars after the first experience; the best four of each two stay after the
     second.
     """
@@ -179,7 +179,7 @@ def test_exemplars_follow_the_class_mean_of_the_final_model(toy_stream, toy_mode
     assert {label: rows.ids[rows.labels == label].tolist() for label in range(4)} == expected
 
 
-def test_exemplars_and_new_records_are_one_pool(toy_stream, toy_model):
+def test_icarl_pools_exemplars_with_new_records(toy_stream, toy_model):
     stream = toy_stream()
     learner = finished(learner_of(toy_model(stream), ICaRL(memory_size=16)), stream, 1)
     learner.begin(1)
@@ -193,7 +193,7 @@ def test_exemplars_and_new_records_are_one_pool(toy_stream, toy_model):
 # --------------------------------------------------------------------------- means and prediction
 
 
-def test_classes_that_come_again_are_learnt_from_their_labels(toy_stream, toy_model):
+def test_icarl_learns_repeated_classes_from_their_labels(toy_stream, toy_model):
     stream = toy_stream()
     model = toy_model(stream)
     strategy = ICaRL(memory_size=8)
@@ -209,7 +209,7 @@ def test_classes_that_come_again_are_learnt_from_their_labels(toy_stream, toy_mo
 
 
 @pytest.mark.reference
-def test_prediction_is_the_nearest_exemplar_mean_of_final_model(toy_stream, toy_model):
+def test_icarl_predicts_the_nearest_mean_of_exemplars(toy_stream, toy_model):
     stream = toy_stream()
     learner = finished(learner_of(toy_model(stream), ICaRL(memory_size=16)), stream)
     rows = learner.session.held.memory.rows
@@ -229,7 +229,7 @@ def test_prediction_is_the_nearest_exemplar_mean_of_final_model(toy_stream, toy_
 
 
 @pytest.mark.parametrize(("scenario", "allowed"), [("class", {0, 1}), ("task", {2, 3})])
-def test_classes_that_are_not_allowed_are_not_predicted(toy_stream, toy_model, scenario, allowed):
+def test_icarl_predicts_no_class_that_is_not_allowed(toy_stream, toy_model, scenario, allowed):
     stream = toy_stream(scenario)
     learner = finished(learner_of(toy_model(stream), ICaRL(memory_size=16)), stream)
     predicted = learner.predictor(1 if scenario == "task" else 0, after=0)(stream[1].test.inputs)
@@ -239,7 +239,7 @@ def test_classes_that_are_not_allowed_are_not_predicted(toy_stream, toy_model, s
 
 
 @pytest.mark.parametrize("stretch", [1e-3, 1.0, 1e3])
-def test_one_exemplar_moves_sums_by_at_most_the_clip_norm(toy_stream, toy_model, stretch):
+def test_one_exemplar_changes_icarl_sums_by_at_most_clip_norm(toy_stream, toy_model, stretch):
     """Features of any length: a row is a unit vector."""
     stream = toy_stream()
     asked = {}
@@ -267,7 +267,7 @@ def test_one_exemplar_moves_sums_by_at_most_the_clip_norm(toy_stream, toy_model,
     assert asked["clip_norm"] == 1 and asked["over"] == "memory"
 
 
-def test_private_exemplars_are_random_and_means_are_noisy(toy_stream, toy_model):
+def test_private_icarl_has_random_exemplars_and_noisy_means(toy_stream, toy_model):
     stream = toy_stream()
     learner = finished(
         learner_of(
@@ -291,13 +291,13 @@ def test_private_exemplars_are_random_and_means_are_noisy(toy_stream, toy_model)
 # --------------------------------------------------------------------------- options
 
 
-def test_a_stream_without_new_classes_is_refused(toy_stream, toy_model):
+def test_icarl_refuses_a_stream_without_new_classes(toy_stream, toy_model):
     stream = toy_stream("domain")
     with pytest.raises(StrategyError, match="needs new classes in every experience; use Replay"):
         learner_of(toy_model(stream), ICaRL(memory_size=8)).prepare(stream)
 
 
-def test_the_plan_pools_herded_exemplars_with_new_records(toy_stream):
+def test_icarl_plans_herded_exemplars_pooled_with_new_records(toy_stream):
     first = toy_stream()[0]
     assert ICaRL(memory_size=9, per_class=2).plan(first).memory == MemoryPlan(
         capacity=9, selection="herding", per_class=2, use="pooled"
@@ -307,7 +307,7 @@ def test_the_plan_pools_herded_exemplars_with_new_records(toy_stream):
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan])
-def test_invalid_options_are_refused(toy_stream, temperature):
+def test_icarl_refuses_invalid_options(toy_stream, temperature):
     with pytest.raises(
         ConfigError,
         match=r"icarl\.temperature = .* is not allowed; allowed: a finite number above 0",

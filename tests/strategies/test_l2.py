@@ -11,7 +11,7 @@ def spec(params):
     return Spec(params=params, num_classes=2, num_experiences=2, feature_size=1, scenario="class")
 
 
-def test_the_penalty_is_the_formula():
+def test_the_l2_penalty_equals_its_formula():
     anchors = {"a": torch.tensor([1.0, -2.0]), "b": torch.tensor([[3.0]])}
     strategy = L2(strength=0.7)
     state = strategy.after_experience(None, anchors, strategy.init(spec(anchors)))
@@ -20,7 +20,7 @@ def test_the_penalty_is_the_formula():
     assert set(state.rules.values()) == {"local"}
 
 
-def test_the_penalty_is_0_in_the_first_experience():
+def test_the_l2_penalty_is_0_in_the_first_experience():
     params = {"a": torch.ones(3)}
     strategy = L2(strength=5.0)
     assert float(strategy.penalty({"a": torch.full((3,), 9.0)}, strategy.init(spec(params)))) == 0.0
@@ -47,7 +47,7 @@ def ends(strategy, stream, model):
     return found
 
 
-def test_l2_changes_only_the_training_of_later_experiences(toy_stream, toy_model):
+def test_l2_keeps_parameters_close_only_after_one_experience(toy_stream, toy_model):
     stream = toy_stream()
     held, free = (ends(s, stream, toy_model(stream)) for s in (L2(strength=2.0), Naive()))
     assert all(torch.equal(held[0][name], value) for name, value in free[0].items())
@@ -58,6 +58,6 @@ def test_l2_changes_only_the_training_of_later_experiences(toy_stream, toy_model
 
 
 @pytest.mark.parametrize("strength", [-1.0, float("inf"), float("nan")])
-def test_invalid_options_are_refused(strength):
+def test_l2_refuses_an_invalid_strength(strength):
     with pytest.raises(ConfigError, match=r"l2\.strength"):
         L2(strength=strength)

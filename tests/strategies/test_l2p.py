@@ -34,7 +34,7 @@ def similarity(model, x):
 
 @pytest.mark.parametrize("scenario", ["class", "task", "domain"])
 @torch.no_grad()
-def test_the_loss_equals_the_formula_of_the_paper(toy_stream, scenario):
+def test_the_l2p_loss_equals_the_formula_of_the_paper(toy_stream, scenario):
     stream = toy_stream(scenario)
     model = model_of(stream)
     at = contexts(stream, "cpu")(1)
@@ -48,7 +48,7 @@ def test_the_loss_equals_the_formula_of_the_paper(toy_stream, scenario):
     torch.testing.assert_close(losses, entropy + 0.7 * pull)
 
 
-def test_training_moves_keys_towards_their_queries(toy_stream):
+def test_l2p_training_moves_keys_towards_their_queries(toy_stream):
     stream = toy_stream()
     ends = []
     for strength in (0.0, 1.0):
@@ -63,7 +63,7 @@ def test_training_moves_keys_towards_their_queries(toy_stream):
     assert ends[1] > ends[0] + 0.2
 
 
-def test_old_head_rows_do_not_change_with_a_new_optimiser(toy_stream):
+def test_l2p_keeps_old_head_rows_with_a_new_optimizer(toy_stream):
     stream = toy_stream()
     heads = []
 
@@ -75,11 +75,11 @@ def test_old_head_rows_do_not_change_with_a_new_optimiser(toy_stream):
     assert torch.equal(heads[0][:2], heads[1][:2]) and not torch.equal(heads[0][2:], heads[1][2:])
 
 
-def test_the_strategy_passes_check_strategy_on_task_streams():
+def test_l2p_passes_check_strategy_on_task_streams():
     assert "private" in check_strategy(L2P(), scenario="task").passed
 
 
-def test_a_model_without_a_pool_is_refused(toy_stream):
+def test_l2p_refuses_a_model_without_a_prompt_pool(toy_stream):
     stream = toy_stream()
     with pytest.raises(
         StrategyError, match=r"L2P needs perdure.models.prompted\(backbone, num_classes=4\)"
@@ -87,6 +87,6 @@ def test_a_model_without_a_pool_is_refused(toy_stream):
         learner_of(stream, model=mlp(input_shape=(5,), num_classes=4, seed=0)).prepare(stream)
 
 
-def test_numbers_out_of_range_are_refused():
+def test_l2p_refuses_a_negative_strength():
     with pytest.raises(ConfigError, match=r"l2p.strength = -0.5"):
         L2P(strength=-0.5)

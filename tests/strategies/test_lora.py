@@ -56,7 +56,7 @@ def bits(model):
 
 
 @pytest.mark.parametrize("done", [0, 1, 2])
-def test_the_penalty_equals_the_formula_of_the_paper(toy_stream, done):
+def test_the_lora_penalty_equals_the_formula_of_the_paper(toy_stream, done):
     """By single rows of A: those of the present set against those of every earlier one, in every
     projection.
     """
@@ -77,7 +77,7 @@ def test_the_penalty_equals_the_formula_of_the_paper(toy_stream, done):
     assert float(penalty.detach()) == pytest.approx(0.7 * expected, rel=1e-4)
 
 
-def test_the_loss_is_over_the_classes_of_the_records_experience(toy_stream):
+def test_the_lora_loss_covers_the_classes_of_one_experience(toy_stream):
     stream = toy_stream()
     model = moved(model_of(stream))
     at = contexts(stream, "cpu")(1)
@@ -96,7 +96,7 @@ def test_the_loss_is_over_the_classes_of_the_records_experience(toy_stream):
     torch.testing.assert_close(losses, torch.cat(expected))
 
 
-def test_untrained_sets_add_nothing_and_trained_sets_add_weights():
+def test_lora_sets_add_nothing_until_they_are_trained():
     model = adapted(backbone(), num_classes=4, experiences=3, rank=RANK, scale=0.5)
     body = backbone()
     x = torch.rand(6, 5)
@@ -122,7 +122,7 @@ def test_untrained_sets_add_nothing_and_trained_sets_add_weights():
         partial(torch.optim.SGD, lr=0.1, momentum=0.9),
     ],
 )
-def test_only_the_own_adapter_set_and_head_are_trained(toy_stream, optimizer):
+def test_lora_trains_only_the_own_adapter_set_and_the_head(toy_stream, optimizer):
     stream = toy_stream()
     learner = learner_of(stream, optimizer=optimizer)
     learner.prepare(stream)
@@ -139,7 +139,7 @@ def test_only_the_own_adapter_set_and_head_are_trained(toy_stream, optimizer):
     assert float(learner.state["done"]) == 2
 
 
-def test_old_head_rows_do_not_change_with_a_new_optimiser(toy_stream):
+def test_lora_keeps_old_head_rows_with_a_new_optimizer(toy_stream):
     stream = toy_stream()
     heads = []
 
@@ -151,7 +151,7 @@ def test_old_head_rows_do_not_change_with_a_new_optimiser(toy_stream):
     assert torch.equal(heads[0][:2], heads[1][:2]) and not torch.equal(heads[0][2:], heads[1][2:])
 
 
-def test_the_penalty_keeps_adapter_sets_orthogonal(toy_stream):
+def test_the_lora_penalty_keeps_adapter_sets_orthogonal(toy_stream):
     stream = toy_stream()
     overlaps = []
     for strength in (0.0, 1.0):
@@ -162,7 +162,7 @@ def test_the_penalty_keeps_adapter_sets_orthogonal(toy_stream):
     assert overlaps[1] < 0.1 * overlaps[0]
 
 
-def test_only_trained_adapters_are_released_under_privacy(toy_stream):
+def test_private_lora_releases_only_gradients_of_trained_weights(toy_stream):
     stream = toy_stream()
     asked = []
     learner = learner_of(stream, privacy=Privacy(noise_multiplier=1.0, seed=0))
@@ -180,7 +180,7 @@ def test_only_trained_adapters_are_released_under_privacy(toy_stream):
     assert asked == [own, own] and len(own) < len(learner.params)
 
 
-def test_a_model_without_a_set_for_every_experience_is_refused(toy_stream):
+def test_lora_refuses_a_model_with_too_few_adapter_sets(toy_stream):
     stream = toy_stream()
     plain = mlp(input_shape=(5,), num_classes=4, seed=0)
     with pytest.raises(
@@ -194,7 +194,7 @@ def test_a_model_without_a_set_for_every_experience_is_refused(toy_stream):
         LoRA(head="classifier.").init(spec_of(model_of(stream), 2))
 
 
-def test_numbers_out_of_range_are_refused():
+def test_lora_refuses_numbers_out_of_range():
     with pytest.raises(ConfigError, match=r"lora.strength = -1"):
         LoRA(strength=-1)
     for name in ("rank", "experiences", "num_classes"):

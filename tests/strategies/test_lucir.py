@@ -117,7 +117,7 @@ def by_hand(features, then, weight, scale, label, experience, negatives, rate):
 @pytest.mark.reference
 @pytest.mark.parametrize("experience", [1, 2])
 @pytest.mark.parametrize("negatives", [1, 2, 9])
-def test_the_loss_equals_its_formula(experience, negatives):
+def test_the_lucir_loss_equals_its_formula(experience, negatives):
     strategy = LUCIR(
         memory_size=8, less_forget=STRENGTH, ranking=RANKING, margin=MARGIN, negatives=negatives
     )
@@ -145,7 +145,7 @@ def test_the_loss_equals_its_formula(experience, negatives):
     assert 0 < ranked <= 12 * experience < len(batch)
 
 
-def test_first_experience_is_cross_entropy_of_the_heads_logits():
+def test_lucir_is_cross_entropy_in_the_first_experience():
     strategy = LUCIR(memory_size=8)
     model, _, state, batch, at = scene(0, strategy)
     spoilt = state.replace(
@@ -158,7 +158,7 @@ def test_first_experience_is_cross_entropy_of_the_heads_logits():
 
 
 @pytest.mark.parametrize(("stored", "rate"), [(24.0, 20 / 8), (4.0, 16 / 4), (0.0, 13.0)])
-def test_old_rows_weigh_by_the_declared_memory_share(stored, rate):
+def test_lucir_weighs_the_ranking_loss_by_declared_memory_share(stored, rate):
     """Memory holds 8 records, or all that there have been."""
     strategy = LUCIR(memory_size=8, less_forget=0.0)
     model, _, state, batch, at = scene(1, strategy)
@@ -182,7 +182,7 @@ def rivals(model, state, batch):
     return nn.functional.cosine_similarity(model.features(batch.inputs)[:, None], rows, dim=2)
 
 
-def test_no_ranking_and_finite_loss_when_no_class_is_new():
+def test_lucir_without_a_new_class_has_no_ranking_loss():
     strategy = LUCIR(memory_size=8)
     model, _, state, batch, at = scene(1, strategy)
     again = replace(at, task_classes=at.task_classes[[0, 0, 0]], seen=at.task_classes[0])
@@ -196,7 +196,7 @@ def test_no_ranking_and_finite_loss_when_no_class_is_new():
 # --------------------------------------------------------------------------- what is held
 
 
-def test_neither_teacher_nor_held_embeddings_get_a_gradient():
+def test_lucir_gives_teacher_and_old_class_weights_no_gradient():
     strategy = LUCIR(memory_size=8)
     model, _, state, batch, at = scene(1, strategy)
     leaves = {
@@ -211,7 +211,7 @@ def test_neither_teacher_nor_held_embeddings_get_a_gradient():
 
 
 @pytest.mark.parametrize("privacy", [None, Privacy(noise_multiplier=1.0, seed=0)])
-def test_old_embeddings_do_not_change_with_the_parameters(privacy):
+def test_old_class_weights_of_lucir_do_not_change_in_training(privacy):
     """Momentum, weight decay and noise move the model's own rows; what is predicted with does not
     move.
     """
@@ -282,7 +282,7 @@ def test_private_lucir_releases_only_gradients():
     assert len(learner.private_sum.ledger.entries[-1].scope) == 2
 
 
-def test_lucir_works_with_normalisation_and_dropout():
+def test_lucir_trains_with_normalisation_and_dropout():
     stream = small_stream("class")
     body = nn.Sequential(nn.Linear(4, 8), nn.GroupNorm(2, 8), nn.Tanh(), nn.Dropout(0.2))
     for privacy in (None, Privacy(noise_multiplier=1.0, seed=0)):
@@ -300,7 +300,7 @@ def test_lucir_works_with_normalisation_and_dropout():
 # --------------------------------------------------------------------------- refusals
 
 
-def test_other_scenarios_and_heads_are_refused():
+def test_lucir_refuses_other_scenarios_and_a_linear_head():
     stream = small_stream("class")
     strategy = LUCIR(memory_size=8)
     for scenario in ("task", "domain"):
@@ -322,6 +322,6 @@ def test_other_scenarios_and_heads_are_refused():
         ({"memory_size": 0}, "lucir.memory_size = 0"),
     ],
 )
-def test_invalid_options_are_refused(options, message):
+def test_lucir_refuses_invalid_options(options, message):
     with pytest.raises(ConfigError, match=message):
         LUCIR(**{"memory_size": 8} | options)

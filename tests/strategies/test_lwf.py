@@ -62,7 +62,7 @@ def problem(toy_stream, toy_model):
 
 @pytest.mark.reference
 @pytest.mark.parametrize("scenario", ["task", "domain", "class"])
-def test_the_loss_equals_its_formula(problem, scenario):
+def test_the_lwf_loss_equals_its_formula(problem, scenario):
     stream, student, teacher, spec = problem(scenario)
     strategy = LwF(temperature=T, strength=0.7)
     state = strategy.init(spec)
@@ -100,7 +100,7 @@ def third_by_hand(scenario, weighting, student, teacher, label, strength):
 @pytest.mark.reference
 @pytest.mark.parametrize("weighting", ["sum", "experiences"])
 @pytest.mark.parametrize("scenario", ["task", "domain", "class"])
-def test_lwf_sums_or_averages_heads_in_experience_3(scenario, weighting):
+def test_lwf_sums_or_averages_old_tasks_in_the_third_experience(scenario, weighting):
     stream = small_stream(scenario)
     student, other = (
         mlp(
@@ -131,7 +131,7 @@ def test_lwf_sums_or_averages_heads_in_experience_3(scenario, weighting):
 
 @pytest.mark.parametrize("weighting", ["sum", "experiences"])
 @pytest.mark.parametrize("scenario", ["task", "domain", "class"])
-def test_in_the_first_experience_there_is_no_teacher(problem, scenario, weighting):
+def test_lwf_has_no_teacher_in_the_first_experience(problem, scenario, weighting):
     stream, student, _, spec = problem(scenario)
     strategy = LwF(temperature=T, weighting=weighting)
     batch = Batch.current(stream[0].train, 0)
@@ -145,7 +145,7 @@ def test_in_the_first_experience_there_is_no_teacher(problem, scenario, weightin
     torch.testing.assert_close(strategy.losses(Forward(student), batch, at, poisoned), plain)
 
 
-def test_the_gradient_does_not_flow_into_the_teacher(problem):
+def test_the_lwf_loss_has_no_gradient_for_the_teacher(problem):
     stream, student, _, spec = problem("class")
     strategy = LwF()
     state = strategy.init(spec)
@@ -157,7 +157,7 @@ def test_the_gradient_does_not_flow_into_the_teacher(problem):
     assert grads == (None,) * len(leaves)
 
 
-def test_the_teacher_is_the_model_after_the_last_experience(toy_stream, toy_model):
+def test_the_lwf_teacher_is_the_model_of_the_last_experience(toy_stream, toy_model):
     stream = toy_stream()
     ends = []
     seen = []
@@ -194,6 +194,6 @@ def test_the_teacher_is_the_model_after_the_last_experience(toy_stream, toy_mode
         ({"weighting": "equal"}, "lwf.weighting = 'equal'.*sum, experiences"),
     ],
 )
-def test_invalid_options_are_refused(options, message):
+def test_lwf_refuses_invalid_options(options, message):
     with pytest.raises(ConfigError, match=message):
         LwF(**options)

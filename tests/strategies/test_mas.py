@@ -45,7 +45,7 @@ def by_hand(model, records, classes):
     [("task", [2, 3]), ("class", [0, 1, 2, 3]), ("domain", [0, 1])],
     ids=str,
 )
-def test_the_importance_equals_a_hand_written_loop(toy_stream, toy_model, scenario, classes):
+def test_the_mas_importance_equals_a_written_out_loop(toy_stream, toy_model, scenario, classes):
     stream = toy_stream(scenario)
     model = toy_model(stream)
     state, params = consolidated(MAS(strength=1.0), stream, model, 1)
@@ -56,7 +56,7 @@ def test_the_importance_equals_a_hand_written_loop(toy_stream, toy_model, scenar
         assert torch.equal(state[f"anchor/{name}"], params[name])
 
 
-def test_importance_differs_from_that_of_the_mean_gradient(toy_stream, toy_model):
+def test_the_mas_importance_differs_from_the_mean_gradient(toy_stream, toy_model):
     """Records that pull in opposite directions both count; in the gradient of the mean they would
     cancel.
     """
@@ -80,7 +80,7 @@ def test_importance_differs_from_that_of_the_mean_gradient(toy_stream, toy_model
     assert min(ratios) < 0.9 and max(ratios) < 1 + 1e-5
 
 
-def test_importance_adds_up_and_the_anchor_moves_on(toy_stream, toy_model):
+def test_the_mas_importance_is_added_up_over_experiences(toy_stream, toy_model):
     stream = toy_stream()
     strategy = MAS(strength=0.3)
     model = toy_model(stream)
@@ -96,7 +96,7 @@ def test_importance_adds_up_and_the_anchor_moves_on(toy_stream, toy_model):
     assert rules == {"importance": "mean", "anchor": "local"}
 
 
-def test_private_importance_is_one_release_clipped_and_clamped(toy_stream, toy_model):
+def test_private_mas_makes_one_clipped_importance_release(toy_stream, toy_model):
     """The share of zeros is over 16 keys: that of one, 64 numbers, hangs on the noise that is drawn
     (0.14 +- 0.04).
     """
@@ -125,6 +125,6 @@ def test_private_importance_is_one_release_clipped_and_clamped(toy_stream, toy_m
 
 
 @pytest.mark.parametrize("strength", [-1.0, float("inf"), float("nan")])
-def test_invalid_options_are_refused(strength):
+def test_mas_refuses_an_invalid_strength(strength):
     with pytest.raises(ConfigError, match=r"mas\.strength"):
         MAS(strength=strength)

@@ -74,7 +74,7 @@ def by_hand(model, batch, scenario, rate, wanted):
 @pytest.mark.reference
 @pytest.mark.parametrize("scenario", CLASSES)
 @pytest.mark.parametrize(("batch_size", "wanted"), [(None, NEW), (2, 2), (OLD, OLD), (50, OLD)])
-def test_loss_is_of_new_rows_and_stored_rows_that_lose_most(
+def test_mir_rehearses_stored_rows_whose_loss_rises_most(
     mixed, toy_model, scenario, batch_size, wanted
 ):
     batch, at, stream = mixed(scenario)
@@ -91,7 +91,7 @@ def test_loss_is_of_new_rows_and_stored_rows_that_lose_most(
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
-def test_as_many_candidates_as_are_rehearsed_are_refused(mixed, toy_model):
+def test_mir_refuses_as_many_candidates_as_rehearsed_rows(mixed, toy_model):
     batch, at, stream = mixed()
     message = f"MIR would rehearse {NEW} of {NEW} candidates, so there is no choice"
     with pytest.raises(StrategyError, match=message):
@@ -100,7 +100,7 @@ def test_as_many_candidates_as_are_rehearsed_are_refused(mixed, toy_model):
         )
 
 
-def test_the_virtual_step_starts_from_the_given_parameters(mixed, toy_model):
+def test_the_virtual_step_of_mir_starts_at_given_parameters(mixed, toy_model):
     batch, at, stream = mixed()
     model = toy_model(stream)
     strategy = MIR(memory_size=50, batch_size=3)
@@ -138,7 +138,7 @@ def test_mir_rehearses_the_class_confused_with_the_new_one():
     assert set(labels[4:][mine[4:] > 0].tolist()) == {1}
 
 
-def test_dropout_does_not_change_the_chosen_rows(mixed):
+def test_dropout_does_not_change_the_rows_that_mir_chooses(mixed):
     batch, at, _ = mixed()
     model = Classifier(nn.Sequential(nn.Linear(5, 30), nn.Tanh(), nn.Dropout(0.5)), 30, 4).train()
     losses = [
@@ -157,7 +157,7 @@ def test_mir_changes_running_statistics_only_in_the_loss_pass(mixed):
     assert int(model.body[1].num_batches_tracked) == 1
 
 
-def test_padding_is_neither_learnt_from_nor_rehearsed(mixed, toy_model):
+def test_mir_ignores_padded_rows(mixed, toy_model):
     batch, at, stream = mixed()
     model = toy_model(stream)
     strategy = MIR(memory_size=50, batch_size=3)
@@ -182,7 +182,7 @@ def test_mir_chooses_the_first_of_rows_with_equal_scores(mixed, toy_model):
     assert torch.nonzero(mine[NEW:]).flatten().tolist() == [0, 1, 2]
 
 
-def test_a_step_passes_each_row_only_as_often_as_needed(mixed, toy_model):
+def test_a_mir_step_passes_each_row_only_as_often_as_needed(mixed, toy_model):
     """New rows for the virtual step, candidates before and after it, new and chosen rows."""
     batch, at, stream = mixed()
     model = toy_model(stream)
@@ -203,7 +203,7 @@ def learner_of(strategy, model, **changes):
     return Learner(model=model, strategy=strategy, **options)
 
 
-def test_mir_is_replay_when_every_candidate_is_chosen(toy_stream, toy_model):
+def test_mir_equals_replay_when_every_candidate_is_chosen(toy_stream, toy_model):
     """Replay gives all rows the same weight: half of the sum of both means, so it steps alike at
     twice the rate.
     """
@@ -227,7 +227,7 @@ def test_mir_is_replay_when_every_candidate_is_chosen(toy_stream, toy_model):
     assert not torch.allclose(ends[0], ends[2], rtol=1e-4, atol=1e-6)
 
 
-def test_a_batch_that_is_cut_is_refused(toy_stream, toy_model):
+def test_mir_refuses_batches_cut_into_micro_batches(toy_stream, toy_model):
     stream = toy_stream()
     for size in (2, 4, 6):
         with pytest.raises(StrategyError, match="micro_batch_size=None"):
@@ -248,7 +248,7 @@ def test_mir_is_refused_under_privacy(toy_stream, toy_model):
         ).fit(stream)
 
 
-def test_the_plan_draws_the_candidates_from_memory(toy_stream):
+def test_mir_plans_candidates_from_a_reservoir(toy_stream):
     first = toy_stream()[0]
     assert MIR(memory_size=9, candidates=7, batch_size=3).plan(first).memory == MemoryPlan(
         capacity=9, selection="reservoir", batch_size=7, update="step"
@@ -269,6 +269,6 @@ def test_the_plan_draws_the_candidates_from_memory(toy_stream):
         ({"memory_size": 0}, "memory_size = 0"),
     ],
 )
-def test_invalid_options_are_refused(toy_stream, options, message):
+def test_mir_refuses_invalid_options(toy_stream, options, message):
     with pytest.raises(ConfigError, match=message):
         MIR(**options).plan(toy_stream()[0])

@@ -22,7 +22,7 @@ def weights(model):
     return {name: value.detach().clone() for name, value in model.named_parameters()}
 
 
-def test_naive_equals_a_hand_written_loop(toy_stream, toy_model):
+def test_naive_equals_a_written_out_training_loop(toy_stream, toy_model):
     """The bare PyTorch loop over the same batches gives the same bits."""
     stream = toy_stream()
     batches = []
@@ -73,7 +73,7 @@ def test_joint_restarts_on_a_pool_of_all_records(toy_stream, toy_model):
     assert torch.equal(pools[1], torch.cat([first, second]).sort().values)
 
 
-def test_joint_takes_an_epoch_of_the_pool(toy_stream, toy_model):
+def test_joint_trains_one_epoch_of_the_whole_pool(toy_stream, toy_model):
     stream = toy_stream()
     learner, _ = fit(stream, toy_model(stream), Joint())
     # 4 epochs of 24, then of 48, in batches of 8

@@ -36,7 +36,7 @@ def test_ncm_equals_nearest_centroid_of_scikit_learn():
     assert accuracy(learner) > 0.8
 
 
-def test_logits_differ_from_distances_by_one_constant():
+def test_ncm_logits_equal_distances_up_to_a_constant():
     learner = alone(NCM(normalise=False))
     f = features_of_tests()
     distances = (f[:, :, None] - learner.state["weight"]).square().sum(1)
@@ -54,11 +54,11 @@ def test_normalised_ncm_predicts_by_the_angle():
 
 
 @pytest.mark.parametrize("strategy", [NCM(), NCM(normalise=False)], ids=repr)
-def test_logits_do_not_depend_on_order_or_on_client_split(strategy):
+def test_ncm_logits_do_not_depend_on_order_or_client_split(strategy):
     assert difference(strategy) < 1e-5
 
 
-def test_a_class_without_records_is_never_predicted():
+def test_ncm_never_predicts_a_class_without_records():
     learner = learner_of(NCM(normalise=False))
     learner.prepare(stream_of())
     learner.begin(0)
@@ -71,7 +71,7 @@ def test_a_class_without_records_is_never_predicted():
     assert float(bias[:2].min()) > -1e8
 
 
-def test_private_ncm_is_one_release_and_hardly_loses_accuracy():
+def test_private_ncm_makes_one_release_per_experience():
     learner = alone(NCM(), privacy=SIMULATED)
     entries = learner.private_sum.ledger.entries
     assert [list(entry.scope) for entry in entries] == [

@@ -73,7 +73,7 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 @settings(deadline=None, max_examples=20)
 @given(st.integers(0, 10_000))
-def test_the_projection_equals_gram_schmidt_for_any_directions(kind, seed):
+def test_the_ogd_projection_equals_gram_schmidt(kind, seed):
     place = torch.Generator().manual_seed(seed)
     rows = KINDS[kind](torch.randn(4, 10, generator=place))
     vector = torch.randn(10, generator=place)
@@ -89,14 +89,14 @@ def test_the_projection_equals_gram_schmidt_for_any_directions(kind, seed):
     torch.testing.assert_close(again, mine, rtol=1e-3, atol=1e-4)
 
 
-def test_the_first_experience_keeps_the_gradient_bit_for_bit():
+def test_ogd_keeps_the_gradient_bit_for_bit_at_first():
     strategy, state = state_of(torch.zeros(4, 10))
     gradient = gradient_of(torch.randn(10, generator=torch.Generator().manual_seed(0)))
     mine = strategy.project(gradient, (), state)
     assert all(torch.equal(mine[name], value) for name, value in gradient.items())
 
 
-def test_only_present_directions_are_projected_and_inverted():
+def test_ogd_projects_only_along_stored_directions():
     rows = torch.randn(6, 10, generator=torch.Generator().manual_seed(0))
     rows[3] = 0
     strategy, state = state_of(torch.cat([rows, torch.zeros(6, 10)]))
@@ -146,7 +146,7 @@ def consolidated(strategy, stream, model, index, train=None):
 @pytest.mark.parametrize(
     ("scenario", "allowed"), [("class", [0, 1, 2, 3]), ("task", [2, 3]), ("domain", [0, 1])]
 )
-def test_a_direction_is_the_mean_logit_gradient_of_its_group(
+def test_an_ogd_direction_is_the_mean_logit_gradient_of_a_group(
     toy_stream, toy_model, scenario, allowed, logit
 ):
     stream = toy_stream(scenario)
@@ -175,7 +175,7 @@ def test_a_direction_is_the_mean_logit_gradient_of_its_group(
             assert not state[f"directions/{name}"][:6].any()
 
 
-def test_groups_depend_on_class_and_id_with_equal_shares(toy_stream):
+def test_ogd_groups_depend_only_on_class_and_record_id(toy_stream):
     stream = toy_stream()
     at = contexts(stream, "cpu")(1)
     batch = Batch.current(stream[1].train, 1)
@@ -193,7 +193,7 @@ def test_groups_depend_on_class_and_id_with_equal_shares(toy_stream):
     assert float((counts - 0.1).abs().max()) < 0.01
 
 
-def test_averaged_directions_equal_directions_of_all_records(toy_stream, toy_model):
+def test_averaged_ogd_directions_equal_those_of_all_records(toy_stream, toy_model):
     stream = toy_stream()
     model = toy_model(stream)
     strategy = OGD(directions=4)
@@ -244,7 +244,7 @@ def moved(strategy, state, model, stream, rate):
 
 
 @pytest.mark.parametrize("scenario", ["task", "domain", "class"])
-def test_a_projected_step_moves_earlier_logits_in_second_order(toy_stream, toy_model, scenario):
+def test_an_ogd_step_changes_earlier_logits_in_second_order(toy_stream, toy_model, scenario):
     stream = toy_stream(scenario)
     model = toy_model(stream).double()
     stream = replace(
@@ -298,7 +298,7 @@ def test_ogd_forgets_less_than_plain_training():
         assert float(average_accuracy(kept)) > float(average_accuracy(plain)), (seed, plain, kept)
 
 
-def test_directions_stay_and_steps_are_orthogonal_to_all_earlier():
+def test_ogd_steps_are_orthogonal_to_all_earlier_directions():
     stream = split(digits(), scenario="class", experiences=5)
     learner = learner_of(OGD(directions=4), stream, iterations=12)
     k = 4
@@ -333,7 +333,7 @@ def test_directions_stay_and_steps_are_orthogonal_to_all_earlier():
     assert len(largest) == 24 and max(largest) < 2e-3
 
 
-def test_private_directions_are_one_noisy_release_an_experience():
+def test_private_ogd_makes_one_release_per_experience():
     stream = split(digits(), scenario="class", experiences=2)
     learner = learner_of(
         OGD(directions=10), stream, iterations=4, privacy=Privacy(noise_multiplier=1.0, seed=0)
@@ -348,7 +348,7 @@ def test_private_directions_are_one_noisy_release_an_experience():
     assert all(bool(value.any(dim=0).all()) for value in learner.state.group("directions").values())
 
 
-def test_a_step_of_some_parameters_only_is_refused():
+def test_ogd_refuses_a_gradient_of_only_some_parameters():
     strategy, state = state_of(torch.zeros(4, 10))
     with pytest.raises(StrategyError, match="trains only some"):
         strategy.project({"a": torch.zeros(3, 2)}, (), state)
@@ -358,6 +358,6 @@ def test_a_step_of_some_parameters_only_is_refused():
     ("options", "message"),
     [({"directions": 0}, "ogd.directions = 0"), ({"logit": "all"}, "ogd.logit = 'all'")],
 )
-def test_invalid_options_are_refused(options, message):
+def test_ogd_refuses_invalid_options(options, message):
     with pytest.raises(ConfigError, match=message):
         OGD(**options)

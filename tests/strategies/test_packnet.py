@@ -46,7 +46,7 @@ def network(weights, x):
 
 @pytest.mark.parametrize("dense_steps", [None, 12])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_later_steps_do_not_change_earlier_predictions(optimizer, dense_steps):
+def test_packnet_steps_do_not_change_earlier_predictions(optimizer, dense_steps):
     stream = tasks()
     learner = learner_of(
         PackNet(pruned_share=0.6, dense_steps=dense_steps), stream, optimizer=OPTIMIZERS[optimizer]
@@ -66,7 +66,7 @@ def test_later_steps_do_not_change_earlier_predictions(optimizer, dense_steps):
     assert not torch.equal(bare[0], bare[1])  # the model itself did move
 
 
-def test_nothing_is_forgotten_under_privacy_or_over_clients():
+def test_packnet_forgets_nothing_under_privacy_or_federation():
     stream = split(digits(), scenario="task", experiences=2)
     strategy = PackNet(pruned_share=0.6, dense_steps=40)
     assert (
@@ -84,7 +84,7 @@ def test_nothing_is_forgotten_under_privacy_or_over_clients():
     assert int(server.state["done"]) == 2
 
 
-def test_clients_that_prune_different_weights_are_found_out():
+def test_clients_that_prune_different_weights_are_refused():
     stream = split(digits(), scenario="task", experiences=2)
     make = lambda number: learner_of(PackNet(dense_steps=7), stream, blocks=4, seed=number)  # noqa: E731
     with pytest.raises(
@@ -95,7 +95,7 @@ def test_clients_that_prune_different_weights_are_found_out():
 
 
 @pytest.mark.reference
-def test_the_network_of_every_task_is_the_formula():
+def test_the_packnet_network_of_a_task_equals_the_formula():
     stream = tasks()
     strategy = PackNet(pruned_share=0.6, dense_steps=12)
     learner = learner_of(strategy, stream)
@@ -130,7 +130,7 @@ def test_the_network_of_every_task_is_the_formula():
 
 
 @pytest.mark.reference
-def test_tasks_take_largest_free_weights_and_first_the_biases():
+def test_packnet_gives_a_task_its_largest_free_weights():
     stream = tasks()
     strategy = PackNet(pruned_share=0.6)
     learner = learner_of(strategy, stream)
@@ -157,7 +157,7 @@ def test_tasks_take_largest_free_weights_and_first_the_biases():
 
 
 @pytest.mark.reference
-def test_the_gradient_is_zero_outside_the_trained_weights():
+def test_the_packnet_gradient_is_0_outside_trained_weights():
     stream = tasks()
     strategy = PackNet(pruned_share=0.6, dense_steps=12)
     learner = learner_of(strategy, stream)
@@ -207,7 +207,7 @@ def by_masks(name, live, state, task, head):
 
 @pytest.mark.reference
 @pytest.mark.parametrize("steps", [6, 15], ids=["dense", "pruned"])
-def test_arithmetic_gives_the_network_of_masks_to_the_bit(steps):
+def test_packnet_weights_equal_those_of_masks_bit_for_bit(steps):
     stream = tasks()
     strategy = PackNet(pruned_share=0.6, dense_steps=12)
     learner = learner_of(strategy, stream)
@@ -227,7 +227,7 @@ def test_arithmetic_gives_the_network_of_masks_to_the_bit(steps):
             assert torch.equal(projected[name], torch.where(training, ones[name], 0.0))
 
 
-def test_pruned_weights_start_the_next_task_at_0(toy_stream, toy_model):
+def test_weights_pruned_by_packnet_start_the_next_task_at_0(toy_stream, toy_model):
     stream = toy_stream("task")
     strategy = PackNet(pruned_share=0.5)
     learner = Learner(
@@ -274,7 +274,7 @@ def test_packnet_forgets_nothing_unlike_plain_training(seed):
 
 
 @pytest.mark.deep(reason="full replay: trains six networks to compare their means")
-def test_retraining_recovers_accuracy_after_pruning():
+def test_packnet_retraining_recovers_accuracy_after_pruning():
     pruned, retrained = (
         sum(
             scores(PackNet(pruned_share=0.97, dense_steps=steps), "task", seed, (40,))[0]
@@ -286,7 +286,7 @@ def test_retraining_recovers_accuracy_after_pruning():
     assert retrained > pruned + 1
 
 
-def test_a_stream_without_tasks_or_a_missing_head_is_refused(toy_model, toy_stream):
+def test_packnet_refuses_a_domain_stream_or_a_missing_head(toy_model, toy_stream):
     params = dict(toy_model(toy_stream()).named_parameters())
     spec = partial(Spec, params=params, num_classes=4, num_experiences=2, feature_size=6)
     with pytest.raises(StrategyError, match="use EWC"):
@@ -297,7 +297,7 @@ def test_a_stream_without_tasks_or_a_missing_head_is_refused(toy_model, toy_stre
         PackNet(head="body.").init(spec(scenario="task"))
 
 
-def test_networks_predict_own_classes_if_no_task_is_given(toy_model, toy_stream):
+def test_packnet_without_tasks_predicts_with_each_own_network(toy_model, toy_stream):
     stream = toy_stream()
     strategy = PackNet(pruned_share=0.5)
     learner = Learner(
@@ -327,6 +327,6 @@ def test_networks_predict_own_classes_if_no_task_is_given(toy_model, toy_stream)
         ({"dense_steps": 0}, "packnet.dense_steps = 0"),
     ],
 )
-def test_invalid_options_are_refused(options, message):
+def test_packnet_refuses_invalid_options(options, message):
     with pytest.raises(ConfigError, match=message):
         PackNet(**options)

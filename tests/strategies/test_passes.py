@@ -66,7 +66,7 @@ def passes_of(strategy, stream, model, experience):
 
 
 @pytest.mark.parametrize("name", NEEDED)
-def test_a_step_passes_no_more_rows_than_it_needs(name, toy_stream, toy_model):
+def test_a_training_step_passes_no_more_rows_than_it_needs(name, toy_stream, toy_model):
     strategy, needed = NEEDED[name]
     stream = toy_stream()
     found = passes_of(strategy, stream, toy_model(stream), 1)
@@ -74,6 +74,6 @@ def test_a_step_passes_no_more_rows_than_it_needs(name, toy_stream, toy_model):
 
 
 @pytest.mark.parametrize("name", ["cwr_star", "feature_distillation", "ogd", "packnet", "rwalk"])
-def test_a_step_of_the_first_experience_is_one_pass(name, toy_stream, toy_model):
+def test_a_step_of_the_first_experience_is_one_forward_pass(name, toy_stream, toy_model):
     stream = toy_stream()
     assert passes_of(NEEDED[name][0], stream, toy_model(stream), 0) == [(NEW, True)]

@@ -40,7 +40,7 @@ def test_ranpac_equals_ridge_regression_of_scikit_learn():
 
 
 @pytest.mark.reference
-def test_the_bias_feature_is_a_column_that_is_the_same_for_all():
+def test_the_ranpac_bias_is_a_constant_column_of_features():
     from sklearn.linear_model import Ridge
 
     features, labels = everything()
@@ -54,7 +54,7 @@ def test_the_bias_feature_is_a_column_that_is_the_same_for_all():
 
 
 @pytest.mark.reference
-def test_recursive_least_squares_of_acil_arrive_at_the_same_head():
+def test_ranpac_equals_recursive_least_squares_of_acil():
     """Woodbury, one experience after another, from the inverse of the ridge alone."""
     learner = learner_of(RAW)
     d = learner.model.feature_size
@@ -75,14 +75,14 @@ def test_recursive_least_squares_of_acil_arrive_at_the_same_head():
     [RAW, RanPAC(), RanPAC(ridge=1e-6, bias=1.0), RanPAC(projection=300, seed=4)],
     ids=repr,
 )
-def test_logits_do_not_depend_on_order_or_on_client_split(strategy):
+def test_ranpac_logits_do_not_depend_on_order_or_client_split(strategy):
     """Features are float32, and rounded by the shape of their batch; a small ridge makes more of
     that.
     """
     assert difference(strategy) < (1e-5 if strategy.ridge >= 1e-3 else 1e-3)
 
 
-def test_ranpac_after_one_experience_differs_from_all():
+def test_ranpac_without_the_last_experience_has_other_logits():
     """What the comparison above could not miss: a head of fewer records."""
     few = learner_of(RAW)
     base = logits(alone(RAW))
@@ -93,7 +93,7 @@ def test_ranpac_after_one_experience_differs_from_all():
     assert float((logits(few) - base).abs().max() / base[:, :8].abs().max()) > 1e-2
 
 
-def test_no_parameter_moves_and_nothing_is_stored():
+def test_ranpac_changes_no_parameter_and_stores_no_record():
     learner = learner_of(RAW)
     before = {name: value.detach().clone() for name, value in learner.params.items()}
     learner.fit(stream_of())
@@ -101,7 +101,7 @@ def test_no_parameter_moves_and_nothing_is_stored():
     assert learner.curator.stored == 0
 
 
-def test_projection_is_random_relu_features_from_the_seed():
+def test_the_ranpac_projection_depends_only_on_the_seed():
     strategy = RanPAC(projection=200, seed=4, normalise=False)
     first, again, other = (
         learner_of(RanPAC(projection=200, seed=s, normalise=False)) for s in (4, 4, 5)
@@ -122,7 +122,7 @@ def test_projection_is_random_relu_features_from_the_seed():
     torch.testing.assert_close(strategy.features(first.session.forward, x, first.state), expected)
 
 
-def test_private_ranpac_is_one_release_clipped_to_declared_norm():
+def test_private_ranpac_makes_one_release_per_experience():
     learner = alone(RanPAC(bias=0.5), privacy=SIMULATED)
     entries = learner.private_sum.ledger.entries
     assert [(entry.purpose, entry.steps, list(entry.scope)) for entry in entries] == [
@@ -136,7 +136,7 @@ def test_private_ranpac_is_one_release_clipped_to_declared_norm():
     assert 5 < learner.private_sum.ledger.worst(1e-5)[1] <= 8
 
 
-def test_normalised_features_are_not_clipped():
+def test_ranpac_does_not_clip_normalised_features():
     """With noise of nearly nothing the released sums are the exact ones."""
     exact = alone(RanPAC(bias=0.5)).state
     noised = alone(
@@ -151,7 +151,7 @@ def test_private_ranpac_still_classifies_digits():
     assert accuracy(alone(RanPAC(projection=24), privacy=SIMULATED)) > 0.5
 
 
-def test_features_without_a_bound_are_refused_under_privacy():
+def test_private_ranpac_refuses_features_without_a_bound():
     with pytest.raises(
         PrivacyError, match=r"RanPAC .*no bound; set normalise=True, or declare a bound with bound="
     ):
@@ -162,7 +162,7 @@ def test_features_without_a_bound_are_refused_under_privacy():
     )
 
 
-def test_clients_under_privacy_add_up_with_their_noise():
+def test_private_ranpac_clients_add_up_their_noise_counts():
     from perdure.data.client_splits import iid
     from perdure.federated import Federation, run_federation
 
@@ -175,7 +175,7 @@ def test_clients_under_privacy_add_up_with_their_noise():
     assert float(server.learner.state["noisy"]) == 10
 
 
-def test_a_model_without_feature_size_is_refused():
+def test_ranpac_refuses_a_model_without_feature_size():
     spec = Spec(params={}, num_classes=3, num_experiences=2, feature_size=0, scenario="class")
     with pytest.raises(StrategyError, match="feature_size"):
         RanPAC(projection=4, bias=1.0).init(spec)
@@ -192,6 +192,6 @@ def test_a_model_without_feature_size_is_refused():
         ({"bound": -1.0, "normalise": False}, "ranpac.bound = -1.0"),
     ],
 )
-def test_invalid_options_are_refused(options, message):
+def test_ranpac_refuses_invalid_options(options, message):
     with pytest.raises(ConfigError, match=message):
         RanPAC(**options)

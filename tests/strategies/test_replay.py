@@ -40,7 +40,7 @@ def batches(stream, learner):
 @pytest.mark.parametrize(
     ("stored", "weights"), [(6, (0.5, 0.5)), (3, (0.5, 0.5)), (12, (0.5, 0.5))]
 )
-def test_the_new_experience_weighs_one_over_t_at_any_batch_size(
+def test_replay_weighs_new_and_stored_rows_at_any_batch_size(
     toy_stream, toy_model, stored, weights
 ):
     """Losses of a batch by hand: mean over new rows / t + mean over stored rows * (1 - 1/t)."""
@@ -57,7 +57,7 @@ def test_the_new_experience_weighs_one_over_t_at_any_batch_size(
     torch.testing.assert_close(mine, expected)
 
 
-def test_new_records_have_weight_one_third_in_experience_3():
+def test_replay_gives_new_records_weight_1_3_in_experience_3():
     table = torch.eye(3, dtype=torch.bool)
     from perdure.contract.context import Context
     from perdure.data.records import Batch
@@ -80,7 +80,7 @@ def test_new_records_have_weight_one_third_in_experience_3():
     torch.testing.assert_close(equal, each)
 
 
-def test_the_first_experience_equals_plain_training(toy_stream, toy_model):
+def test_replay_equals_plain_training_in_the_first_experience(toy_stream, toy_model):
     stream = toy_stream()
     model = toy_model(stream)
     first = batches(stream, learner_of(model, Replay(memory_size=8)))[0]
@@ -92,7 +92,7 @@ def test_the_first_experience_equals_plain_training(toy_stream, toy_model):
     )
 
 
-def test_private_new_and_stored_records_are_one_equal_pool(toy_stream, toy_model):
+def test_private_replay_pools_new_and_stored_records(toy_stream, toy_model):
     stream = toy_stream()
     privacy = Privacy(noise_multiplier=1.0, seed=0, sampling_rate=0.5)
     learner = learner_of(toy_model(stream), Replay(memory_size=16), privacy=privacy)
@@ -106,7 +106,7 @@ def test_private_new_and_stored_records_are_one_equal_pool(toy_stream, toy_model
     ]
 
 
-def test_the_plan_uses_the_memory(toy_stream):
+def test_replay_plans_the_given_memory(toy_stream):
     plan = Replay(memory_size=9, selection="reservoir", per_class=2, batch_size=3).plan(
         toy_stream()[0]
     )
@@ -126,6 +126,6 @@ def test_the_plan_uses_the_memory(toy_stream):
         ({"memory_size": 5, "batch_size": 0}, "memory batch_size = 0"),
     ],
 )
-def test_invalid_options_are_refused(options, message):
+def test_replay_refuses_invalid_options(options, message):
     with pytest.raises(ConfigError, match=message):
         Replay(**options)

@@ -95,7 +95,7 @@ def walk(toy_stream, toy_model):
 
 
 @pytest.mark.reference
-def test_rwalk_scores_are_averaged_with_earlier_ones(walk):
+def test_rwalk_averages_path_scores_with_earlier_scores(walk):
     for name in walk.ends[0]:
         first = walk.walked(name, 0)
         second = walk.walked(name, 1)
@@ -106,7 +106,7 @@ def test_rwalk_scores_are_averaged_with_earlier_ones(walk):
         assert float(first.max()) > 0 and float(second.max()) > 0
 
 
-def test_scores_change_only_at_the_end_of_a_window():
+def test_rwalk_scores_change_only_at_the_end_of_a_window():
     params = {"w": torch.tensor([1.0, 2.0])}
     spec = Spec(params=params, num_classes=2, num_experiences=2, feature_size=1, scenario="class")
     strategy = RWalk(strength=1.0, window=2)
@@ -130,7 +130,7 @@ def test_scores_change_only_at_the_end_of_a_window():
 
 
 @pytest.mark.reference
-def test_fisher_is_of_every_record_and_averaged_with_the_past(walk, toy_stream):
+def test_rwalk_averages_per_record_fisher_with_earlier_fisher(walk, toy_stream):
     for name in walk.ends[0]:
         first, second = (fisher[name] for fisher in walk.fishers)
         torch.testing.assert_close(walk.states[0][f"fisher/{name}"], first)
@@ -148,7 +148,7 @@ def test_fisher_is_of_every_record_and_averaged_with_the_past(walk, toy_stream):
         torch.testing.assert_close(walk.fishers[1][name], value, rtol=1e-4, atol=1e-7)
 
 
-def test_the_penalty_scales_both_to_at_most_one(walk):
+def test_the_rwalk_penalty_scales_fisher_and_scores_to_1(walk):
     state = walk.states[1]
     anchor = walk.ends[1]
     at = {name: value + 0.1 for name, value in anchor.items()}
@@ -162,7 +162,7 @@ def test_the_penalty_scales_both_to_at_most_one(walk):
     )
 
 
-def test_the_path_is_reset_in_every_experience(walk):
+def test_rwalk_resets_its_path_in_every_experience(walk):
     for name in walk.ends[0]:
         assert not any(
             walk.states[1][f"{group}/{name}"].any() for group in ("walked", "won", "moved")
@@ -170,7 +170,7 @@ def test_the_path_is_reset_in_every_experience(walk):
     assert float(walk.states[1]["steps"]) == 0.0 and float(walk.states[1]["past"]) == 1.0
 
 
-def test_scales_follow_from_the_state_also_after_combination(walk):
+def test_rwalk_recomputes_its_scales_after_averaging(walk):
     strategy = walk.learner.strategy
     state = walk.states[1]
     doubled = state.replace_group(
@@ -210,6 +210,6 @@ def test_rwalk_has_no_penalty_in_the_first_experience():
         ({"strength": 1.0, "damping": 0.0}, "rwalk.damping = 0.0"),
     ],
 )
-def test_invalid_options_are_refused(options, message):
+def test_rwalk_refuses_invalid_options(options, message):
     with pytest.raises(ConfigError, match=message):
         RWalk(**options)

@@ -229,7 +229,7 @@ def compared(whole, fewer):
 
 @pytest.mark.parametrize("clipping", ["flat", "per-layer", Adaptive(count_noise=0.5)])
 @pytest.mark.parametrize("name", private())
-def test_one_record_moves_no_release_by_more_than_its_bound(pair_of, name, clipping):
+def test_one_record_changes_every_release_within_its_bound(pair_of, name, clipping):
     whole, fewer = pair_of(name, clipping=clipping)
     found = compared(whole, fewer)
     assert [row for row in found if row[2] > row[1] * ROUNDING] == []
@@ -251,7 +251,7 @@ def test_one_record_moves_no_release_by_more_than_its_bound(pair_of, name, clipp
 
 
 @pytest.mark.parametrize("name", private())
-def test_one_record_changes_fixed_order_sums_within_its_bound(pair_of, name):
+def test_one_record_changes_banded_sums_within_their_bound(pair_of, name):
     whole, fewer = pair_of(name, bands=2)
     found = compared(whole, fewer)
     assert [row for row in found if row[2] > row[1] * ROUNDING] == []
@@ -260,7 +260,7 @@ def test_one_record_changes_fixed_order_sums_within_its_bound(pair_of, name):
     assert len(touched) == 3 * trains  # six steps of the first experience are three epochs of two
 
 
-def test_one_record_does_not_change_other_memory_members(pair):
+def test_removing_a_record_changes_no_other_memory_member(pair):
     """Membership goes by each record's own coin: one record less evicts and admits nobody."""
     whole, fewer = pair(example("replay"))
     compared(whole, fewer)
@@ -278,7 +278,7 @@ class Masked(Naive):
         return torch.nn.functional.cross_entropy(logits, batch.labels, reduction="none")
 
 
-def test_a_loss_that_couples_records_is_detected(pair, monkeypatch):
+def test_the_comparison_finds_a_loss_that_couples_records(pair, monkeypatch):
     """The guard refuses such a loss before training; without the guard, this comparison finds
     it.
     """

@@ -74,7 +74,7 @@ OPTIMIZERS = {
 
 @pytest.mark.reference
 @pytest.mark.parametrize("optimizer", list(OPTIMIZERS))
-def test_importance_is_path_integral_over_squared_distance(toy_stream, toy_model, optimizer):
+def test_the_si_importance_is_path_over_squared_distance(toy_stream, toy_model, optimizer):
     """Whatever the optimiser makes of the gradient: the path is that of the parameters."""
     stream = toy_stream()
     run = Path(
@@ -89,7 +89,7 @@ def test_importance_is_path_integral_over_squared_distance(toy_stream, toy_model
             assert torch.equal(state[f"anchor/{name}"], run.ends[experiences - 1][name])
 
 
-def test_the_gradient_on_the_path_is_without_the_penalty(toy_stream, toy_model):
+def test_the_si_path_excludes_the_gradient_of_the_penalty(toy_stream, toy_model):
     """A penalty so strong that it alone moves the parameters does not enter the path as a
     gradient.
     """
@@ -108,7 +108,7 @@ def test_the_gradient_on_the_path_is_without_the_penalty(toy_stream, toy_model):
         )
 
 
-def test_the_penalty_is_the_formula_and_never_pushes_away():
+def test_the_si_penalty_equals_its_formula_and_is_never_below_0():
     spec = Spec(
         params={"w": torch.tensor([1.0, 2.0])},
         num_classes=2,
@@ -129,7 +129,7 @@ def test_the_penalty_is_the_formula_and_never_pushes_away():
     }
 
 
-def test_clients_average_to_the_importance_of_the_averaged_path():
+def test_averaged_si_clients_have_importance_of_the_mean_path():
     """Two clients, of sizes 1 and 3, consolidate at the same global parameters."""
     start = {"w": torch.tensor([0.0, 1.0])}
     end = {"w": torch.tensor([0.5, -1.0])}
@@ -145,7 +145,7 @@ def test_clients_average_to_the_importance_of_the_averaged_path():
     torch.testing.assert_close(averaged, path / ((end["w"] - start["w"]) ** 2 + 0.2))
 
 
-def test_parameters_that_are_not_trained_have_no_path(toy_stream, toy_model):
+def test_si_gives_untrained_parameters_no_path(toy_stream, toy_model):
     class HeadOnly(SI):
         def plan(self, experience):
             return Plan(trainable=("head",))
@@ -155,7 +155,7 @@ def test_parameters_that_are_not_trained_have_no_path(toy_stream, toy_model):
     assert not state["importance/body.1.weight"].any() and state["importance/head.weight"].any()
 
 
-def test_important_parameters_change_less(toy_stream, toy_model):
+def test_si_changes_important_parameters_less(toy_stream, toy_model):
     def importance_weighted_move(strategy):
         stream = toy_stream()
         run = Path(strategy, stream, toy_model(stream), iterations=60, optimizer=OPTIMIZERS["adam"])
@@ -195,7 +195,7 @@ def noisy_walk(optimizer, variance, told, steps=400):
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "momentum"])
-def test_known_noise_is_subtracted_from_the_path(optimizer):
+def test_private_si_subtracts_the_known_noise_from_the_path(optimizer):
     """Standard error of a mean over 1,000 coordinates and 400 steps of r v (chi-squared): 0.2 % of
     the noise's part.
     """
@@ -215,14 +215,14 @@ def test_known_noise_is_subtracted_from_the_path(optimizer):
         assert abs(float(flat.mean())) < of_noise
 
 
-def test_without_noise_nothing_is_subtracted_from_the_path():
+def test_si_subtracts_nothing_from_the_path_without_noise():
     before, after, gradient = (
         torch.tensor(value) for value in ([1.0, 2.0], [0.5, 3.0], [2.0, 0.5])
     )
     assert progress(before, after, gradient).tolist() == [1.0, -0.5]
 
 
-def test_other_steps_subtract_no_noise_from_the_path():
+def test_si_subtracts_noise_only_for_steps_along_the_gradient():
     before = torch.zeros(2)
     after = torch.ones(2)
     assert progress(before, after, torch.ones(2), 0.5).tolist() == [-1.0, -1.0]
@@ -238,6 +238,6 @@ def test_other_steps_subtract_no_noise_from_the_path():
         ({"strength": 1.0, "damping": float("inf")}, "si.damping = inf"),
     ],
 )
-def test_invalid_options_are_refused(options, message):
+def test_si_refuses_invalid_options(options, message):
     with pytest.raises(ConfigError, match=message):
         SI(**options)

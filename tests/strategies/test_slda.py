@@ -38,7 +38,7 @@ def test_slda_equals_discriminant_analysis_of_scikit_learn(shrinkage):
     assert accuracy(learner) > 0.9
 
 
-def test_the_papers_shrinkage_is_towards_the_identity():
+def test_unscaled_slda_shrinks_towards_the_identity():
     features, labels = everything()
     means = torch.stack([features[labels == c].mean(0) for c in range(10)])
     around = features - means[labels]
@@ -51,14 +51,14 @@ def test_the_papers_shrinkage_is_towards_the_identity():
     )
 
 
-def test_slda_with_shrinkage_1_is_the_nearest_mean():
+def test_slda_with_shrinkage_1_equals_the_nearest_mean():
     near = alone(NCM(normalise=False))
     shrunk = alone(SLDA(shrinkage=1.0, scaled=False, normalise=False))
     torch.testing.assert_close(logits(shrunk), logits(near))
 
 
 @pytest.mark.parametrize("strategy", [SLDA(), SLDA(normalise=False, scaled=False)], ids=repr)
-def test_logits_do_not_depend_on_order_or_on_client_split(strategy):
+def test_slda_logits_do_not_depend_on_order_or_client_split(strategy):
     assert difference(strategy) < 1e-5
 
 
@@ -75,6 +75,6 @@ def test_private_slda_makes_one_release_per_experience():
 
 
 @pytest.mark.parametrize("value", [0.0, 1.5, math.nan])
-def test_invalid_options_are_refused(value):
+def test_slda_refuses_an_invalid_shrinkage(value):
     with pytest.raises(ConfigError, match=r"slda\.shrinkage"):
         SLDA(shrinkage=value)

@@ -19,7 +19,7 @@ TEACHERS = [
 
 
 @pytest.mark.parametrize("strategy", TEACHERS, ids=lambda strategy: strategy.name)
-def test_a_teacher_is_the_earlier_model_with_running_statistics(strategy):
+def test_a_teacher_keeps_the_running_statistics_of_its_model(strategy):
     stream = split(digits(), scenario="class", experiences=5)
     head = "cosine" if strategy.name == "LUCIR" else "linear"
     model = cnn(
@@ -45,7 +45,7 @@ def test_a_teacher_is_the_earlier_model_with_running_statistics(strategy):
     assert torch.equal(learner.session.forward.at(learner.state.group("teacher"))(x), was)
 
 
-def test_group_norm_models_need_no_running_statistics():
+def test_teachers_of_group_norm_models_store_no_statistics():
     stream = split(digits(), scenario="class", experiences=5)
     model = cnn(input_shape=stream.input_shape, num_classes=10, seed=0, norm="group", width=4)
     learner = Learner(
