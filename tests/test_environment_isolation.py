@@ -17,7 +17,7 @@ from perdure.data.datasets.registry import load
 @pytest.mark.parametrize(
     ("name", "shape"), [("mnist", (1, 28, 28)), ("cifar10", (3, 32, 32)), ("adult", (105,))]
 )
-def test_every_data_set_can_be_read(data_root, name, shape):
+def test_every_data_set_can_be_read_in_tests(data_root, name, shape):
     data = load(name, root=data_root)
     assert data.input_shape == shape
     for records in (data.train, data.test):
@@ -32,7 +32,7 @@ def test_tests_cannot_resolve_host_names():
             socket.create_connection((host, 80), timeout=1)
 
 
-def test_this_machine_can_be_reached():
+def test_tests_can_connect_to_their_own_machine():
     with (
         socket.create_server(("127.0.0.1", 0)) as server,
         socket.create_connection(server.getsockname(), 5) as client,
@@ -40,7 +40,7 @@ def test_this_machine_can_be_reached():
         assert client.getpeername() == server.getsockname()
 
 
-def test_tests_do_not_use_the_home_of_the_user():
+def test_tests_do_not_use_the_home_folder_of_the_user():
     assert Path.home() != Path(pwd.getpwuid(os.getuid()).pw_dir)
     assert cache_folder().is_relative_to(Path.home())
 

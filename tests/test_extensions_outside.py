@@ -194,7 +194,7 @@ def python(installed, *words, text=""):
 
 
 @pytest.mark.slow
-def test_each_kind_is_found_by_entry_point_and_by_module_name(installed):
+def test_each_outside_extension_is_found_by_both_kinds_of_name(installed):
     found = json.loads(python(installed, "-c", FINDING, json.dumps(list(KINDS.values()))))
     assert found == {
         package: f"somebody.extensions:{target}" for package, _, target in KINDS.values()
@@ -202,14 +202,14 @@ def test_each_kind_is_found_by_entry_point_and_by_module_name(installed):
 
 
 @pytest.mark.slow
-def test_a_clipping_rule_holds_for_its_layers(installed):
+def test_an_outside_clipping_rule_is_found_by_its_layer_type(installed):
     """Rules are found by the type of a layer, so that nobody names one."""
     assert python(installed, "-c", RULES).strip() == "GainRule"
 
 
 @pytest.mark.deep(reason="full replay: a whole run with foreign extensions")
 @pytest.mark.slow
-def test_a_config_can_use_extensions_from_outside(installed, tmp_path):
+def test_a_config_can_use_extensions_from_another_package(installed, tmp_path):
     result = json.loads(python(installed, "-c", RUNNING, str(tmp_path / "run"), text=CONFIG))
     assert [arm["strategy"] for arm in result["arms"]] == ["shrink", "somebody.extensions:Shrink"]
     assert [arm["options"] for arm in result["arms"]] == [

@@ -42,18 +42,18 @@ USES = {
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("use", USES)
-def test_outputs_that_are_not_finite_are_refused(use, value):
+def test_nan_and_infinite_model_outputs_are_refused(use, value):
     with pytest.raises(ConfigError, match=TEXT) as caught:
         USES[use](predict(value))
     assert "\n" not in str(caught.value)
 
 
-def test_the_first_record_is_counted_over_batches():
+def test_the_error_names_the_first_bad_record_over_all_batches():
     with pytest.raises(ConfigError, match="for 1 of 2 records, first record 5;"):
         accuracy(predict(math.nan), ROWS, LABELS, 4)
 
 
-def test_an_attack_that_breaks_the_model_is_no_success():
+def test_an_attack_that_makes_outputs_nan_is_an_error():
     def overflow(rows):
         return torch.where(rows > 0.5, math.nan, rows)
 
@@ -64,14 +64,14 @@ def test_an_attack_that_breaks_the_model_is_no_success():
         )
 
 
-def test_a_class_may_be_ruled_out_by_minus_infinity():
+def test_finite_outputs_accepts_minus_infinity_for_a_class():
     outputs = torch.tensor([[-math.inf, 1.0], [0.0, -math.inf]])
     assert finite_outputs(outputs) is outputs
     with pytest.raises(ConfigError, match="for 1 of 2 records, first record 1;"):
         finite_outputs(torch.tensor([[0.0, 1.0], [-math.inf, -math.inf]]))
 
 
-def test_outputs_of_every_position_are_checked():
+def test_finite_outputs_checks_every_position_of_a_sequence():
     outputs = torch.zeros(3, 4, 5)
     finite_outputs(outputs)
     outputs[1, 2, 3] = math.nan

@@ -22,7 +22,7 @@ def shell(*command):
 
 
 @pytest.mark.parametrize("arguments", [["--fast"], ["all"], ["--all", "--all"], ["--all", "x"]])
-def test_a_wrong_argument_gets_one_plain_line(arguments):
+def test_ci_run_refuses_a_wrong_argument_in_one_line(arguments):
     done = shell(".ci/run", *arguments)
     assert done.returncode == 2
     assert done.stdout == ""
@@ -32,7 +32,7 @@ def test_a_wrong_argument_gets_one_plain_line(arguments):
     )
 
 
-def test_the_help_lists_every_target():
+def test_make_help_lists_every_target():
     makefile = (ROOT / "Makefile").read_text()
     targets = re.search(r"^\.PHONY: (.*)$", makefile, flags=re.MULTILINE)[1].split()
     listed = shell("make", "--no-print-directory", "help").stdout.splitlines()
@@ -40,7 +40,7 @@ def test_the_help_lists_every_target():
     assert all(len(line.split("\t")[1]) > 10 for line in listed)
 
 
-def test_only_the_long_run_takes_the_deep_tests():
+def test_only_make_test_all_runs_the_deep_tests():
     commands = {
         target: shell("make", "--dry-run", target).stdout.splitlines()[-1]
         for target in ("test", "test-all")
@@ -48,7 +48,7 @@ def test_only_the_long_run_takes_the_deep_tests():
     assert commands["test"] == commands["test-all"] + " -m 'not deep'"
 
 
-def test_every_deep_mark_has_a_reason():
+def test_every_deep_mark_has_a_reason_of_a_known_kind():
     reasons = {}
     for path in sorted((ROOT / "tests").rglob("test_*.py")):
         tree = ast.parse(path.read_text())

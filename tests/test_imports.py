@@ -26,7 +26,7 @@ def python(*args):
     return subprocess.run([sys.executable, *args], capture_output=True, text=True, check=False)
 
 
-def test_import_perdure_loads_nothing_heavy():
+def test_import_perdure_loads_no_heavy_library():
     done = python(
         "-c", "import sys, perdure; print(*{name.partition('.')[0] for name in sys.modules})"
     )
@@ -36,7 +36,7 @@ def test_import_perdure_loads_nothing_heavy():
     assert loaded & {"torch", "numpy", *HEAVY} == set()
 
 
-def test_the_names_that_programs_need_load_nothing_heavy():
+def test_the_public_names_of_perdure_load_no_heavy_library():
     done = python(
         "-c",
         "import sys; from perdure import *; "
@@ -48,7 +48,7 @@ def test_the_names_that_programs_need_load_nothing_heavy():
     assert loaded & set(HEAVY) == set()
 
 
-def test_names_that_are_not_loaded_are_listed():
+def test_dir_lists_public_names_that_are_not_loaded_yet():
     done = python("-c", "import perdure; print(*sorted({*perdure.__all__} - {*dir(perdure)}))")
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == []
@@ -83,7 +83,7 @@ def test_help_does_not_import_torch(words):
         ),
     ],
 )
-def test_the_engine_works_without_the_heavy_libraries(names):
+def test_training_works_without_the_heavy_libraries(names):
     program = Path(__file__).parent / "programs" / "engine_without_extras.py"
     done = python("-W", "error", str(program), *names)
     assert done.returncode == 0, done.stderr
@@ -96,7 +96,7 @@ def test_the_engine_works_without_the_heavy_libraries(names):
     assert [line.split()[0] for line in lines[-2:]] == ["trained", "explained"]
 
 
-def test_version_equals_the_installed_package():
+def test_the_version_equals_that_of_the_installed_package():
     from importlib.metadata import version
 
     assert perdure.__version__ == version("perdure")

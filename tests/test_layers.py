@@ -20,7 +20,7 @@ RULES = {
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_perdure_keeps_the_import_rule(rule):
+def test_the_source_files_keep_the_import_rules(rule):
     found = RULES[rule](PERDURE)
     assert not found, "\n".join([f"against the rule that {rule}:", *found])
 
@@ -56,7 +56,7 @@ def tree(folder, changes=None):
     return Tree(folder)
 
 
-def test_a_tree_that_keeps_the_rules_has_no_finding(tmp_path):
+def test_the_import_check_finds_nothing_in_a_valid_tree(tmp_path):
     for rule, check in RULES.items():
         assert check(tree(tmp_path)) == [], rule
 
@@ -80,7 +80,7 @@ def test_a_tree_that_keeps_the_rules_has_no_finding(tmp_path):
         "__import__('perdure.learner')",
     ],
 )
-def test_an_upward_import_is_found_in_every_form(tmp_path, line):
+def test_the_import_check_finds_every_form_of_upward_import(tmp_path, line):
     [found] = tree(tmp_path, {"src/perdure/data/views.py": line}).upward_imports()
     place = 1 + line.count("\n")
     assert re.fullmatch(
@@ -91,12 +91,12 @@ def test_an_upward_import_is_found_in_every_form(tmp_path, line):
 @pytest.mark.parametrize(
     "line", ["import perdure", "from perdure import Records", "from .. import Records"]
 )
-def test_perdure_itself_is_above_every_package(tmp_path, line):
+def test_a_package_may_not_import_perdure_itself(tmp_path, line):
     [found] = tree(tmp_path, {"src/perdure/learner/learner.py": line}).upward_imports()
     assert found == "src/perdure/learner/learner.py:1 imports perdure"
 
 
-def test_an_import_within_a_layer_is_upward(tmp_path):
+def test_an_import_within_one_layer_counts_as_upward(tmp_path):
     made = tree(
         tmp_path,
         {
@@ -107,7 +107,7 @@ def test_an_import_within_a_layer_is_upward(tmp_path):
     assert made.upward_imports() == ["src/perdure/contract/state.py:1 imports perdure.privacy"]
 
 
-def test_an_unknown_package_is_found_in_its_place_and_imports(tmp_path):
+def test_the_import_check_finds_a_package_without_a_layer(tmp_path):
     made = tree(
         tmp_path,
         {
@@ -122,7 +122,7 @@ def test_an_unknown_package_is_found_in_its_place_and_imports(tmp_path):
 
 
 @pytest.mark.parametrize("package", ["privacy", "learner", "curator", "planning"])
-def test_forbidden_imports_of_a_strategy_are_found(tmp_path, package):
+def test_the_import_check_finds_forbidden_strategy_imports(tmp_path, package):
     made = tree(tmp_path, {"strategies/replay.py": f"from perdure.{package} import x"})
     assert made.forbidden_to_strategies() == [f"strategies/replay.py:1 imports perdure.{package}"]
 
@@ -132,7 +132,7 @@ def test_a_strategy_may_not_import_perdure_itself(tmp_path):
     assert made.forbidden_to_strategies() == ["strategies/replay.py:1 imports perdure"]
 
 
-def test_an_import_cycle_of_files_is_found(tmp_path):
+def test_the_import_check_finds_a_cycle_of_files(tmp_path):
     made = tree(
         tmp_path,
         {
@@ -146,7 +146,7 @@ def test_an_import_cycle_of_files_is_found(tmp_path):
     ]
 
 
-def test_a_file_that_imports_its_own_package_is_a_circle(tmp_path):
+def test_a_file_that_imports_its_own_package_is_a_cycle(tmp_path):
     made = tree(
         tmp_path,
         {"src/perdure/data/records.py": "from perdure.data import Views\nclass Records: ..."},
@@ -154,7 +154,7 @@ def test_a_file_that_imports_its_own_package_is_a_circle(tmp_path):
     assert made.circles_of_files() == ["perdure.data <-> perdure.data.records"]
 
 
-def test_an_import_cycle_of_sub_packages_is_found(tmp_path):
+def test_the_import_check_finds_a_cycle_of_sub_packages(tmp_path):
     made = tree(
         tmp_path,
         {
@@ -171,13 +171,13 @@ def test_an_import_cycle_of_sub_packages_is_found(tmp_path):
     ]
 
 
-def test_an_import_cycle_of_packages_is_found(tmp_path):
+def test_the_import_check_finds_a_cycle_of_packages(tmp_path):
     made = tree(tmp_path, {"src/perdure/data/views.py": "import perdure.learner"})
     assert made.circles_of_files() == []
     assert made.circles_of_packages() == ["perdure.data <-> perdure.learner"]
 
 
-def test_a_file_or_folder_at_the_top_is_found(tmp_path):
+def test_the_import_check_finds_extra_files_at_the_top(tmp_path):
     made = tree(tmp_path, {"src/perdure/helpers.py": "", "src/perdure/misc/notes.py": ""})
     (tmp_path / "src/perdure/data.json").write_text("{}")
     assert made.misplaced_at_the_top() == ["src/perdure/helpers.py", "src/perdure/misc"]

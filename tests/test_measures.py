@@ -36,7 +36,7 @@ def library(measure, whole):
 # -------------------------------------------------------------------------------- the checker
 
 
-def test_every_file_is_measured_once(measure, whole):
+def test_every_source_file_is_measured_once(measure, whole):
     names = [source.name for source in whole]
     assert len(set(names)) == len(names)
     assert {"src/perdure/errors.py", "strategies/ewc.py", "tests/conftest.py"} <= set(names)
@@ -58,7 +58,7 @@ def test_every_file_is_measured_once(measure, whole):
         ("for a, b in ((1, 2), (3, 4)):\n    pass", 0),
     ],
 )
-def test_packed_assignments_are_found(measure, code, count):
+def test_the_measure_finds_packed_assignments(measure, code, count):
     assert len(measure.packed(measure.Source(code))) == count
 
 
@@ -72,7 +72,7 @@ def test_packed_assignments_are_found(measure, code, count):
         ("a = 1  # the format: skip it", 0),
     ],
 )
-def test_formatter_comments_are_found_in_comments_only(measure, code, count):
+def test_the_measure_finds_formatter_comments_only_in_comments(measure, code, count):
     assert len(measure.unformatted(measure.Source(code))) == count
 
 
@@ -121,18 +121,18 @@ def f(other):
         (OWN_CLASS + "\nother._z", ["_z"]),
     ],
 )
-def test_private_accesses_are_found(measure, code, found):
+def test_the_measure_finds_private_accesses(measure, code, found):
     lines = measure.private_accesses(measure.Source(code), {})
     assert [line.split()[1].rstrip(":") for line in lines] == found
 
 
-def test_allowed_private_names_pass(measure):
+def test_the_measure_accepts_listed_private_names(measure):
     source = measure.Source("nn.modules.dropout._DropoutNd, obj._x")
     assert len(measure.private_accesses(source, {})) == 2
     assert len(measure.private_accesses(source, {"_DropoutNd": "why"})) == 1
 
 
-def test_allowed_names_are_foreign_in_use_and_justified(measure, library, whole):
+def test_listed_private_names_are_foreign_used_and_justified(measure, library, whole):
     defined = {name for source in library for name in measure.own_names(source)}
     assert not defined & set(measure.FOREIGN), "a name of perdure's own needs no exception"
     used = "\n".join(line for source in whole for line in measure.private_accesses(source, {}))
@@ -140,19 +140,19 @@ def test_allowed_names_are_foreign_in_use_and_justified(measure, library, whole)
     assert all(": " in reason for reason in measure.FOREIGN.values())
 
 
-def test_lengths_leave_out_the_docstring(measure):
+def test_function_lengths_leave_out_the_docstring(measure):
     source = measure.Source('def f():\n    """One.\n\n    Two.\n    """\n    return 1\n')
     assert measure.functions(source) == {"snippet.py:1 f": 2}
     nested = measure.Source("def f():\n    def g():\n        return 1\n    return g\n")
     assert measure.functions(nested) == {"snippet.py:1 f": 4, "snippet.py:2 g": 2}
 
 
-def test_comments_are_counted_without_rulers_and_settings(measure):
+def test_comment_counts_leave_out_rulers_and_linter_settings(measure):
     text = "# why\na = 1  # because\n# ------- part\nb = 2  # noqa: E501\nc = '# no'\n# type of c\n"
     assert measure.comments(measure.Source(text)) == ["# why", "# because", "# type of c"]
 
 
-def test_the_table_is_printed(measure, monkeypatch, capsys):
+def test_the_measure_script_prints_its_table(measure, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["measure.py"])
     measure.main()
     shown = capsys.readouterr().out
@@ -163,18 +163,18 @@ def test_the_table_is_printed(measure, monkeypatch, capsys):
 # ----------------------------------------------------------------------------------- the code
 
 
-def test_the_formatter_is_nowhere_switched_off(measure, whole):
+def test_no_file_switches_off_the_formatter(measure, whole):
     assert [place for source in whole for place in measure.unformatted(source)] == []
 
 
-def test_packed_assignments_are_below_one_percent(measure, library):
+def test_fewer_than_1_percent_of_assignments_are_packed(measure, library):
     found = [line for source in library for line in measure.packed(source)]
     every = sum(len(measure.assignments(source)) for source in library)
     assert every > 1000
     assert len(found) < 0.01 * every, "\n".join(found)
 
 
-def test_no_function_is_longer_than_sixty_lines(measure, whole):
+def test_no_function_is_longer_than_60_lines(measure, whole):
     every = [
         (name, lines)
         for source in whole
@@ -185,5 +185,5 @@ def test_no_function_is_longer_than_sixty_lines(measure, whole):
     assert [pair for pair in every if pair[1] > measure.LONGEST] == []
 
 
-def test_private_names_stay_in_their_module(measure, whole):
+def test_no_file_uses_private_names_of_another_module(measure, whole):
     assert [line for source in whole for line in measure.private_accesses(source)] == []

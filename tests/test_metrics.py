@@ -56,7 +56,7 @@ def test_forgetting_ignores_accuracy_before_an_experience() -> None:
     assert forgetting(lucky) == pytest.approx((0 + 10) / 2)
 
 
-def test_higher_accuracy_later_is_negative_forgetting() -> None:
+def test_higher_accuracy_later_gives_negative_forgetting() -> None:
     assert forgetting(torch.tensor([[50.0, 0.0], [60.0, 90.0]])) == pytest.approx(-10)
 
 
@@ -73,14 +73,14 @@ def test_with_one_experience_forgetting_and_transfer_are_0() -> None:
     )
 
 
-def test_metrics_of_one_moment_with_several_experiences() -> None:
+def test_metrics_accept_one_row_with_several_experiences() -> None:
     row = torch.tensor([[80.0, 40.0, 0.0]])
     assert average_accuracy(row) == pytest.approx(40)
     assert learning_accuracy(row) == 80
     assert forgetting(row) == backward_transfer(row) == 0
 
 
-def test_unevaluated_experiences_are_left_out() -> None:
+def test_metrics_leave_out_experiences_without_evaluation() -> None:
     holes = torch.tensor([[90.0, NAN, NAN], [NAN, 80.0, NAN], [NAN, 60.0, 70.0]])
     assert average_accuracy(holes) == pytest.approx(65)
     assert learning_accuracy(holes) == pytest.approx(80)
@@ -108,7 +108,7 @@ def test_metrics_without_evaluations_are_nan() -> None:
         assert math.isnan(metric(empty))
 
 
-def test_a_stream_cut_short_and_a_common_test_set() -> None:
+def test_metrics_accept_a_matrix_that_is_not_square() -> None:
     wide = torch.tensor([[90.0, 20.0, 10.0], [70.0, 80.0, 30.0]])
     assert forgetting(wide) == pytest.approx(20)
     assert forward_transfer(wide, BASELINE) == pytest.approx(((20 - 20) + (30 - 10)) / 2)

@@ -90,12 +90,12 @@ def installed(wheel, tmp_path_factory):
 # ---------------------------------------------------------------- what is in it
 
 
-def test_the_only_top_level_name_is_perdure(names):
+def test_the_wheel_has_only_perdure_as_top_level_name(names):
     tops = {name.split("/")[0] for name in names}
     assert tops == {"perdure", f"perdure-{PROJECT['version']}.dist-info"}
 
 
-def test_the_wheel_holds_every_file_of_both_packages(names):
+def test_the_wheel_contains_every_file_of_both_packages(names):
     packages = {"perdure": ROOT / "src" / "perdure", "perdure/strategies": ROOT / "strategies"}
     expected = {
         f"{name}/{path.relative_to(folder).as_posix()}"
@@ -129,7 +129,7 @@ def test_the_sdist_builds_the_same_wheel(wheel, tmp_path):
 
 
 @pytest.mark.deep(reason="deployment: installs the wheel into a fresh environment")
-def test_a_folder_of_the_user_does_not_shadow_the_strategies(installed, tmp_path):
+def test_a_users_strategies_folder_does_not_hide_the_package(installed, tmp_path):
     decoy = tmp_path / "strategies"
     decoy.mkdir()
     (decoy / "__init__.py").write_text("raise SystemExit('the decoy was imported')\n")
@@ -151,7 +151,7 @@ def test_the_strategies_folder_refuses_another_import_name():
 
 
 @pytest.mark.deep(reason="deployment: installs the wheel into a fresh environment")
-def test_the_command_is_installed(installed, tmp_path):
+def test_the_perdure_command_is_installed(installed, tmp_path):
     done = python(str(installed.with_name("perdure")), "--help", cwd=tmp_path, executable=installed)
     assert done.returncode == 0, done.stderr
     for command in ("run", "demo", "report"):
@@ -171,13 +171,13 @@ def files_of_the_project():
         yield from (Path(folder, name) for name in names)
 
 
-def test_no_file_names_a_registry_host():
+def test_no_project_file_names_a_package_registry_host():
     files = list(files_of_the_project())
     assert {Path(__file__), ROOT / ".ci" / "run", ROOT / "constraints.txt"} <= set(files)
     assert [path for path in files if REGISTRY_HOSTS.search(path.read_bytes())] == []
 
 
-def test_only_the_extra_asks_for_ray():
+def test_only_the_simulation_extra_requires_ray():
     asking = {
         name
         for name, needs in PROJECT["optional-dependencies"].items()

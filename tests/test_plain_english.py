@@ -48,7 +48,7 @@ def whole(english):
         ("x = 1  # What a step costs", 0),
     ],
 )
-def test_noun_clauses_are_found_at_the_start_of_sentences(english, code, count):
+def test_the_english_check_finds_what_whether_how_and_who(english, code, count):
     assert len(english.noun_clauses(english.Source(code))) == count
 
 
@@ -65,12 +65,12 @@ def test_noun_clauses_are_found_at_the_start_of_sentences(english, code, count):
         ("shapes", 0),
     ],
 )
-def test_long_and_odd_test_names_are_found(english, name, count):
+def test_the_english_check_finds_long_and_invalid_test_names(english, name, count):
     source = english.Source(f"def {name}():\n    pass\n")
     assert len(english.badly_named_tests(source)) == count
 
 
-def test_arguments_that_share_a_line_are_found(english):
+def test_the_english_check_finds_arguments_on_a_shared_line(english):
     text = 'def f(a, b):\n    """Add.\n\n    Args:\n        a, b: numbers.\n    """\n'
     assert english.shared_lines(english.Source(text)) == ["snippet.py a, b: numbers."]
     apart = text.replace("a, b: numbers.", "a: number.\n        b: number, of a, b: any.")
@@ -135,11 +135,11 @@ def interface(english):
     return {each.place.split()[1]: each for each in english.public_interface(files)}
 
 
-def test_public_functions_are_those_that_a_package_lists(interface):
+def test_the_english_check_finds_the_listed_public_functions(interface):
     assert sorted(interface) == ["A.__init__", "A.method", "S.hook", "f"]
 
 
-def test_missing_sections_are_found_in_public_functions(interface):
+def test_the_english_check_finds_missing_docstring_sections(interface):
     assert interface["f"].undocumented == ["b", "d"]
     assert interface["S.hook"].undocumented == ["x", "y", "z"]
     assert interface["A.__init__"].undocumented == []
@@ -160,25 +160,25 @@ def test_missing_sections_are_found_in_public_functions(interface):
         ("many (or none, as it is)", False),
     ],
 )
-def test_shapes_are_told_from_other_brackets(english, text, named):
+def test_the_english_check_recognises_tensor_shapes(english, text, named):
     assert bool(english.SHAPE.search(text)) is named
 
 
 # ----------------------------------------------------------------------------------- the code
 
 
-def test_the_public_interface_is_found(english, whole):
+def test_the_english_check_reads_the_whole_public_interface(english, whole):
     places = [each.place.split()[1] for each in english.public_interface(whole)]
     assert len(places) > 400
     assert {"Strategy.losses", "clipped_sum", "run_federation"} <= set(places)
 
 
-def test_code_and_tests_keep_the_rules_of_plain_english(english, whole):
+def test_the_code_and_the_tests_keep_the_rules_of_plain_english(english, whole):
     found = english.breaches(whole)
     assert {rule: lines for rule, lines in found.items() if lines} == {}
 
 
-def test_messages_of_errors_are_filled_in():
+def test_error_messages_have_no_unfilled_braces():
     """A string without its f shows a name in braces to the user."""
     bare = []
     root = FOLDER.parent

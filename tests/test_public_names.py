@@ -60,7 +60,7 @@ def order(name: str) -> tuple[int, str]:
 
 
 @every
-def test_all_is_sorted_and_its_names_exist(name):
+def test_the_list_of_public_names_is_sorted_and_exists(name):
     module = importlib.import_module(name)
     assert module.__doc__
     assert list(module.__all__) == sorted(set(module.__all__), key=order)
@@ -68,14 +68,14 @@ def test_all_is_sorted_and_its_names_exist(name):
 
 
 @every
-def test_every_public_name_is_in_all(name):
+def test_every_public_name_of_a_package_is_listed_in_all(name):
     listed = set(importlib.import_module(name).__all__)
     unlisted = {key for key in own_names(name) if f"{name}.{key}" not in MODULES} - listed
     assert not unlisted, f"{name} has public names that __all__ does not list: {sorted(unlisted)}"
 
 
 @every
-def test_all_is_documented(name):
+def test_every_listed_public_name_is_documented(name):
     module = importlib.import_module(name)
     found = {public: fault(name, public) for public in module.__all__}
     assert not any(found.values()), {key: value for key, value in found.items() if value}
@@ -107,7 +107,7 @@ def documented(module: str) -> set[str]:
 
 
 @every
-def test_a_public_name_is_not_its_file(name):
+def test_no_public_name_is_replaced_by_a_module(name):
     """`perdure.experiment.run` stays the function once the file run.py is imported."""
     for module in [found for found in MODULES if found.rpartition(".")[0] == name]:
         importlib.import_module(module)
@@ -133,7 +133,7 @@ def texts() -> dict[str, str]:
 
 
 @pytest.mark.parametrize("file", sorted(texts()))
-def test_users_import_public_names_of_packages(file):
+def test_strategies_and_docs_import_only_public_names(file):
     """A strategy may take helpers from the file of another one."""
     lost = []
     for _, target in imported(texts()[file], "perdure", MODULES):
@@ -156,7 +156,7 @@ def public_names(package: str) -> set[str]:
     return below | {*importlib.import_module(package).__all__}
 
 
-def test_packages_load_when_they_are_first_used():
+def test_packages_load_only_when_they_are_first_used():
     assert perdure.data is importlib.import_module("perdure.data")
     with pytest.raises(AttributeError, match="module 'perdure' has no attribute 'date'"):
         perdure.date  # noqa: B018
