@@ -194,7 +194,7 @@ def python(installed, *words, text=""):
 
 
 @pytest.mark.slow
-def test_each_outside_extension_is_found_by_both_kinds_of_name(installed):
+def test_outside_extensions_are_found_by_entry_point_and_module(installed):
     found = json.loads(python(installed, "-c", FINDING, json.dumps(list(KINDS.values()))))
     assert found == {
         package: f"somebody.extensions:{target}" for package, _, target in KINDS.values()

@@ -58,7 +58,7 @@ def test_every_source_file_is_measured_once(measure, whole):
         ("for a, b in ((1, 2), (3, 4)):\n    pass", 0),
     ],
 )
-def test_the_measure_finds_packed_assignments(measure, code, count):
+def test_the_measure_finds_tuple_assignments_of_unrelated_values(measure, code, count):
     assert len(measure.packed(measure.Source(code))) == count
 
 
@@ -167,7 +167,7 @@ def test_no_file_switches_off_the_formatter(measure, whole):
     assert [place for source in whole for place in measure.unformatted(source)] == []
 
 
-def test_fewer_than_1_percent_of_assignments_are_packed(measure, library):
+def test_few_assignments_pack_unrelated_values_into_a_tuple(measure, library):
     found = [line for source in library for line in measure.packed(source)]
     every = sum(len(measure.assignments(source)) for source in library)
     assert every > 1000

@@ -102,7 +102,7 @@ def test_fgsm_on_a_linear_model_equals_the_closed_form(norm):
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize("random_start", [True, False])
-def test_pgd_on_a_linear_loss_reaches_the_best_point_of_the_ball(norm, random_start):
+def test_pgd_on_a_linear_loss_reaches_the_maximum_in_the_ball(norm, random_start):
     weight = torch.tensor([3.0, -1.0, 0.5, 2.0])
     inputs = torch.randn(5, 4, generator=seed())
     attack = PGD(
@@ -145,7 +145,7 @@ def test_a_record_is_perturbed_alike_alone_and_in_a_batch(attack, norm):
         assert torch.allclose(together[i : i + 1], alone, atol=1e-10)
 
 
-def test_an_attack_keeps_inputs_and_parameter_gradients():
+def test_an_attack_leaves_inputs_and_param_gradients_unchanged():
     model = mlp().requires_grad_(True)
     inputs = torch.rand(4, 12, generator=seed())
     before = inputs.clone()

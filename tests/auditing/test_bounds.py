@@ -110,7 +110,7 @@ def test_reversed_scores_give_a_lower_bound_of_0():
 # ---- one run
 
 
-def test_high_scores_are_guessed_in_and_low_scores_out():
+def test_canaries_with_high_scores_are_guessed_as_included():
     scores = torch.tensor([0.0, 5.0, 1.0, 4.0, 2.0, 3.0])
     included = torch.tensor([False, True, True, False, True, False])
     assert guesses(scores, included, 1 / 3) == (2, 2)

@@ -83,7 +83,7 @@ def test_the_guard_finds_each_planted_fault(tool, name, parts, monkeypatch):
 
 
 @pytest.mark.parametrize(("tool", "name"), [("replay", name) for name in REPLAY])
-def test_the_replay_without_a_record_finds_each_planted_fault(tool, name, parts, monkeypatch):
+def test_replaying_without_one_record_finds_each_planted_fault(tool, name, parts, monkeypatch):
     fault = REPLAY[name]
     with monkeypatch.context() as planted:
         fault.plant(planted)
@@ -94,7 +94,7 @@ def test_the_replay_without_a_record_finds_each_planted_fault(tool, name, parts,
 
 
 @pytest.mark.parametrize(("tool", "name"), [("replay", "coupling only above 20 rows")])
-def test_the_replay_finds_planted_faults_without_the_guard(tool, name, parts, monkeypatch):
+def test_replaying_without_the_guard_finds_planted_faults(tool, name, parts, monkeypatch):
     unguarded = Verdict(independence="tested", alone=False)
     monkeypatch.setattr("perdure.learner.party.inspect", lambda *args, **options: unguarded)
     again = "perdure.learner.inspected_path.InspectedPath.look_again"
@@ -106,7 +106,7 @@ def test_the_replay_finds_planted_faults_without_the_guard(tool, name, parts, mo
 
 
 @pytest.mark.parametrize(("tool", "name"), [("ledger", name) for name in UNPAID])
-def test_the_replay_finds_noise_draws_without_a_ledger_entry(tool, name, parts, monkeypatch):
+def test_replaying_finds_noise_draws_without_a_ledger_entry(tool, name, parts, monkeypatch):
     fault = UNPAID[name]
     with monkeypatch.context() as planted:
         fault.plant(planted)

@@ -238,7 +238,7 @@ def test_assigned_by_record_is_unknown_if_records_are_left_out(toy, avalanche):
 
 
 @pytest.mark.reference
-def test_from_avalanche_uses_declared_sizes_and_position_ids(toy, avalanche):
+def test_from_avalanche_takes_declared_sizes_and_row_number_ids(toy, avalanche):
     benchmark = avalanche.nc_benchmark(
         tensors(toy.train), tensors(toy.test), 2, task_labels=False, shuffle=False
     )

@@ -476,7 +476,7 @@ def test_agem_and_gem_runs_equal_avalanche_with_full_memory(
 # ---------------------------------------------------------------- SLDA
 
 
-def test_slda_means_and_covariance_do_not_depend_on_order(avalanche, benchmark, toy_model):
+def test_slda_means_and_covariance_ignore_the_record_order(avalanche, benchmark, toy_model):
     """Theirs updates it around the mean of the moment, and counts the records of all classes for
     each.
     """

@@ -416,7 +416,7 @@ def test_a_plugin_refuses_a_model_that_needs_task_labels(avalanche, benchmark, t
 
 
 @pytest.mark.parametrize("strategy", [Joint(), GDumb(memory_size=8)], ids=repr)
-def test_a_plugin_refuses_a_second_memory_beside_a_pool(
+def test_a_plugin_with_a_pool_refuses_a_second_memory_plugin(
     avalanche, benchmark, toy_model, template, strategy
 ):
     from avalanche.training.plugins import ReplayPlugin

@@ -47,7 +47,7 @@ def older(folder, perdure):
     return arm, line
 
 
-def test_verify_reports_every_stored_head_of_a_cut_ledger(perdure, mine, monkeypatch):
+def test_verify_compares_a_shortened_ledger_with_every_head(perdure, mine, monkeypatch):
     arm, line = older(mine, perdure)
     code, out, _ = perdure("verify", arm, "--at-least", line)
     wrong = [each for each in out.splitlines() if each.startswith("WRONG: ")]

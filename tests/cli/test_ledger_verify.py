@@ -20,7 +20,7 @@ from perdure.utils.atomic_files import write_json
 # --------------------------------------------------------------------------- verify
 
 
-def test_verify_prints_one_line_per_ledger_and_its_limits(perdure, either):
+def test_verify_prints_each_ledger_and_what_is_not_verified(perdure, either):
     out = shown(perdure("verify", either))
     own = sorted(either.glob("arms/*/**/ledger.jsonl"))
     *lines, last = out.splitlines()
@@ -92,7 +92,7 @@ def test_verify_checks_every_line_of_the_merged_ledger(perdure, mine, how):
     assert wrong.startswith(f"WRONG: {path}, line {number + 2}: ")
 
 
-def test_verify_ignores_a_torn_line_after_the_sealed_lines(perdure, mine):
+def test_verify_ignores_an_incomplete_line_after_sealed_lines(perdure, mine):
     path = mine / "arms" / "ewc-private" / "ledger.jsonl"
     with path.open("a") as file:
         file.write('{"kind":"entry","torn')
@@ -168,7 +168,7 @@ def test_verify_reports_heads_without_keys_as_not_verified(perdure, mine, tmp_pa
     assert code == 3 and "NOT VERIFIED: 4 of 4 heads" in out and "WRONG" not in out
 
 
-def test_show_prints_that_heads_were_not_compared(perdure, alone):
+def test_show_prints_that_stored_heads_were_not_compared(perdure, alone):
     assert "not compared with checkpoints and recorded heads" in shown(perdure("show", alone))
 
 

@@ -78,7 +78,7 @@ def test_the_penalty_gradient_covers_only_trained_parameters():
 
 @pytest.mark.parametrize("noise", [0.0, 0.3])
 @pytest.mark.parametrize("strategy", FOLLOWING, ids=repr)
-def test_the_in_place_path_update_equals_the_functional_update(strategy, noise):
+def test_the_in_place_update_equals_the_functional_update(strategy, noise):
     """Over the end of a window, from counters at 1."""
     anew = state_of(strategy)
     in_place = State({name: value.clone() for name, value in anew.items()}, anew.rules)
@@ -116,7 +116,7 @@ class Mixed(Counting, Cubic):
 
 
 @pytest.mark.parametrize("kind", [Cubic, Mixed])
-def test_an_overridden_penalty_gives_the_gradient_by_autograd(kind):
+def test_autograd_differentiates_an_overridden_penalty(kind):
     strategy = kind(strength=5.0)
     params = {name: value.requires_grad_() for name, value in drawn(1).items()}
     total = {name: torch.zeros_like(value) for name, value in params.items()}

@@ -97,7 +97,9 @@ def shown(mask):
         ("domain", 0, [[0, 1, 2, 3], [0, 1, 2, 3]], [0, 1, 2, 3]),
     ],
 )
-def test_the_mask_hides_classes_that_a_row_may_not_have(scenario, experience, rows_shown, allowed):
+def test_the_mask_hides_classes_that_are_not_allowed_for_a_row(
+    scenario, experience, rows_shown, allowed
+):
     at = context(scenario, experience)
     assert shown(at.mask(torch.zeros(2, 4), rows([0, 1]))) == rows_shown
     assert torch.nonzero(at.allowed).flatten().tolist() == allowed
@@ -177,7 +179,7 @@ def test_forward_runs_any_method_with_own_or_given_parameters(tower):
         Forward(tower, shifted).method("neither")(x)
 
 
-def test_forward_method_runs_hooks_and_teachers_without_grad(tower):
+def test_hooks_run_in_forward_method_and_teachers_get_no_grad(tower):
     calls = []
     tower.body[0].register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
     x = torch.rand(3, 5)
@@ -199,7 +201,7 @@ def test_only_a_teacher_runs_without_gradients_and_dropout(tower):
     assert torch.equal(teacher(x), teacher(x)) and torch.equal(teacher(x), tower.eval()(x))
 
 
-def test_a_teacher_removes_no_forward_hooks_of_the_model(tower):
+def test_a_teacher_runs_forward_hooks_without_gradients(tower):
     calls = []
     Forward(tower).at(zeros(tower))(torch.rand(2, 5))
     tower.head.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
@@ -388,7 +390,7 @@ def test_combine_uses_one_loss_and_adds_the_penalties(toy_stream, toy_model):
     )
 
 
-def test_combine_projects_in_order_and_updates_every_part(toy_stream, toy_model):
+def test_combine_runs_projections_in_order_and_updates_all_parts(toy_stream, toy_model):
     both = Combine(Shifter(add=1.0), Naive(), Shifter(times=2.0))
     state = both.init(spec(toy_model(toy_stream())))
     assert float(both.project({"w": torch.ones(1)}, (), state)["w"]) == 4.0  # (1 + 1) * 2

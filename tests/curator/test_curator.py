@@ -210,7 +210,7 @@ def test_stored_values_are_returned_with_their_memory_row(bench):
     )
 
 
-def test_private_memory_keeps_records_at_the_declared_rate(bench, toy_stream):
+def test_private_memory_keeps_a_record_by_declared_probability(bench, toy_stream):
     plan = Plan(memory=MemoryPlan(capacity=30))
     test = bench(simulated(), declared(toy_stream(), 40, 60))
     tags = {int(i): float(test.private_sum.tags(torch.tensor([i]))) for i in range(48)}

@@ -73,7 +73,7 @@ def test_step_memory_returns_only_rows_of_earlier_steps(toy_stream, toy_model):
         assert set(memory.rows.ids.tolist()) <= set(offered) and not memory.rows.from_memory.any()
 
 
-def test_step_memory_is_offered_no_row_again_at_the_end(toy_stream, toy_model):
+def test_step_memory_gets_no_row_twice_at_the_experience_end(toy_stream, toy_model):
     stream = toy_stream()
     learner = opened(
         learner_of(toy_model(stream), given(selection="reservoir", update="step")), stream
@@ -222,7 +222,7 @@ def test_privacy_refuses_a_remember_hook_that_couples_rows(toy_stream, toy_model
         ask(at_random)
 
 
-def test_private_memory_stores_values_from_a_rows_last_step(toy_stream, toy_model):
+def test_private_memory_stores_values_of_the_last_step_of_a_row(toy_stream, toy_model):
     """Of a record that was in none, those at the end of the experience."""
     stream = toy_stream()
     moment = [0.0]
@@ -353,7 +353,7 @@ def test_a_memory_pool_holds_only_stored_records(four, toy_model, privacy):
     assert learner.session.held.memory.offered == 36
 
 
-def test_use_pooled_shuffles_stored_rows_with_new_rows(toy_stream, toy_model):
+def test_pooled_memory_shuffles_stored_rows_with_new_rows(toy_stream, toy_model):
     """An epoch of the pool, 24 new and 12 stored rows, meets each of them once; the context knows
     of no share.
     """
@@ -378,7 +378,7 @@ def test_use_pooled_shuffles_stored_rows_with_new_rows(toy_stream, toy_model):
 
 
 @pytest.mark.parametrize("pool", ["all", "memory"])
-def test_step_memory_is_refused_unless_the_pool_is_experience(toy_stream, toy_model, pool):
+def test_step_memory_needs_the_plan_setting_pool_experience(toy_stream, toy_model, pool):
     stream = toy_stream()
     learner = learner_of(toy_model(stream), given(pool=pool, selection="reservoir", update="step"))
     with pytest.raises(StrategyError, match=f"needs pool='experience'; given pool='{pool}'"):
@@ -397,7 +397,7 @@ def test_an_experience_without_records_is_refused(toy_stream, toy_model):
         opened(learner_of(toy_model(stream), Replay(memory_size=8)), stream)
 
 
-def test_a_drawn_copy_of_a_record_is_noted_only_at_its_own_row(toy_data, toy_model):
+def test_a_drawn_stored_copy_does_not_mark_the_new_copy_drawn(toy_data, toy_model):
     """New and stored copies are one record; where the stored one was drawn, the new one is not
     noted.
     """

@@ -130,7 +130,7 @@ def test_balanced_keeps_the_first_rows_of_each_group(groups, capacity, per_class
     assert kept == sorted(kept) and (per_class or len(kept) <= capacity)
 
 
-def test_more_groups_than_places_have_equal_chances():
+def test_groups_have_equal_chances_if_memory_places_are_few():
     kept = balanced(torch.arange(3000)[:, None], 300, None)
     assert len(kept) == 300
     for third in range(3):
@@ -203,7 +203,7 @@ tags = st.lists(st.floats(0, 1, exclude_max=True), min_size=1, max_size=30)
 @pytest.mark.property
 @settings(deadline=None)
 @given(tags, st.lists(st.floats(0, 1), min_size=1, max_size=4), st.data())
-def test_random_membership_is_decided_per_record_and_only_falls(coins, thresholds, data):
+def test_private_memory_decides_per_record_and_never_readmits(coins, thresholds, data):
     def kept(members):
         memory = Memory()
         batch = rows([0] * len(coins))
@@ -548,7 +548,7 @@ def test_a_growing_reservoir_reallocates_its_rows_rarely():
     assert len(memory) == 300 and len(places) <= 7
 
 
-def test_memory_never_writes_into_rows_that_were_assigned():
+def test_memory_never_writes_into_rows_given_from_outside():
     plan = MemoryPlan(capacity=30, selection="reservoir")
     memory = Memory()
     memory.offer(rows([0, 1]), plan, place())

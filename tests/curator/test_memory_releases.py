@@ -96,7 +96,7 @@ def test_excluded_partitions_are_not_in_memory_releases(four, toy_model, meeting
     assert learner.private_sum.ledger.epsilon(delta=1e-5) <= 6
 
 
-def test_shared_records_make_a_private_memory_sum_refused(copies, toy_model):
+def test_a_private_memory_sum_of_shared_records_is_refused(copies, toy_model):
     learner = opened(learner_of(toy_model(copies), Replay(memory_size=24)), copies, 0)
     # there is one experience so far
     learner.curator.release(ones, clip_norm=1.0, purpose="x", over="memory")

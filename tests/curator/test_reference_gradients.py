@@ -49,7 +49,7 @@ def test_reference_rates_come_from_declared_sizes(four):
     assert reference_exposures(stages, by_new, batch_size=500)["reference"].rate == 1.0
 
 
-def test_no_reference_is_planned_without_past_or_with_rehearsal(four):
+def test_rehearsal_and_first_experience_plan_no_reference(four):
     stages = four.experiences
     only = Plan(memory=MemoryPlan(capacity=9, use="reference"))
     assert (
@@ -179,7 +179,7 @@ def test_an_epoch_of_reference_batches_visits_every_stored_row(four, toy_model):
     assert sorted(ids.tolist()) == sorted(learner.session.held.memory.rows.ids.tolist())
 
 
-def test_a_private_reference_is_the_clipped_sum_over_its_size(four, toy_model, meetings):
+def test_a_private_reference_is_divided_by_the_declared_size(four, toy_model, meetings):
     """All stored rows at rate 1, clipped by hand; the divisor is the declared 6 however many were
     kept.
     """

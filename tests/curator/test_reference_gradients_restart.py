@@ -91,7 +91,9 @@ def test_a_changed_memory_gets_new_noise_after_a_restart(stopped, tmp_path, meet
 
 @BOTH
 @pytest.mark.parametrize("option", [{"batch_size": 3}, {"memory_size": 8}])
-def test_a_changed_option_gets_new_noise_after_a_restart(stopped, meetings, strategy, option):
+def test_a_changed_memory_option_gets_new_noise_after_a_restart(
+    stopped, meetings, strategy, option
+):
     _, again = stopped(strategy)
     ledger = again(replace(strategy, **option), seen=True)
     assert meetings.reused == 0 and sizes(ledger) == {"gradient": 3, "reference": 2}
@@ -136,7 +138,7 @@ def test_a_changed_reference_loss_gives_a_new_ledger_entry(
 
 
 @pytest.mark.parametrize("blind", [False, True])
-def test_the_check_finds_noise_that_is_used_for_two_sums(
+def test_the_noise_reuse_check_finds_noise_used_for_two_sums(
     four, toy_model, meetings, monkeypatch, blind
 ):
     """A gradient by hand under the start of another; were sums not told apart, both would meet its

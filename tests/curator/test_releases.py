@@ -14,7 +14,7 @@ from perdure.errors import PrivacyError
 # --------------------------------------------------------------------------- gradients
 
 
-def test_a_gradient_without_privacy_is_that_of_the_mean_loss(bench):
+def test_a_gradient_without_privacy_equals_the_mean_gradient(bench):
     test = bench()
     batch = test.open().held.sample(0)
     loss = task_losses(Forward(test.model), batch, test.curator.context).mean()
@@ -149,7 +149,7 @@ def test_a_step_without_a_charge_is_refused(bench):
     assert "noise.drawn" not in test.trace
 
 
-def test_a_reservation_does_not_cover_the_next_experience(bench):
+def test_reserved_steps_do_not_cover_the_next_experience(bench):
     test = bench(simulated())
     test.whole(0, REPLAY, steps=range(2))
     held = test.open(1, REPLAY).held
@@ -199,7 +199,7 @@ def test_changed_records_never_get_the_same_release_noise(bench, toy_stream):
     assert float((answers[0] - answers[1]).abs().max()) > 1e-6
 
 
-def test_an_empty_partition_still_gives_noise(bench, toy_stream):
+def test_a_release_of_an_empty_partition_still_adds_noise(bench, toy_stream):
     stream = declared(toy_stream(), 24, 24)
     nobody = replace(stream[0].train.take(torch.zeros(0, dtype=torch.int64)), declared_size=24)
     test = bench(

@@ -51,7 +51,7 @@ def learner_of(toy_stream, toy_model):
     return make
 
 
-def test_shift_and_flip_shifts_images_and_fills_with_zeros():
+def test_shift_and_flip_fills_the_shifted_border_with_zeros():
     batch = batch_of(n=200)
     views = Views(count=1, change=shift_and_flip(pixels=1)).attach(batch, seed=3).stored["view.0"]
     wide = nn.functional.pad(batch.inputs, (1, 1, 1, 1))
@@ -72,7 +72,7 @@ def test_shift_and_flip_shifts_images_and_fills_with_zeros():
 @pytest.mark.parametrize(
     "change", [v2.RandomHorizontalFlip(), v2.ColorJitter(0.5), v2.RandomCrop(4), v2.Resize(3)]
 )
-def test_a_failing_change_of_views_gives_one_error_line(change, private):
+def test_a_failing_view_function_gives_one_error_line(change, private):
     records = Records(inputs=torch.rand(12, 3, 6, 6), labels=torch.arange(12) % 2)
     one = Experience(index=0, train=records, test=records, classes=(0, 1))
     stream = Stream(
@@ -120,7 +120,7 @@ def test_views_differ_between_records_and_depend_on_the_seed():
     assert not torch.equal(first.stored["view.1"], other.stored["view.1"])
 
 
-def test_the_change_of_views_gets_one_record_at_a_time():
+def test_the_change_function_of_views_gets_one_record_at_a_time():
     seen = []
 
     def peek(record):
@@ -205,7 +205,7 @@ def test_bfloat16_training_keeps_parameters_in_float32(toy_stream, learner_of):
 
 
 @pytest.mark.parametrize("kind", ["mlp", "cnn"])
-def test_in_bfloat16_one_record_changes_the_sum_by_clip_norm(kind, learner_of, toy_stream):
+def test_a_bfloat16_record_changes_the_sum_by_at_most_clip_norm(kind, learner_of, toy_stream):
     learner = learner_of(
         views=None, precision="bfloat16", privacy=Privacy(noise_multiplier=1.0, seed=0)
     )

@@ -43,7 +43,7 @@ def test_every_client_has_min_size_records_in_every_experience(stream, alpha):
     assert sizes(dirichlet(stream, clients=10, alpha=alpha, min_size=12)).min() >= 12
 
 
-def test_min_size_may_use_all_records_but_not_more(stream):
+def test_min_size_is_refused_above_the_records_per_client(stream):
     smallest = min(len(e.train) for e in stream)
     fit = smallest // 10
     assert sizes(dirichlet(stream, clients=10, alpha=0.05, min_size=fit)).min() >= fit
@@ -122,7 +122,7 @@ def test_a_record_in_two_experiences_stays_with_one_client():
             assert all(ids == first for ids in later)
 
 
-def test_removing_a_record_moves_no_other_record_of_a_client():
+def test_removing_a_record_moves_no_other_to_another_client():
     data = digits()
     less = replace(data, train=data.train.take(torch.arange(len(data.train)) != 17))
     gone = int(data.train.ids[17])
@@ -162,7 +162,7 @@ def test_hashed_splits_give_min_size_records_in_expectation(stream):
     assert (gap <= 5 * declared(evened).sqrt() + 5).all()
 
 
-def test_min_size_changes_no_hashed_split_that_already_meets_min(stream):
+def test_a_min_size_that_is_already_met_changes_no_split(stream):
     plain, low = (dirichlet(stream, clients=4, alpha=5.0, min_size=m, exact=False) for m in (1, 2))
     assert all(
         torch.equal(a.train.ids, b.train.ids)

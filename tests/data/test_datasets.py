@@ -175,7 +175,7 @@ def test_mnist_refuses_a_truncated_gzip_file(small_mnist):
         load("mnist", root=small_mnist)
 
 
-def test_mnist_files_of_published_size_need_the_checksum(small_mnist):
+def test_mnist_refuses_a_wrong_checksum_at_the_published_size(small_mnist):
     (small_mnist / "MNIST" / "raw" / "train-images-idx3-ubyte").write_bytes(
         idx(np.zeros((60_000, 28, 28), dtype=np.uint8))
     )

@@ -145,7 +145,7 @@ BY_RECORD = {
     ],
 )
 @pytest.mark.parametrize("splitter", BY_RECORD)
-def test_a_stream_assigned_by_record_moves_no_other_record(splitter, trials):
+def test_removing_a_record_moves_no_other_if_assigned_by_record(splitter, trials):
     build = BY_RECORD[splitter]
     assert all(stream.assigned_by_record is True for stream in build(data_of(0)))
     assert moved_times(build, trials) == 0
@@ -170,7 +170,7 @@ def allowed(build, data):
 
 
 @pytest.mark.parametrize("splitter", MOVING)
-def test_a_stream_that_moves_other_records_is_marked_so(splitter):
+def test_assigned_by_record_is_false_if_other_records_move(splitter):
     build = partial(allowed, MOVING[splitter])
     streams = MOVING[splitter](data_of(3))
     assert all(stream.assigned_by_record is False for stream in streams)

@@ -140,7 +140,7 @@ def test_records_refuse_a_position_out_of_range(index):
         Records(inputs=ROWS, labels=torch.zeros(10).long()).take(index)
 
 
-def test_privacy_refuses_one_tensors_rows_in_two_partitions():
+def test_privacy_refuses_the_same_tensor_rows_in_two_partitions():
     whole = replace(records(20), ids=torch.arange(20), ids_by_position=True)
     stream = split(
         Dataset(name="t", train=whole, test=whole, num_classes=4, input_shape=(1, 4, 6)),

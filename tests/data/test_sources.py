@@ -51,7 +51,7 @@ def changed(values, place, value):
 # --------------------------------------------------------------------------- arrays
 
 
-def test_from_arrays_converts_inputs_to_float32_and_notes_it():
+def test_from_arrays_converts_inputs_to_float32_with_a_note():
     data = from_arrays(ROWS, LABELS.astype(np.int32), test=(ROWS[:8] + 1, LABELS[:8]))
     assert data.train.inputs.dtype == torch.float32
     assert torch.equal(data.train.inputs, torch.from_numpy(ROWS).float())

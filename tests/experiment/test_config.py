@@ -155,7 +155,7 @@ def test_a_missing_config_field_is_named_in_the_error():
 @pytest.mark.parametrize(
     "arms", ["arms = 3", 'arms = "naive"', "[arms]\nstrategy = 3", 'arms = {strategy = "naive"}']
 )
-def test_a_config_refuses_arms_that_are_no_list_of_tables(arms):
+def test_a_config_refuses_arms_that_are_not_a_list_of_tables(arms):
     assert refusal(f"{HEAD}{arms}\n").startswith("arms = ")
 
 
@@ -204,7 +204,7 @@ def test_a_strategy_of_another_module_has_a_safe_folder_name():
         ("../naive:Naive", '"package.module:Name"'),
     ],
 )
-def test_a_config_refuses_an_imported_object_that_is_no_strategy(name, end):
+def test_a_config_refuses_an_imported_object_of_the_wrong_kind(name, end):
     message = refusal(f'{HEAD}[[arms]]\nstrategy = "{name}"\n')
     assert message.startswith(f"arms[0].strategy = {name!r} ")
     assert end in message

@@ -112,7 +112,7 @@ ONCE_IN_SHORT = IN_SHORT | {"step.done", "checkpoint.begin", "evaluated"}
     "point",
     [pytest.param(point, marks=() if point in ONCE_IN_SHORT else EVERY_POINT) for point in POINTS],
 )
-def test_a_stop_at_the_last_call_of_a_point_changes_no_result(undisturbed, tmp_path, point):
+def test_stopping_at_a_callback_point_changes_no_result(undisturbed, tmp_path, point):
     text, expected, passed, _ = undisturbed
     assert not started(tmp_path, text, Watch(point, passed[point] - 1))
     assert not (tmp_path / "result.json").exists()
@@ -125,7 +125,7 @@ def test_a_stop_at_the_last_call_of_a_point_changes_no_result(undisturbed, tmp_p
     "point",
     [pytest.param(point, marks=() if point in IN_SHORT else EVERY_POINT) for point in POINTS],
 )
-def test_several_stops_at_a_point_change_no_result(undisturbed, tmp_path, point):
+def test_several_stops_at_a_callback_point_change_no_result(undisturbed, tmp_path, point):
     text, expected, passed, _ = undisturbed
     for at in (0, passed[point] // 2, passed[point] // 3):
         ended = started(tmp_path, text, Watch(point, at))
@@ -169,7 +169,7 @@ def test_missing_final_files_are_written_again_on_resume(undisturbed, tmp_path, 
     assert not watch.passed["step.done"]
 
 
-def test_a_cut_line_of_metrics_is_written_again_on_resume(undisturbed, tmp_path):
+def test_a_truncated_metrics_line_is_written_again_on_resume(undisturbed, tmp_path):
     text, expected, passed, _ = undisturbed
     assert not started(tmp_path, text, Watch("evaluated", passed["evaluated"] - 1))
     path = tmp_path / "metrics.jsonl"

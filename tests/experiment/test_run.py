@@ -441,7 +441,7 @@ def test_a_run_folder_that_cannot_be_made_is_refused(tmp_path):
         ran(tmp_path / "file" / "run", SMALL)
 
 
-def test_the_metrics_log_drops_a_torn_line_and_repeats_no_line(tmp_path):
+def test_the_metrics_log_drops_a_truncated_last_line(tmp_path):
     path = tmp_path / "metrics.jsonl"
     row = {"arm": "a", "experience": 0, "accuracy": [1.0]}
     MetricsLog(path).append(row)

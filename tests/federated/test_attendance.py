@@ -21,9 +21,7 @@ from perdure.strategies import DER, EWC, LwF, Naive, Replay
     everyone=st.booleans(),
 )
 @pytest.mark.property
-def test_attendance_knows_the_last_exchange_of_each_client(
-    clients, rounds, fraction, seed, everyone
-):
+def test_the_last_exchange_with_each_client_is_recorded(clients, rounds, fraction, seed, everyone):
     federation = Federation(clients=clients, rounds=rounds, fraction=fraction, seed=seed)
     attendance = Attendance(federation, lambda _: everyone)
     last = [FRESH] * clients

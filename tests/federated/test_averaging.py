@@ -47,7 +47,7 @@ def replies(sizes=(3, 50, 7), **more):
     ]
 
 
-def test_held_averaging_is_bit_identical_to_flower():
+def test_fast_averaging_is_bit_identical_to_flower():
     mine, metrics = HeldFedAvg(FedAvg()).aggregate_train(1, replies())
     own, _ = FedAvg().aggregate_train(1, replies())
     assert list(mine) == list(own)

@@ -57,7 +57,7 @@ def ask(grid, nodes, content=None):
     return [Message(record, node, "train") for node in nodes]
 
 
-def test_the_private_names_used_exist_in_flower_1_41():
+def test_the_private_flower_names_in_use_exist_in_flower_1_41():
     assert version("flwr").startswith("1.41.")
     assert {"_task_id", "_run_id", "_node_id"} <= vars(TaskIdentity).keys()
     assert Run.create_empty(1).run_id == 1

@@ -130,7 +130,7 @@ def states(*rows, rule="mean", dtype=torch.float32):
     return [State({"a": torch.tensor(row, dtype=dtype)}, {"a": rule}) for row in rows]
 
 
-def test_combine_weights_means_and_adds_increments_of_sums():
+def test_combine_averages_mean_states_and_adds_sum_increments():
     mean = combine(None, states([1.0, 2.0], [3.0, 6.0]), [1, 3])
     assert mean["a"].tolist() == [2.5, 5.0]
     assert mean.rules == {"a": "mean"}

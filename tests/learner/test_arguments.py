@@ -87,7 +87,7 @@ def test_the_learner_refuses_an_argument_of_the_wrong_type(changes, message):
     assert "\n" not in str(refusal.value)
 
 
-def test_the_learner_refuses_an_optimizer_object():
+def test_the_learner_refuses_an_optimizer_instead_of_a_factory():
     with pytest.raises(ConfigError, match=r"optimizer = 'SGD' .*a function from parameters"):
         learner(optimizer=torch.optim.SGD(nn.Linear(5, 4).parameters(), lr=0.1))
 
@@ -111,7 +111,7 @@ def test_the_learner_refuses_an_optimizer_object():
         (partial(SGD, differentiable=True), "optimizer SGD fails in a step: .*dense gradients"),
     ],
 )
-def test_the_learner_refuses_an_optimizer_without_dense_steps(toy_stream, maker, message):
+def test_the_learner_refuses_an_optimizer_that_cannot_step(toy_stream, maker, message):
     with pytest.raises(ConfigError, match=message) as caught:
         learner(optimizer=maker).fit(toy_stream())
     assert "\n" not in str(caught.value)

@@ -240,7 +240,7 @@ def test_each_changed_setting_gives_a_new_ledger_digest(learner_of, toy_stream):
     assert len(set(first)) == len(SETTINGS)
 
 
-def test_a_private_step_is_drawn_only_once(learner_of, toy_stream):
+def test_a_private_step_cannot_be_drawn_twice(learner_of, toy_stream):
     """Another sum must not meet its noise: the difference of the two would be free of it."""
     learner = learner_of(privacy=SIMULATED)
     learner.prepare(toy_stream())

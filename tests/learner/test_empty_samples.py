@@ -147,7 +147,7 @@ def some_deep(names):
 
 
 @pytest.mark.parametrize("what", some_deep(STEPS))
-def test_a_step_without_records_runs_and_costs_the_same(what):
+def test_a_step_without_records_runs_at_the_same_privacy_cost(what):
     model, changes = STEPS[what]
     there, missing = (spent(learner(model, **changes), stream_of(n)) for n in (1, 0))
     assert there == missing and there
@@ -164,7 +164,7 @@ MEMORIES = {
 
 @pytest.mark.parametrize("model", [ByShape, pytest.param(by_modules, marks=DEEP)])
 @pytest.mark.parametrize("what", some_deep(MEMORIES))
-def test_an_experience_without_records_runs_and_costs_the_same(what, model):
+def test_an_experience_without_records_has_equal_privacy_cost(what, model):
     there, first, last = (
         spent(learner(model, MEMORIES[what]), stream_of(*sizes))
         for sizes in ((1, 1), (0, 1), (1, 0))
@@ -172,7 +172,7 @@ def test_an_experience_without_records_runs_and_costs_the_same(what, model):
     assert there == first == last and there
 
 
-def test_empty_stored_values_keep_names_and_shapes():
+def test_stored_values_of_no_rows_keep_names_and_shapes():
     """The rows of the next experience join it."""
     made = learner(ByShape, DER(memory_size=6))
     made.fit(stream_of(0, 4))
@@ -203,7 +203,7 @@ def test_user_code_never_gets_a_private_batch_of_few_rows(n):
     assert all(rows >= 16 for rows in seen) and bool(seen) == (n > 0)
 
 
-def test_the_attack_on_a_small_batch_equals_that_on_a_large_one():
+def test_a_record_is_attacked_alike_in_small_and_large_batches():
     """The sign of a gradient that is rounded otherwise would move an input by twice epsilon."""
     torch.manual_seed(0)
     model = nn.Sequential(

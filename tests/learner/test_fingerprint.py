@@ -207,7 +207,7 @@ def test_a_folder_refuses_a_checkpoint_of_another_version(learner_of, toy_stream
         learner_of(folder=tmp_path).fit(toy_stream())
 
 
-def test_a_strategy_field_without_description_stops_no_run(learner_of, toy_stream, tmp_path):
+def test_a_run_accepts_a_strategy_field_without_description(learner_of, toy_stream, tmp_path):
     odd = EWC(strength=1.0)
     object.__setattr__(odd, "strength", torch.nn.Identity())
     learner = learner_of(LwF(), folder=tmp_path)

@@ -42,7 +42,7 @@ def test_the_curator_accepts_records_with_nan(learner_of, toy_stream):
     assert learner.position.step == 3
 
 
-def test_training_without_privacy_names_a_nan_after_failing(learner_of, toy_stream):
+def test_training_that_fails_without_privacy_names_the_nan_row(learner_of, toy_stream):
     """Nothing is checked beforehand, and the learning rate is not blamed."""
     learner = learner_of(iterations=40)
     with pytest.raises(DataError, match=r"experience 0 .* has nan in row 5 .*, column 2 of"):
@@ -104,7 +104,7 @@ def warned(learner_of, stream, delta):
     return [str(one.message) for one in caught], learner
 
 
-def test_delta_of_1_over_the_number_of_records_gives_one_warning(learner_of, toy_stream):
+def test_delta_of_1_over_the_number_of_records_warns_once(learner_of, toy_stream):
     stream = toy_stream()
     records = sum(e.train.declared_size for e in stream)
     texts, learner = warned(learner_of, stream, 1 / records)
@@ -114,7 +114,7 @@ def test_delta_of_1_over_the_number_of_records_gives_one_warning(learner_of, toy
     assert warned(learner_of, stream, 0.99 / records)[0] == []
 
 
-def test_declared_records_are_counted_once_per_record(learner_of, toy_data):
+def test_a_record_in_two_experiences_counts_once_for_delta(learner_of, toy_data):
     from perdure.data import online, permuted, split
     from perdure.learner.private_setup import declared_records
 

@@ -275,7 +275,7 @@ def test_records_of_a_third_split_rule_are_charged_separately(learner_of, toy_da
     assert carried(learner, "experience-0") == {(8 / 12, 8)} and worst == 8
 
 
-def test_two_histories_both_count_if_neither_covers_the_other(learner_of, toy_data):
+def test_two_charge_histories_count_if_neither_covers_the_other(learner_of, toy_data):
     """Epsilon does not tell which of two histories is the worse one after more is added."""
     stream = uneven(toy_data)
     first = learner_of(iterations=None, epochs=1, privacy=SIMULATED)
@@ -308,7 +308,7 @@ def test_experiences_added_after_warm_start_get_the_largest_cost(learner_of, toy
         assert spent(again) <= 4 * spent(first)
 
 
-def test_a_ledger_refuses_a_known_partition_of_another_rule(learner_of, toy_data, tmp_path):
+def test_a_ledger_refuses_a_known_name_of_another_split_rule(learner_of, toy_data, tmp_path):
     learner = learner_of(privacy=SIMULATED, folder=tmp_path)
     learner.fit(uneven(toy_data))
     learner.close()
@@ -355,7 +355,7 @@ class Own(nn.Module):
         return self.head(self.features(x))
 
 
-def test_a_statement_has_the_weaker_earlier_independence(learner_of, toy_stream):
+def test_a_warm_start_states_the_weaker_independence(learner_of, toy_stream):
     model = Own()
     learner_of(model=model, privacy=SIMULATED).fit(toy_stream())
     alone = replace(SIMULATED, custom_forward="record-by-record")

@@ -122,7 +122,7 @@ def rows_of(model, batch):
 
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("clip_norm", [0.05, 100.0])
-def test_the_clipped_sum_of_token_models_equals_record_gradients(kind, clip_norm):
+def test_the_clipped_sum_of_token_models_equals_a_record_loop(kind, clip_norm):
     model = model_of(kind)
     batch = Batch.current(Records(inputs=tokens(9), labels=torch.arange(9) % 3), 0)
     params = dict(model.named_parameters())
@@ -145,7 +145,7 @@ def test_the_clipped_sum_of_token_models_equals_record_gradients(kind, clip_norm
 
 @pytest.mark.parametrize("mode", ["sum", "mean"])
 @pytest.mark.parametrize("padding", [None, 0])
-def test_the_clipped_sum_of_embedding_bags_equals_record_rows(mode, padding):
+def test_the_clipped_sum_of_embedding_bags_equals_a_record_loop(mode, padding):
     torch.manual_seed(0)
     model = nn.Sequential(nn.EmbeddingBag(WORDS, 6, mode=mode, padding_idx=padding))
     x = tokens(7)

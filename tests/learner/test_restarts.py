@@ -123,7 +123,7 @@ def test_a_reference_has_only_rows_of_its_own_experience(copies, toy_model):
         assert learner.session.held.samplers[f"reference {k}"].rows.tasks.unique().tolist() == [k]
 
 
-def test_a_batch_of_a_memory_pool_has_no_second_memory_rows(four, toy_model):
+def test_a_memory_pool_batch_gets_no_additional_memory_rows(four, toy_model):
     learner = opened(learner_of(toy_model(four), GDumb(memory_size=12), privacy=None), four, 1)
     assert len(learner.session.held.rows) == 12
     assert len(learner.session.held.sample(0)) == 4

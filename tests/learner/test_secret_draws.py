@@ -93,7 +93,7 @@ def test_private_random_numbers_change_with_the_key_and_step(learner_of, toy_str
     assert not torch.equal(first[0], other[0])
 
 
-def test_private_random_numbers_keep_the_global_generator(learner_of, toy_stream):
+def test_private_draws_do_not_change_the_global_generator(learner_of, toy_stream):
     """Numbers that a callback draws afterwards would tell of the secret state."""
     states = []
 

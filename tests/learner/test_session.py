@@ -66,13 +66,13 @@ def both(stream, model, strategy, **settings):
 
 
 @pytest.mark.parametrize("name", some(strategies.names(), {*strategies.names()} - OWN_MODELS))
-def test_a_session_loop_equals_the_learner(name, toy_stream, toy_model):
+def test_training_with_a_session_equals_training_by_a_learner(name, toy_stream, toy_model):
     stream = toy_stream()
     assert_same_run(*both(stream, lambda: model_of(name, stream, toy_model), example(name)))
 
 
 @pytest.mark.parametrize("name", some(private(), PRIVATE_IN_SHORT))
-def test_a_private_session_loop_equals_the_learner(name, toy_stream, toy_model):
+def test_private_training_with_a_session_equals_the_learner(name, toy_stream, toy_model):
     stream = toy_stream()
     made = both(stream, lambda: model_of(name, stream, toy_model), example(name), privacy=SIMULATED)
     assert_same_run(*made)
@@ -104,7 +104,7 @@ def test_random_numbers_of_the_user_do_not_change_dropout(toy_stream, toy_model)
     assert same_bits(*(bits(model.state_dict()) for model in models))
 
 
-def test_a_restart_of_training_resets_the_optimizer(toy_stream, toy_model):
+def test_a_plan_that_restarts_resets_the_optimizer_of_a_session(toy_stream, toy_model):
     stream = toy_stream()
     session = session_of(toy_model(stream), stream, Joint())
     train(session, [0])
@@ -163,7 +163,7 @@ def test_frozen_parameters_get_no_gradient(toy_stream, toy_model):
     assert torch.equal(frozen, before)
 
 
-def test_the_length_of_batches_is_the_steps_of_all_epochs(toy_stream, toy_model):
+def test_len_of_batches_is_the_number_of_steps_of_all_epochs(toy_stream, toy_model):
     stream = toy_stream()
     session = session_of(toy_model(stream), stream, iterations=None, epochs=2)
     with session.experience(stream[0]) as batches:

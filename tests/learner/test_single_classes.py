@@ -73,7 +73,7 @@ def test_an_experience_with_one_class_is_refused_in_training(ones, toy_data, lea
     ],
     ids=lambda strategy: strategy.name,
 )
-def test_a_loss_over_new_classes_only_needs_two_classes(ones, learner_of, strategy):
+def test_a_loss_over_the_new_classes_needs_two_new_classes(ones, learner_of, strategy):
     stream = ones()
     text = "learns nothing from experience 0, whose only class is 0: .*2 classes or more"
     with pytest.raises(StrategyError, match=text) as caught:

@@ -83,7 +83,7 @@ def test_a_step_makes_no_tensor_as_large_as_the_model(begun, strategy):
 
 
 @pytest.mark.parametrize("strategy", [EWC(strength=1.0), SI(strength=1.0)], ids=repr)
-def test_gradients_and_paths_keep_their_memory_over_steps(begun, strategy):
+def test_gradients_and_si_paths_reuse_their_memory_over_steps(begun, strategy):
     learner = begun(strategy)
 
     def places():
@@ -120,7 +120,7 @@ class Collecting(Strategy):
         return state.replace_group("before", before)
 
 
-def test_a_strategy_without_in_place_update_keeps_old_states(begun):
+def test_updates_that_are_not_in_place_keep_the_old_state(begun):
     learner = begun(Collecting())
     kept = learner.state
     values = bits(kept)

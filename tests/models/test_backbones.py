@@ -83,7 +83,7 @@ def network():
 
 
 @pytest.mark.deep(reason="deployment: trains a network of torchvision")
-def test_a_torchvision_network_trains_behind_wrap():
+def test_a_wrapped_torchvision_network_trains():
     model = wrap(network(), head="fc")
     assert torch.isfinite(learner(model, SLDA()).fit(pictures())).all()
     assert torch.isfinite(learner(model, Naive(), warm_start=True).fit(pictures())).all()
@@ -100,7 +100,7 @@ def test_privacy_refuses_batch_norm_of_torchvision_until_fixed():
 
 
 @pytest.mark.deep(reason="deployment: timm takes seconds to import")
-def test_a_timm_network_trains_behind_wrap_with_features():
+def test_a_wrapped_timm_network_trains_with_its_features():
     import timm
 
     timm.layers.set_fused_attn(False)  # fused attention has no rule for gradients of records
@@ -123,7 +123,7 @@ def test_a_timm_network_trains_behind_wrap_with_features():
 
 
 @pytest.mark.deep(reason="deployment: transformers takes seconds to import")
-def test_a_hugging_face_model_trains_behind_wrap():
+def test_a_wrapped_hugging_face_model_trains():
     stream = texts()
     with pytest.raises(ConfigError, match=r"'SequenceClassifierOutput' .*wrap\(model, output='log"):
         learner(bert(), Naive()).fit(stream)

@@ -167,7 +167,7 @@ def test_the_cnn_refuses_tables_and_the_mlp_needs_a_class():
 # --------------------------------------------------------------------------- a generator beside it
 
 
-def test_a_generator_is_added_to_any_classifier():
+def test_a_generator_can_be_added_to_any_classifier():
     x = torch.rand(3, *DIGITS)
     for plain in (
         mlp(input_shape=DIGITS, num_classes=10, hidden=(5,), seed=0),

@@ -120,7 +120,7 @@ def losses(forward, batch):
 
 @pytest.mark.reference
 @pytest.mark.parametrize("bound", [0.05, 0.5, 50.0])
-def test_cosine_head_sums_equal_a_loop_over_records(toy_stream, bound):
+def test_clipped_cosine_head_sums_equal_a_loop_over_records(toy_stream, bound):
     stream = toy_stream()
     model = mlp(
         input_shape=(5,), num_classes=4, hidden=(6,), seed=0, activation="tanh", head="cosine"

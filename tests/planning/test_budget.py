@@ -83,7 +83,7 @@ def test_a_longer_horizon_adds_noise_only_if_records_recur(learner_of, stream, s
     )
 
 
-def test_planned_experiences_copy_the_last_one_of_the_stream(learner_of, stream):
+def test_a_longer_horizon_repeats_the_last_experience(learner_of, stream):
     learner = learner_of(stream, privacy=Privacy(epsilon=3, horizon=6, seed=0))
     stages = horizon(learner.training)
     assert [stage.index for stage in stages] == list(range(6))

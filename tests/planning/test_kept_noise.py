@@ -64,7 +64,7 @@ def change(folder, noise):
     ],
     ids=["one budget", "one budget an experience"],
 )
-def test_a_second_build_reuses_the_stored_noise_multiplier(calls, privacy, strategy):
+def test_a_second_learner_reuses_the_stored_noise_multiplier(calls, privacy, strategy):
     first, noise = calls(privacy, strategy)
     assert first > 0
     assert calls(privacy, strategy) == (0, noise)

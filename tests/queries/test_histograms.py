@@ -96,7 +96,7 @@ def test_private_quantiles_of_many_records_are_accurate(q):
     assert abs(float((values < grid[chosen]).float().mean()) - q) < 0.08
 
 
-def test_quantile_and_top_k_select_by_the_records(party):
+def test_quantile_and_top_k_choices_depend_on_the_records(party):
     test = party(**(NOISY | {"release_noise": 0.05}))
     chosen = releases.quantile(
         test.curator, brightness, q=0.5, candidates=torch.tensor(GRID), purpose="x"

@@ -166,7 +166,7 @@ def test_layer_sums_keep_no_graph_of_second_derivatives(model):
     assert seen == {False}
 
 
-def test_layer_sums_form_no_rows_of_a_linear_layer():
+def test_layer_sums_of_a_linear_layer_form_no_record_gradients():
     """The only numbers whose size is taken are inputs and gradients at outputs."""
     largest = []
 

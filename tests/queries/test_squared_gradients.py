@@ -88,7 +88,7 @@ def test_fisher_information_of_ewc_equals_a_written_out_loop(fisher, toy_stream,
 
 @both
 @pytest.mark.parametrize("make", [Twice, Sequence, *BY_ROWS, *ESCAPING[:1]])
-def test_the_fast_sum_is_not_used_if_it_would_be_wrong(make, kind):
+def test_the_fast_squared_sum_is_skipped_for_unusual_layers(make, kind):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         module = make()
@@ -103,7 +103,7 @@ def test_the_fast_sum_is_not_used_if_it_would_be_wrong(make, kind):
 
 @both
 @pytest.mark.parametrize("make", FAST)
-def test_the_fast_sum_includes_the_effects_of_hooks(make, kind):
+def test_the_fast_squared_sum_includes_the_effects_of_hooks(make, kind):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         module = make()
@@ -150,7 +150,7 @@ def test_two_rows_of_a_record_in_one_layer_call_are_clipped_once():
     assert_same(bounded_sum(query, module, params, data.tensors(), Clip(norm=0.05)), expected)
 
 
-def test_a_hook_for_all_modules_stops_the_fast_sum():
+def test_a_hook_for_all_modules_stops_the_fast_squared_sum():
     def triple(module, args, output):
         return 3 * output if isinstance(module, nn.Linear) else output
 
@@ -215,7 +215,7 @@ def test_squared_gradient_sums_use_the_given_parameters():
     )
 
 
-def test_the_fast_sum_removes_its_hooks_after_an_error():
+def test_the_fast_squared_sum_removes_its_hooks_after_an_error():
     module = small()
 
     def failing(forward, batch):

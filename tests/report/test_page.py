@@ -97,7 +97,7 @@ def test_the_report_page_loads_nothing_from_the_network(page: Page, written: Pat
     assert source.count("url(") == source.count("url(#") > 0
 
 
-def test_every_id_of_the_report_page_is_unique_and_found(page: Page) -> None:
+def test_every_link_target_of_the_report_page_exists_once(page: Page) -> None:
     ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
     assert len(ids) == len(set(ids))
     for _, attributes in page.elements:
@@ -118,7 +118,7 @@ def test_tables_and_figures_have_texts_for_screen_readers(page: Page) -> None:
     assert page.all("html") == [{"lang": "en"}]
 
 
-def test_the_report_page_has_dark_print_and_narrow_styles(written: Path) -> None:
+def test_the_report_page_has_styles_for_dark_mode_and_print(written: Path) -> None:
     source = (written / "report.html").read_text(encoding="utf-8")
     for query in ("prefers-color-scheme: dark", "@media print", "max-width: 40rem"):
         assert query in source
@@ -169,7 +169,7 @@ def test_the_report_page_names_the_best_arms(result: dict[str, Any]) -> None:
     assert f"at epsilon 7.99 (per record, add-remove, δ = 1e-5; {SIMULATION})" in text
 
 
-def test_the_summary_depends_on_the_numbers_of_the_result(result: dict[str, Any]) -> None:
+def test_the_report_summary_depends_on_the_result_numbers(result: dict[str, Any]) -> None:
     result["arms"][0]["average_accuracy"] = 99.5
     result["arms"][1]["average_accuracy"] = 99.9
     text = words_of(result)

@@ -143,7 +143,7 @@ def test_the_ridge_head_equals_ridge_of_scikit_learn():
     )
 
 
-def test_a_singular_gram_matrix_is_refused_with_its_ridge():
+def test_a_singular_gram_matrix_is_refused_naming_the_ridge():
     with pytest.raises(StrategyError, match="width 3 with ridge = 0 is singular"):
         ridge_head(torch.zeros(3, 3), torch.zeros(3, 2), 0.0)
 

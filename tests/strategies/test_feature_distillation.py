@@ -43,7 +43,7 @@ def test_the_feature_distillation_loss_equals_its_formula(problem):
         assert mine[i].item() == pytest.approx(expected, rel=1e-4) and distance > 0.01
 
 
-def test_feature_distillation_has_no_teacher_at_first(problem):
+def test_feature_distillation_starts_without_a_teacher(problem):
     stream, model, _, spec = problem
     strategy = FeatureDistillation(strength=1.0)
     batch = Batch.current(stream[0].train, 0)
@@ -56,7 +56,7 @@ def test_feature_distillation_has_no_teacher_at_first(problem):
     torch.testing.assert_close(strategy.losses(Forward(model), batch, at, poisoned), plain)
 
 
-def test_feature_distillation_leaves_head_and_teacher_fixed(problem):
+def test_feature_distance_has_no_gradient_for_head_or_teacher(problem):
     stream, model, _, spec = problem
     batch = Batch.current(stream[1].train, 1)
     at = contexts(stream, "cpu")(1)

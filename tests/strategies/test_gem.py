@@ -123,7 +123,7 @@ def test_the_gem_projection_does_not_depend_on_gradient_sizes(size, margin):
     assert min(float(found @ unit) for unit in units) >= -5e-3 * float(found.norm())
 
 
-def test_gem_weighs_short_and_long_references_alike():
+def test_gem_gives_short_and_long_references_equal_weight():
     gradient, (first, second) = problem(3, 2)
     strategy = GEM(memory_size=5, margin=0.0)
     expected = flat(strategy.project(gradient, (first, second), State()))

@@ -187,7 +187,7 @@ def test_the_vae_loss_is_minus_the_evidence_lower_bound(toy_stream, toy_model):
             assert abs(-losses.mean() - (evidence - loose)) < 5 * error
 
 
-def test_generative_replay_has_no_teacher_at_first(scene):
+def test_generative_replay_starts_without_a_teacher(scene):
     it = scene()
     at = contexts(it.stream, "cpu")(0)
     batch = Batch.current(it.stream[0].train, 0)

@@ -89,7 +89,7 @@ def test_the_ogd_projection_equals_gram_schmidt(kind, seed):
     torch.testing.assert_close(again, mine, rtol=1e-3, atol=1e-4)
 
 
-def test_ogd_keeps_the_gradient_bit_for_bit_at_first():
+def test_ogd_does_not_change_gradients_in_the_first_experience():
     strategy, state = state_of(torch.zeros(4, 10))
     gradient = gradient_of(torch.randn(10, generator=torch.Generator().manual_seed(0)))
     mine = strategy.project(gradient, (), state)

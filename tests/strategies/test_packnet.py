@@ -207,7 +207,7 @@ def by_masks(name, live, state, task, head):
 
 @pytest.mark.reference
 @pytest.mark.parametrize("steps", [6, 15], ids=["dense", "pruned"])
-def test_packnet_weights_equal_those_of_masks_bit_for_bit(steps):
+def test_packnet_arithmetic_equals_boolean_masks_bit_for_bit(steps):
     stream = tasks()
     strategy = PackNet(pruned_share=0.6, dense_steps=12)
     learner = learner_of(strategy, stream)
@@ -297,7 +297,7 @@ def test_packnet_refuses_a_domain_stream_or_a_missing_head(toy_model, toy_stream
         PackNet(head="body.").init(spec(scenario="task"))
 
 
-def test_packnet_without_tasks_predicts_with_each_own_network(toy_model, toy_stream):
+def test_packnet_without_tasks_predicts_with_all_networks(toy_model, toy_stream):
     stream = toy_stream()
     strategy = PackNet(pruned_share=0.5)
     learner = Learner(

@@ -40,9 +40,7 @@ def batches(stream, learner):
 @pytest.mark.parametrize(
     ("stored", "weights"), [(6, (0.5, 0.5)), (3, (0.5, 0.5)), (12, (0.5, 0.5))]
 )
-def test_replay_weighs_new_and_stored_rows_at_any_batch_size(
-    toy_stream, toy_model, stored, weights
-):
+def test_replay_weights_do_not_depend_on_the_batch_size(toy_stream, toy_model, stored, weights):
     """Losses of a batch by hand: mean over new rows / t + mean over stored rows * (1 - 1/t)."""
     stream = toy_stream()
     model = toy_model(stream)
@@ -57,7 +55,7 @@ def test_replay_weighs_new_and_stored_rows_at_any_batch_size(
     torch.testing.assert_close(mine, expected)
 
 
-def test_replay_gives_new_records_weight_1_3_in_experience_3():
+def test_replay_gives_new_records_one_third_in_experience_3():
     table = torch.eye(3, dtype=torch.bool)
     from perdure.contract.context import Context
     from perdure.data.records import Batch

@@ -148,7 +148,7 @@ def test_rwalk_averages_per_record_fisher_with_earlier_fisher(walk, toy_stream):
         torch.testing.assert_close(walk.fishers[1][name], value, rtol=1e-4, atol=1e-7)
 
 
-def test_the_rwalk_penalty_scales_fisher_and_scores_to_1(walk):
+def test_the_rwalk_penalty_scales_fisher_and_scores_to_at_most_1(walk):
     state = walk.states[1]
     anchor = walk.ends[1]
     at = {name: value + 0.1 for name, value in anchor.items()}

@@ -153,7 +153,7 @@ def test_macro_f1_is_the_mean_over_labels_that_occur():
 
 
 @every
-def test_synthetic_targets_are_valid_and_differ(task):
+def test_synthetic_targets_are_valid_and_differ_from_each_other(task):
     rows = task.synthetic(TARGETS[task], (0, 1, 2, 3, 4), torch.arange(7))
     task.check(rows)
     assert rows.shape[1:] == TARGETS[task].shape[1:]

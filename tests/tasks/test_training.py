@@ -284,7 +284,7 @@ def test_losses_that_couple_records_by_rare_targets_are_refused(task):
         learner.prepare(stream_of(task))
 
 
-def test_synthetic_single_labels_equal_their_declared_numbers():
+def test_synthetic_neighbours_have_the_requested_labels():
     rows = learner_of(SingleLabel(), privacy=Privacy(noise_multiplier=1.0, seed=0))
     rows.prepare(stream_of(SingleLabel()))
     synthetic = rows.session.inspection().rows

@@ -152,7 +152,7 @@ BESIDE = {
 
 
 @pytest.mark.parametrize("beside", BESIDE)
-def test_replay_alone_compares_one_record_with_no_record(beside, toy_stream):
+def test_replay_with_alone_compares_one_record_with_no_record(beside, toy_stream):
     """Beside an empty partition nothing fails that runs beside one record, draws included."""
     make = maker(toy_stream(), Naive(), **({"model": lambda stream: ByShape()} | BESIDE[beside]))
     record = int(toy_stream()[0].train.ids[3])
@@ -174,7 +174,7 @@ def test_replay_alone_compares_one_record_with_no_record(beside, toy_stream):
         for place in PLACES
     ],
 )
-def test_replay_alone_passes_for_each_strategy(name, place, toy_stream, toy_model):
+def test_replay_with_alone_passes_for_each_strategy(name, place, toy_stream, toy_model):
     own = (lambda stream: ByShape()) if name == "der" else toy_model
     parts = experiment(toy_stream(), name, "flat", place, own)
     record = int(parts["streams"][0][0].train.ids[3])

@@ -123,5 +123,5 @@ def test_other_errors_of_a_settings_class_are_raised_unchanged():
         Failing(size="0")
 
 
-def test_annotations_that_cannot_be_read_are_not_checked():
+def test_fields_with_unreadable_annotations_are_not_checked():
     assert Unread(size="large").size == "large"

@@ -125,7 +125,7 @@ def test_the_replace_one_bound_covers_every_pair_of_vectors():
             assert found < claimed - 1e-4 or radius == 1.0
 
 
-def test_replace_one_costs_less_than_half_the_noise_multiplier():
+def test_replace_one_epsilon_lies_above_add_remove_epsilon():
     charges = [Charge(0.1, 4.0, 200)]
     halved = [Charge(0.1, 2.0, 200)]
     replace = epsilon(charges, delta=DELTA, relation="replace-one")

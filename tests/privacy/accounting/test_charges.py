@@ -8,7 +8,7 @@ from perdure.privacy.accounting.calibration import epsilon
 from perdure.privacy.accounting.charges import Charge, bounding, covers, merged
 
 
-def test_a_history_covers_rarer_noisier_or_shorter_histories():
+def test_a_charge_history_covers_rarer_or_noisier_histories():
     strong = [Charge(0.2, 1.0, 10), Charge(0.1, 2.0, 5)]
     assert covers(strong, strong)
     assert covers(strong, [Charge(0.1, 1.0, 10), Charge(0.05, 3.0, 5)])
@@ -21,13 +21,13 @@ def test_a_history_covers_rarer_noisier_or_shorter_histories():
     assert covers(strong, []) and not covers([], strong)
 
 
-def test_the_bounding_history_is_the_one_that_covers_all_others():
+def test_bounding_returns_the_history_that_covers_all_others():
     rare, often = [Charge(0.1, 1.0, 10)], [Charge(0.2, 1.0, 10)]
     assert bounding([rare, often]) == bounding([often, rare]) == merged(often)
     assert bounding([rare]) == merged(rare) and bounding([]) == () and bounding([[]]) == ()
 
 
-def test_histories_that_do_not_cover_each_other_are_joined():
+def test_bounding_joins_histories_that_do_not_cover_each_other():
     """One is worse alone, the other after more is added; their bound is worse than both."""
     once, often = [Charge(1.0, 1.45, 1)], [Charge(0.01, 0.5, 40)]
     more = [Charge(0.01, 0.5, 400)]
@@ -58,7 +58,7 @@ def test_histories_that_do_not_cover_each_other_are_joined():
 )
 @settings(max_examples=6, deadline=None)
 @pytest.mark.property
-def test_a_bounding_history_costs_at_least_as_much_as_each(histories):
+def test_a_bounding_history_costs_at_least_as_much_as_its_parts(histories):
     bound = bounding(histories)
     for history in histories:
         assert covers(bound, history)

@@ -117,7 +117,7 @@ class Products(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_the_backward_pass_computes_no_weight_gradients():
+def test_book_keeping_computes_no_weight_gradients():
     three = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3))
     with Products() as count:
         by_tape(three, floats(6), Clip(norm=1.0))

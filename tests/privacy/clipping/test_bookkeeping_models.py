@@ -51,7 +51,7 @@ class Tied(nn.Module):
 
 
 @pytest.mark.parametrize("way", ["one parameter", "by itself", "by forward", "penalty"])
-def test_a_weight_used_outside_its_layer_needs_per_record_rows(way):
+def test_book_keeping_refuses_a_weight_used_outside_its_layer(way):
     torch.manual_seed(0)
     assert by_tape(Tied(way), floats(6), Clip(norm=1.0)) is None
 
@@ -84,17 +84,17 @@ class Quirk(nn.Module):
 
 
 @pytest.mark.parametrize("way", ["named input", "in place", "changed by a hook"])
-def test_a_layer_output_that_is_changed_gives_the_right_sum(way):
+def test_a_changed_layer_output_gives_the_right_clipped_sum(way):
     torch.manual_seed(0)
     assert_equal(Quirk(way), floats(6))
 
 
-def test_a_layer_input_changed_later_needs_per_record_rows():
+def test_book_keeping_refuses_a_layer_input_changed_later():
     torch.manual_seed(0)
     assert by_tape(Quirk("input changed"), floats(6), Clip(norm=1.0)) is None
 
 
-def test_parameters_that_do_not_affect_losses_get_zeros():
+def test_parameters_that_do_not_affect_losses_get_zero_gradients():
     torch.manual_seed(0)
     module = Tied("plain")
     x = floats(6)
@@ -118,7 +118,7 @@ def test_parameters_that_do_not_affect_losses_get_zeros():
     assert all(value.dtype == torch.float32 for value in half.values())
 
 
-def test_a_teacher_pass_without_gradients_is_ignored():
+def test_book_keeping_ignores_a_teacher_pass_without_gradients():
     module, x, _ = made("linear")
 
     def of(forward, batch):
@@ -135,12 +135,12 @@ def by_halves(forward, batch):
     )
 
 
-def test_passes_without_all_records_need_per_record_rows():
+def test_book_keeping_refuses_passes_without_all_records():
     module, x, _ = made("linear")
     assert by_tape(module, x, Clip(norm=1.0), of=by_halves) is None
 
 
-def test_channels_of_a_single_image_are_not_taken_for_records():
+def test_book_keeping_does_not_take_channels_for_records():
     module = nn.Sequential(nn.Conv2d(2, N, 3))
     x = floats(2, 5, 5)
     of = lambda forward, batch: forward(batch.inputs[0]).flatten(1).sum(1)  # noqa: E731
@@ -168,7 +168,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_layers_without_a_clipping_rule_need_per_record_rows(name):
+def test_book_keeping_refuses_layers_without_a_clipping_rule(name):
     layer, x = OTHERS[name]()
     module = nn.ModuleDict({"layer": layer})
     call = (lambda x: layer(x, x)) if name == "no rule" else layer
@@ -177,7 +177,7 @@ def test_layers_without_a_clipping_rule_need_per_record_rows(name):
 
 
 @pytest.mark.parametrize("part", ["layer.weight", "layer.bias"])
-def test_a_partly_trained_layer_needs_per_record_rows(part):
+def test_book_keeping_refuses_a_partly_trained_layer(part):
     module, x, _ = made("linear")
     params = {name: value for name, value in module.named_parameters() if name != part}
     clip = Clip(norm=1.0)
@@ -204,7 +204,7 @@ def test_convolution_by_lines_equals_the_convolution():
     assert torch.equal(geometry.from_lines(weight).reshape(layer.weight.shape), layer.weight)
 
 
-def test_weights_computed_from_parameters_need_per_record_rows():
+def test_book_keeping_refuses_weights_computed_from_parameters():
     """A layer that runs with twice its weight: the tape would give the gradient of the doubled
     weight, half of it.
     """

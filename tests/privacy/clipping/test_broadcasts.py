@@ -130,7 +130,7 @@ def test_gradients_of_two_passes_are_added_before_the_norm(name):
     assert gap_to_loop(model, floats(LENGTH, 4), twice) < TOLERANCE
 
 
-def test_a_bare_parameter_that_no_loss_uses_gets_zeros():
+def test_a_bare_parameter_that_no_loss_uses_gets_zero_gradients():
     model = Tokens(shift, pos=(LENGTH, WIDTH), spare=(1, WIDTH))
     total = by_tape(model, floats(LENGTH, 4), Clip(norm=1.0))
     assert not total["spare"].any() and total["pos"].any()
@@ -140,7 +140,7 @@ def test_a_bare_parameter_that_no_loss_uses_gets_zeros():
     assert not nothing["pos"].any() and nothing["embed.weight"].any()
 
 
-def test_a_transformer_with_bare_parameters_needs_one_pass(monkeypatch):
+def test_a_transformer_with_bare_parameters_runs_in_one_pass(monkeypatch):
     """In a batch, not record by record, and in one pass forwards, once it was rehearsed."""
 
     class Vit(nn.Module):
@@ -295,14 +295,14 @@ LEFT = {
 
 
 @pytest.mark.parametrize("name", LEFT)
-def test_other_uses_of_a_bare_parameter_need_per_record_rows(name):
+def test_book_keeping_refuses_other_uses_of_a_bare_parameter(name):
     model = LEFT[name]()
     assert by_tape(model, floats(LENGTH, 4), Clip(norm=1.0)) is None
     if name not in ("a row for every record", "into a layer", "copies beside the records"):
         assert gap_to_loop(model, floats(LENGTH, 4)) < TOLERANCE
 
 
-def test_a_parameter_added_to_raw_inputs_needs_per_record_rows():
+def test_book_keeping_refuses_a_parameter_added_to_raw_inputs():
     """Nothing says that the first axis of an input is that of the records."""
     torch.manual_seed(0)
     model = Tokens(lambda m, t: t, row=(4,))
@@ -311,7 +311,7 @@ def test_a_parameter_added_to_raw_inputs_needs_per_record_rows():
     assert gap_to_loop(model, floats(LENGTH, 4)) < TOLERANCE
 
 
-def test_a_penalty_on_a_bare_parameter_needs_per_record_rows():
+def test_book_keeping_refuses_a_penalty_on_a_bare_parameter():
     model = Tokens(shift, pos=(LENGTH, WIDTH))
 
     def penalised(forward, batch):
@@ -320,12 +320,12 @@ def test_a_penalty_on_a_bare_parameter_needs_per_record_rows():
     assert by_tape(model, floats(LENGTH, 4), Clip(norm=1.0), of=penalised) is None
 
 
-def test_a_half_precision_bare_parameter_needs_per_record_rows():
+def test_book_keeping_refuses_a_half_precision_bare_parameter():
     model = Tokens(shift, pos=(LENGTH, WIDTH)).bfloat16()
     assert by_tape(model, floats(LENGTH, 4).bfloat16(), Clip(norm=1.0)) is None
 
 
-def test_unsupported_torch_layers_are_found_without_a_pass():
+def test_unsupported_layers_are_found_without_a_forward_pass():
     model = nn.Sequential(nn.Linear(4, 4), nn.Bilinear(4, 4, 4))  # it has no rule, and never runs
     model.register_forward_pre_hook(lambda *_: pytest.fail("it ran"))
     assert by_tape(model, floats(4), Clip(norm=1.0)) is None

@@ -247,7 +247,7 @@ def test_a_record_with_nan_adds_nothing_to_the_gradient_sum(poison):
             torch.testing.assert_close(value, expected[key], rtol=1e-4, atol=1e-5)
 
 
-def test_a_clipped_sum_over_some_parameters_is_clipped_alone():
+def test_clipping_some_parameters_ignores_the_other_parameters():
     module, shape = problem("mlp")
     batch = records(shape)
     head = {name: value for name, value in module.named_parameters() if name.startswith("head")}

@@ -64,7 +64,7 @@ def test_positions_as_many_as_records_are_not_taken_for_records(name, places):
 
 
 @pytest.mark.parametrize("places", [24, 17])
-def test_a_record_changes_the_sum_by_clip_norm_among_positions(places):
+def test_a_batch_as_long_as_the_sequence_keeps_the_clip_norm(places):
     model = MODELS["positions looked up once"]()
     params = dict(model.named_parameters())
     batch = batch_of(torch.rand(places, places, 4))

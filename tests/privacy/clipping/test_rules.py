@@ -87,7 +87,7 @@ def net(layer, x, **options):
 @pytest.mark.reference
 @pytest.mark.parametrize("times", [1, 2])
 @pytest.mark.parametrize("shape", [(6,), (4, 6)])
-def test_a_users_layer_with_a_rule_equals_single_records(shape, times):
+def test_a_users_clipping_rule_gives_the_sum_of_single_records(shape, times):
     x = floats(*shape)
     assert_equal(net(Gain(6), x, times=times), x)
 
@@ -99,7 +99,7 @@ class ExpGain(Gain):
         return x * self.gain.exp() + self.shift
 
 
-def test_a_users_layer_without_a_rule_needs_per_record_rows():
+def test_book_keeping_refuses_a_users_layer_without_a_rule():
     x = floats(6)
     assert by_tape(net(ExpGain(6), x), x, Clip(norm=1.0)) is None
 
@@ -225,7 +225,7 @@ class PairNet(nn.Module):
 @pytest.mark.parametrize(
     "make", [PairNet, lambda: net(WithPart(6), floats(6)), lambda: Switched(Gain(6))]
 )
-def test_layer_calls_that_no_rule_covers_need_per_record_rows(make):
+def test_book_keeping_refuses_layer_calls_that_no_rule_covers(make):
     assert by_tape(make(), floats(6), Clip(norm=1.0)) is None
 
 

@@ -139,12 +139,12 @@ def check(model, x, backs, clip, at_once=None, places=None):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_clipping_slack_holds_at_batch_256(name):
+def test_clipped_sums_keep_the_declared_slack_at_batch_256(name):
     check(*problem(name, 256, "aligned"), CLIP, places=[128])
 
 
 @pytest.mark.parametrize("name", ["linear", "conv2d, few places", "layer norm", "GRU"])
-def test_clipping_slack_holds_per_layer_and_in_micro_batches(name):
+def test_per_layer_and_micro_batch_sums_keep_the_declared_slack(name):
     clip = replace(CLIP, per_layer=True)
     check(*problem(name, 256, "aligned", per_layer=True), clip, 64, places=[128])
 
@@ -152,7 +152,7 @@ def test_clipping_slack_holds_per_layer_and_in_micro_batches(name):
 @pytest.mark.parametrize(
     "name", ["linear, wide", "linear, many positions", "conv1d", "user's rule"]
 )
-def test_clipping_slack_holds_at_batch_4096(name):
+def test_clipped_sums_keep_the_declared_slack_at_batch_4096(name):
     """A sum in float32 alone was off by up to 8.6e-4 C."""
     check(*problem(name, 4096, "aligned"), CLIP, places=[0, 2048])
 
@@ -161,7 +161,7 @@ def test_clipping_slack_holds_at_batch_4096(name):
 @pytest.mark.parametrize("per_layer", [False, True], ids=["flat", "per layer"])
 @pytest.mark.parametrize("kind", ["independent", "aligned", "of all lengths", "one of them long"])
 @pytest.mark.parametrize("name", CASES)
-def test_clipping_slack_holds_at_every_batch_size(name, kind, per_layer):
+def test_clipped_sums_keep_the_slack_at_every_batch_size(name, kind, per_layer):
     clip = replace(CLIP, per_layer=per_layer)
     for n in BATCHES:
         model, x, backs = problem(name, n, kind, per_layer)
@@ -273,7 +273,7 @@ def largest_move(way, n, offset, seed, at_once=None):
 
 @pytest.mark.parametrize("offset", [1e4, 1e9])
 @pytest.mark.parametrize("way", WAYS)
-def test_clipping_slack_holds_for_few_records_far_from_0(way, offset):
+def test_few_records_far_from_0_keep_the_declared_slack(way, offset):
     """In batches that were not filled up, a record moved the sum by up to 3.83 C."""
     for n in range(1, 6):
         for seed in range(2):
@@ -284,7 +284,7 @@ def test_clipping_slack_holds_for_few_records_far_from_0(way, offset):
 @pytest.mark.parametrize("at_once", [None, 3])
 @pytest.mark.parametrize("offset", [1e4, 1e9])
 @pytest.mark.parametrize("way", WAYS)
-def test_clipping_slack_holds_far_from_0_at_small_batch_sizes(way, offset, at_once):
+def test_small_batches_far_from_0_keep_the_declared_slack(way, offset, at_once):
     for n in (1, 2, 3, 4, 5, 8, 15, 16, 17, 18, 20):
         for seed in range(3):
             assert largest_move(way, n, offset, seed, at_once) <= 1 + MOST

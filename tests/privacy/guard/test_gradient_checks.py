@@ -110,7 +110,7 @@ def test_clipped_sums_are_right_with_global_module_hooks(kind):
 
 
 @pytest.mark.parametrize("grouped", [False, True], ids=["by rules", "by samplers"])
-def test_clipped_sums_are_right_if_a_layer_has_other_weights_too(grouped):
+def test_clipped_sums_are_right_if_a_layer_runs_with_two_weights(grouped):
     """A copy of the weights without gradients, on inputs that have some."""
     torch.manual_seed(0)
     layer = nn.Linear(8, 8)
@@ -312,9 +312,7 @@ def rows_in_three_classes():
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.parametrize("name", LENGTHS)
-def test_a_forward_with_computed_lengths_is_refused_uncharged(
-    name, tmp_path, rows_in_three_classes
-):
+def test_a_forward_that_reads_lengths_from_data_is_refused(name, tmp_path, rows_in_three_classes):
     torch.manual_seed(0)
     learner = Learner(
         model=LENGTHS[name](),

@@ -100,7 +100,7 @@ def test_a_layer_with_the_batch_on_another_axis_is_refused(way, layer):
         row_test(Reading(way))
 
 
-def test_a_batch_as_long_as_the_sequence_breaks_the_bound():
+def test_a_layer_with_another_batch_axis_would_break_the_bound():
     torch.manual_seed(0)
     model = Reading("length first")
     clip = Clip(norm=0.1)

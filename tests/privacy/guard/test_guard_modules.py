@@ -185,7 +185,7 @@ def test_half_precision_parameters_are_refused_under_privacy(dtype):
     check_model(nn.Sequential(nn.Linear(5, 3).double()))
 
 
-def test_instance_norm_with_statistics_in_memory_is_refused():
+def test_instance_norm_with_statistics_and_flag_off_is_refused():
     layer = nn.InstanceNorm2d(6, track_running_stats=True)
     layer.track_running_stats = False
     with pytest.raises(GuardError, match="with running statistics"):

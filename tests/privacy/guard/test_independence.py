@@ -56,7 +56,7 @@ LISTED = {
 
 
 @pytest.mark.parametrize("name", LISTED)
-def test_listed_modules_are_independent_by_construction(name):
+def test_modules_on_the_list_are_independent_by_construction(name):
     model = LISTED[name]()
     assert unlisted(model) == () and independence(model) == "by construction"
 
@@ -113,7 +113,7 @@ Posing.__qualname__ = Posing.__name__ = "Classifier"
         ),
     ],
 )
-def test_unlisted_modules_are_only_tested(make, named):
+def test_modules_not_on_the_list_are_only_tested(make, named):
     model = nn.Sequential(nn.Identity(), make())
     assert independence(model) == "tested"
     assert any(line.startswith("1") and line.endswith(named) for line in unlisted(model))

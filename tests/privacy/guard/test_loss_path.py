@@ -349,7 +349,7 @@ def in_a_clipping_rule(strategy, model, patch):
         in_a_clipping_rule,
     ],
 )
-def test_replaced_library_code_is_only_tested(toy_stream, toy_model, monkeypatch, change):
+def test_replaced_library_code_counts_as_only_tested(toy_stream, toy_model, monkeypatch, change):
     strategy = Naive()
     model = toy_model(toy_stream())
     before = (*LossPath(strategy=strategy).foreign_parts(), *unlisted(model))

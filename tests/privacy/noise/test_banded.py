@@ -144,7 +144,7 @@ def test_with_bands_a_record_has_one_fixed_step_per_epoch(learner_of, toy_stream
     assert [ids - dropped for ids in seen] == neighbours
 
 
-def test_with_bands_the_ledger_charges_steps_of_a_record_only(learner_of):
+def test_with_bands_only_the_steps_of_a_record_are_charged(learner_of):
     learner = learner_of()
     learner.fit(learner.stream)
     entries = learner.private_sum.ledger.entries

@@ -106,7 +106,7 @@ def fit(draws, sigma):
 
 @pytest.mark.statistical
 @pytest.mark.parametrize("sigma", [0.4, 1.0, 4.4, 30.0])
-def test_discrete_gaussian_has_the_exact_law_and_no_near_scale(sigma):
+def test_discrete_gaussian_draws_follow_the_exact_distribution(sigma):
     """Chi-square, flakiness 1e-6 each; the wrong scales are rejected at 1e-12."""
     draws = discrete_gaussian(10_000, sigma, stream(seed=3)).numpy()
     assert draws.dtype == np.int64

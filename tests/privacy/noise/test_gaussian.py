@@ -157,7 +157,7 @@ def test_a_noise_scale_outside_the_tables_is_refused(scale):
 
 
 @pytest.mark.parametrize("scale", [64.0, 700.0, 1.1 * 2**21, 2.0**38])
-def test_the_compiled_sampler_gives_the_same_integers(scale):
+def test_the_compiled_sampler_draws_the_integers_of_numpy(scale):
     """Also of words that are all zeros, all ones, and ties of thresholds."""
     table = gaussian_table(scale)
     small = (table.cut >> np.uint64(CUT_BITS - table.cut_bits), table.alias, table.early)
@@ -177,7 +177,7 @@ def test_the_compiled_sampler_gives_the_same_integers(scale):
 
 
 @pytest.mark.parametrize("scale", [64.0, 700.0, 1.1 * 2**21, 2.0**38])
-def test_the_compiled_second_step_gives_the_same_integers(scale):
+def test_the_compiled_rejection_step_equals_the_numpy_step(scale):
     """Of coordinates that the first words left open: half of them are lost in both paths."""
     table = gaussian_table(scale)
     first, second, third = np.random.default_rng(3).integers(0, 2**64, (3, 9000), dtype=np.uint64)

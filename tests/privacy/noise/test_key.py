@@ -184,7 +184,7 @@ def test_add_noise_adds_to_the_given_sum():
     NoiseKey.from_seed(0).add_noise(torch.zeros(0, dtype=torch.int64), SCALE, **STREAM)
 
 
-def test_tags_are_equal_only_for_equal_sums_of_one_place():
+def test_tags_of_sums_are_equal_only_for_equal_sums():
     key = NoiseKey.from_seed(0)
     exact = np.arange(5)
     assert key.tag("a", exact) == key.tag("a", exact.copy())

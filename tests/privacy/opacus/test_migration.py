@@ -403,7 +403,7 @@ tried(torch.nn.Conv1d(2, 2, 1, padding="same"), (x[:, :, None],))
     assert done.stdout.split("\n")[:3] == ["True False", "True False", "False True"], done.stderr
 
 
-def test_a_model_wrapped_by_opacus_gives_a_warning_of_scope():
+def test_a_model_wrapped_by_opacus_gives_a_warning():
     _, wrapped, _, _ = engine_for(small())
     with pytest.warns(UserWarning, match=r"accounted from now on.*from_opacus"):
         learner = Learner(
