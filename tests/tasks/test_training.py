@@ -280,7 +280,7 @@ class CouplesBySeldomTargets(Naive):
 def test_losses_that_couple_records_by_rare_targets_are_refused(task):
     private = Privacy(noise_multiplier=1.0, seed=0)
     learner = learner_of(task, CouplesBySeldomTargets(), privacy=private)
-    with pytest.raises(GuardError, match="couples records: other neighbours"):
+    with pytest.raises(GuardError, match="couples records: changing the other rows"):
         learner.prepare(stream_of(task))
 
 

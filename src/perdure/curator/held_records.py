@@ -1,6 +1,6 @@
-"""Records that a party holds: the open experience, memory, and the rows that a step draws.
+"""Records that a party holds: the open experience, the memory, and the rows of the current step.
 
-Nothing here adds noise; the curator answers for the records.
+This module adds no noise; the curator answers queries about the records.
 """
 
 from collections.abc import Mapping, Sequence
@@ -43,13 +43,14 @@ from perdure.utils.seeding import generator
 
 
 class HeldRecords:
-    """Records of one party: the open experience, and memory.
+    """Records of one party: the open experience, and the memory of earlier records.
 
     Args:
-        seed: of sampling and memory selection (without privacy).
+        seed: seed of sampling and memory selection (without privacy).
         client: number of the party.
-        batch_size: new records per step.
-        private_sum: decides by secret coins who is drawn and kept; None without privacy.
+        batch_size: number of new records per step.
+        private_sum: decides with secret random numbers which records a step draws and the memory
+            keeps; None without privacy.
     """
 
     def __init__(
@@ -84,13 +85,13 @@ class HeldRecords:
         context: Context,
         forward: Forward,
     ) -> None:
-        """Pool the records of the last of `experiences`, of earlier ones and of memory as planned.
+        """Pool the records of the last experience, of earlier ones and of memory, as the plan says.
 
         Args:
-            experiences: all so far, the one to open last.
-            plan: what the experience is trained on.
+            experiences: all experiences so far; the last one is opened.
+            plan: records and parameters that the experience is trained on.
             context: public facts of the experience.
-            forward: the model, for memories that rank records by it.
+            forward: the model, for memories that rank records with it.
         """
         self.context = context
         self.forward = forward
@@ -141,11 +142,11 @@ class HeldRecords:
             self._open_samplers(private_sum, references)
 
     def reserve(self, steps: range, digest: str) -> None:
-        """Charge a block of steps to every exposed partition, before the first of them draws noise.
+        """Charge a block of steps to every exposed partition, before the block draws any noise.
 
         Args:
-            steps: of the open experience.
-            digest: of everything but the records that determines what the steps do.
+            steps: steps of the open experience.
+            digest: digest of everything except the records that determines the steps.
         """
         self.block = (steps, digest)
         if self.private_sum and len(steps):
@@ -162,14 +163,14 @@ class HeldRecords:
 
     @property
     def numbers(self) -> int:
-        """Numbers in all parameters of the model."""
+        """Number of values in all parameters of the model."""
         return sum(value.numel() for value in self.forward.module.parameters())
 
     def sample(self, step: int) -> Batch:
-        """Draw the rows of one step: by coins over the whole pool under privacy, else shuffled.
+        """Draw the rows of one step: by Poisson sampling under privacy, shuffled without privacy.
 
         Raises:
-            PrivacyError: under privacy, for a step that was drawn already.
+            PrivacyError: under privacy, if the step was already drawn.
         """
         if self.private_sum is None:
             self.step = step
@@ -185,9 +186,9 @@ class HeldRecords:
         return self.draw(step)
 
     def draw(self, step: int) -> Batch:
-        """Draw the rows of a private step by the coins of the entry that pays for it.
+        """Draw the rows of a private step with the random numbers of the entry that pays for it.
 
-        A step is drawn again where another entry has come to pay for it.
+        If another entry pays for the step later, its rows are drawn again.
         """
         assert self.private_sum is not None
         sampler = self.samplers["gradient"]
@@ -195,18 +196,18 @@ class HeldRecords:
         return sampler.rows.take(self._drawn)
 
     def set_memory_share(self, share: float) -> None:
-        """Say which share of the present batch comes from memory, where it was drawn apart."""
+        """Set the share of the current batch that comes from memory."""
         if share != self.context.memory_share:
             self.context = replace(self.context, memory_share=share)
 
     def reference_rows(self, of: int | None) -> Batch | None:
-        """Stored rows of one step's reference gradient (without privacy).
+        """Rows from memory for one step's reference gradient (without privacy).
 
         Args:
-            of: the earlier experience that they come from; None for all.
+            of: index of the earlier experience that the rows come from; None for all.
 
         Returns:
-            the rows; None where nothing of that experience was stored.
+            The rows; None if no rows of that experience are stored.
         """
         stored = self.pool.stored
         if stored is None:
@@ -220,12 +221,12 @@ class HeldRecords:
         return replayed(self.pool.stored_rows(stored, f"reference {of}", self.step, among))
 
     def plans_reference(self, of: int | None) -> bool:
-        """True where the plan keeps memory for reference gradients of experience `of`.
+        """Return True if the plan keeps memory for reference gradients of experience `of`.
 
-        It need not hold rows yet.
+        The memory may still be empty.
 
         Args:
-            of: an earlier experience; None for one gradient over all of them.
+            of: index of an earlier experience; None for one gradient over all of them.
         """
         use = self._plan.memory.use if self._plan.memory else ""
         if of is None:
@@ -239,11 +240,11 @@ class HeldRecords:
         return range(first, self._releases)
 
     def observe(self, batch: Batch, remember: Remember) -> None:
-        """Offer the new rows of a step to a memory that is updated every step.
+        """Offer the new rows of a step to a memory that is updated in every step.
 
-        Under privacy each record's own coin decides at the end of the experience whether memory
-        keeps it. Until then only the tensors that would be stored with it are noted, at the
-        parameters of the last step that drew it.
+        Under privacy, a secret random number of each record decides at the end of the experience if
+        memory keeps the record. Until then only the tensors that would be stored with the record
+        are saved, computed with the parameters of the last step that drew it.
         """
         if self.private_sum:
             self._note(remember)
@@ -262,7 +263,7 @@ class HeldRecords:
         self.pool.stored = self.memory.rows
 
     def store(self, remember: Remember) -> None:
-        """Offer the finished experience to memory, where it was not offered before."""
+        """Offer the finished experience to memory, unless its steps did so already."""
         plan = self._plan.memory
         index = self.experiences[-1].index
         private = self.private_sum is not None
@@ -273,7 +274,7 @@ class HeldRecords:
             self.memory.latest = index
 
     def close(self) -> None:
-        """Release the records of the experience."""
+        """Drop all references to the records of the experience."""
         self._pool = None
         self.samplers = {}
         self._noted = {}
@@ -292,7 +293,7 @@ class HeldRecords:
     def restore(
         self, private: Mapping[str, Tensor], facts: Mapping[str, int], device: str | torch.device
     ) -> None:
-        """Undo `snapshot`."""
+        """Restore the memory from tensors and counts that `snapshot` returned."""
         own = {name: value.to(device, copy=True) for name, value in private.items()}
         rows, self._noted = (
             {n.removeprefix(prefix): t for n, t in own.items() if n.startswith(prefix)}
@@ -305,10 +306,10 @@ class HeldRecords:
 
     @property
     def pool(self) -> Pool:
-        """Rows of the open experience.
+        """Pool of rows of the open experience.
 
         Raises:
-            PrivacyError: when none is open.
+            PrivacyError: if no experience is open.
         """
         if self._pool is None:
             raise PrivacyError("the curator has no open experience; call open() first")
@@ -316,7 +317,7 @@ class HeldRecords:
 
     @property
     def rows(self) -> Batch:
-        """All rows that a step may draw."""
+        """All rows that a step may draw, as one batch."""
         return self.samplers["gradient"].rows if self.samplers else self.pool.rows
 
     @property
@@ -326,10 +327,10 @@ class HeldRecords:
 
     @property
     def stored(self) -> Batch | None:
-        """Rows of memory that may be drawn; excluded partitions are left out.
+        """Rows of memory that may be drawn, without excluded partitions.
 
-        Under privacy there may be none of them: to say None then would tell, in what is stored
-        beside synthetic rows and so in the ledger's digests, that memory is empty.
+        Under privacy the batch may have no rows. None would show, in tensors stored with synthetic
+        rows and so in the ledger's digests, that memory is empty.
         """
         rows = self.memory.rows
         known = rows is not None and (len(rows) > 0 or self.private_sum is not None)
@@ -341,10 +342,10 @@ class HeldRecords:
         return without(rows, gone) if gone else rows
 
     def rows_of_memory(self) -> tuple[Batch, tuple[str, ...]]:
-        """Rows of memory for a sum over them, and the partitions that it exposes.
+        """Rows of memory for a sum over them, and the partitions that the sum exposes.
 
         Raises:
-            PrivacyError: under privacy, where a record may be stored twice.
+            PrivacyError: under privacy, if a record may be stored twice.
         """
         if self.private_sum:
             refuse_shared_partitions(self.experiences)
@@ -354,13 +355,13 @@ class HeldRecords:
         return rows, tuple(name for name in names if name not in self.excluded)
 
     def rows_of_experience(self) -> tuple[Batch, tuple[str, ...]]:
-        """Rows of the open experience for a sum over them, and the partition that it exposes."""
+        """Rows of the open experience for a sum over them, and the partition it exposes."""
         return self.pool.current, (self.experiences[-1].train.partition,)
 
     def synthetic(self, n: int) -> Batch:
         """Return n random rows with the pool's shapes and dtypes, independent of the data.
 
-        Inputs are drawn from the declared domain, where there is one.
+        Inputs are random values of the declared domain, if one is declared.
         """
         domain = self.experiences[-1].train.domain
         rng = generator(self._seed, "synthetic")
@@ -371,9 +372,9 @@ class HeldRecords:
         return self._synthetic(drawn)
 
     def synthetic_stored(self, n: int) -> Batch:
-        """Return n random rows in the role of stored ones, of all earlier experiences in turn.
+        """Return n random rows marked as rows from memory, from all earlier experiences in turn.
 
-        Random values stand beside them where memory stores some.
+        They have random values for the tensors that memory stores.
         """
         rng = generator(self._seed, "synthetic stored")
         rows = self.synthetic(n)
@@ -397,17 +398,17 @@ class HeldRecords:
         )
 
     def probes(self) -> Batch:
-        """Return one synthetic row of every kind that the guard looks at."""
+        """Return synthetic rows, one of every kind of input that the guard tests."""
         rng = generator(self._seed, "probes")
         return self._synthetic(probe_rows(self.domain, rng))
 
     @property
     def domain(self) -> InputDomain:
-        """Domain of the inputs of the open experience, the widest one where none is declared."""
+        """Domain of the inputs of the open experience; the widest one if none is declared."""
         return domain_of(self.rows.inputs, self.experiences[-1].train.domain)
 
     def _synthetic(self, inputs: Tensor) -> Batch:
-        """Rows of these inputs (n, ...), with classes in turn and blanks beside them."""
+        """Rows with these inputs (n, ...), all classes in turn, and zeros for stored values."""
         n = len(inputs)
         rows = {
             name: torch.zeros(n, *t.shape[1:], dtype=t.dtype)
@@ -423,7 +424,7 @@ class HeldRecords:
         return Batch.from_tensors(rows).map(lambda t: t.to(self.pool.device))
 
     def _pooled(self, current: Batch) -> Batch:
-        """Rows that batches are drawn from in the role of new ones."""
+        """Return the rows that batches draw as new rows."""
         if self._plan.pool == "memory":
             stored = self.stored
             return current.take(slice(0, 0)) if stored is None else stored
@@ -433,7 +434,7 @@ class HeldRecords:
         return concatenate([Batch.current(e.train, e.index) for e in pooled])
 
     def _open_samplers(self, private_sum: PrivateSum, references: Mapping[str, Exposure]) -> None:
-        """Open the pool and the stored rows of every reference gradient to drawing by coins."""
+        """Prepare Poisson sampling from the pool, and from the rows of every reference gradient."""
         private_sum.open(self.experiences[-1].index)
         seen = self.experiences
         rows = self.pool.rows
@@ -455,7 +456,7 @@ class HeldRecords:
     # ------------------------------------------------------------------ its memory
 
     def _offer(self, new: Batch) -> None:
-        """Offer the whole experience to memory, once."""
+        """Offer the whole experience to memory once."""
         plan = self._plan.memory
         memory = self.memory
         experience = self.experiences[-1]
@@ -475,14 +476,14 @@ class HeldRecords:
         memory.latest = experience.index
 
     def _stages(self) -> Tensor:
-        """(T,) stage of every experience so far; the pieces of one stage share its quotas."""
+        """(T,) stage of every experience so far; all pieces of a stage share the stage's quotas."""
         new = [each.stage for each in self.experiences[len(self._stage_of) :]]
         if new:
             self._stage_of = torch.cat([self._stage_of, torch.tensor(new)])
         return self._stage_of
 
     def _note(self, remember: Remember) -> None:
-        """Note the answers of `remember`, at the present parameters, for the last new rows."""
+        """Save the results of `remember`, with the present parameters, for the last new rows."""
         current = self.pool.current
         # positions from len(current) on are rows of memory, which keep what is stored with them
         at = self._drawn[self._drawn < len(current)]

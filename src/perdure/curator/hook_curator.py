@@ -1,4 +1,4 @@
-"""A curator as the hooks of a strategy see it: the members of the protocol, and nothing behind."""
+"""Curator for the hooks of a strategy, with the members of the protocol and no other attributes."""
 
 from collections.abc import Callable, Mapping
 from functools import wraps
@@ -9,28 +9,28 @@ from perdure.contract.plan import PrivacyCost
 from perdure.errors import BudgetError, PrivacyError
 
 MEMBERS = tuple(name for name in vars(Curator) if not name.startswith("_"))
-"""Names that hooks may use."""
+"""Names of the members that hooks may use."""
 DECLARED = {
     "release": "releases",
     "count": "histograms",
     "select": "selections",
     "reference": "references",
 }
-"""Member to the field of `PrivacyCost` that declares its use."""
+"""Name of a member to the field of `PrivacyCost` that declares its use."""
 
 
 def for_hooks(
     curator: Curator, *, strategy: str = "the strategy", cost: PrivacyCost | None = None
 ) -> Curator:
-    """Return an object with the members of `perdure.Curator`, which asks this curator.
+    """Return an object with only the members of `perdure.Curator`, which asks the given curator.
 
     Args:
-        curator: that answers.
-        strategy: name of the one whose hooks ask, for messages.
-        cost: that the strategy declares.
+        curator: curator that answers.
+        strategy: name of the strategy whose hooks ask, for messages.
+        cost: privacy cost that the strategy declares.
 
     Guarantee: no attribute of the object leads to the curator, its records or its memory; a hook
-    that looks for one gets a PrivacyError with the members that there are.
+    that reads another attribute gets a PrivacyError with the allowed members.
     """
 
     def member(name: str, declared: Any) -> Any:
@@ -65,7 +65,7 @@ def for_hooks(
 def undeclared(
     strategy: str, member: str, named: Mapping[str, Any], cost: PrivacyCost, error: BudgetError
 ) -> BudgetError:
-    """Say which strategy asks for more than it declares, and what to declare."""
+    """Build the error for a strategy that asks for more releases than it declares, with the fix."""
     over_memory = member == "release" and named.get("over") == "memory"
     field = "memory_releases" if over_memory else DECLARED[member]
     reason = str(error).rpartition(";")[0] or str(error)

@@ -1,6 +1,6 @@
-"""Rows of an experience that is opened again, as it is in every round of a federation.
+"""Cache for rows of an experience that is opened again, as in every round of a federation.
 
-Results are kept together with a copy of the rows that they were computed from.
+Each result is kept with a copy of the rows that it was computed from.
 """
 
 import torch
@@ -15,12 +15,12 @@ from perdure.types import Tensors
 
 
 class KnownRows:
-    """Results about the rows that a party opened last.
+    """Cached results about the rows that a party opened last.
 
-    Ids, labels, owners and roles are compared by value with copies of their own. Longer rows count
-    as the same where the tensor is the same object and torch has counted no write to it since; a
-    write that torch does not count (through numpy, or `.data`) is seen when a step is executed
-    again, by the log of draws.
+    Ids, labels, owners and marks of memory rows are compared by value with copies. Long rows count
+    as unchanged if the tensor is the same object and torch has counted no write to it. A write that
+    torch does not count (through numpy, or `.data`) is detected by the log of draws when a step is
+    executed again.
     """
 
     def __init__(self) -> None:
@@ -38,10 +38,10 @@ class KnownRows:
         return known[2]
 
     def refuse_shared_ids(self, records: Records) -> None:
-        """Refuse records that count as one although a release has a row for each of them.
+        """Refuse records with equal ids, because a release would count one record several times.
 
         Raises:
-            PrivacyError: naming their partition.
+            PrivacyError: names the partition of the records.
         """
         ids = records.ids
         if self._distinct is not None and torch.equal(self._distinct, ids):
@@ -54,7 +54,10 @@ class KnownRows:
         self._distinct = ids.clone()
 
     def fingerprint(self, private_sum: PrivateSum, rows: Tensors) -> str:
-        """Return the keyed fingerprint of all rows, hashed again where any may be another."""
+        """Return the keyed fingerprint of all rows.
+
+        It is computed again if a row may have changed.
+        """
         if not self._fingerprint or not self._same(rows):
             self._fingerprint = private_sum.fingerprint(rows)
             self._hashed = {
@@ -64,7 +67,7 @@ class KnownRows:
         return self._fingerprint
 
     def _same(self, rows: Tensors) -> bool:
-        """Return whether rows are those that were hashed last."""
+        """Return True if the rows are the same as those that were hashed last."""
         if rows.keys() != self._hashed.keys():
             return False
         for name, value in rows.items():

@@ -1,7 +1,7 @@
-"""The curator of one party answers questions about its private records; nothing else touches them.
+"""Curator of one party, which answers all queries about its private records.
 
 Without privacy a release is the exact sum, at full speed. With privacy every row is clipped, the
-ledger is written, and only then noise is drawn.
+ledger is written, and only then is noise drawn.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -40,20 +40,20 @@ from perdure.utils.modules import evaluating, statistics_of
 from perdure.utils.seeding import generator
 
 Watched = Callable[[bool], AbstractContextManager[None]]
-"""Opens a private pass; True to compare the values of what is kept, beside version counters."""
+"""Function that opens a private pass; True to compare values, not only version counters."""
 
 SYNTHETIC_RECORDS = 16
-"""Synthetic records that a question is evaluated on, to tell it from others."""
+"""Number of synthetic records on which a query is evaluated, to tell different queries apart."""
 
 
 def unwatched(values: bool) -> AbstractContextManager[None]:
-    """Open a pass that nobody watches."""
+    """Context manager for a pass whose writes are not checked."""
     return nullcontext()
 
 
 @contextmanager
 def noted() -> Iterator[None]:
-    """Say that a question failed on synthetic records, before anything was charged."""
+    """Add a note to an error of a query on synthetic records, raised before anything is charged."""
     try:
         yield
     except Exception as error:
@@ -68,7 +68,7 @@ class LocalCurator:
     """Curator that answers queries about the records of one party (see `perdure.Curator`).
 
     Args:
-        held: records, and the private sum that adds noise to answers.
+        held: the records, and the private sum that adds noise.
         micro_batch_size: number of rows in one pass through the model; None for a whole batch.
         alone: run the model on each record alone in private gradients.
         watched: context manager around a private pass, which refuses writes into tensors that are
@@ -93,12 +93,12 @@ class LocalCurator:
 
     @property
     def step(self) -> int:
-        """Number of the present step in the open experience; -1 before the first."""
+        """Number of the current step in the open experience; -1 before the first step."""
         return self._held.step
 
     @property
     def private(self) -> bool:
-        """True where answers are noised and charged."""
+        """True if answers are noisy and charged to the ledger."""
         return self._held.private_sum is not None
 
     @property
@@ -108,7 +108,7 @@ class LocalCurator:
 
     @property
     def statistics(self) -> Params:
-        """Running means and variances of the model now; none under privacy."""
+        """Current running means and variances of the model; empty under privacy."""
         return {} if self._held.private_sum else statistics_of(self._held.forward.module)
 
     @property
@@ -118,12 +118,12 @@ class LocalCurator:
 
     @property
     def exposures(self) -> dict[str, Exposure]:
-        """Exposure by every sum of a private step: the gradient and its references."""
+        """Exposure for every sum of a private step: the gradient and its reference gradients."""
         return {name: sampler.exposure for name, sampler in self._held.samplers.items()}
 
     @property
     def signal_to_noise(self) -> float:
-        """Estimated energy of the last gradient over its noise's energy, from the release."""
+        """Estimated ratio of the last gradient's energy to its noise's energy, from the release."""
         return self._held.private_sum.signal_to_noise if self._held.private_sum else float("inf")
 
     @property
@@ -154,26 +154,26 @@ class LocalCurator:
         """Number of rows in memory.
 
         Raises:
-            PrivacyError: under privacy, where the number depends on the records.
+            PrivacyError: under privacy, because the number depends on the records.
         """
         self._refuse_raw("the number of stored records")
         return len(self._held.memory)
 
     @property
     def diagnostics(self) -> "Diagnostics | None":
-        """Statistics of the last step; None before the first.
+        """Statistics of the last step; None before the first step.
 
         Raises:
-            PrivacyError: under privacy, unless `Privacy(diagnostics="raw")` gave up the guarantee.
+            PrivacyError: under privacy, unless `Privacy(diagnostics="raw")` removes the guarantee.
         """
         self._refuse_raw("the loss, size and clipped share of a batch")
         return self._last_step
 
     def raw(self, reason: str) -> Batch:
-        """Hand out the pooled records themselves.
+        """Return the pooled records themselves, without noise.
 
         Raises:
-            PrivacyError: under privacy, where it would make epsilon infinite.
+            PrivacyError: under privacy, because epsilon would be infinite.
         """
         if self._held.private_sum:
             raise PrivacyError(
@@ -185,13 +185,13 @@ class LocalCurator:
     # ------------------------------------------------------------------ releases
 
     def gradient(self, losses: Losses, params: Params, batch: Batch, step: int) -> Params:
-        """Mean gradient of the rows' losses; under privacy the noised sum over the expected size.
+        """Mean gradient of the rows' losses; under privacy, the noisy sum over the expected size.
 
-        Guarantee: under privacy one record moves the sum by at most the clip norm, and the step was
-        charged by `HeldRecords.reserve` before its noise is drawn.
+        Guarantee: under privacy one record changes the sum by at most the clip norm, and
+        `HeldRecords.reserve` charged the step before its noise is drawn.
 
         Args:
-            losses: (forward, batch) to one loss per row.
+            losses: function from (forward, batch) to one loss per row.
             params: parameters of the gradient.
             batch: rows of the step.
             step: number of the step in the experience.
@@ -205,20 +205,20 @@ class LocalCurator:
         return mean
 
     def reference(self, losses: Losses, params: Params, *, of: int | None = None) -> Params:
-        """Mean gradient over stored rows, for a strategy whose plan keeps memory for references.
+        """Mean gradient over rows of memory, for a strategy whose plan keeps memory for references.
 
-        Guarantee: as `gradient`; every step of a block is charged before its first reference is
+        Guarantee: as for `gradient`; every step of a block is charged before its first reference is
         drawn.
 
         Args:
-            losses: (forward, batch) to one loss per row.
+            losses: function from (forward, batch) to one loss per row.
             params: parameters of the gradient.
-            of: earlier experience whose rows are drawn; None for all, as the plan's `use` says. The
-                gradient is 0 where there are none, because nothing was stored or the partitions
-                are excluded from every pool.
+            of: earlier experience whose rows are drawn; None for all, depending on the plan's
+                `use`. The gradient is 0 if there are no rows, because nothing was stored or the
+                partitions are excluded from every pool.
 
         Raises:
-            PrivacyError: for a reference that the plan did not ask for.
+            PrivacyError: if the plan does not contain the reference.
         """
         name = "reference" if of is None else f"reference {of}"
         if self._held.private_sum is None:
@@ -245,17 +245,17 @@ class LocalCurator:
     def release(
         self, query: Query, *, clip_norm: float, purpose: str, over: Over = "experience"
     ) -> Params:
-        """Sum over records of query(record); under privacy each is clipped, and noise is added.
+        """Sum of query(record) over records; under privacy, rows are clipped and noise is added.
 
         Without privacy the sum is exact: nothing is clipped.
 
         Args:
-            query: one row per record, a tensor or named tensors (see `perdure.queries`).
+            query: query with one row per record, a tensor or named tensors (see `perdure.queries`).
             clip_norm: bound on the L2 norm of one record's row, all names together; used under
                 privacy only.
             purpose: name of the release in the ledger.
-            over: "experience" for the records of the open experience; "memory" for stored ones,
-                which exposes all partitions seen.
+            over: "experience" for the records of the open experience; "memory" for the stored
+                records, which exposes all partitions so far.
         """
         rows, exposed = self._rows_over(over)
         forward = self._held.forward
@@ -286,7 +286,8 @@ class LocalCurator:
         """(bins,) int64 numbers of records in each bin, plus integer noise under privacy.
 
         Args:
-            of: batch -> (n,) bins, whole numbers from 0; a record outside is in no bin.
+            of: function from a batch to (n,) bins, whole numbers from 0; a record outside is not
+                counted.
             bins: public number of bins.
             purpose: name of the release in the ledger.
         """
@@ -302,15 +303,15 @@ class LocalCurator:
         return self._held.private_sum.count(counts, purpose=purpose, occasion=key)
 
     def select(self, of: Of, utility: Utility, *, purpose: str) -> Tensor:
-        """(k,) int64 positions of the best scores; by the exponential mechanism under privacy.
+        """(k,) int64 positions of the best scores; under privacy, by the exponential mechanism.
 
         Args:
-            of: batch -> (n,) numbers, from which `utility` computes the scores.
+            of: function from a batch to (n,) numbers, from which `utility` computes the scores.
             utility: `Frequency` or `Quantile`.
             purpose: name of the release in the ledger.
 
         Raises:
-            PrivacyError: for a utility of unknown sensitivity.
+            PrivacyError: if the utility has no known sensitivity.
         """
         if type(utility) not in (Frequency, Quantile):
             name = type(utility).__name__
@@ -329,7 +330,10 @@ class LocalCurator:
     # ------------------------------------------------------------------ inside
 
     def _try_on_probes(self, of: Of) -> None:
-        """Ask about records of every kind first: on private ones a failure would tell of them."""
+        """Run a query on synthetic records first.
+
+        Failing on private ones would reveal information.
+        """
         if self.private:
             with self._watched(True), noted():
                 numbers_of(of, self._held.probes(), alone=True)
@@ -345,7 +349,7 @@ class LocalCurator:
     def _reserve_reference(
         self, private_sum: PrivateSum, sampler: PrivateSampler, losses: Losses, params: Params
     ) -> None:
-        """Charge the block's reference gradients before the first is drawn, once for every loss."""
+        """Charge the reference gradients of a block before the first is drawn, once per loss."""
         if private_sum.reserved(sampler.purpose):
             return
         steps, start = self._held.block
@@ -375,7 +379,7 @@ class LocalCurator:
         )
 
     def _try_gradient(self, losses: Losses, params: Params, rows: Batch, name: str) -> None:
-        """Clip the gradients of many, of one and of no synthetic records, as a step will."""
+        """Clip the gradients of many, of one and of no synthetic records, as a step will do."""
         for n in (len(rows), 1, 0):
             some = rows.take(slice(0, n))
             with torch.enable_grad(), self._watched(True), explained(name, f"{n} rows"):
@@ -390,7 +394,7 @@ class LocalCurator:
                 )
 
     def _check_neighbours(self, losses: Losses, name: str) -> None:
-        """Look at the losses of a reference over the whole domain, where they may couple rows."""
+        """Test the losses of a reference gradient over the domain, if they may couple rows."""
         private_sum = self._held.private_sum
         if self._alone or (private_sum and private_sum.independence == "by construction"):
             return
@@ -410,7 +414,7 @@ class LocalCurator:
             check_neighbours(forward.module, of, moved, facts, name, layers=False)
 
     def _clipped(self, losses: Losses, params: Params, batch: Batch, clip: Clip) -> Params | None:
-        """Clipped sum of the rows' gradients; raw diagnostics note loss and clipped share."""
+        """Clipped sum of the rows' gradients; raw diagnostics save loss and clipped share."""
         forward = self._held.forward
         size = self._micro_batch_size
         counting = replace(clip, counted=True) if self._raw_diagnostics else clip
@@ -449,14 +453,14 @@ class LocalCurator:
     def _release_key(
         self, shown: Params, rows: Batch, exposed: tuple[str, ...], releases: int = 1
     ) -> ReleaseKey:
-        """Key of the next release, or releases, of the experience.
+        """Key of the next release of the experience, or of several.
 
         Args:
-            shown: answers of the question on synthetic records. They key the noise: another
-                question is another entry, and is not handed the answer that is kept of this one.
-            rows: records that it is asked about.
-            exposed: their partitions.
-            releases: how many.
+            shown: results of the query on synthetic records. They are part of the key: another
+                query gets another entry, and never the stored answer of this one.
+            rows: records that the query is about.
+            exposed: partitions of the records.
+            releases: number of releases.
         """
         params: Mapping[str, Tensor] = dict(self._held.forward.module.named_parameters())
         # No parameter has a space in its name, so the two never meet.
@@ -471,7 +475,7 @@ class LocalCurator:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Diagnostics:
-    """Statistics of one step without noise.
+    """Exact statistics of one step, without noise.
 
     Args:
         rows: number of records.
@@ -485,5 +489,5 @@ class Diagnostics:
 
 
 def zeros_like(params: Params) -> Params:
-    """A gradient of 0."""
+    """Build a gradient that is 0 everywhere."""
     return {name: torch.zeros_like(value) for name, value in params.items()}

@@ -1,6 +1,6 @@
-"""Memory: the rows a curator keeps for replay.
+"""Memory: the rows that a curator keeps for replay.
 
-Memory is storage, not a partition: using it is charged to the partitions its rows came from.
+Memory is not a partition: its use is charged to the partitions that its rows came from.
 """
 
 import math
@@ -17,7 +17,7 @@ from perdure.utils.hashing import hashed
 
 
 def concatenate(parts: list[Batch]) -> Batch:
-    """One batch of all rows, in order; stored tensors must have the same names everywhere."""
+    """Combine batches into one, in order; all must have the same names of stored tensors."""
     if len(parts) == 1:
         return parts[0]
     tensors = [part.tensors() for part in parts]
@@ -31,7 +31,7 @@ def concatenate(parts: list[Batch]) -> Batch:
 
 
 def reordered(rows: Batch, order: Tensor) -> Batch:
-    """Rows at positions (m,), int64, of which long ones are not copied."""
+    """Rows at int64 positions (m,), without copying long rows."""
     places = order.to(rows.inputs.device)
     return rows.map(
         lambda value: (
@@ -45,10 +45,10 @@ class Memory:
     """Rows kept so far, and counts of the records that were offered.
 
     Args:
-        rows: kept rows, in the order of the selection; None before any is kept. They are the
-            memory's own: a later offer may write over them.
-        offered: number of records that were offered in all.
-        latest: index of the last experience that was offered whole; -1 for none.
+        rows: kept rows, in the order of the selection; None before any is kept. They belong to the
+            memory, and a later offer may overwrite them.
+        offered: total number of records that were offered.
+        latest: index of the last experience that was offered as a whole; -1 for none.
         tags: (len(rows),) float64, the secret number in [0, 1) of each kept record under privacy.
     """
 
@@ -70,13 +70,17 @@ class Memory:
         stages: Tensor | None = None,
         task: Task | None = None,
     ) -> None:
-        """Take in records, each once (no privacy).
+        """Offer each of some records to the memory once (without privacy).
 
         Args:
+            new: rows of the records.
+            plan: selection and capacity of the memory.
+            generator: random generator of the selection.
             known: features (n, f) of the new rows for herding, their losses (n,) for a loss-aware
-                selection, None for others.
-            stages: (T,) int64, the stage of every experience so far; None where each is its own.
-            task: says which rows share a quota; None for single-label rows, which do by class.
+                selection, None for other selections.
+            stages: (T,) int64, the stage of every experience so far; None if each is its own stage.
+            task: decides which rows share a quota; None for single-label rows, which share by
+                class.
         """
         task = task or SingleLabel()
         if plan.selection == "reservoir":
@@ -102,12 +106,12 @@ class Memory:
         self.offered += len(new)
 
     def offer_by_coin(self, new: Batch, tags: Tensor, threshold: float) -> None:
-        """Keep the stored and new records whose private tag lies below `threshold`.
+        """Keep the stored and new records whose secret number is below `threshold`.
 
-        The threshold of a memory only ever falls, so a dropped record never comes back.
+        The threshold of a memory only decreases, so a dropped record never returns.
 
-        Guarantee: membership of a record depends on its own secret coin and on declared sizes,
-        never on other records.
+        Guarantee: membership of a record depends only on its own secret number and on declared
+        sizes, never on other records.
         """
         all_tags = torch.cat([self.tags, tags])
         kept = torch.nonzero(all_tags < threshold).flatten()
@@ -118,7 +122,7 @@ class Memory:
     def _order(
         self, new: Batch, plan: MemoryPlan, generator: torch.Generator, known: Tensor | None
     ) -> Tensor:
-        """(m,) positions of the new rows, in the order in which they fill their quotas."""
+        """(m,) positions of the new rows, in the order in which they fill the quotas."""
         if plan.selection == "class-balanced":
             return torch.randperm(len(new), generator=generator)
         if plan.selection == "ring":
@@ -127,13 +131,13 @@ class Memory:
         return known.argsort(descending=True, stable=True).cpu()
 
     def _keep(self, new: Batch, kept: Tensor) -> None:
-        """Keep these positions, ascending, of the stored rows, followed by the new ones."""
+        """Keep these positions, ascending; positions count stored rows first, then new rows."""
         self._take(([self.rows] if self.rows is not None else []) + [new], kept)
 
     def _grow(self, new: Batch, kept: Tensor, capacity: int) -> None:
-        """Store a reservoir that grows, in room that doubles.
+        """Store the rows of a growing reservoir in memory that doubles when it is full.
 
-        To copy all rows whenever some join would take time with the square of the capacity.
+        Copying all rows at every offer would take time proportional to the square of the capacity.
         """
         before = len(self)
         room = self._room
@@ -153,7 +157,10 @@ class Memory:
 
     @staticmethod
     def _put(stored: Batch, new: Batch, places: Tensor, positions: Tensor) -> None:
-        """Write the new rows at `positions` over those in `places`: the others are not copied."""
+        """Overwrite stored rows in `places` by the new rows at `positions`.
+
+        Other stored rows are not copied.
+        """
         device = new.inputs.device
         come = new.take(positions.to(device)).tensors()
         for name, kept in stored.tensors().items():
@@ -162,7 +169,7 @@ class Memory:
     def _take(self, parts: list[Batch], kept: Tensor) -> None:
         """Store these positions, ascending, of all parts.
 
-        They are copied, and the other rows can be freed.
+        The rows are copied, so that the other rows can be freed.
         """
         first = self.rows is not None and parts[0] is self.rows
         if first and len(kept) == len(self) and bool((kept < len(self)).all()):
@@ -173,11 +180,12 @@ class Memory:
 
 
 def groups_of(parts: list[Batch], stages: Tensor | None, task: Task) -> Tensor:
-    """(n, 2) stage and group of every row, on the CPU: rows with equal ones share a quota.
+    """(n, 2) stage and group of every row, on the CPU; rows with equal values share a quota.
 
     Args:
-        stages: (T,) int64, the stage of every experience so far; None where each is its own.
-        task: gives the groups, which are classes for single-label rows.
+        parts: batches of rows.
+        stages: (T,) int64, the stage of every experience so far; None if each is its own stage.
+        task: computes the groups, which are classes for single-label rows.
     """
     tasks = torch.cat([part.tasks for part in parts]).cpu()
     groups = torch.cat([group_of(part.labels, task) for part in parts]).cpu()
@@ -185,15 +193,15 @@ def groups_of(parts: list[Batch], stages: Tensor | None, task: Task) -> Tensor:
 
 
 def group_of(targets: Tensor, task: Task) -> Tensor:
-    """(n,) int64 group of each row by its targets, 0 for all where the task makes no groups."""
+    """(n,) int64 group of each row by its targets; 0 for all if the task makes no groups."""
     groups = task.balance_groups(targets)
     return targets.new_zeros(len(targets), dtype=torch.int64) if groups is None else groups
 
 
 def distinct_rows(groups: Tensor) -> tuple[Tensor, Tensor]:
-    """Distinct rows (m, k) of groups (n, k), int64, ascending, and (n,) which one each is.
+    """Distinct rows (m, k) of int64 groups (n, k), ascending, and the (n,) index of each row's.
 
-    Rows are compared as one number each: many times as fast as `torch.unique(dim=0)`.
+    Each row is compared as one number, which is many times faster than `torch.unique(dim=0)`.
     """
     if not len(groups):
         return groups, groups.new_zeros(0)
@@ -215,14 +223,14 @@ def distinct_rows(groups: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def quota(groups: Tensor, plan: MemoryPlan) -> int:
-    """Rows that `balanced` leaves to any of these groups (n, k) at most."""
+    """Largest number of rows that `balanced` keeps of any of these groups (n, k)."""
     if plan.per_class is not None:
         return plan.per_class
     return -(-plan.capacity // max(1, len(distinct_rows(groups)[0])))
 
 
 def herd(groups: Tensor, features: Tensor, most: int) -> Tensor:
-    """(m,) positions, on the CPU, of at most `most` herded rows of every group, one by one."""
+    """(m,) positions, on the CPU, of at most `most` herded rows of each group, group by group."""
     parts = [torch.nonzero(groups == group).flatten() for group in torch.unique(groups)]
     herds = [positions[herded(features[positions], most)] for positions in parts]
     return torch.cat(herds).cpu() if herds else torch.empty(0, dtype=torch.int64)
@@ -230,11 +238,12 @@ def herd(groups: Tensor, features: Tensor, most: int) -> Tensor:
 
 @torch.no_grad()
 def herded(features: Tensor, most: int) -> Tensor:
-    """(min(n, most),) positions of the chosen rows of features (n, f), the best first.
+    """(min(n, most),) positions of the herded rows of features (n, f), the best first.
 
-    Each row is chosen so that the mean of the chosen rows is closest to the mean of all. The k-th
-    is the row x of those that are left for which |k mean - total - x|^2 is smallest, with total the
-    sum of the rows before, and so |x|^2 - 2 <x, k mean - total>: one product with all rows.
+    Each row is chosen so that the mean of the chosen rows is closest to the mean of all rows. The
+    k-th row is the x among the remaining ones with the smallest |k mean - total - x|^2, where total
+    is the sum of the rows chosen before. This is |x|^2 - 2 <x, k mean - total> plus a constant, so
+    one product with all rows is enough.
 
     Features, and their mean, are scaled to norm 1. Rebuffi et al. 2017, iCaRL, algorithm 4.
     """
@@ -255,9 +264,9 @@ def herded(features: Tensor, most: int) -> Tensor:
 def reservoir(
     stored: int, offered: int, new: int, capacity: int, generator: torch.Generator
 ) -> Tensor:
-    """Positions of the rows that are kept after offering `new` records.
+    """Positions of the rows that a reservoir keeps after `new` records were offered.
 
-    Positions count the stored rows, followed by the new ones.
+    Positions count the stored rows first, then the new ones.
 
     Vitter 1985, algorithm R: record k (counted from 0 over the whole stream) replaces a uniformly
     drawn slot with probability capacity / (k + 1), so that every record offered so far is kept with
@@ -279,18 +288,18 @@ def reservoir(
 
 
 def balanced(groups: Tensor, capacity: int, per_class: int | None) -> Tensor:
-    """Positions, ascending, of the rows that a memory with a quota for every group keeps.
+    """Positions, ascending, of the rows that a memory with one quota per group keeps.
 
-    A group keeps its first rows, up to its quota: `per_class` rows, or without it an equal share of
-    `capacity`. The remainder of the division goes to the first groups, one row each. Where there
-    are more groups than `capacity`, so that some get nothing, the order of the groups is that of a
-    public hash instead: groups that arrive late are as likely to get a row. A quota never grows
-    when groups are added, so a row that was dropped is never missed.
+    A group keeps its first rows, up to its quota: `per_class` rows, or an equal share of
+    `capacity`. The remainder of the division goes to the first groups, one row each. If there are
+    more groups than `capacity`, some get nothing; then a public hash decides the order of the
+    groups, so that late groups are as likely to get a row as early ones. A quota never grows when
+    groups are added, so a dropped row is never needed again.
 
     Args:
         groups: (n, k) int64; rows that are equal in all k columns (stage and label) are one group.
-        capacity: rows in all; with `per_class` it bounds nothing.
-        per_class: rows of every group; None for equal shares.
+        capacity: largest total number of rows; not used with `per_class`.
+        per_class: number of rows of every group; None for equal shares of `capacity`.
     """
     found, group = distinct_rows(groups)
     n_groups = max(1, len(found))

@@ -1,6 +1,6 @@
-"""Which rows are one record.
+"""Groups of rows that belong to one record.
 
-Those of one id within one partition, whatever was done to them on the way.
+Rows with the same id in the same partition are one record, whatever transformation made them.
 """
 
 from collections.abc import Sequence
@@ -15,16 +15,16 @@ from perdure.data.experience import Experience
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RecordGroups:
-    """Rows of a pool by record.
+    """Rows of a pool, grouped by record.
 
-    Permuted copies of an image, or a stored row beside a new one, are one record.
+    Permuted copies of an image are one record, and so are a stored row and a new row of one image.
 
     Args:
-        ids: (r,) of the records.
-        owners: (r,) number of the partition that owns each.
-        order: (n,) positions of the rows, those of one record side by side.
-        starts: (r,) where each record's rows begin in `order`.
-        counts: (r,) how many it has.
+        ids: (r,) ids of the records.
+        owners: (r,) number of the partition that owns each record.
+        order: (n,) positions of the rows, with the rows of each record together.
+        starts: (r,) index in `order` of the first row of each record.
+        counts: (r,) number of rows of each record.
     """
 
     ids: Tensor
@@ -35,15 +35,15 @@ class RecordGroups:
 
     @cached_property
     def whose(self) -> Tensor:
-        """(r, 2) id and owner of each record."""
+        """(r, 2) id and owner number of each record."""
         return torch.stack([self.ids, self.owners], dim=1)
 
     def rows(self, drawn: Tensor, pick: Tensor) -> Tensor:
-        """Positions of one row for every record of `drawn` (m,), by number.
+        """Positions of one row for every drawn record; `drawn` (m,) are numbers of records.
 
-        The row is chosen by the record's `pick`, uniform in [0, 1).
+        `pick`, uniform in [0, 1) per record, chooses the row.
 
-        Guarantee: a record enters a step at most once, whatever the number of its rows.
+        Guarantee: a record is in a step at most once, whatever the number of its rows.
         """
         counts = self.counts[drawn]
         row = torch.minimum((pick * counts).long(), counts - 1)
@@ -51,7 +51,7 @@ class RecordGroups:
 
 
 def group_records(ids: Tensor, owner: Tensor) -> RecordGroups:
-    """Group rows by record: its id (n,) within the partition (n,) that owns it."""
+    """Group rows by record: by id (n,) within the partition (n,) that owns the row."""
     ids = ids.cpu()
     owner = owner.cpu()
     order = torch.argsort(owner, stable=True)
@@ -71,7 +71,7 @@ def group_records(ids: Tensor, owner: Tensor) -> RecordGroups:
 
 
 def partition_index(tasks: Tensor, experiences: Sequence[Experience]) -> Tensor:
-    """(n,) a number for the partition of the experience that each row came from."""
+    """(n,) number of the partition that each row came from."""
     names = sorted({experience.train.partition for experience in experiences})
     table = torch.tensor(
         [names.index(experience.train.partition) for experience in experiences], dtype=torch.int64

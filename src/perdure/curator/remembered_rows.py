@@ -1,4 +1,4 @@
-"""Rows for memory, with the values that a strategy stores beside them."""
+"""Rows for memory, with the tensors that a strategy stores with them."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,26 +15,27 @@ from perdure.utils.chunking import row_slices
 from perdure.utils.modules import evaluating
 
 NOTED_ROWS = "(whether it was noted)"
-"""Key, among the noted tensors in checkpoints, of the mask (n,) of rows that were noted.
+"""Key, in checkpoints, of the mask (n,) of rows whose stored tensors were already computed.
 
-No name that `remember` gives has brackets."""
+It has brackets, which no name from `remember` has.
+"""
 
 Remember = Callable[[Forward, Batch], Params]
-"""(forward, batch) -> tensors (n, ...) by name, one row of each to be stored with every record."""
+"""Function from (forward, batch) to tensors (n, ...) by name, one row to store per record."""
 
 
 def remembered(
     rows: Batch, remember: Remember, forward: Forward, *, one_by_one: bool = False
 ) -> Batch:
-    """Rows with the tensors that `remember` gives for them, the model in evaluation mode.
+    """Rows with the tensors that `remember` computes for them, with the model in evaluation mode.
 
     Args:
-        rows: to be stored.
-        remember: from the model and rows to tensors with one row each.
-        forward: the model at the present parameters.
-        one_by_one: evaluate each row in a batch of one, so that the tensors stored with it depend
-            on no other record (needed under privacy). `remember` then runs without rows, too, on a
-            blank one: an error would tell that there are none.
+        rows: rows to store.
+        remember: function from the model and rows to tensors with one row each.
+        forward: the model with the current parameters.
+        one_by_one: evaluate each row in a batch of one, so that its stored tensors depend on no
+            other record (needed under privacy). If there are no rows, `remember` runs on a blank
+            row, because an error, or none, would otherwise reveal that there are no rows.
     """
     with torch.no_grad(), evaluating(forward.module):
         if one_by_one:
@@ -49,7 +50,7 @@ def remembered(
 
 
 def ranked_by(forward: Forward, rows: Batch, selection: str, task: Task) -> Tensor:
-    """Features (n, f) of the rows for herding, else their losses (n,) over all outputs."""
+    """Features (n, f) of the rows for herding; for other selections, their losses (n,)."""
     ask = forward.features if selection == "herding" else forward
     with torch.no_grad(), evaluating(forward.module):
         starts = range(0, max(1, len(rows)), CHUNK)
@@ -58,12 +59,12 @@ def ranked_by(forward: Forward, rows: Batch, selection: str, task: Task) -> Tens
 
 
 def note_rows(noted: Params, new: Batch, at: Tensor, n: int) -> None:
-    """Note the stored values of rows; the values of a row that was noted before are replaced.
+    """Save the stored tensors of some rows; earlier saved values of these rows are replaced.
 
     Args:
-        noted: values (n, ...) by name, and the mask `NOTED_ROWS`; it is written to.
-        new: rows with their stored values, (k, ...).
-        at: (k,) places of the rows.
+        noted: values (n, ...) by name, and the mask `NOTED_ROWS`; it is changed.
+        new: rows with their stored tensors, (k, ...).
+        at: (k,) positions of the rows in the experience.
         n: number of rows of the experience.
     """
     if not noted:
@@ -76,11 +77,11 @@ def note_rows(noted: Params, new: Batch, at: Tensor, n: int) -> None:
 
 
 def as_noted(noted: Params, new: Batch) -> Batch:
-    """Return rows of the experience, with the noted values in the rows that were noted.
+    """Return rows of the experience, with the saved values for the rows that have some.
 
     Args:
-        noted: see `note_rows`.
-        new: all rows of the experience, with their stored values.
+        noted: saved values, see `note_rows`.
+        new: all rows of the experience, with their stored tensors.
     """
     if not noted:
         return new

@@ -1,6 +1,6 @@
-"""Rows that are open in an experience, and which of them a step draws.
+"""Rows of an open experience, and the choice of the rows of each step.
 
-Nothing here leaves the curator.
+No record leaves the curator through this module.
 """
 
 import operator
@@ -25,16 +25,17 @@ from perdure.utils.seeding import generator
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Opened:
-    """Experiences, plan and rows of memory that a pool was made of."""
+    """Experiences, plan and memory rows from which a pool was made."""
 
     experiences: Sequence[Experience]
     plan: Plan
     memory: Batch | None
 
     def same_as(self, other: "Opened") -> bool:
-        """Tell if a pool of the other is one of these, as in every round of a federation.
+        """Return True if a pool of the other one can be used again.
 
-        It never is one of a memory that moves, whose rows may have been written to.
+        A federation opens the same experience in every round. A pool with a memory that changes in
+        every step cannot be used again, because its rows may be overwritten.
         """
         moves = self.plan.memory is not None and self.plan.memory.update == "step"
         return (
@@ -48,16 +49,16 @@ class Opened:
 
 @dataclass(kw_only=True, eq=False)
 class Pool:
-    """Rows that batches are drawn from.
+    """Pool of rows that batches are drawn from.
 
     Args:
         current: rows of the experience itself.
-        new: rows that are drawn in the role of new ones.
-        stored: rows that memory brings back, for rehearsal or reference.
-        plan: of the memory.
-        batch_size: new rows per step.
-        place: where its shuffles are in the run: seed, client and experience.
-        opened: the parts that it was made of.
+        new: rows that are drawn as new rows.
+        stored: rows of memory, for rehearsal or for reference gradients.
+        plan: plan of the memory.
+        batch_size: number of new rows per step.
+        place: seed, client and experience, from which the shuffles are derived.
+        opened: experiences, plan and memory rows from which the pool was made.
     """
 
     current: Batch
@@ -72,24 +73,24 @@ class Pool:
 
     @property
     def rehearsed(self) -> Batch | None:
-        """Rows of memory that join the new ones in a batch."""
+        """Rows of memory that are in a batch together with new rows; None for none."""
         return self.stored if self.plan and self.plan.rehearsed else None
 
     @cached_property
     def rows(self) -> Batch:
-        """New and rehearsed rows as one pool, of a memory that does not move."""
+        """New and rehearsed rows as one pool, if the memory does not change in each step."""
         back = self.rehearsed
         return self.new if back is None else concat_new_and_stored(self.new, back)
 
     @property
     def device(self) -> torch.device:
-        """Where the rows are."""
+        """Device of the rows."""
         return self.new.inputs.device
 
     def side_by_side(self, step: int) -> tuple[Batch, float]:
-        """Rows of one step without privacy, and the share of stored ones.
+        """Rows of one step without privacy, and the share of rows from memory.
 
-        Shuffled new rows come first, then the stored ones.
+        Shuffled new rows come first, then the rows from memory.
         """
         if self.plan and self.plan.use == "pooled":
             return self.rows.at(self.shuffled("pool", len(self.rows), self.batch_size, step)), 0.0
@@ -100,13 +101,13 @@ class Pool:
         return concat_new_and_stored(new, back), len(back) / (len(new) + len(back))
 
     def stored_rows(self, back: Batch, what: str, step: int, among: Tensor | None = None) -> Batch:
-        """Stored rows of one step.
+        """Rows of memory for one step.
 
-        In a fresh order every epoch, or where memory moves, drawn anew.
+        The order is new in every epoch; if memory changes in each step, the rows are drawn anew.
 
         Args:
             back: rows of memory.
-            what: names the draw.
+            what: name of the draw.
             step: number of the step.
             among: positions to draw from; None for all.
         """
@@ -121,10 +122,10 @@ class Pool:
         return back.at(drawn if among is None else among[drawn])
 
     def positions_of(self, experience: int) -> Tensor:
-        """Positions of the stored rows of an earlier experience.
+        """Positions of the memory rows of an earlier experience.
 
-        They are kept where memory does not move: at every step, to look at all rows is slow, and to
-        copy those of the experience is slower.
+        They are cached if memory does not change in each step: searching all rows in every step is
+        slow, and copying the rows of the experience is slower.
         """
         assert self.stored is not None and self.plan is not None
         found = self._positions.get(experience)
@@ -134,7 +135,7 @@ class Pool:
         return found
 
     def shuffled(self, what: str, n: int, size: int, step: int) -> Tensor:
-        """Positions of one batch in a fresh order every epoch.
+        """Positions of one batch, in a new random order in every epoch.
 
         The last batch of an epoch may be smaller.
         """
@@ -150,13 +151,15 @@ class Pool:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PrivateSampler:
-    """A pool under privacy: each record by its own coin, or at its own place of the epoch.
+    """Sampling of a private pool: by a secret random number of each record.
+
+    It is Poisson sampling, or a fixed step of the epoch for each record.
 
     Args:
-        rows: to draw from.
-        records: which of them are one record.
-        exposure: how likely, or how often, one is drawn.
-        purpose: of the noised sum over what is drawn.
+        rows: rows to draw from.
+        records: groups of rows that are one record.
+        exposure: probability, or number of times, that a record is drawn.
+        purpose: purpose of the noisy sum over the drawn rows.
     """
 
     rows: Batch
@@ -173,12 +176,12 @@ class PrivateSampler:
         purpose: str,
         known: KnownRows,
     ) -> "PrivateSampler":
-        """A drawing from rows of these experiences, of which some may be `known`."""
+        """Prepare sampling from rows of these experiences, with cached groups of rows."""
         found = known.groups(purpose, rows.ids, partition_index(rows.tasks, experiences))
         return cls(rows=rows, records=found, exposure=exposure, purpose=purpose)
 
     def positions(self, mechanism: PrivateSum, step: int) -> Tensor:
-        """Positions of a step's rows, on their device."""
+        """Positions of the rows of a step, on the device of the rows."""
         records = self.records
         exposed = self.exposure
         coins = mechanism.coins(records.whose, step, self.purpose)
@@ -194,24 +197,24 @@ class PrivateSampler:
 
 
 def concat_new_and_stored(new: Batch, back: Batch) -> Batch:
-    """New rows, then stored ones in their role."""
+    """Combine new rows and rows from memory, which are marked as such, into one batch."""
     return concatenate([with_blanks(new, back.stored), replayed(back)])
 
 
 def replayed(back: Batch) -> Batch:
-    """Stored rows in their role."""
+    """Mark rows as coming from memory."""
     return Batch.from_tensors(back.tensors() | {"from_memory": torch.ones_like(back.from_memory)})
 
 
 def without(rows: Batch, tasks: Sequence[int]) -> Batch:
-    """Rows of other experiences than `tasks`."""
+    """Rows that come from other experiences than `tasks`."""
     return rows.take(~torch.isin(rows.tasks, torch.tensor(tasks, device=rows.tasks.device)))
 
 
 def with_blanks(new: Batch, stored: Mapping[str, Tensor]) -> Batch:
-    """New rows with zeros where memory rows have something stored.
+    """Add zeros to new rows for the tensors that memory stores with its rows.
 
-    Both then fit into one batch.
+    New and stored rows then fit into one batch.
     """
     blanks = {
         f"stored.{name}": value.new_zeros(len(new), *value.shape[1:])
@@ -221,9 +224,9 @@ def with_blanks(new: Batch, stored: Mapping[str, Tensor]) -> Batch:
 
 
 def refuse_shared_partitions(experiences: Sequence[Experience]) -> None:
-    """Refuse a sum over memory where one record may be stored twice.
+    """Refuse a sum over memory if one record may be stored twice.
 
-    That happens once for each of two experiences.
+    This is so if two experiences have the same partition.
     """
     names = [experience.train.partition for experience in experiences]
     if len(set(names)) < len(names):

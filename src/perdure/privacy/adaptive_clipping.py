@@ -1,4 +1,4 @@
-"""A clip norm that follows a quantile of the records' gradient norms, paid for in every step.
+"""A clip norm that follows a quantile of the gradient norms; every step pays for it with privacy.
 
 Andrew, Thakkar, McMahan and Ramaswamy, Differentially Private Learning with Adaptive Clipping,
 NeurIPS 2021.
@@ -6,10 +6,10 @@ NeurIPS 2021.
     C_{t+1} = C_t exp(-eta (b_t - gamma))
     b_t     = 1/2 + (sum_i (1[norm_i <= C_t] - 1/2) + N(0, s^2)) / m
 
-with gamma the quantile, eta the learning rate and m the expected batch, a declared number. Gradient
-and count are one release: with noise multipliers z_g and 2s (a record moves the count by 1/2) they
-cost what one Gaussian costs whose multiplier z has z^-2 = z_g^-2 + (2s)^-2 (theorem 1). The ledger
-charges z; the gradient gets the larger z_g.
+with gamma the quantile, eta the learning rate and m the expected batch size, a declared number.
+Gradient and count are one release: with noise multipliers z_g and 2s (a record moves the count by
+1/2) they cost as much as one Gaussian with a multiplier z, where z^-2 = z_g^-2 + (2s)^-2 (theorem
+1). The ledger charges z; the gradient gets the larger z_g.
 """
 
 import math
@@ -48,12 +48,12 @@ class Adaptive(CheckedFields):
                 )
 
     def gradient_noise(self, noise_multiplier: float, expected: float) -> float:
-        """Noise multiplier z_g of the gradient beside a noisy count.
+        """Noise multiplier z_g of the gradient if a noisy count is released with it.
 
-        Gradient and count together are charged `noise_multiplier`.
+        Gradient and count together are charged as one release with `noise_multiplier`.
 
         Raises:
-            PrivacyError: when the count alone costs that much already.
+            PrivacyError: if the count alone costs that much already.
         """
         left = noise_multiplier**-2 - (2 * self.count_noise * expected) ** -2
         if left <= 0:
@@ -68,10 +68,10 @@ class Adaptive(CheckedFields):
     def updated(self, clip_norm: float, counted: float, expected: float) -> float:
         """Compute the next clip norm from the noisy sum of votes.
 
-        A record votes 1/2 within the present clip norm and -1/2 beyond.
+        A record votes 1/2 if its norm is at most the current clip norm, and -1/2 if not.
 
         Args:
-            clip_norm: the present one.
+            clip_norm: the current clip norm.
             counted: noisy sum of the votes.
             expected: declared number of records in a step.
         """

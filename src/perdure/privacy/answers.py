@@ -1,9 +1,9 @@
-"""Released answers that are kept, so that a release which is asked for again is not drawn again.
+"""Stored released answers, so that a release that is repeated after a restart is not drawn again.
 
-After a restart a release is asked for a second time. Were it computed and compared with the exact
-answer of before, the ledger would say whether the two are equal, without noise. So what was
-released is handed out again as it is, whatever its question would give now; where it is not there,
-the release is charged again.
+After a restart the run asks for the last releases again. If an answer were computed again and
+compared with the exact earlier one, the ledger would show without noise if the two are equal. So
+the stored release is returned unchanged, even if the query would give another result now. If it is
+not stored, the release is charged again.
 """
 
 import hmac
@@ -17,19 +17,19 @@ from perdure.utils.atomic_files import save_tensors
 from perdure.utils.hashing import digest
 
 MAC = " mac"
-"""Name of the MAC among the tensors of a file; no answer has a space in front of its name."""
+"""Name of the MAC among the tensors of a file; no name of an answer begins with a space."""
 KEEP = 2
-"""Experiences whose answers are kept: a resume goes no further back than its last checkpoints."""
+"""Number of experiences whose answers are kept; a resume never goes back to earlier ones."""
 
 
 class Answers:
-    """Released answers by the entry that paid for them, each with a MAC.
+    """Store of released answers, by the ledger entry that paid for them, each with a MAC.
 
-    A simulation keeps none: it draws the same noise again.
+    A simulation stores nothing, because it draws the same noise again.
 
     Args:
-        folder: by custom `private/answers`; None keeps the answers in memory.
-        key: of the curator.
+        folder: folder for the answers, usually `private/answers`; None keeps them in memory.
+        key: noise key of the curator, which also signs the answers.
     """
 
     def __init__(self, folder: Path | None, key: NoiseKey) -> None:
@@ -38,7 +38,7 @@ class Answers:
         self._here: dict[str, Tensors] = {}
 
     def find(self, entry: str) -> dict[str, torch.Tensor] | None:
-        """Return the answer that an entry paid for; None where it is not there, or damaged."""
+        """Return the answer that an entry paid for; None if it is missing or damaged."""
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
@@ -56,12 +56,12 @@ class Answers:
         return None
 
     def keep(self, entry: str, answer: Tensors, *, experience: int) -> None:
-        """Store an answer, through to the disk, and drop answers of long past experiences.
+        """Store an answer on the disk, and drop answers of experiences long ago.
 
         Args:
-            entry: digest of the entry that paid for it.
-            answer: what is released.
-            experience: in which it was asked for.
+            entry: digest of the ledger entry that paid for the answer.
+            answer: the released tensors.
+            experience: index of the experience that asked for the answer.
         """
         if self._key.simulated:
             return

@@ -1,4 +1,4 @@
-"""The public grid of a private sum: exact addition, and noise in whole steps of it.
+"""Public grid of a private sum: exact addition, and integer noise in whole grid steps.
 
 Sums of floating-point numbers leak. Two sums that differ by one record can differ by more than
 its clip norm, because every addition rounds, and noise that is itself a floating-point number can
@@ -11,8 +11,8 @@ With d numbers in a sum, clip norm C and grid step C / M, one record moves the i
     M + M / 1000 + sqrt(d)        and M is at least 2^11 sqrt(d)
 
 in L2 norm: the clip norm, a declared slack for norms, factors and products in float32, and the
-rounding, since |round(a) - round(b)| <= |a - b| + 1 in every coordinate. `SENSITIVITY` bounds it
-in units of C. The accountant divides the noise multiplier by it.
+rounding, since |round(a) - round(b)| <= |a - b| + 1 in every coordinate. `SENSITIVITY` is an upper
+bound of this in units of C. The accountant divides the noise multiplier by it.
 
 The rounding is proved. The slack is tested, not proved: for every kind of layer, batches up to
 4,096 records move by less than half of it against float64.
@@ -43,15 +43,18 @@ from perdure.privacy.noise.table import (
 from perdure.types import Params
 
 SLACK = 1e-3
-"""Share of the clip norm that float32 arithmetic before the rounding may add; declared, tested."""
+"""Share of the clip norm that errors of float32 before the rounding may add.
+
+Declared and tested.
+"""
 STEPS_PER_ROOT = 2**11
-"""Least number of grid steps in the clip norm, over the square root of the numbers in a sum."""
+"""Smallest ratio of grid steps per clip norm to the square root of the numbers in a sum."""
 SENSITIVITY = 1 + SLACK + 1 / STEPS_PER_ROOT
-"""Most that one record moves a sum on the grid, in units of its clip norm."""
+"""Most that one record changes a sum on the grid, in units of the clip norm."""
 Shapes = Mapping[str, torch.Size]
-"""Of the numbers in a sum, by name, in order."""
+"""Shapes of the tensors in a sum, by name, in order."""
 MOST_UNITS = 2.0**52
-"""Sums of integers below it are exact in float64, in whatever order they are added."""
+"""Bound below which sums of integers are exact in float64, in any order of addition."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,16 +73,16 @@ class Grid:
 
     @classmethod
     def of(cls, numbers: int, noise_multiplier: float, *, gain: float = 1.0) -> "Grid":
-        """Grid for sums of up to so many numbers and noise of this multiplier.
+        """Choose the grid for sums of up to `numbers` numbers with this noise multiplier.
 
         Args:
-            numbers: most numbers in a sum.
+            numbers: largest number of coordinates in a sum.
             noise_multiplier: standard deviation of the noise in units of the clip norm.
-            gain: factor of the noise that is drawn where it is correlated over the steps, in parts
-                of a grid step (see `perdure.privacy.noise.banded`).
+            gain: for noise that is correlated over the steps, the factor between the drawn noise
+                and a grid step (see `perdure.privacy.noise.banded`).
 
         Raises:
-            PrivacyError: for noise that there are no tables for, before anything is charged.
+            PrivacyError: if there are no tables for noise of this size; nothing was charged yet.
         """
         least = max(STEPS_PER_ROOT * math.sqrt(max(1, numbers)), LEAST_SCALE / noise_multiplier)
         grid = cls(numbers=numbers, steps=2 ** math.ceil(math.log2(least)))
@@ -88,11 +91,14 @@ class Grid:
 
     @cached_property
     def _kept(self) -> Tensor:
-        """Room for the integers of a sum: fresh memory at every step costs as much as noise."""
+        """Memory for the integers of a sum.
+
+        Allocating it in each step would cost as much as noise.
+        """
         return torch.empty(self.numbers, dtype=torch.int64)
 
     def facts(self) -> dict[str, float]:
-        """Everything that a ledger entry says of the grid and the noise on it."""
+        """Return all facts about the grid and its noise that a ledger entry records."""
         return {
             "numbers": self.numbers,
             "steps": self.steps,
@@ -103,18 +109,18 @@ class Grid:
         }
 
     def units(self, total: Params | None, shapes: Shapes, clip_norm: float) -> Tensor:
-        """(d,) int64 sums in grid steps on the CPU, one name after another; 0 without records.
+        """(d,) int64 sums in grid steps on the CPU, all names one after another; 0 without records.
 
-        The tensor is good until the next call.
+        The next call overwrites the returned tensor.
 
         Args:
-            total: name to exact sum; None without records.
-            shapes: name to shape; d is the number of their numbers.
-            clip_norm: bound of one record, `steps` grid steps long.
+            total: name to exact sum; None if there are no records.
+            shapes: name to shape; d is the total number of coordinates.
+            clip_norm: bound on one record, equal to `steps` grid steps.
 
         Raises:
-            PrivacyError: for more numbers than the grid is for, or a sum too large to be counted
-                exactly.
+            PrivacyError: if there are more numbers than the grid was made for, or a sum is too
+                large to be added exactly.
         """
         numbers = sum(map(math.prod, shapes.values()))
         if numbers > self.numbers:
@@ -142,13 +148,13 @@ class Grid:
     def values(
         self, units: Tensor, shapes: Shapes, clip_norm: float, device: torch.device
     ) -> Params:
-        """Sums by name, in float32: the conversion is the last thing that happens to them.
+        """Convert sums from grid steps to float32, by name; this is the last operation on them.
 
         Args:
-            units: (d,) in grid steps, integers or not.
+            units: (d,) sums in grid steps, integers or not.
             shapes: name to shape, in the order of `units`.
-            clip_norm: bound of one record, `steps` grid steps long.
-            device: of the result.
+            clip_norm: bound on one record, equal to `steps` grid steps.
+            device: device of the result.
         """
         values = torch.empty(len(units), dtype=torch.float32)
         _, to_values = _loops(len(units))
@@ -165,7 +171,7 @@ def _loops(numbers: int) -> tuple[Callable[..., bool], Callable[..., None]]:
 
 
 def to_units(values: Floats, factor: float, most: float, out: Integers) -> bool:
-    """Count values in whole steps; return False where one is not below `most` in size."""
+    """Round values to whole grid steps; return False if one is not below `most` in size."""
     # in float64: a float32 product would be rounded by more than a step
     whole = np.rint(values.astype(np.float64) * factor)
     inside = bool((np.abs(whole) < most).all())
@@ -175,5 +181,5 @@ def to_units(values: Floats, factor: float, most: float, out: Integers) -> bool:
 
 
 def to_values(units: npt.NDArray[Any], factor: float, out: Floats) -> None:
-    """Turn steps, whole or not, into float32 values."""
+    """Convert grid steps, whole or not, to float32 values."""
     out[:] = units.astype(np.float64) * factor

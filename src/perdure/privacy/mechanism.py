@@ -1,4 +1,4 @@
-"""Common base of all private answers: settings, ledger, key, log, and the making of an entry."""
+"""Common base class of private mechanisms: settings, ledger, key, log, and new ledger entries."""
 
 from collections.abc import Mapping
 
@@ -18,17 +18,17 @@ from perdure.utils.hashing import digest
 
 
 class Mechanism:
-    """A ledger that is charged before noise is drawn from a key.
+    """Base class of mechanisms that charge a ledger before they draw noise from a key.
 
     Args:
-        privacy: what was asked.
-        schedule: what was calibrated.
-        ledger: where it is charged.
-        key: of noise and coins.
-        draws: log of the sums that noise was drawn for; None keeps one in memory.
-        answers: what was released; None keeps it in memory.
-        independence: by what the gradients of records are known to be independent (see
-            `perdure.privacy.guard`); "" where nothing is known.
+        privacy: privacy settings of the user.
+        schedule: calibrated noise of each experience.
+        ledger: ledger that is charged.
+        key: key for noise and for the secret random numbers of sampling.
+        draws: log of the sums for which noise was drawn; None for a log in memory.
+        answers: stored released answers; None to keep them in memory.
+        independence: how the gradients of records are known to be independent (see
+            `perdure.privacy.guard`); "" if not known.
     """
 
     def __init__(
@@ -52,29 +52,29 @@ class Mechanism:
         self.open(0)
 
     def open(self, index: int) -> None:
-        """Go to experience `index`; earlier reservations pay for nothing more."""
+        """Switch to experience `index`; earlier reservations do not pay for its steps."""
         self.experience = index
         self.noise_multiplier = self.schedule.noise_in(index)
         self._blocks: dict[str, ReservedSteps] = {}
 
     def fingerprint(self, data: Tensors, place: str = "") -> str:
-        """Keyed fingerprint of private records; without the key it says nothing about them.
+        """Keyed fingerprint of private records, which reveals nothing without the key.
 
         Args:
             data: the records.
-            place: where it is used; fingerprints of two places tell nothing of each other.
+            place: name of the use; fingerprints for different uses cannot be compared.
         """
         return self._key.mac(digest(data) + place.encode())
 
     def tags(self, ids: Tensor, purpose: str = "memory") -> Tensor:
-        """(n,) each record's own secret number in [0, 1).
+        """(n,) secret random numbers in [0, 1), one fixed number per record.
 
-        It decides whether memory keeps the record, or its place.
+        They decide if memory keeps a record, or in which step of an epoch the record is.
         """
         return self._key.tags(ids, purpose=purpose)
 
     def close(self) -> None:
-        """Give up the files of the log, which are opened again where they are needed."""
+        """Close the files of the log; they are opened again when they are needed."""
         self._draws.release()
 
     @property
@@ -85,9 +85,9 @@ class Mechanism:
     # ------------------------------------------------------------------ inside
 
     def _charge(self, entry: Entry) -> Entry:
-        """Charge the entry, again where its noise may have been drawn and the log does not tell.
+        """Charge an entry, again if its noise may have been drawn without a line in the log.
 
-        An entry that is in the ledger already and whose draws are known costs nothing more.
+        An entry that is already in the ledger, and whose draws are known, costs nothing more.
         """
         self.ledger.chain.hold()
         while self.ledger.has(entry) and self._draws.seen(entry.digest):

@@ -1,6 +1,6 @@
-"""The private sum: charge the ledger, clip every record, add noise.
+"""The private sum: charge the ledger, clip every record, and add noise.
 
-It knows nothing of learning.
+This module does not depend on the learner.
 """
 
 import hashlib
@@ -46,7 +46,7 @@ __all__ = [
 ]
 
 MakePrivateSum = Callable[..., "PrivateSum"]
-"""Takes the arguments of `PrivateSum`; an audit gives another key through it."""
+"""Function that takes the arguments of `PrivateSum`; an audit uses it to give another key."""
 
 
 class PrivateSum(Releases):
@@ -103,23 +103,23 @@ class PrivateSum(Releases):
         slots: int | None = None,
         purpose: str = "gradient",
     ) -> None:
-        """Write ahead: charge a block of steps to everyone exposed, on disk before this returns.
+        """Charge a block of steps to all exposed partitions, on disk, before any noise is drawn.
 
-        To reserve gradients ends the blocks of every other purpose.
+        Reserving gradients ends the reserved blocks of all other purposes.
 
         Args:
             scope: partition to sampling rate.
-            steps: the block.
+            steps: the steps of the block.
             data: fingerprint of the pooled records.
-            start: digest of everything else that determines the steps; a change of it never meets
-                the same noise.
+            start: digest of everything else that determines the steps; after any change the noise
+                is different.
             expected: declared number of records in a step.
-            numbers: most numbers in a sum, those of all parameters.
-            slots: steps per epoch where the order is fixed.
-            purpose: `gradient`, or the name of a reference gradient that is drawn beside it.
+            numbers: largest number of coordinates in a sum, the size of all parameters.
+            slots: steps per epoch if the order is fixed.
+            purpose: `gradient`, or the name of a reference gradient of the same steps.
 
         Raises:
-            PrivacyError: for noise that cannot be drawn, before anything is charged.
+            PrivacyError: if the noise cannot be drawn; nothing is charged then.
         """
         bands = self.privacy.bands if purpose == "gradient" else None
         gain = 1.0 if bands is None else BandedNoise(bands).gain * PARTS
@@ -160,26 +160,27 @@ class PrivateSum(Releases):
         self._chain = None if bands is None else BandedNoise(bands, steps.start)
 
     def reserved(self, purpose: str) -> bool:
-        """Tell if steps of this purpose were reserved beside the present block of gradients."""
+        """Return True if steps of this purpose are reserved besides the gradient block."""
         return purpose in self._blocks
 
     def coins(self, records: Tensor, step: int, purpose: str = "gradient") -> Tensor:
-        """(n,) secret uniform numbers that decide who enters the step.
+        """(n,) secret uniform numbers that decide which records enter the step.
 
         Args:
             records: (n, 2) int64, id of each record and number of the partition that owns it.
             step: step of the run.
-            purpose: of the sum, `gradient` or a reference's name.
+            purpose: purpose of the sum, `gradient` or the name of a reference gradient.
         """
         return self._key.coins(records, entry=self._paid(step, purpose).paid_by, step=step)
 
     def secret(self, purpose: str, step: int) -> bytes:
-        """Secret bytes from which records draw at random inside a step.
+        """Secret bytes for all randomness of records inside a step.
 
-        Examples are dropout, views and the start of an attack.
+        Examples are dropout, random views of a record, and the start of an attack.
 
-        Such draws go by a row's place in the batch. Were they public, one record more would hand
-        the others known, other draws, and the sum would move by more than the clip norm.
+        Such randomness depends on the position of a row in the batch. If it were public, one more
+        record would give the other rows other known randomness, and the sum would change by more
+        than the clip norm.
 
         Returns:
             `SECRET_BYTES` bytes, all of which `perdure.utils.seeding.generator_from` uses.
@@ -188,15 +189,15 @@ class PrivateSum(Releases):
         return self._key.stream(purpose=f"draws of {purpose}", entry=entry, step=step)(SECRET_BYTES)
 
     def gradient(self, clipped: Clipped, params: Params, *, step: int) -> Params:
-        """Noised sum of clipped per-record gradients in a step that `reserve` charged.
+        """Noisy sum of clipped per-record gradients, for a step that `reserve` has charged.
 
         Args:
-            clipped: from a clip to the clipped sum; from this package's `clipping`.
+            clipped: function from a clip to the clipped sum, from `perdure.privacy.clipping`.
             params: the summed parameters; each sum has the shape of its parameter.
             step: step of the run.
 
         Raises:
-            ChangedSumError: where the step is executed again with another sum.
+            ChangedSumError: if the step is executed again with another sum.
         """
         block = self._in_turn(step)
         adaptive = self._adaptive
@@ -242,18 +243,18 @@ class PrivateSum(Releases):
         return released
 
     def reference(self, clipped: Clipped, params: Params, *, step: int, purpose: str) -> Params:
-        """Noised sum of clipped per-record gradients beside the gradient of a step.
+        """Noisy sum of clipped per-record gradients, released in addition to the step's gradient.
 
-        Both were charged by `reserve`.
+        `reserve` has charged both.
 
         Args:
             clipped: as in `gradient`.
             params: as in `gradient`.
             step: step of the run.
-            purpose: the reference's name, as it was reserved.
+            purpose: name of the reference gradient, as it was reserved.
 
         Raises:
-            ChangedSumError: where the step is executed again with another sum.
+            ChangedSumError: if the step is executed again with another sum.
         """
         block = self._in_turn(step, purpose)
         shapes = {name: value.shape for name, value in params.items()}
@@ -269,15 +270,15 @@ class PrivateSum(Releases):
     def deviation(self) -> float:
         """Standard deviation of the noise in one coordinate of the last gradient sum.
 
-        It is 0 before the first.
+        It is 0 before the first sum.
         """
         return self.last_gradient[1] if self.last_gradient else 0.0
 
     @property
     def signal_to_noise(self) -> float:
-        """Energy of the last gradient sum over its noise's energy, at no privacy cost.
+        """Ratio of the energies of the last gradient sum and of its noise, at no privacy cost.
 
-        It is estimated from what was released.
+        It is estimated from released values only.
 
         (|released|^2 - d s^2) / (d s^2), with d coordinates and noise of standard deviation s; it
         may be negative.
@@ -297,7 +298,10 @@ class PrivateSum(Releases):
         return clipping if isinstance(clipping, Adaptive) else None
 
     def _gradient_noise(self, expected: float) -> float:
-        """Noise multiplier of a gradient, beside a noisy count where there is one."""
+        """Noise multiplier of the gradient.
+
+        It is larger than the charged one if a noisy count is released too.
+        """
         if self._adaptive:
             return self._adaptive.gradient_noise(self.noise_multiplier, expected)
         return self.noise_multiplier
@@ -312,7 +316,7 @@ class PrivateSum(Releases):
         nonce: str,
         chain: BandedNoise | None = None,
     ) -> Tensor:
-        """Integers with their noise added, in grid steps."""
+        """Return the integers with their noise added, in grid steps."""
         scale = noise * block.grid.steps
         if chain:
             units = chain.weighted(units, step)
@@ -334,11 +338,11 @@ class PrivateSum(Releases):
         return chain.released(units, step) if chain else units
 
     def _nonce(self, purpose: str, block: ReservedSteps, step: int, units: Tensor) -> str:
-        """Nonce of a step's noise, once its exact sum is in the log.
+        """Return the nonce for the noise of a step, after the exact sum was written to the log.
 
         Raises:
-            ChangedSumError: where noise was drawn for another sum; the rest of the block was
-                charged again.
+            ChangedSumError: if noise was drawn for another sum; the rest of the block was charged
+                again.
         """
         self.ledger.chain.hold()
         nonce = self._draws.nonce_for(purpose, block.paid_by, step, units.numpy())
@@ -357,16 +361,16 @@ class PrivateSum(Releases):
         )
 
     def _drawn(self, purpose: str, step: int) -> None:
-        """Go to the next step; the last one of a block closes it."""
+        """Mark a step as drawn; after the last step of a block, close the block."""
         block = self._blocks[purpose]
         self._blocks[purpose] = replace(block, drawn=step + 1)
         if step == block.steps.stop - 1:
             self._draws.close(block.paid_by)
 
     def _in_turn(self, step: int, purpose: str = "gradient") -> ReservedSteps:
-        """Block that pays for the step, which is drawn once.
+        """Return the block that pays for the step, which may be drawn only once.
 
-        Another sum must not meet its noise again.
+        Noise must not be used for two different sums.
         """
         block = self._paid(step, purpose)
         if step < block.drawn or (step > block.drawn and purpose == "gradient"):
@@ -385,7 +389,7 @@ class PrivateSum(Releases):
         return block
 
     def _start_of(self, start: str, purpose: str, expected: float, slots: int | None) -> str:
-        """Digest of everything that shapes the noise or the sum of a block."""
+        """Digest of everything that decides the noise or the sum of a block."""
         # the gradients beside a reference, whose noise shapes the parameters
         beside = "" if purpose == "gradient" else self._blocks["gradient"].paid_by
         chosen: dict[str, JSONValue] = {
@@ -401,7 +405,7 @@ class PrivateSum(Releases):
 
 
 def clipping_settings(clipping: str | Adaptive) -> JSONValue:
-    """Every setting of clipping, under no name of a class or field."""
+    """All settings of clipping as JSON, without names of classes or fields."""
     if isinstance(clipping, Adaptive):
         return [clipping.quantile, clipping.learning_rate, clipping.count_noise]
     return clipping

@@ -1,9 +1,9 @@
-"""Constants for scaling that are a paid release: mean and deviation of every column.
+"""Mean and standard deviation of every column as a private release, used to scale inputs.
 
     mean_j = S1_j / N,   deviation_j = sqrt(S2_j / N - mean_j^2)
 
-S1 and S2 are noised sums of u and u^2 over the records, u in [-1, 1] a value's place in its
-declared range, and N the declared number of records.
+S1 and S2 are noisy sums of u and u^2 over the records, where u in [-1, 1] is the position of a
+value in its declared range, and N is the declared number of records.
 """
 
 import math
@@ -28,34 +28,36 @@ from perdure.utils.folder_lock import locked
 from perdure.utils.hashing import digest
 
 LEAST_DEVIATION = 0.01
-"""Least deviation of u: noise may leave none, and a column that never changes has none."""
+"""Smallest standard deviation of u; noise, or a constant column, could make it 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReleasedScaling:
-    """Mean and deviation of every column or channel, from one noised sum over the records.
+    """Mean and standard deviation of every column or channel, from one noisy sum over the records.
 
-    Give it as `standardise=` to a function that makes a data set. The sum is charged to a ledger of
-    its own before its noise is drawn. The records carry what they spent, and a private `Learner`
-    charges it to its own ledger, and plans for it, before it trains. Records that you make by hand
-    of the scaled inputs carry nothing by themselves: give them `spent=data.train.spent`.
+    Give it as `standardise=` to a function that makes a data set. The sum is charged to a separate
+    ledger before its noise is drawn. The records carry this cost, and a private `Learner` includes
+    it in its plan and charges it to its own ledger before it trains. Records that you build
+    yourself from the scaled inputs do not carry the cost: give them `spent=data.train.spent`.
 
     >>> scaling = ReleasedScaling(noise_multiplier=20.0, folder="runs/scaling")
     >>> from_arrays(inputs, targets, value_range=(0, 120), standardise=scaling)
 
-    Guarantee: for add/remove neighbours among the training records, the constants are one Gaussian
-    release: a record moves the sum by at most sqrt(2 k) in L2 norm for k columns, since u is
-    clamped to [-1, 1]. The test part is public and no part of the sum.
+    Guarantee: for add-remove neighbours among the training records, the constants are one Gaussian
+    release: a record changes the sum by at most sqrt(2 k) in L2 norm for k columns, because u is
+    clamped to [-1, 1]. The test part is public and not part of the sum.
 
     Args:
-        noise_multiplier: standard deviation of the noise in units of that bound. The constants of k
-            columns of n records are off by about sqrt(2 k) noise_multiplier / n half ranges.
-        folder: keeps key, ledger and answer, so that the same call on the same records gives the
-            same constants at no further cost. It is no folder of a run. None for a simulation.
+        noise_multiplier: standard deviation of the noise in units of that bound. For k columns and
+            n records, the error of the constants is about sqrt(2 k) noise_multiplier / n half
+            ranges.
+        folder: folder for key, ledger and result, so that the same call on the same records gives
+            the same constants at no further cost. It is not the folder of a run. None for a
+            simulation.
         seed: None for secret noise; a number for reproducible, simulated noise.
 
     Raises:
-        ConfigError: for a noise multiplier that is not allowed, or secret noise without a folder.
+        ConfigError: if the noise multiplier is not allowed, or secret noise has no folder.
     """
 
     noise_multiplier: float
@@ -71,17 +73,17 @@ class ReleasedScaling:
     def constants(
         self, inputs: Tensor, low: Tensor, high: Tensor, *, partition: str, size: int
     ) -> tuple[Tensor, Tensor, tuple[Spent, ...]]:
-        """Release mean and deviation of every column or channel.
+        """Release the mean and standard deviation of every column or channel.
 
         Args:
-            inputs: (n, k, ...) of the training records.
-            low: declared least value, broadcasts to one row.
-            high: declared greatest value.
+            inputs: (n, k, ...) inputs of the training records.
+            low: declared smallest value, with a shape that broadcasts to one row.
+            high: declared largest value.
             partition: name of the records in the ledger.
             size: declared number of records.
 
         Returns:
-            Mean and deviation, each of a shape that broadcasts to one row, and what was spent.
+            Mean and deviation, each of a shape that broadcasts to one row, and the privacy cost.
 
         Raises:
             RunError: if another process or object uses the folder.
@@ -92,7 +94,7 @@ class ReleasedScaling:
     def _constants(
         self, inputs: Tensor, low: Tensor, high: Tensor, partition: str, size: int
     ) -> tuple[Tensor, Tensor, tuple[Spent, ...]]:
-        """See `constants`; the folder is locked."""
+        """Release the constants; the caller holds the lock of the folder."""
         rows = torch.cat([_row_sums(inputs[piece], low, high) for piece in row_slices(inputs)])
         columns = inputs.shape[1]
         bound = math.sqrt(2 * columns)
@@ -153,7 +155,7 @@ class ReleasedScaling:
 
 
 def _row_sums(inputs: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """Return u and u^2 of every column (n, 2 k), averaged over the positions of a channel."""
+    """(n, 2 k) values u and u^2 of every column, averaged over the positions of a channel."""
     u = ((inputs - low) / (high - low) * 2 - 1).clamp(-1, 1).nan_to_num(0.0)
     flat = u.flatten(2) if u.dim() > 2 else u.unsqueeze(2)
     # float64, so that a record's row does not depend on how a batch is summed

@@ -1,4 +1,4 @@
-"""Releases: noised sums, counts and selections over all records of an experience."""
+"""Releases: noisy sums, counts and selections over all records of an experience."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -17,14 +17,14 @@ from perdure.privacy.noise.discrete import discrete_gaussian, exponential
 from perdure.types import Params, Tensors
 
 Clipped = Callable[[Clip], Params | None]
-"""From the bound on a record to the clipped sum over records; None where there is no record."""
+"""Function from the clip of a record to the clipped sum over records; None without records."""
 
 ONLY = "answer"
-"""Name of an answer that is one tensor."""
+"""Name of a released value that is a single tensor."""
 
 
 class Draw(TypedDict):
-    """Which noise of a key is drawn."""
+    """Arguments that decide which noise of a key is drawn."""
 
     purpose: str
     entry: str
@@ -34,14 +34,14 @@ class Draw(TypedDict):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ReleaseKey:
-    """Which of an experience's releases an answer is, and what its noise is keyed by.
+    """Identity of a release within an experience, which also decides its noise.
 
     Args:
-        partitions: whose records are exposed, each once (sampling rate 1).
-        numbers: its places among the releases, so that two of one purpose are two entries with
-            noise of their own.
+        partitions: partitions whose records are exposed, each once (sampling rate 1).
+        numbers: numbers of the release in the order of releases, so that two with the same purpose
+            have two entries and independent noise.
         start: digest of the model.
-        data: the records, for the entry's keyed fingerprint.
+        data: the records, for the keyed fingerprint in the entry.
     """
 
     partitions: tuple[str, ...]
@@ -51,11 +51,11 @@ class ReleaseKey:
 
 
 class Releases(Mechanism):
-    """Answers about all records, each charged before its noise is drawn."""
+    """Private releases over all records, each charged before its noise is drawn."""
 
     @property
     def release_noise(self) -> float:
-        """Noise multiplier of a release in this experience."""
+        """Noise multiplier of a release in the current experience."""
         return self.noise_multiplier * self.privacy.release_noise
 
     def release(
@@ -67,17 +67,17 @@ class Releases(Mechanism):
         shapes: Mapping[str, torch.Size],
         clip_norm: float,
     ) -> Params:
-        """Noised sum of one clipped row per record.
+        """Noisy sum of one clipped row per record.
 
         Args:
-            clipped: from the bound to the clipped sum (see `perdure.queries`).
-            purpose: name of the release, for the ledger.
-            occasion: which release it is, and of which records.
-            shapes: of the sum, also where there is no record.
+            clipped: function from a clip to the clipped sum (see `perdure.queries`).
+            purpose: name of the release in the ledger.
+            occasion: identity of the release, with its records.
+            shapes: shapes of the sum, which are needed if there is no record.
             clip_norm: bound on the L2 norm of one record's row.
 
         Raises:
-            PrivacyError: where the sum has other names or shapes, whose noise would be shared.
+            PrivacyError: if the sum has other names or shapes than `shapes`.
         """
         noise = self.release_noise
         grid = Grid.of(sum(map(math.prod, shapes.values())), noise)
@@ -97,9 +97,9 @@ class Releases(Mechanism):
         return {name: answer[name].to(device) for name in shapes}
 
     def count(self, counts: Tensor, *, purpose: str, occasion: ReleaseKey) -> Tensor:
-        """Counts (bins,) int64 plus integer noise.
+        """(bins,) int64 counts plus integer noise.
 
-        A record is in one bin at most, which it moves by 1.
+        Each record is in at most one bin, and changes the count of this bin by 1.
         """
         noise = self.release_noise
 
@@ -110,15 +110,15 @@ class Releases(Mechanism):
         return self._once(entry, counts.cpu, noised)[ONLY].to(counts.device)
 
     def select(self, scores: Tensor, *, purpose: str, occasion: ReleaseKey) -> Tensor:
-        """Places of high scores (m,), as many as the occasion has numbers.
+        """Indices of high scores (m,), as many as the release has numbers.
 
-        Each is a draw of the exponential mechanism.
+        Each index is one draw of the exponential mechanism.
 
-        With `release_noise` s a draw is 2/s-DP and of bounded range, so at most (2/s)^2 / 8 = 1 /
-        (2 s^2) of zero-concentrated privacy: as much as a Gaussian release.
+        With `release_noise` s, a draw is 2/s-DP and of bounded range, so it costs at most (2/s)^2 /
+        8 = 1 / (2 s^2) of zero-concentrated privacy, as much as a Gaussian release.
 
         Args:
-            scores: one record moves any two by at most 1 against each other.
+            scores: (m,) scores; one record changes the difference of any two by at most 1.
         """
         noise = self.release_noise / 2
 
@@ -141,16 +141,17 @@ class Releases(Mechanism):
         exact: Callable[[], Tensor],
         noised: Callable[[Tensor, Draw], Params],
     ) -> Params:
-        """Charge and draw a release, or return the answer of an earlier one again.
+        """Charge and draw a release, or return the stored result of an earlier one.
 
-        The ledger must not depend on exact answers. So an answer that is kept is handed
-        out without being computed again. One that is missing is charged again, unless the log says
-        that nothing has left: its entry is open, since it is closed before an answer is returned.
+        The ledger must not depend on exact results. So a stored result is returned without
+        computing it again. If it is not stored, the release is charged again, unless the log shows
+        that no result has left: an entry is closed before its result is returned, and this one is
+        open.
 
         Args:
-            entry: that pays, at its first attempt.
-            exact: computes the exact answer, integers.
-            noised: from the exact answer and the noise to draw to what is released.
+            entry: entry that pays, at its first attempt.
+            exact: computes the exact result, as integers.
+            noised: function from the exact result and the noise to draw to the released values.
         """
         self.ledger.chain.hold()
         simulated = self._key.simulated
@@ -174,9 +175,9 @@ class Releases(Mechanism):
         return answer
 
     def _draw_of(self, entry: Entry, integers: Tensor) -> tuple[Entry, Draw]:
-        """Charge an entry and choose its noise, before it is drawn.
+        """Charge an entry and choose its noise, before the noise is drawn.
 
-        A simulation has one noise for an entry, so another answer is another entry there.
+        A simulation has one noise per entry, so there another exact result needs another entry.
         """
         while True:
             self._draws.open(entry.digest)
@@ -203,7 +204,7 @@ class Releases(Mechanism):
         clip_norm: float = 1.0,
         grid: Grid | None = None,
     ) -> Entry:
-        """Entry of a release, of which its exact answer is no part."""
+        """Build the ledger entry of a release, which does not depend on the exact result."""
         name = f"release:{purpose}"
         return self._entry(
             name,

@@ -1,4 +1,4 @@
-"""Steps that the ledger was charged for before the first of them is drawn, and their schedule."""
+"""Steps that are charged to the ledger before the first one is drawn, and their schedule."""
 
 from dataclasses import dataclass
 
@@ -11,25 +11,26 @@ from perdure.privacy.grid import Grid
 from perdure.privacy.ledger.entries import Entry
 
 VOTE = 0.5
-"""Largest change of the count beside an adaptive clip norm by one record."""
+"""Largest change of the count for adaptive clipping by one record."""
 WITHIN_SHAPE = {WITHIN: torch.Size([])}
 
 
 class ChangedSumError(PrivacyError):
-    """A step that is executed again has another sum than noise was drawn for.
+    """A step was executed again with another sum than the one for which noise was drawn.
 
-    The rest of its block was charged again, under a new entry. Draw the records of the step anew,
-    by the coins of that entry, and ask again.
+    The rest of its block was charged again, under a new entry. Sample the records of the step
+    again, with the new entry, and repeat the request.
     """
 
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """Settings that are fixed before the first draw, experience by experience.
+    """Settings of each experience that are fixed before the first draw.
 
     Args:
-        noise: noise multiplier of a step; the last one holds for all that follow.
-        excluded: partitions that are out of every pool; empty where none ever is.
+        noise: noise multiplier of a step in each experience; the last one is used for all later
+            ones.
+        excluded: partitions that are left out of all pools, by experience; empty if there are none.
     """
 
     noise: tuple[float, ...]
@@ -40,7 +41,7 @@ class Schedule:
         return self.noise[min(index, len(self.noise) - 1)]
 
     def excluded_in(self, index: int) -> frozenset[str]:
-        """Partitions out of the pools in experience `index`."""
+        """Partitions that are left out of the pools in experience `index`."""
         if not self.excluded:
             return frozenset()
         return self.excluded[min(index, len(self.excluded) - 1)]
@@ -48,14 +49,14 @@ class Schedule:
 
 @dataclass(frozen=True, kw_only=True)
 class ReservedSteps:
-    """Steps that a ledger entry pays for.
+    """Block of steps that a ledger entry pays for.
 
     Args:
-        entry: in the ledger.
-        steps: which.
-        expected: declared number of records in one of them.
-        slots: steps per epoch where the order is fixed.
-        grid: that their sums are counted on.
+        entry: the ledger entry.
+        steps: the steps of the block.
+        expected: declared number of records in a step.
+        slots: steps per epoch if the order is fixed.
+        grid: grid on which the sums are counted.
         drawn: the step that is drawn next.
     """
 
@@ -68,17 +69,17 @@ class ReservedSteps:
 
     @property
     def paid_by(self) -> str:
-        """Digest of the entry."""
+        """Digest of the entry that pays."""
         return self.entry.digest
 
 
 @dataclass(frozen=True, kw_only=True)
 class Votes:
-    """Noise of the count beside an adaptive clip norm.
+    """Noise of the count that is released for adaptive clipping.
 
     Args:
-        grid: of the count.
-        noise: standard deviation over what one record moves it by.
+        grid: grid of the count.
+        noise: standard deviation of the noise divided by the largest change by one record.
     """
 
     grid: Grid
@@ -86,7 +87,7 @@ class Votes:
 
 
 def votes_of(adaptive: Adaptive | None, expected: float) -> Votes | None:
-    """Grid and noise of the count beside a gradient; one record moves it by one vote, 1/2."""
+    """Grid and noise of the count for adaptive clipping; a record changes it by one vote, 1/2."""
     if adaptive is None:
         return None
     noise = adaptive.count_noise * expected / VOTE

@@ -1,4 +1,4 @@
-"""Privacy settings of a user, validated once."""
+"""Privacy settings of a user, which are validated when they are made."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -16,8 +16,8 @@ RANGES = {
     "bands": (1, 10_000),
     "horizon": (1, 100_000),
 }
-"""Least and greatest value: beyond them floating-point numbers overflow, in the accountant or in
-training.
+"""Smallest and largest value of each setting; outside of them, floating-point numbers overflow in
+the accountant or in training.
 """
 EPSILONS = (1e-6, 1e4)
 
@@ -45,8 +45,8 @@ class Privacy(CheckedFields):
             earlier experiences. Together with `noise_multiplier` it is a cap: partitions whose
             records would exceed it are not used any more, and the run continues.
         noise_multiplier: standard deviation of the noise in units of the clip norm.
-        delta: slack of the guarantee, about the probability that it fails; below 1 / number of
-            records, otherwise there is a warning and the statement says so.
+        delta: slack of the guarantee, about the probability that it fails. It should be below 1 /
+            number of records; if not, there is a warning, and the statement says so.
         clip_norm: bound C on the L2 norm of one record's gradient; with `Adaptive`, the first
             bound.
         clipping: `flat` clips the whole gradient to C; `per-layer` clips each of L layers to C /
@@ -152,7 +152,7 @@ class Privacy(CheckedFields):
 
     @property
     def epsilons(self) -> tuple[float, ...]:
-        """All that was given as epsilon."""
+        """All values that were given as epsilon, as a tuple."""
         return (
             self.epsilon
             if isinstance(self.epsilon, tuple)

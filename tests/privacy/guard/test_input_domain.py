@@ -182,7 +182,9 @@ def test_a_model_that_spreads_a_nan_to_other_records_is_refused(kind):
         return x + torch.where(bad, x, 0.0).sum(0)
 
     stream = stream_of(InputDomain(shape=(5,), range=(0.0, 1.0)))
-    with pytest.raises(GuardError, match=rf"couples records: other neighbours \(({kind}|not a n)"):
+    with pytest.raises(
+        GuardError, match=rf"couples records: changing the other rows \(({kind}|not a n)"
+    ):
         private(Mixing(spread), stream)
 
 
@@ -223,7 +225,9 @@ class Ranked(Strategy):
 
 
 def test_losses_that_depend_on_extreme_records_are_refused():
-    with pytest.raises(GuardError, match=r"Ranked.losses\(\) couples records: other neighbours"):
+    with pytest.raises(
+        GuardError, match=r"Ranked.losses\(\) couples records: changing the other rows"
+    ):
         private(nn.Linear(5, 4), stream_of(), Ranked())
 
 

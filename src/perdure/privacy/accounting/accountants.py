@@ -1,6 +1,7 @@
-"""Exposure of one record, and the epsilon of it all.
+"""Epsilon of all charges of one record, computed with dp-accounting.
 
-By dp-accounting's loss distributions and Renyi DP.
+`pld_epsilon` uses privacy loss distributions, `rdp_epsilon` Renyi DP, and `with_sampler` adds the
+cost of integer noise.
 """
 
 import logging
@@ -21,11 +22,12 @@ Accountant = Literal["pld", "rdp"]
 WIDEST = 1e7
 
 MOST_DRAWS = 2**48
-"""Integers that a record's history may draw; a ledger refuses more, and every statement allows for
-so many.
+"""Largest number of integers of noise for one record; a ledger refuses more, and every stated
+epsilon allows for this number.
 """
 DELTA_SHARE = 2.0**-10
-"""Share of delta that is kept for what the integer sampler is not: ideal."""
+"""Share of delta that is reserved for the difference between the integer sampler and ideal noise.
+"""
 
 
 # --------------------------------------------------------------------------- Renyi DP
@@ -82,7 +84,7 @@ def _event(charge: Charge, relation: Relation, library: Any) -> Any:
 
 @lru_cache(maxsize=4096)
 def pld_epsilon(history: History, delta: float, relation: Relation, interval: float) -> float:
-    """Epsilon of the composed privacy loss distributions, pessimistic on a grid.
+    """Epsilon of the composed privacy loss distributions, rounded up on a grid of losses.
 
     The grid is coarser if losses reach hundreds, and finer if all losses are below 1. An epsilon of
     a million or more is returned as infinity.
@@ -109,14 +111,17 @@ def pld_epsilon(history: History, delta: float, relation: Relation, interval: fl
 
 
 def _widening(spread: float) -> float:
-    """Factor by which the grid is widened: to fit into memory, or to see small losses at all."""
+    """Factor for the grid's interval: above 1 to save memory, below 1 to resolve small losses."""
     if spread > 200:
         return float(10 ** math.ceil(math.log10(spread / 200)))
     return 10.0 ** min(0, math.floor(math.log10(spread)))
 
 
 def _steps(charge: Charge, relation: Relation, interval: float) -> Any:
-    """PLD of all steps of `charge`; n unsampled steps are exactly one at noise / sqrt(n)."""
+    """Privacy loss distribution of all steps of `charge`.
+
+    n unsampled steps with noise s are computed exactly, as one step with noise s / sqrt(n).
+    """
     if charge.noise == "exponential":
         one = _selection(
             (2 if relation == "replace-one" else 1) / charge.noise_multiplier, interval
@@ -132,11 +137,11 @@ def _steps(charge: Charge, relation: Relation, interval: float) -> Any:
 
 
 def _spread(history: History, relation: Relation) -> float:
-    """Size of the losses that matter, by which the grid is widened or narrowed.
+    """Size of the privacy losses that matter, which decides how coarse the grid is.
 
-    Those of one step reach 1/(2 s^2) + 10/s; the sum of all has mean at most
-    k = sum n min(q / (2 s^2), q^2 (exp(1/s^2) - 1)), a bound on the KL divergence, give or take 10
-    sqrt(2k). A selection's loss reaches e = 1/s, with mean at most min(e, e^2 / 2).
+    The losses of one step reach 1/(2 s^2) + 10/s. The sum over all steps has mean at most k = sum n
+    min(q / (2 s^2), q^2 (exp(1/s^2) - 1)), a bound on the KL divergence, with a spread of 10
+    sqrt(2k). The loss of a selection reaches e = 1/s, and has mean at most min(e, e^2 / 2).
     """
     shift = 2.0 if relation == "replace-one" else 1.0
     reach = 0.0
@@ -173,7 +178,7 @@ def with_sampler(epsilon_at: Callable[[float], float], history: History, delta: 
     By Hoeffding it exceeds lambda = N eta^2 + eta sqrt(2 N ln(1 / beta)) with probability at most
     beta. So epsilon grows by 2 lambda, and delta becomes
 
-        delta e^lambda + (1 + e^(epsilon + lambda)) beta + the mass beyond the cut
+        delta e^lambda + (1 + e^(epsilon + lambda)) beta + the probability beyond the cut
 
     The cut at t standard deviations matters where one of two neighbours gives an output that the
     other cannot: with probability at most N P(|Z| > t - 1 / noise multiplier), and at most
@@ -181,7 +186,7 @@ def with_sampler(epsilon_at: Callable[[float], float], history: History, delta: 
     independent of the data. See Prest 2017 for relative errors.
 
     Returns:
-        Epsilon; infinite where the mass beyond the cut is too large for delta.
+        Epsilon; infinite if the probability beyond the cut is too large for delta.
     """
     own = [charge for charge in history if charge.noise == "grid-gaussian"]
     ideal = epsilon_at(delta * (1 - DELTA_SHARE) if own else delta)
@@ -199,7 +204,7 @@ def with_sampler(epsilon_at: Callable[[float], float], history: History, delta: 
 
 
 def _two_sided(t: float) -> float:
-    """P(|Z| > t) of a standard normal Z."""
+    """Return P(|Z| > t) for a standard normal Z."""
     return math.erfc(t / math.sqrt(2)) if t > 0 else 1.0
 
 
@@ -217,7 +222,7 @@ def _counted(noise: float, interval: float) -> Any:
 
 @lru_cache(maxsize=8)
 def _selection(epsilon: float, interval: float) -> Any:
-    """PLD of a mechanism that is only known to be epsilon-DP: the worst one."""
+    """Privacy loss distribution of the worst mechanism that is epsilon-DP."""
     from dp_accounting.pld import common, privacy_loss_distribution
 
     parameters = common.DifferentialPrivacyParameters(epsilon, 0.0)
@@ -228,7 +233,7 @@ def _selection(epsilon: float, interval: float) -> Any:
 
 @contextmanager
 def _quiet_absl() -> Iterator[None]:
-    """Silence the warnings about orders that RDP leaves out: that only loosens the bound."""
+    """Silence warnings about orders that RDP leaves out; without them the bound is only looser."""
     logger = logging.getLogger("absl")
     was = logger.disabled
     logger.disabled = True

@@ -1,9 +1,9 @@
 """From charges to epsilon, and from epsilon to a noise multiplier.
 
-Privacy loss distributions (PLD) decide, on a coarse grid first, which bounds epsilon as surely as
-the fine one, takes no longer than Renyi DP (RDP) and is far tighter. RDP is there to be shown
-beside it. The central-limit approximation of Gaussian DP is left out: it claims less than was
-spent.
+Privacy loss distributions (PLD) decide. A coarse grid comes first: its epsilon is an upper bound
+too, it takes no longer than Renyi DP (RDP), and it is far tighter. RDP is computed only for
+comparison. The central-limit approximation of Gaussian DP is not offered, because its epsilon can
+be below the true one.
 """
 
 import math
@@ -20,7 +20,7 @@ ROUGH_RANGE = (1e-9, 1e6)
 FINE_TOLERANCE = 5e-4
 """Largest gap, relative to the target, between the target and the cost of a calibrated history."""
 FINE_CALLS = 4
-"""Evaluations on the fine grid to get there."""
+"""Number of evaluations on the fine grid that a search may use to reach `FINE_TOLERANCE`."""
 
 
 def epsilon(
@@ -73,10 +73,10 @@ def epsilon(
 
 
 def check_target(epsilon: float, delta: float) -> None:
-    """Refuse an (epsilon, delta) that is no privacy target.
+    """Refuse an epsilon or delta that cannot be a privacy target.
 
     Raises:
-        ConfigError: naming the one that is not allowed.
+        ConfigError: names the value that is not allowed.
     """
     if not 0 < epsilon < math.inf:
         raise ConfigError.of("epsilon", epsilon, "finite and above 0")
@@ -87,9 +87,9 @@ def check_target(epsilon: float, delta: float) -> None:
 def worst(
     histories: Mapping[str, Sequence[Charge]], *, delta: float, relation: Relation = "add-remove"
 ) -> tuple[str, float]:
-    """Name and PLD epsilon of the history that spent most.
+    """Return the name and the PLD epsilon of the history that costs most.
 
-    ("none", 0) where there is no history.
+    The result is ("none", 0) if there is no history.
     """
     names: dict[History, str] = {}
     for name, charges in histories.items():
@@ -111,9 +111,9 @@ def worst(
 def within(
     charges: Iterable[Charge], target: float, *, delta: float, relation: Relation = "add-remove"
 ) -> bool:
-    """Tell if `charges` cost at most `target`.
+    """Return True if `charges` cost at most `target`.
 
-    A coarse grid accepts, and else the fine one decides.
+    If the coarse grid cannot show this, the fine grid decides.
     """
     history = merged(charges)
     # the margin keeps the verdict the same as that of the fine grid
@@ -163,7 +163,7 @@ def calibrate(
 
 
 def _heaviest(histories: Sequence[History], delta: float) -> int:
-    """Index of the history that costs most, roughly."""
+    """Index of the history that costs most, by a rough formula."""
     costs = [rough_epsilon(history, delta) for history in histories]
     return costs.index(max(costs))
 
@@ -177,7 +177,7 @@ def _at(
 def _over(
     histories: Sequence[History], solved: int, target: float, delta: float, relation: Relation
 ) -> int | None:
-    """Index of a history other than `solved` that costs more than `target`, if there is one."""
+    """Index of a history other than `solved` that costs more than `target`; None if none does."""
     others = [history for history in _undominated(histories) if history != histories[solved]]
     # those that cost most first
     for history in sorted(others, key=lambda own: -rough_epsilon(own, delta)):
@@ -187,7 +187,7 @@ def _over(
 
 
 def _undominated(histories: Iterable[History]) -> list[History]:
-    """Histories of which no other one contains every step."""
+    """Return the histories that are not contained in another one, step by step."""
     distinct = list(dict.fromkeys(histories))
     steps = {own: {charge.kind: charge.steps for charge in own} for own in distinct}
     left: dict[History, None] = {}
@@ -205,10 +205,9 @@ def _contains(large: Mapping[tuple[float, float, Noise], int], small: History) -
 def _solve(
     history_at: Callable[[float], History], target: float, delta: float, relation: Relation
 ) -> float:
-    """Smallest noise multiplier for one history.
+    """Find the smallest noise multiplier with which one history costs at most `target`.
 
-    A rough formula says where to look, PLD on a coarse grid where the root is, and the fine grid
-    decides.
+    A rough formula gives the start, a coarse PLD grid finds the root, and the fine grid decides.
     """
     interval = COARSE_INTERVAL * max(1.0, target / 3)
 
@@ -240,7 +239,7 @@ def _on_the_fine_grid(
     delta: float,
     relation: Relation,
 ) -> float:
-    """Smallest noise multiplier of four digits by the fine grid, from the root on a coarse one."""
+    """Return the smallest four-digit noise multiplier on the fine grid, from the coarse root."""
 
     def excess(noise: float) -> float:
         spent = epsilon(history_at(noise), delta=delta, relation=relation)
@@ -274,7 +273,7 @@ def _logarithm(ratio: float) -> float:
 
 
 def rough_epsilon(history: History, delta: float) -> float:
-    """Epsilon of the Gaussian that a history is like (central limit); no bound, only a guess.
+    """Estimate epsilon from the Gaussian mechanism closest to a history (central limit); no bound.
 
     Source: Dong, Roth and Su 2022 (Gaussian differential privacy), theorem 3.6 and corollary 2.13.
     """
@@ -300,7 +299,7 @@ def rough_epsilon(history: History, delta: float) -> float:
 
 
 def _mu_squared(charge: Charge) -> float:
-    """Compute the share of one step in mu^2."""
+    """Compute the contribution of one step to mu^2 of Gaussian DP."""
     if charge.noise_multiplier == 0:
         return math.inf
     inverse = 1 / charge.noise_multiplier**2
@@ -314,15 +313,15 @@ def _mu_squared(charge: Charge) -> float:
 def _bracket(
     excess: Callable[[float], float], start: float, *, first: float
 ) -> tuple[float, float]:
-    """Logarithms of two noise multipliers with the root of a decreasing function between them.
+    """Logarithms of two noise multipliers between which a decreasing function changes its sign.
 
-    Both are the smallest allowed where that is enough, and beyond the largest where that is not.
+    Both are the smallest allowed one if that is enough; both lie above the largest if that is not.
 
     Args:
-        excess: logarithm of epsilon over the target; falls by 1 or more in a unit, where all
-            charges depend on the noise.
-        start: where to begin.
-        first: least first step.
+        excess: logarithm of epsilon / target, as a function of the logarithm of the noise
+            multiplier; its slope is -1 or steeper if all charges depend on the noise.
+        start: logarithm of the noise multiplier at which the search starts.
+        first: smallest first step of the search.
     """
     lowest, highest = (math.log(noise) for noise in NOISE_RANGE)
     here = min(max(start, lowest), highest)
@@ -348,9 +347,9 @@ def _bracket(
 
 
 def _root(excess: Callable[[float], float], low: float, high: float) -> float:
-    """Root of a decreasing function to 2e-3, between `low` and `high`.
+    """Root of a decreasing function between `low` and `high`, with an error of at most 2e-3.
 
-    By regula falsi, Illinois variant.
+    The method is regula falsi in the Illinois variant.
     """
     at_low = excess(low)
     at_high = excess(high)
@@ -372,6 +371,6 @@ def _root(excess: Callable[[float], float], low: float, high: float) -> float:
 
 
 def _round_up(noise: float) -> float:
-    """`noise` rounded up to four significant digits."""
+    """Round a noise multiplier up to four significant digits."""
     unit = 10.0 ** (math.floor(math.log10(noise)) - 3)
     return float(f"{math.ceil(noise / unit - 1e-9) * unit:.4g}")

@@ -1,4 +1,4 @@
-"""Charges: what one record was exposed to."""
+"""Charges: the privacy cost of the mechanisms that used one record."""
 
 import math
 from collections.abc import Iterable
@@ -56,16 +56,17 @@ class Charge:
 
     @property
     def kind(self) -> tuple[float, float, Noise]:
-        """All but how often."""
+        """Sampling rate, noise multiplier and kind of noise, without the number of steps."""
         return float(self.sampling_rate), float(self.noise_multiplier), self.noise
 
 
 def covers(stronger: Iterable[Charge], weaker: Iterable[Charge]) -> bool:
-    """Return True where each step of `weaker` is met by one of `stronger` that reveals as much.
+    """Return True if every step of `weaker` has its own step of `stronger` that reveals as much.
 
-    A step reveals as much at a rate at least as high and noise at most as strong (joint convexity
-    and data processing). Then the one history costs at least as much as the other, whatever is
-    composed with both. The matching is greedy: False proves nothing.
+    A step reveals at least as much as another if its rate is at least as high and its noise at most
+    as strong (joint convexity and data processing). Then `stronger` costs at least as much as
+    `weaker`, also when both are composed with the same further charges. The matching is greedy, so
+    False proves nothing.
     """
     left = {charge.kind: charge.steps for charge in merged(stronger)}
     for charge in sorted(weaker, key=lambda each: (-each.sampling_rate, each.noise_multiplier)):
@@ -84,10 +85,11 @@ def covers(stronger: Iterable[Charge], weaker: Iterable[Charge]) -> bool:
 
 
 def bounding(histories: Iterable[Iterable[Charge]]) -> History:
-    """Return one history that costs at least as much as each, whatever is composed with it.
+    """Return one history that costs at least as much as each given one, also after composition.
 
-    The worst of them where one covers all others. Else each mechanism as often as the history
-    that has it most often: epsilon alone does not tell which is worst after more is added.
+    If one of them covers all others, it is returned. If not, the result has each mechanism as often
+    as the history that has it most often: epsilon alone does not show which one costs most after
+    more charges are added.
     """
     each = sorted({merged(history) for history in histories})
     for candidate in each:
@@ -100,7 +102,7 @@ def bounding(histories: Iterable[Iterable[Charge]]) -> History:
 
 
 def merged(charges: Iterable[Charge]) -> History:
-    """Add up the steps of equal mechanisms and sort: composition does not depend on the order."""
+    """Add up the steps of equal mechanisms and sort the result; composition ignores the order."""
     steps: dict[tuple[float, float, Noise], int] = {}
     for charge in charges:
         steps[charge.kind] = steps.get(charge.kind, 0) + charge.steps

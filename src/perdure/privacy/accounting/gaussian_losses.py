@@ -1,4 +1,4 @@
-"""Loss distributions of one Gaussian step, sampled or not, for dp-accounting to compose.
+"""Privacy loss distributions of one Gaussian step, sampled or not, for dp-accounting to compose.
 
 Bounds, distributions and pessimistic discretisation equal those of dp-accounting's
 `from_gaussian_mechanism`, up to rounding. That function looks for the output at each privacy loss
@@ -22,13 +22,13 @@ Numbers = npt.NDArray[np.float64]
 def gaussian_step(
     rate: float, noise: float, relation: Relation, interval: float
 ) -> "PrivacyLossDistribution":
-    """Loss distribution of one step, by connecting the dots (Doroshenko et al. 2022).
+    """Privacy loss distribution of one step, by connecting the dots (Doroshenko et al. 2022).
 
     Args:
-        rate: probability that a record takes part.
-        noise: standard deviation over sensitivity.
+        rate: probability that a record takes part in the step.
+        noise: standard deviation of the noise divided by the sensitivity.
         relation: how neighbouring data sets differ.
-        interval: of the grid of privacy losses.
+        interval: distance between two points of the grid of privacy losses.
     """
     from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
     from dp_accounting.pld.privacy_loss_mechanism import AdjacencyType, GaussianPrivacyLoss
@@ -44,7 +44,7 @@ def gaussian_step(
 
 
 def _discretised(loss: Any, side: str, rate: float, noise: float, interval: float) -> Any:
-    """Pessimistic masses on the grid, from the exact deltas at its points."""
+    """Probabilities on the grid that give an upper bound, from the exact deltas at its points."""
     from dp_accounting.pld import pld_pmf
 
     bounds = loss.connect_dots_bounds()
@@ -57,10 +57,10 @@ def _discretised(loss: Any, side: str, rate: float, noise: float, interval: floa
 
 
 def _deltas(loss: Any, side: str, rate: float, noise: float, epsilons: Numbers) -> Numbers:
-    """Delta at every epsilon: P(loss >= epsilon) on the one side, less e^epsilon times the other.
+    """Delta at every epsilon: P(loss >= epsilon) in one data set - e^epsilon times P in the other.
 
-    Under sampling no loss of an added record reaches -log(1 - rate), and all of a removed one
-    exceed log(1 - rate).
+    Under sampling, the loss of an added record stays below -log(1 - rate), and the loss of a
+    removed record stays above log(1 - rate).
     """
     deltas = np.zeros_like(epsilons)
     inside = np.ones(len(epsilons), dtype=bool)
@@ -78,7 +78,7 @@ def _deltas(loss: Any, side: str, rate: float, noise: float, epsilons: Numbers) 
 
 
 def _output_per_variance(side: str, rate: float, noise: float, epsilons: Numbers) -> Numbers:
-    """Output with this loss, less the middle between both means, over the variance."""
+    """Output at which the loss is epsilon, minus the midpoint of both means, over the variance."""
     if side == "ADD":
         return _unsampled(rate, -epsilons)
     if side == "REMOVE":
@@ -100,7 +100,7 @@ def _output_per_variance(side: str, rate: float, noise: float, epsilons: Numbers
 
 
 def _unsampled(rate: float, epsilons: Numbers) -> Numbers:
-    """Loss without sampling behind a loss under it: log(1 + (e^epsilon - 1) / rate)."""
+    """Convert losses of the sampled step to the unsampled one: log(1 + (e^epsilon - 1) / rate)."""
     if rate == 1:
         return epsilons
     small = np.minimum(epsilons, 1.0)

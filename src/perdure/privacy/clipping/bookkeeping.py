@@ -1,6 +1,6 @@
-"""Clipped sums of per-record gradients by book-keeping.
+"""Clipped sums of per-record gradients by book-keeping, with one forward and one backward pass.
 
-One forward pass and one backward pass to the outputs of the layers are enough.
+The backward pass goes to the outputs of the layers only.
 
 Bu, Wang, Zha and Karypis, Differentially Private Optimization on Large Model at Small Cost, ICML
 2023 (book-keeping). Norms and clipped sums come from the inputs of each layer and the gradients at
@@ -116,7 +116,7 @@ def _clipped(
     records: int,
     clip: Clip,
 ) -> Params:
-    """Clipped sums of all layers, and of the parameters outside of them."""
+    """Compute the clipped sums of all layers with a rule, and of the parameters outside of them."""
     rules = clipping_rules()
     device = next(iter(params.values())).device
     nothing = torch.zeros(records, dtype=torch.float64, device=device)
@@ -146,15 +146,15 @@ def _clipped(
 
 
 def refuse_not_finite(squares: Mapping[str, Tensor]) -> None:
-    """Refuse rows whose norms are not finite, or longer than `LONGEST`, which is taken as that.
+    """Refuse rows whose norms are infinite, NaN or longer than `LONGEST`.
 
-    A factor of 0 would not silence a row of NaN in a matrix product.
+    A factor of 0 would not be enough: in a matrix product, 0 times NaN is NaN.
 
     Args:
         squares: layer to (n,) squared norms.
 
     Raises:
-        NotFiniteError: naming the rows.
+        NotFiniteError: names the rows.
     """
     inside = sum_of(list(squares.values())) <= LONGEST**2
     if not bool(inside.all()):
@@ -165,7 +165,7 @@ def own_squared_norms(layer: nn.Module, gradients: RecordGradients, records: int
     """(n,) squared norms of the records' gradients in one layer, in float64.
 
     Raises:
-        PrivacyError: where its rule gives another shape.
+        PrivacyError: if the clipping rule of the layer returns another shape.
     """
     squares = gradients.squared_norms()
     if squares.shape != (records,):
@@ -177,10 +177,10 @@ def own_squared_norms(layer: nn.Module, gradients: RecordGradients, records: int
 
 
 def own_sums(layer: nn.Module, gradients: RecordGradients, factors: Tensor) -> Params:
-    """Weighted sums of the records' gradients in one layer, by its own parameter names.
+    """Compute the weighted sums of the per-record gradients of one layer, by parameter name.
 
     Raises:
-        PrivacyError: where its rule gives other names or shapes.
+        PrivacyError: if the clipping rule of the layer returns other names or shapes.
     """
     wide = torch.promote_types(next(layer.parameters()).dtype, torch.float32)
     sums = gradients.weighted(factors.to(wide))
@@ -198,9 +198,9 @@ def own_sums(layer: nn.Module, gradients: RecordGradients, factors: Tensor) -> P
 
 
 def ruled_layers(module: nn.Module, params: Params) -> dict[str, nn.Module] | None:
-    """Layers that own the parameters, by name.
+    """Layers that own the parameters, by name, if all of them can be clipped by a rule.
 
-    None where one has no rule, does not run as its class does, or is only partly trained.
+    None if a layer has no rule, overrides the forward of its class, or is trained only in part.
     """
     parts = layers_and_bare(module, params)
     return parts[0] if parts and not parts[1] else None
@@ -209,10 +209,10 @@ def ruled_layers(module: nn.Module, params: Params) -> dict[str, nn.Module] | No
 def layers_and_bare(
     module: nn.Module, params: Params
 ) -> tuple[dict[str, nn.Module], Params] | None:
-    """Layers that own parameters, by name, and the parameters of modules without a rule.
+    """Layers that own the parameters, by name, and the parameters of modules without a rule.
 
-    None where a layer with a rule does not run as its class does, or is only partly trained, and
-    where a module without one does more with its parameters than to broadcast them.
+    None if a layer with a rule overrides the forward of its class or is trained only in part, or if
+    a module without a rule does more with its parameters than broadcast them.
     """
     rules = clipping_rules()
     layers: dict[str, nn.Module] = {}
@@ -234,11 +234,13 @@ def layers_and_bare(
 
 
 def _goes_by(rule: ClippingRule, name: str, layer: nn.Module, own: Params) -> bool:
-    """Return whether a layer can be clipped by a rule.
+    """Return True if a layer can be clipped by a rule.
 
     Args:
-        name: of the layer in the model.
-        own: those of its parameters that are trained, by their names in the model.
+        rule: the clipping rule.
+        name: name of the layer in the model.
+        layer: the layer.
+        own: trained parameters of the layer, by their names in the model.
     """
     if not layer._parameters.keys() <= rule.parameters:
         return False
@@ -255,7 +257,7 @@ def _goes_by(rule: ClippingRule, name: str, layer: nn.Module, own: Params) -> bo
 
 
 def _understood(layers: Layers, tape: Tape, records: int) -> list[TapedCall] | None:
-    """Calls on the tape.
+    """Return the recorded calls of the layers if each one keeps one row per record.
 
     None if the input or output of a call does not have one row per record, or if its input was
     changed afterwards.

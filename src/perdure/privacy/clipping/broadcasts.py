@@ -1,17 +1,16 @@
-"""Per-record gradients of parameters that stand in no layer with a rule, such as class tokens.
+"""Per-record gradients of parameters outside of all layers with a rule, such as class tokens.
 
-A model may add a parameter to every record's row, put it beside every record's row, or scale every
-record's row with it. With out_i = x_i + q for every record i, and q a view of the parameter, the
-gradient of record i's loss in q is its gradient at out_i, summed over the axes that q is broadcast
-over. The gradient at all of `out` comes out of the same backward pass as those of the layers.
+A model may add a parameter to the row of every record, concatenate the two, or multiply them. With
+out_i = x_i + q for every record i, and q a view of the parameter, the gradient of record i's loss
+with respect to q is the gradient at out_i, summed over the axes that q is broadcast over. The same
+backward pass gives the gradients at `out` and those of the layers.
 
-The graph of autograd, which is what is differentiated, says whether a parameter is used so. Every
-path from the losses to the parameter must end in views of the parameter (which read no record)
-below one of
+The graph of autograd shows if a parameter is used only in this way. Every path from the losses to
+the parameter must end in views of the parameter (which read no record) below one of
 
 - `x + q` and `x * q`, where q has no axis of records and x has one row per record;
-- `q.expand(n, ...)` and `q.repeat(n, 1, ...)`, where all that is done with the result is one of the
-  former or `torch.cat` along another axis than the records', with an x that has one row per record.
+- `q.expand(n, ...)` and `q.repeat(n, 1, ...)`, if their result is used only in one of the former or
+  in `torch.cat` along another axis than the records', with an x that has one row per record.
 
 A tensor has one row per record if it is the output of a layer with a rule (a condition of
 book-keeping), or is computed from such a tensor by operations of a short list that do not change
@@ -35,8 +34,8 @@ from perdure.privacy.clipping.tape import TapedCall
 from perdure.types import Params
 
 MOST_SHARE = 0.5
-"""Largest share of a model's numbers in such parameters. They are few beside the layers; a model
-that multiplies with its own matrices need not run once more for nothing.
+"""Largest share of a model's numbers in such parameters. Usually they are few; a model above this
+share is clipped record by record at once, without a first attempt.
 """
 
 VIEWS = frozenset(
@@ -56,10 +55,10 @@ VIEWS = frozenset(
         "ViewBackward0",
     }
 )
-"""Operations on one tensor that compute nothing."""
+"""Operations on one tensor that only change its shape or layout."""
 
 RESHAPES = frozenset({"ReshapeAliasBackward0", "UnsafeViewBackward0", "ViewBackward0"})
-"""Views in the order of the numbers: where the first axis keeps its length, it keeps its rows."""
+"""Views that keep the order of the numbers: if the first axis keeps its length, rows are kept."""
 
 ELEMENTWISE = frozenset(
     {
@@ -75,7 +74,7 @@ ELEMENTWISE = frozenset(
         "ToCopyBackward0",
     }
 )
-"""Operations on one tensor, number by number."""
+"""Operations that change each number of one tensor by itself."""
 
 WITH_BROADCAST = frozenset({"AddBackward0", "MulBackward0"})
 COPIES = frozenset({"ExpandBackward0", "RepeatBackward0"})
@@ -83,15 +82,15 @@ COPIES = frozenset({"ExpandBackward0", "RepeatBackward0"})
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Use:
-    """One use of a parameter in every record's row.
+    """One use of a parameter in the rows of all records.
 
     Args:
-        name: of the parameter, in the model.
+        name: name of the parameter in the model.
         param: the parameter.
-        viewed: place of q in the graph, a view of the parameter.
-        shape: of q.
-        out: place of the tensor with one row per record; its gradient is asked for.
-        factor: what q is multiplied with, one row per record; None where it is added or copied.
+        viewed: edge of the autograd graph at q, a view of the parameter.
+        shape: shape of q.
+        out: edge of the graph at the tensor with one row per record, whose gradient is needed.
+        factor: tensor that q is multiplied with, one row per record; None if q is added or copied.
     """
 
     name: str
@@ -103,12 +102,12 @@ class Use:
 
 
 def bare_parameters(layer: nn.Module, own: Params, total: int) -> bool:
-    """Return whether the parameters of a module without a rule may be used by broadcast.
+    """Return True if the parameters of a module without a rule may be clipped as broadcasts.
 
     Args:
         layer: the module.
-        own: those of its parameters that are trained.
-        total: numbers in all parameters that are trained.
+        own: trained parameters of the module.
+        total: number of values in all trained parameters of the model.
     """
     containers = (nn.ParameterList, nn.ParameterDict)
     library = type(layer).__module__.partition(".")[0]
@@ -121,16 +120,16 @@ def bare_parameters(layer: nn.Module, own: Params, total: int) -> bool:
 def parameter_uses(
     total: Tensor, calls: Sequence[TapedCall], params: Params, records: int
 ) -> list[Use] | None:
-    """Every use of the parameters that the losses depend on.
+    """Find every use of the parameters that the losses depend on.
 
     Args:
         total: sum of the losses.
-        calls: of layers with a rule, whose outputs have one row per record.
-        params: by name in the model; none belongs to a layer with a rule.
-        records: in the batch.
+        calls: calls of layers with a rule, whose outputs have one row per record.
+        params: parameters by name in the model; none belongs to a layer with a rule.
+        records: number of records in the batch.
 
     Returns:
-        None where one is used in another way than this file's.
+        The uses; None if a parameter is also used in a way that this module does not cover.
     """
     graph = Graph(total, calls, records)
     uses: list[Use] = []
@@ -144,7 +143,7 @@ def parameter_uses(
 
 
 class Graph:
-    """The graph of autograd from the losses down, without the insides of layers with a rule.
+    """Graph of autograd from the losses down, without the operations inside layers with a rule.
 
     Args:
         total: see `parameter_uses`.
@@ -166,18 +165,18 @@ class Graph:
                 self.above.setdefault(below, []).append(node)  # type: ignore[arg-type]
 
     def _below(self, node: Node) -> Iterable[Node]:
-        """Nodes that a node passes gradients to, each once."""
+        """Return the nodes that a node passes gradients to, each once."""
         if node in self.jumps:
             before = self.jumps[node].before
             return () if before is None else (before,)
         return dict.fromkeys(below for below, _ in node.next_functions if below is not None)
 
     def leaves(self, param: Tensor) -> list[Node]:
-        """Places of a parameter in the graph."""
+        """Return the leaf nodes of a parameter in the graph."""
         return [node for node in self.above if getattr(node, "variable", None) is param]
 
     def uses(self, name: str, param: Tensor, node: Node) -> list[Use] | None:
-        """Uses of the tensor that left a node, a view of the parameter; None for any other use."""
+        """Uses of a node's output, a view of a parameter; None if there is any other use."""
         found: list[Use] = []
         for user in self.above[node]:
             some = self._of(name, param, node, user)
@@ -187,7 +186,7 @@ class Graph:
         return found
 
     def _of(self, name: str, param: Tensor, node: Node, user: Node) -> list[Use] | None:
-        """Uses by one operation."""
+        """Uses of a view of a parameter by one operation; None if the operation is not covered."""
         if user in self.jumps or not _single(node) or not _single(user):
             return None
         kind = user.name()
@@ -210,7 +209,7 @@ class Graph:
         return [Use(name=name, param=param, viewed=viewed, shape=shape, out=out, factor=factor)]
 
     def _broadcast(self, node: Node, place: int) -> bool:
-        """Return whether the operand at `place` meets another one with one row per record."""
+        """Return True if an operand of an operation is broadcast to one with a row per record."""
         functions = node.next_functions
         if len(functions) != 2 or len(_shape(node)) < 2:
             return False
@@ -221,7 +220,10 @@ class Graph:
         return self._has_rows(other, number) and _same_axes(other, node)
 
     def _copied(self, node: Node, shape: torch.Size) -> bool:
-        """Return whether a tensor without records is copied for each, to meet the records' rows."""
+        """Return True if a tensor without records is copied once per record.
+
+        The copies must then be used together with one row per record.
+        """
         out = _shape(node)
         if out[:1] != (self.records,) or not _rowless(shape, out):
             return False
@@ -231,7 +233,7 @@ class Graph:
         return all(self._meets_rows(user, node) for user in self.above[node])
 
     def _meets_rows(self, user: Node, node: Node) -> bool:
-        """Return whether an operation lines the rows of a copy up with the records' rows."""
+        """Return True if an operation aligns the rows of a copied parameter with the records."""
         if user in self.jumps or not _single(user):
             return False
         if user.name() in RESHAPES and _shape(user)[0] == self.records:
@@ -245,7 +247,7 @@ class Graph:
         return fits and self._broadcast(user, places[0])
 
     def _has_rows(self, node: Node | None, number: int) -> bool:
-        """Return whether what left a node has one row per record."""
+        """Return True if the output of a node has one row per record."""
         if node is None or number != 0 or not _single(node):
             return False
         if node not in self.known:
@@ -254,7 +256,7 @@ class Graph:
         return self.known[node]
 
     def _keeps_rows(self, node: Node) -> bool:
-        """Return whether rows of records went in, and the operation leaves the first axis alone."""
+        """Return True if an operation has rows of records as input and keeps the first axis."""
         kind = node.name()
         functions = node.next_functions
         if kind == "CatBackward0":
@@ -272,7 +274,7 @@ class Graph:
 
 
 def _first_axis_stays(node: Node, entered: torch.Size) -> bool:
-    """Return whether an operation on one tensor with one row per record gives one."""
+    """Return True if an operation on one tensor keeps the rows of its first axis."""
     kind = node.name()
     if kind in ELEMENTWISE:
         return True
@@ -287,7 +289,7 @@ def _first_axis_stays(node: Node, entered: torch.Size) -> bool:
 
 
 def _axis(node: Node, name: str) -> int:
-    """An axis that an operation was given, counted from the first; -1 where it is not known."""
+    """Axis that an operation was given, counted from the first; -1 if it is not known."""
     axis = getattr(node, name, None)
     if not isinstance(axis, int):
         return -1
@@ -296,12 +298,12 @@ def _axis(node: Node, name: str) -> int:
 
 
 def _single(node: Node) -> bool:
-    """Return whether one tensor left a node."""
+    """Return True if a node has exactly one output tensor."""
     return len(_metadata(node)) == 1
 
 
 def _shape(node: Node | None) -> torch.Size:
-    """Shape of the tensor that left a node."""
+    """Shape of the output tensor of a node."""
     assert node is not None
     return torch.Size(_metadata(node)[0].shape)
 
@@ -313,22 +315,22 @@ def _metadata(node: Node) -> Sequence[Any]:
 
 
 def _same_axes(operand: Node | None, result: Node) -> bool:
-    """Return whether an operand has all axes of the result, and all of its rows."""
+    """Return True if an operand has as many axes as the result, and as many rows."""
     own = _shape(operand)
     out = _shape(result)
     return len(own) == len(out) and own[0] == out[0]
 
 
 def _rowless(shape: torch.Size, out: torch.Size) -> bool:
-    """Return whether a tensor has no axis of records, or one of length 1, in a result."""
+    """Return True if a tensor has no axis of records in a result, or one of length 1."""
     return len(shape) < len(out) or shape[0] == 1
 
 
 class BroadcastRows(FormedRows):
-    """Rows of the parameters of one module, over all their uses.
+    """Per-record gradients of the parameters of one module, over all uses of each parameter.
 
     Args:
-        uses: each with the gradient at its `out`, (n, ...).
+        uses: each use with the gradient (n, ...) at its `out`.
     """
 
     def __init__(self, uses: Sequence[tuple[Use, Tensor]]) -> None:
@@ -337,11 +339,11 @@ class BroadcastRows(FormedRows):
         super().__init__(len(uses[0][1]), sum(map(math.prod, self.shapes.values())))
 
     def finished(self, sums: Params) -> Params:
-        """See `FormedRows`."""
+        """Give the sums the shapes of the parameters."""
         return {name: value.view(self.shapes[name]) for name, value in sums.items()}
 
     def formed(self, piece: slice) -> Params:
-        """See `FormedRows`; by the parameters' names in the model."""
+        """Compute the gradients of some records, by the parameters' names in the model."""
         rows: Params = {}
         for use, back in self.uses:
             own = _row(use, back, piece)
@@ -351,7 +353,7 @@ class BroadcastRows(FormedRows):
 
 
 def _row(use: Use, back: Tensor, piece: slice) -> Tensor:
-    """(m, ...) gradients of some records in the parameter, by one use."""
+    """(m, ...) gradients of some records with respect to a parameter, for one of its uses."""
     rows = at_least_float32(back[piece])
     if use.factor is not None:
         rows = rows * use.factor[piece].to(rows.dtype)
@@ -373,11 +375,11 @@ def _row(use: Use, back: Tensor, piece: slice) -> Tensor:
 
 
 def rows_by_module(uses: Sequence[Use], backs: Sequence[Tensor | None]) -> dict[str, BroadcastRows]:
-    """Rows of the parameters by the name of the module that owns them.
+    """Group the uses of parameters by the name of the module that owns each parameter.
 
     Args:
-        uses: of the parameters.
-        backs: gradient at each one's `out`; None where the losses do not depend on it.
+        uses: uses of the parameters.
+        backs: gradient at the `out` of each use; None if the losses do not depend on it.
     """
     found: dict[str, list[tuple[Use, Tensor]]] = {}
     for use, back in zip(uses, backs, strict=True):

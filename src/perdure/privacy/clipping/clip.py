@@ -14,17 +14,19 @@ from perdure.types import Params
 from perdure.utils.chunking import filled_chunks
 
 Rows = Callable[[Params, Mapping[str, Tensor]], Params]
-"""(parameters, tensors of ONE record without batch dimension) -> that record's vector, by name."""
+"""Function from the parameters and one record, without batch dimension, to its vector, by name."""
 
 LARGEST_PASS = 256
 PASS_NUMBERS = 2**27
-"""Numbers that a vectorised pass may hold; they bound memory, not the accounting."""
+"""Most numbers that a vectorised pass may hold: this bounds memory, and privacy does not change."""
 
 SMALLEST = 2.0**-100
-"""Least clip factor but 0: below 2^-126 float32 has few digits, and would leave a row too long."""
+"""Smallest clip factor other than 0; below 2^-126 float32 has few digits and a row could be too
+long.
+"""
 
 WITHIN = "within clip norm"
-"""Name under which a counted clip adds up how many records it left as they were."""
+"""Name of the sum that counts how many records had a norm within the clip norm."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,10 +91,10 @@ def layer_of(name: str) -> str:
 
 
 def clip_factors(squared_norms: Tensor, clip_norm: float) -> Tensor:
-    """(n,) min(1, C / norm), and 0 for a row whose norm is not finite, so that no row can exceed C.
+    """(n,) factors min(1, C / norm), so that no row is longer than C; 0 if a norm is not finite.
 
-    Also 0 where it would be below `SMALLEST`. Norms are in float32 or wider whatever the precision
-    of the rows.
+    A factor below `SMALLEST` becomes 0. Norms are computed in float32 or wider, whatever the
+    precision of the rows.
     """
     norms = at_least_float32(squared_norms).sqrt()
     factors = (clip_norm / norms).clamp(max=1.0)  # 1 for a norm of 0: C / 0 is infinite
@@ -101,7 +103,7 @@ def clip_factors(squared_norms: Tensor, clip_norm: float) -> Tensor:
 
 
 def clip_rows(rows: Params, clip: Clip) -> Params:
-    """Scale each record's vector into its bound.
+    """Scale the vector of each record so that its norm is within the bound of the clip.
 
     Args:
         rows: name to (n, ...), one row per record.
@@ -120,23 +122,24 @@ def squared_norms(rows: Params) -> dict[str, Tensor]:
 
 
 def _by_loop(row: Tensor) -> Tensor:
-    """(n,) squared norms."""
+    """(n,) squared norms of one tensor's rows, by the compiled loops."""
     squares = torch.zeros(len(row), dtype=torch.float64)
     row_loops.row_loops().add_squares(row_loops.table_of(row), squares.numpy())
     return squares
 
 
 def _by_torch(row: Tensor) -> Tensor:
-    """(n,) squared norms."""
+    """(n,) squared norms of one tensor's rows, by torch."""
     table = row.unsqueeze(-1).flatten(1)
     norms: Tensor = torch.linalg.vector_norm(table, dim=1, dtype=torch.float64)
     return norms.square()
 
 
 def scaled(rows: Params, factors: Mapping[str, Tensor]) -> Params:
-    """Rows times their layer's factors (n,); a row whose factor is 0 becomes 0, whatever it holds.
+    """Rows times the (n,) factors of their layers; 0 for a row with factor 0, even with NaN.
 
-    A factor is 0 or at least `SMALLEST`, which float32 holds. One whose norm is not finite is 0.
+    A factor is 0 or at least `SMALLEST`, so that float32 can hold it, and 0 if a norm is not
+    finite.
     """
     silent = {layer: factor == 0 for layer, factor in factors.items()}
     silenced = {layer for layer, rows_at in silent.items() if bool(rows_at.any())}
@@ -152,9 +155,9 @@ def scaled(rows: Params, factors: Mapping[str, Tensor]) -> Params:
 
 
 def per_pass(params: Params) -> int:
-    """Records whose vectors, each of the size of `params`, are formed at once.
+    """Number of records whose vectors, each of the size of `params`, are computed at once.
 
-    At most 256, and about 0.5 GB.
+    It is at most 256, and such that the vectors take about 0.5 GB.
     """
     size = sum(value.numel() for value in params.values())
     return min(LARGEST_PASS, max(1, PASS_NUMBERS // max(1, size)))
@@ -192,11 +195,11 @@ def clipped_sum(
 
 
 def sum_of_clipped(rows: Params, clip: Clip) -> Params:
-    """Clipped sum of rows that are already there; in float64 where the clip has a grid.
+    """Clipped sum of rows that are already computed, in float64 if the clip has a grid.
 
-    Guarantee: on a grid, a row enters as integers whose L2 norm was checked, and integers below
+    Guarantee: on a grid, a row is added as integers whose L2 norm was checked, and integers below
     2^53 add up exactly in float64, in any order. So a record moves the sum by the norm of its own
-    row, at most C and half a grid step in every coordinate.
+    row, at most C plus half a grid step in every coordinate.
     """
     squares = squared_norms(rows)
     factors = clip.factors(squares)
@@ -218,15 +221,15 @@ def sum_of_clipped(rows: Params, clip: Clip) -> Params:
 
 
 def _add_by_torch(rows: Params, scales: Params, longest: float, sums: Params) -> None:
-    """Add rows in whole grid steps to the sums.
+    """Add rows, rounded to whole grid steps, to the sums.
 
-    A row beyond its bound, which no clipped one is, is left out.
+    A row that is longer than its bound is left out; no clipped row is.
 
     Args:
         rows: name to (n, ...).
-        scales: name to (n,) grid steps in a unit of the clipped row.
-        longest: squared norm of the longest row there may be, in grid steps.
-        sums: added to.
+        scales: name to (n,) factors from the unclipped row to grid steps of the clipped row.
+        longest: squared norm of the longest row that is allowed, in grid steps.
+        sums: sums by name, which the rows are added to.
     """
     units: Params = {}
     for name, row in rows.items():
@@ -243,7 +246,7 @@ def _add_by_torch(rows: Params, scales: Params, longest: float, sums: Params) ->
 
 
 def _add_by_loop(rows: Params, scales: Params, longest: float, sums: Params) -> None:
-    """See `_add_by_torch`; the sums are 0 before."""
+    """Add rows to sums that are 0 before, like `_add_by_torch` but with the compiled loops."""
     loops = row_loops.row_loops()
     squares = torch.zeros(len(next(iter(scales.values()))), dtype=torch.float64)
     for name, row in rows.items():

@@ -1,14 +1,14 @@
-"""L2 norms of per-record rows, for rows of any length.
+"""L2 norms of per-record rows that do not overflow or underflow, for rows of any length.
 
-A norm that is too small is a record that is clipped too little. In float32 the square of a number
-below 1e-19 is 0 (or has lost digits), and above 1.8e19 infinite. Before a normalisation, inputs of
-length 1e19 come with gradients of length 1e-19: the square of the one is finite, the square of the
-other is 0, and so is their product; but the gradient of the weight, which is the product of the
-lengths, is about 1.
+If a norm is computed too small, the record is clipped too little. In float32 the square of a number
+below 1e-19 is 0 (or has lost digits), and above 1.8e19 it is infinite. Before a normalisation
+layer, inputs of length 1e19 come with gradients of length 1e-19: the square of the input is finite,
+the square of the gradient is 0, and so is their product; but the gradient of the weight, whose norm
+is the product of the two lengths, has norm 1.
 
-So a norm is taken in float32 only where nothing can be lost, and in float64 elsewhere: a square of
-a float32 number, and the product of two such squares, is far inside the range of float64. Norms,
-clip factors and what is computed from them are in float64, which is cheap for n numbers.
+So a norm is taken in float32 only if no digits can be lost, and in float64 in all other cases: a
+square of a float32 number, and the product of two such squares, is far inside the range of float64.
+Norms, clip factors and values computed from them are in float64, which is cheap for n numbers.
 """
 
 import torch
@@ -17,23 +17,23 @@ from torch import Tensor
 LONGEST = 2.0**80
 """Rows of a larger norm (1.2e24) count as infinite, and their records as zero.
 
-It keeps what follows in range whatever the processor does with denormal numbers: they may count as
-0 in a norm and not in a sum, but such a number times a row is below 1e-13.
+It keeps later results in range, also on processors that treat denormal numbers as 0: these may
+count as 0 in a norm and not in a sum, but such a number times a row is below 1e-13.
 """
 
 SURE = (2.0**-40, 2.0**60)
-"""Norms for which float32 is enough: squares stay finite, and entries whose squares are lost do not
-matter beside the norm.
+"""Range of norms that are computed in float32: in it squares stay finite, and entries whose squares
+are lost are too small to matter.
 """
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """Float32, or float64 as it is."""
+    """Convert to float32; a float64 tensor is returned unchanged."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 def at_least(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """In this precision, or as it is where that is wider."""
+    """Convert a tensor to a precision, unless its own precision is wider."""
     return x.to(torch.promote_types(x.dtype, dtype))
 
 
@@ -65,13 +65,13 @@ def squared_row_norms(*tables: Tensor) -> list[Tensor]:
 
 
 def _quick(table: Tensor) -> Tensor:
-    """(n,) norms in float32, in two stages: over millions of numbers one loses three digits."""
+    """(n,) norms in float32, in two stages, because one sum of millions loses three digits."""
     inner = torch.linalg.vector_norm(table.flatten(2), dim=2) if table.dim() > 2 else table
     norms: Tensor = torch.linalg.vector_norm(inner, dim=1)
     return norms
 
 
 def _wide(table: Tensor) -> Tensor:
-    """(n,) norms in float64, infinite where they are longer than `LONGEST` or not a number."""
+    """(n,) norms in float64; infinite for rows that are longer than `LONGEST` or contain NaN."""
     norms = torch.linalg.vector_norm(table.flatten(1), dim=1, dtype=torch.float64)
     return torch.where(norms <= LONGEST, norms, torch.inf)

@@ -1,8 +1,8 @@
-"""Compiled loops over the rows of records: one pass over them where torch takes many.
+"""Compiled loops that clip per-record rows in one pass over memory, where torch needs many.
 
-Every loop gives what its counterpart by torch in `clip` gives: the same integers, and norms that
-differ in the order of a sum in float64. Numba is loaded at the first long row, and compiles in two
-seconds.
+Every loop has the same result as the function of torch that it replaces (in `clip`): the same
+integers, and norms that differ only by the order of a sum in float64. Numba is loaded for the first
+long row, and compiles in two seconds.
 """
 
 from collections.abc import Callable
@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 LONG_ROW = 2**11
-"""Numbers in a record's row from which loading the loops pays.
+"""Shortest row, in numbers, for which the compiled loops are loaded.
 
-It is a length, which is public, and not a number of records: how a row is rounded depends on it.
+The choice uses the length, which is public, and not the number of records, because it changes how a
+row is rounded.
 """
 
 Floats = npt.NDArray[np.float32]
@@ -25,12 +26,12 @@ Doubles = npt.NDArray[np.float64]
 
 
 class RowLoops(NamedTuple):
-    """The loops.
+    """Compiled loops over the rows of a table.
 
     Args:
-        add_squares: adds the squares of each row to its place.
-        add_grid_rows: adds the rows, in whole grid steps, to a sum, and the squares of each row,
-            in whole grid steps, to its place.
+        add_squares: adds the squared norm of each row to an array, one entry per row.
+        add_grid_rows: rounds the rows to whole grid steps, adds them to one sum, and adds the
+            squared norm of each rounded row to an array.
     """
 
     add_squares: Callable[[Floats, Doubles], None]
@@ -38,7 +39,7 @@ class RowLoops(NamedTuple):
 
 
 def takes(rows: dict[str, Tensor]) -> bool:
-    """Return True for rows long enough for the loops, in float32 and in the processor's memory."""
+    """Return True if the rows are long enough for the compiled loops, float32, and on the CPU."""
     numbers = sum(row[:1].numel() for row in rows.values())
     return numbers >= LONG_ROW and all(
         row.dtype is torch.float32 and row.device.type == "cpu" for row in rows.values()
@@ -46,14 +47,14 @@ def takes(rows: dict[str, Tensor]) -> bool:
 
 
 def table_of(rows: Tensor) -> Floats:
-    """(n, numbers) view of the rows, or a copy where they are not in order."""
+    """View the rows as a table (n, numbers); a copy if they are not contiguous."""
     table: Floats = rows.detach().reshape(len(rows), -1).contiguous().numpy()
     return table
 
 
 @cache
 def row_loops() -> RowLoops:
-    """Compile the loops."""
+    """Compile the loops, once per process."""
     import numba
 
     # terms of a sum may be added in any order, several at a time; nothing else may change

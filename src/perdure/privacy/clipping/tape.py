@@ -1,9 +1,9 @@
-"""Record the calls of layers in a forward pass, and the gradients that come back to them.
+"""Record the calls of layers in a forward pass, and the gradients at their outputs.
 
-Book-keeping and the samplers of Opacus read per-record gradients off what entered a layer and what
-came back to its output. Models write into tensors after a layer has returned them, and hooks and
-replaced methods change what a layer computes; a tape says where its calls are not the layer's own
-any more, and the gradients are then formed record by record.
+Book-keeping and the samplers of Opacus compute per-record gradients from the input of a layer and
+the gradient at its output. Models may change tensors in place after a layer has returned them, and
+hooks and replaced methods may change the result of a layer. The tape detects this; the gradients
+are then computed record by record.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,23 +25,23 @@ from perdure.utils.seeding import undisturbed
 Layers = Mapping[str, nn.Module]
 
 MOST_SEQUENCES = 64
-"""Sequences of calls that are kept of a module; calls of most modules have one or two."""
+"""Most sequences of calls that are remembered for one module; most modules have one or two."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TapedCall:
-    """One differentiable call of a layer; its output is kept as a place in the graph.
+    """One differentiable call of a layer; its output is kept as an edge of the autograd graph.
 
-    The tensor itself would not do: an operation in place gives it another place.
+    The output tensor itself is not enough, because an in-place operation gives it another edge.
 
     Args:
-        layer: its name.
+        layer: name of the layer.
         entered: the input, detached.
-        version: how often that tensor had been written to by then.
-        edge: the output's gradient.
-        before: where the graph goes on below the layer; None at its end.
-        shape: of the output.
-        foreign: whether the layer ran with other weights than its parameters.
+        version: number of in-place writes to the input before the call.
+        edge: edge of the graph at the output, where its gradient is found.
+        before: node of the graph below the layer; None if the graph ends at the layer.
+        shape: shape of the output.
+        foreign: True if the layer ran with other weights than its parameters.
     """
 
     layer: str
@@ -54,20 +54,20 @@ class TapedCall:
 
     @property
     def stands(self) -> bool:
-        """False where the layer ran with other weights, or its input was written to afterwards."""
+        """False if the layer ran with other weights, or if its input was changed after the call."""
         return not self.foreign and self.entered._version == self.version
 
 
 Tape = list[TapedCall | None]
-"""Calls in order; None for one that did not turn one tensor into another."""
+"""Calls in order; None for a call that did not turn one tensor into one other tensor."""
 
 
 def runs_as_built(layer: nn.Module) -> bool:
-    """Return whether a call of the layer runs the methods of its class, and nothing after them.
+    """Return True if a call of the layer runs only the methods of its class.
 
-    False for a method replaced on the object (`layer.forward = ...`), and wherever torch has
-    forward hooks for all modules: they run before any hook of the layer's own, and may change its
-    output.
+    False if a method was replaced on the object (`layer.forward = ...`), and for all layers if
+    torch has forward hooks for all modules: these run before the hooks of the layer, and may change
+    its output.
     """
     replaced = any(
         callable(value) and callable(getattr(type(layer), name, None))
@@ -78,11 +78,11 @@ def runs_as_built(layer: nn.Module) -> bool:
 
 @contextmanager
 def taped(layers: Layers, params: Params | None = None) -> Iterator[Tape]:
-    """Record every differentiable call of the layers.
+    """Context manager that records every differentiable call of the layers.
 
     Args:
-        layers: by name.
-        params: what the model runs with, by name, where that is not its own parameters.
+        layers: layers by name.
+        params: parameters by name that the model runs with, if they are not its own.
     """
     tape: Tape = []
     handles = []
@@ -100,7 +100,7 @@ def taped(layers: Layers, params: Params | None = None) -> Iterator[Tape]:
 
 
 def _joined(layer: str, own: str) -> str:
-    """Name in the model of a layer's own parameter."""
+    """Name in the model of a layer's parameter."""
     return f"{layer}.{own}".removeprefix(".")
 
 
@@ -113,7 +113,7 @@ def _record(
     named: dict[str, Any],
     left: Any,
 ) -> None:
-    """Put a call on the tape; a forward hook."""
+    """Forward hook that writes a call of a layer to the tape."""
     if isinstance(left, Tensor) and not left.requires_grad:
         return
     inputs = (*args, *named.values())
@@ -136,10 +136,10 @@ def _record(
 
 
 def _written_to(left: Tensor) -> Tensor:
-    """The tensor whose place in the graph an operation in place on `left` goes through.
+    """Return the tensor whose edge in the graph changes if `left` is changed in place.
 
-    For a view (the output of InstanceNorm, and of a linear layer on positions) it is the tensor
-    that is viewed, where `left` is all of it in the same order.
+    For a view (such as the output of InstanceNorm, or of a linear layer on positions) it is the
+    viewed tensor, if `left` shows all of it in the same order.
     """
     base = left._base
     if base is None or base.numel() != left.numel() or not base.requires_grad:
@@ -148,12 +148,12 @@ def _written_to(left: Tensor) -> Tensor:
 
 
 class Rehearsals:
-    """Layers that a module was seen to call with one row per record, by sequence of calls.
+    """Memory of the sequences of layer calls that were tested to have one row per record.
 
-    A first axis that is as long as the batch may be so by chance: positions of a sequence, looked
-    up once for all records, are as many as records in some batches. So a sequence of calls is
-    trusted after a pass of another number of records in which the first axes followed it, and one
-    that was caught is never trusted.
+    A first axis may have the length of the batch by chance: if positions of a sequence are looked
+    up once for all records, they are as many as the records of some batches. So a sequence of calls
+    is trusted only after a pass with another number of records in which the first axes have this
+    other length. A sequence that failed is never trusted.
     """
 
     def __init__(self) -> None:
@@ -167,15 +167,15 @@ class Rehearsals:
         rehearse: Callable[[], int],
         follows: Callable[[Tape, int], Sequence[TapedCall] | None],
     ) -> bool:
-        """Return whether the calls of a module have one row per record, whatever their number.
+        """Return True if the calls of a module have one row per record for any number of records.
 
         Args:
             module: the model.
-            layers: that were taped.
-            calls: of the pass in question.
+            layers: layers that were recorded.
+            calls: calls of the pass that is tested.
             rehearse: runs the losses of another number of records, and returns that number.
-            follows: from a tape and the number of records to its calls; None where one of them has
-                no row per record.
+            follows: function from a tape and the number of records to its calls; None if one of
+                them does not have one row per record.
         """
         known = self._seen.setdefault(module, {})
         order = tuple(call.layer for call in calls)
@@ -201,13 +201,13 @@ class Rehearsals:
 
 
 REHEARSALS = Rehearsals()
-"""Of the modules of this process."""
+"""Tested sequences of calls of all modules of this process."""
 
 
 def escapes(total: Tensor, calls: Sequence[TapedCall], params: Params) -> bool:
-    """Return whether the losses depend on a parameter past the taped calls.
+    """Return True if the losses depend on a parameter outside of the recorded calls.
 
-    The tape would then miss a part.
+    The tape would then miss a part of the gradient.
     """
     own = set(map(id, params.values()))
     jumps = {call.edge.node: call.before for call in calls}
@@ -225,16 +225,19 @@ def escapes(total: Tensor, calls: Sequence[TapedCall], params: Params) -> bool:
 
 
 def went_back(total: Tensor, calls: Sequence[TapedCall]) -> dict[str, list[LayerCall]]:
-    """Calls that the losses depend on, by layer; the weights' gradients are not computed."""
+    """Calls that the losses depend on, by layer, with the gradients at their outputs.
+
+    Gradients of the weights are not computed.
+    """
     return went_back_to(total, calls, ())[0]
 
 
 def went_back_to(
     total: Tensor, calls: Sequence[TapedCall], places: Sequence[GradientEdge]
 ) -> tuple[dict[str, list[LayerCall]], list[Tensor | None]]:
-    """Calls that the losses depend on, by layer, and the gradients at more places in the graph.
+    """Calls that the losses depend on, by layer, and the gradients at further edges of the graph.
 
-    One backward pass; a gradient is None where the losses do not depend on the place.
+    One backward pass computes both. A gradient is None if the losses do not depend on the edge.
     """
     flowed: dict[str, list[LayerCall]] = {}
     edges = [*(call.edge for call in calls), *places]

@@ -1,8 +1,8 @@
-"""Self test of clipping: the clipped gradient of synthetic records against a loop of autograd.
+"""Self test of clipping: compare clipped gradients of synthetic records with a loop of autograd.
 
-Book-keeping, the samplers of Opacus and torch.func.vmap each read the gradients of single records
-off one pass of a batch, and rest on what a layer does with the batch. The loop rests on nothing:
-one record, one forward pass, one backward pass, and a clip written out.
+Book-keeping, the samplers of Opacus and torch.func.vmap all compute per-record gradients from one
+pass over a batch, and so depend on how a layer handles a batch. The loop does not: it runs one
+record at a time, with one forward pass, one backward pass and an explicit clip.
 """
 
 import math
@@ -21,24 +21,26 @@ from perdure.utils.denormals import flushed
 from perdure.utils.seeding import seed_globally, undisturbed
 
 RECORDS = 3
-"""Synthetic records that are compared."""
+"""Number of synthetic records that are compared."""
 
 TOLERANCE = 1e-4
-"""Share of the clipped sum that rounding explains."""
+"""Largest relative difference of the clipped sums that rounding can explain."""
 
 TOLERANCE_OF_FLOAT32 = 2e-3
-"""The same for a model that does not run in float64, in which units of ReLU that rounding switches
-cannot be told from a fault.
+"""The same tolerance for a model that does not run in float64.
+
+There, rounding can switch a ReLU on or off, which cannot be told from an error.
 """
 
 NEAR_OVERFLOW = 1.5e19
-"""Norm of inputs whose square is just finite in float32; that of a gradient of 1e-19 is 0."""
+"""Norm of inputs whose square is just finite in float32; their gradients have squares of 0."""
 
 SMALL_CLIP = 1e-6
-"""Clip norm at which every record but one without a gradient is clipped."""
+"""Clip norm so small that every record with a gradient other than 0 is clipped."""
 
 ClippedGradient = Callable[[Tensor, Tensor, Clip], Params | None]
-"""(inputs (n, ...), what else goes with each row, clip) -> the library's clipped sum by name."""
+"""Function from inputs (n, ...), other facts of each row and a clip to the library's clipped sum.
+"""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -139,7 +141,10 @@ def check_bound(case: GradientCase, what: str, *, per_layer: bool = False) -> No
 
 
 def _at_large_inputs(case: GradientCase, inputs: Tensor, clip: Clip) -> Params | None:
-    """Clipped gradient of one record; None where the model fails on it, which bounds nothing."""
+    """Clipped gradient of one record.
+
+    None if the model fails on the record, which proves nothing.
+    """
     try:
         with undisturbed(), flushed():
             seed_globally(0)
@@ -151,7 +156,7 @@ def _at_large_inputs(case: GradientCase, inputs: Tensor, clip: Clip) -> Params |
 
 
 def _gap(case: GradientCase, what: str, per_layer: bool) -> tuple[float, str]:
-    """Distance of the tested sum from the loop's, as a share of it, and the worst parameter."""
+    """Relative distance of the tested sum from the sum of the loop, and the worst parameter."""
     records = range(len(case.inputs))
     with undisturbed():
         rows = [_row(case, slice(i, i + 1)) for i in records]
@@ -184,7 +189,7 @@ def _length(row: Params) -> float:
 
 
 def _clipped_by_hand(rows: list[Params], clip: Clip) -> Params:
-    """Sum of the rows, each (or each of its layers) scaled into its bound."""
+    """Sum of the rows after each of them (or each of its layers) was scaled to the clip norm."""
     layers = dict.fromkeys(map(layer_of, rows[0])) if clip.per_layer else {"": None}
     bound = clip.norm / math.sqrt(len(layers))
     total = {name: torch.zeros_like(value) for name, value in rows[0].items()}
@@ -198,7 +203,7 @@ def _clipped_by_hand(rows: list[Params], clip: Clip) -> Params:
 
 
 def _found(case: GradientCase, clip: Clip, what: str) -> Params:
-    """The sum that is tested."""
+    """Compute the clipped sum that is tested, or raise GuardError if it cannot be computed."""
     try:
         found = case.clipped(case.inputs, case.labels, clip)
     except PerdureError:

@@ -1,8 +1,8 @@
-"""Independence of records by construction: models made of modules that are known row by row.
+"""Independence of records by construction: models of modules that handle each row by itself.
 
-Probes can refute independence and never prove it. A model is private *by construction* where every
-module is listed here, with settings under which row i of its output depends on row i of its input
-alone, and nothing is hooked or overridden. Any other model is *tested*, or goes record by record.
+Probes can refute independence, but never prove it. A model is private *by construction* if every
+module is listed here, with settings under which row i of its output depends only on row i of its
+input, and nothing is hooked or overridden. Any other model is *tested*, or runs record by record.
 """
 
 import sys
@@ -19,7 +19,7 @@ from perdure.privacy.clipping.rules.registry import clipping_rules
 from perdure.utils.modules import evaluating
 
 Independence = Literal["by construction", "tested"]
-"""By what the rows of a model's outputs are known to be independent of each other."""
+"""The two ways in which the rows of a model's outputs are known to be independent."""
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 _ELEMENTWISE = (
@@ -106,7 +106,7 @@ Condition = Callable[[nn.Module], bool]
 
 
 def _behind_records(name: str) -> Condition:
-    """Build the condition that an axis is the last one or stands behind the batch axis."""
+    """Build the condition that a named axis of a module is not the batch axis."""
 
     def holds(module: nn.Module) -> bool:
         axis = getattr(module, name)
@@ -156,12 +156,13 @@ LISTED: dict[type[nn.Module], Condition] = {
     # inside attention; a linear layer
     nn.modules.linear.NonDynamicallyQuantizableLinear: lambda module: True,
 }
-"""Modules of torch whose output rows are functions of the input rows one by one, each with the
-condition on its settings.
+"""Modules of torch that compute each output row from one input row, with conditions.
+
+The condition is a test of the module's settings.
 """
 
 OWN = ("perdure.models.", "perdure.privacy.guard.repair")
-"""Modules of this library whose classes keep records apart; their tests hold it."""
+"""Modules of this library whose classes keep records independent, as tests check."""
 
 OWN_RULES = ("perdure.privacy.clipping.rules.",)
 """Clipping rules of this library; tests compare them with gradients of single records."""
@@ -171,7 +172,7 @@ OPACUS = ("DPGRU", "DPLSTM", "DPMultiheadAttention", "DPRNN")
 OPACUS_PARTS = ("DPGRUCell", "DPLSTMCell", "DPRNNCell", "RNNLinear", "SequenceBias")
 
 PROBED_ROWS = 3
-"""Synthetic records that show how many axes the inputs of modules have."""
+"""Number of synthetic records that show how many axes the inputs of modules have."""
 
 
 def independence(model: nn.Module, domain: InputDomain | None = None) -> Independence:
@@ -207,12 +208,12 @@ def unlisted(model: nn.Module) -> tuple[str, ...]:
 def too_flat(model: nn.Module, domain: InputDomain) -> tuple[str, ...]:
     """Names of the modules whose inputs have so few axes that they work on the batch axis.
 
-    Padding of the last two axes shifts records into each other where there are two in all, and
-    attention then takes the batch for a sequence.
+    With two axes in all, padding of the last two axes shifts records into each other, and attention
+    takes the batch for a sequence.
 
     Args:
-        model: of listed modules only; it is run on random inputs.
-        domain: of the inputs.
+        model: a model of listed modules only; it runs on random inputs.
+        domain: domain of the inputs.
     """
     least = {name: _least_axes(module) for name, module in model.named_modules()}
     found: dict[str, None] = {}
@@ -239,9 +240,9 @@ def too_flat(model: nn.Module, domain: InputDomain) -> tuple[str, ...]:
 
 
 def _least_axes(module: nn.Module) -> int:
-    """Axes of an input, that of the batch among them, from which a listed module leaves it alone.
+    """Fewest axes of an input, batch axis included, with which a listed module is safe.
 
-    With fewer, torch takes the batch for channels or for a sequence, or pads and normalises it.
+    With fewer, torch takes the batch for channels or a sequence, or pads or normalises over it.
     """
     if isinstance(module, nn.modules.conv._ConvNd):
         return module.weight.dim()
@@ -270,7 +271,7 @@ def _is_listed(module: nn.Module) -> bool:
 
 
 def _own_condition(module: nn.Module) -> bool:
-    """Settings under which a module of this library keeps records apart."""
+    """Return True if the settings of a module of this library keep records independent."""
     if hasattr(module, "batch_first") and not _batch_first(module):
         return False
     transform = getattr(module, "transform", None)  # of `perdure.models.frozen.Fixed`
@@ -278,17 +279,17 @@ def _own_condition(module: nn.Module) -> bool:
 
 
 def is_own(kind: type, packages: tuple[str, ...]) -> bool:
-    """Return whether this very class is defined in one of the packages of this library.
+    """Return True if a class is defined in one of the packages of this library.
 
-    A subclass is defined elsewhere, and a class that took over the names of another one is not
-    found under them.
+    A subclass that is defined elsewhere does not count, nor does a class that only copies the name
+    of one of the library's classes.
     """
     inside = kind.__module__.startswith(packages)
     return inside and getattr(sys.modules.get(kind.__module__), kind.__name__, None) is kind
 
 
 def _plain_tensors(module: nn.Module) -> bool:
-    """Return whether parameters and buffers are torch's own tensors, without hooks."""
+    """Return True if parameters and buffers are plain tensors of torch, without hooks."""
     tensors = (*module.parameters(recurse=False), *module.buffers(recurse=False))
     return all(
         type(value) in (nn.Parameter, Tensor)
@@ -299,13 +300,13 @@ def _plain_tensors(module: nn.Module) -> bool:
 
 
 def foreign_rules(model: nn.Module) -> tuple[str, ...]:
-    """Names of the modules whose gradients of single records come from code of the user's own."""
+    """Names of the modules whose per-record gradients come from the user's own code."""
     named = model.named_modules()
     return tuple(name or "model" for name, module in named if not _own_gradients(module))
 
 
 def _own_gradients(module: nn.Module) -> bool:
-    """Return whether gradients of single records come from code of this library, or of Opacus."""
+    """Return True if per-record gradients of a module come from this library or from Opacus."""
     kind = type(module)
     rule = clipping_rules().get(kind)
     if rule is not None and not is_own(type(rule), OWN_RULES):
@@ -315,9 +316,9 @@ def _own_gradients(module: nn.Module) -> bool:
 
 
 def opacus_samplers() -> Mapping[type, object]:
-    """Return the functions by which Opacus reads gradients of single records, by layer type.
+    """Return the functions by which Opacus computes per-record gradients, by layer type.
 
-    Empty where Opacus is not loaded.
+    The result is empty if Opacus is not loaded.
     """
     wrapped = sys.modules.get("opacus.grad_sample.grad_sample_module")
     found: Mapping[type, object] = wrapped.GradSampleModule.GRAD_SAMPLERS if wrapped else {}
@@ -325,7 +326,7 @@ def opacus_samplers() -> Mapping[type, object]:
 
 
 def _hooked_everywhere() -> bool:
-    """Return whether torch calls somebody's hooks in every module."""
+    """Return True if torch has hooks that run in every module."""
     return any(
         len(getattr(torch_module, name))
         for name in (
@@ -338,13 +339,13 @@ def _hooked_everywhere() -> bool:
 
 
 def keeps_methods(thing: object, *names: str) -> bool:
-    """Return whether an object's methods come from its class and from known libraries.
+    """Return True if an object's methods come from its class and from known libraries.
 
-    Neither the object nor the class was given another one, and no method was wrapped.
+    No method was replaced on the object or the class, and no method was wrapped.
 
     Args:
         thing: any object.
-        names: of the methods that are looked for in the class.
+        names: names of the methods that are looked up in the class.
     """
     kind = type(thing)
     if any(callable(getattr(kind, name, None)) for name in vars(thing)):
@@ -354,13 +355,13 @@ def keeps_methods(thing: object, *names: str) -> bool:
 
 
 def _defined_in(method: object, *libraries: str) -> bool:
-    """Return whether the code of a method stands in a library, whatever name it took over."""
+    """Return True if the code of a method is defined in a library, whatever name it claims."""
     place: str = getattr(method, "__globals__", {}).get("__name__", "")
     return place.partition(".")[0] in libraries
 
 
 def _overridden(module: nn.Module) -> bool:
-    """Return whether hooks, or methods put on object or class, may change the class's behaviour."""
+    """Return True if hooks or replaced methods may change the behaviour of a module."""
     hooks = (
         module._forward_hooks,
         module._forward_pre_hooks,

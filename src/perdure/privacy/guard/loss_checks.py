@@ -1,4 +1,4 @@
-"""Tests of the loss and of every layer on synthetic records: drop one, or change its neighbours."""
+"""Tests of losses and layers on synthetic records: remove a record, or change its neighbours."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,27 +11,26 @@ from perdure.errors import GuardError
 from perdure.utils.seeding import seed_globally, undisturbed
 
 SyntheticLosses = Callable[[Tensor, Tensor], Tensor]
-"""(inputs (n, ...), what else goes with each row, such as labels (n,)) -> (n,) one loss per
-record.
+"""Function from inputs (n, ...) and other values of each row, such as labels (n,), to (n,) losses.
 """
 
 TOLERANCE = 1e-4
-"""Relative change of a record's loss that rounding in another batch shape may explain."""
+"""Relative change of a record's loss that rounding in a batch of another shape can explain."""
 
 ROUNDING = 1e-2
-"""Relative change of a layer's rows that ReLUs switched by such rounding may explain."""
+"""Relative change of a layer's rows that is explained by ReLUs which rounding switches."""
 
 ONE_BY_ONE = 'give Privacy(custom_forward="record-by-record")'
-"""End of the messages on what only the other records of a batch can do."""
+"""Advice at the end of messages about code that couples the records of a batch."""
 
 
 # --------------------------------------------------------------------------- losses
 
 
 def quiet_training(model: nn.Module) -> None:
-    """Put the model into training mode with dropout off.
+    """Put the model into training mode with dropout off, so that the tests are deterministic.
 
-    A layer that mixes records only while training shows itself then.
+    Layers that mix records only in training mode are then seen too.
     """
     for module in model.train().modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
@@ -39,17 +38,18 @@ def quiet_training(model: nn.Module) -> None:
 
 
 def check_losses(losses: SyntheticLosses, inputs: Tensor, labels: Tensor, what: str) -> None:
-    """Drop-one-record test.
+    """Refuse losses that change for the other records if one record is removed.
 
-    Each record's loss must be the same alone, in the batch, and among fewer neighbours.
+    Each record's loss must be the same alone, in the batch, and in a smaller batch.
 
     Args:
-        inputs: (n, ...) of synthetic records.
-        labels: (n,).
-        what: name for the message.
+        losses: function from inputs and labels to losses.
+        inputs: (n, ...) inputs of synthetic records.
+        labels: (n,) labels.
+        what: name of the losses, for the message.
 
     Raises:
-        GuardError: when the loss couples records or gives no loss per record.
+        GuardError: if the loss couples records or does not give one loss per record.
     """
     n = len(inputs)
     with undisturbed():
@@ -83,24 +83,24 @@ def check_losses(losses: SyntheticLosses, inputs: Tensor, labels: Tensor, what: 
 def check_rows(
     model: nn.Module, losses: SyntheticLosses, inputs: Tensor, labels: Tensor, what: str
 ) -> None:
-    """Change-one and drop-one test of every layer.
+    """Refuse a layer that mixes records, by changing one record and by removing one.
 
-    Its row i, and the gradient that comes back to it, are record i's.
+    Row i of a layer's input, and of the gradient at its output, must belong to record i.
 
-    Book-keeping reads per-record gradients off the rows of a layer, so this is what its bound rests
-    on. A layer that sees (length, n, features) fails it, and would mix records in the one batch
-    whose size equals the length; so does a backward pass that mixes records, which no test of the
-    losses sees. One row in all, or k > 1 rows per record, pass: they are never taken for several
-    records.
+    Book-keeping computes per-record gradients from the rows of a layer, so its bound depends on
+    this. A layer with inputs (length, n, features) fails, because it would mix records in a batch
+    whose size equals the length. So does a backward pass that mixes records, which no test of the
+    losses can see. Layers with one row in all, or with k > 1 rows per record, pass: their rows are
+    never taken for those of several records.
 
     Args:
-        losses: runs `model`, in training mode without dropout (see `quiet_training`).
-        inputs: (n, ...) of synthetic records, at least 3.
-        labels: (n,).
-        what: name for the message.
+        losses: function that runs `model`, in training mode without dropout (see `quiet_training`).
+        inputs: (n, ...) inputs of synthetic records, at least 3.
+        labels: (n,) labels.
+        what: name of the losses, for the message.
 
     Raises:
-        GuardError: naming the layer.
+        GuardError: names the layer.
     """
     n = len(inputs)
     whole = layer_calls(model, losses, inputs, labels)
@@ -129,15 +129,16 @@ def check_rows(
 
 
 LayerRows = tuple[str, int, dict[str, Tensor]]
-"""A layer's name; how many rows left it in one call; what entered it and what came back to it,
-records first.
+"""Name of a layer, number of rows of its output in one call, and two tensors.
+
+The tensors are the input of the layer and the gradient at its output, records first.
 """
 
 
 def layer_calls(
     model: nn.Module, losses: SyntheticLosses, inputs: Tensor, labels: Tensor
 ) -> list[LayerRows]:
-    """Differentiable calls of the innermost layers that have parameters, in order."""
+    """Differentiable calls of the innermost layers with parameters, in the order of the calls."""
     heard: list[tuple[str, nn.Module, Tensor, Any]] = []
     handles = [
         _listen(name, layer, heard) for name, layer in model.named_modules() if _innermost(layer)
@@ -185,7 +186,7 @@ def _listen(
 def _compare(
     whole: list[LayerRows], other: list[LayerRows], rows: Tensor, what: str, tolerance: float
 ) -> None:
-    """Refuse a layer whose `rows` differ between two runs that differ in another record only."""
+    """Refuse a layer whose kept `rows` differ between two runs with a different other record."""
     for (name, n, parts), (_, _, others) in zip(whole, other, strict=True):
         for part, value in parts.items() if n == len(rows) + 1 else ():
             mine = value[rows].double()

@@ -1,10 +1,9 @@
-"""Refuse what breaks the bound on one record's influence, naming the part, the reason and the fix.
+"""Refuse parts of a model that break the bound on one record's influence, and repair some of them.
 
-Repair what can be.
+A refusal names the part, the reason and the fix.
 
-The guard walks every module and buffer of a model, runs drop-one-record tests of the loss and of
-every layer on synthetic records, and tries the optimiser. `fix` replaces the layers that have a
-safe counterpart.
+The guard checks every module and buffer of a model, tests the loss and every layer on synthetic
+records, and tries the optimiser. `fix` replaces the layers that have a safe counterpart.
 """
 
 import copy
@@ -174,7 +173,7 @@ _REFUSALS = (
     _embedding,
     _dropout_subclass,
 )
-"""Checks of one module: the text after its class name that says why it is refused, or None."""
+"""Checks of one module: each returns the text after the class name of a refusal, or None."""
 
 
 # ---------------------------------------------------------------- what a forward pass leaves behind
@@ -206,7 +205,7 @@ def check_buffers(model: nn.Module, inputs: Tensor, *others: Tensor) -> None:
 
 
 def _refuse_moved(before: dict[str, Tensor], trial: nn.Module) -> None:
-    """Refuse a buffer of the copy that has changed."""
+    """Refuse a buffer of the copied model that a forward pass changed."""
     for name, value in trial.named_buffers():
         if name not in before or not same_values(before[name], value):
             raise GuardError(
@@ -217,7 +216,7 @@ def _refuse_moved(before: dict[str, Tensor], trial: nn.Module) -> None:
 
 
 def _refuse_kept(one: dict[str, object], other: dict[str, object]) -> None:
-    """Refuse an attribute that differs after passes of different records."""
+    """Refuse an attribute that differs between forward passes over different records."""
     for name in one.keys() | other.keys():
         if name not in one or name not in other or not _equal(one[name], other[name]):
             raise GuardError(
@@ -234,7 +233,7 @@ def _run(trial: nn.Module, inputs: Tensor) -> None:
 
 
 def _kept(model: nn.Module) -> dict[str, object]:
-    """Tensors and numbers that the modules keep as attributes of their own, by dotted name."""
+    """Tensors and numbers that modules hold as attributes of their own, by dotted name."""
     usual = vars(nn.Module()).keys()
     return {
         f"{name}.{path}" if name else path: leaf
@@ -246,7 +245,7 @@ def _kept(model: nn.Module) -> dict[str, object]:
 
 
 def _leaves(path: str, value: object) -> Iterator[tuple[str, object]]:
-    """Tensors and numbers in a value, also inside lists and dicts, each with its path."""
+    """Tensors and numbers in a value, also inside lists and dicts, each with its dotted path."""
     if isinstance(value, Tensor | int | float):
         yield path, value
     elif isinstance(value, dict):
@@ -292,7 +291,7 @@ def check_optimizer(optimizer: Optimizer) -> None:
 
 
 def _failure(optimizer: Optimizer) -> str | None:
-    """Reason why a copy of the optimiser cannot step with one gradient; None where it can."""
+    """Reason why a copy of the optimiser cannot step with one gradient; None if it can."""
     if hasattr(optimizer, "first_step"):
         return " (it has a first_step)"
     trial = copy.deepcopy(optimizer)

@@ -1,8 +1,8 @@
-"""Change-the-neighbours tests of losses, layers and features, over the declared input domain.
+"""Tests that losses, layers and features of a record do not depend on the rest of the batch.
 
-See `probes` for the batches. Kept rows must give the same losses, the same inputs and gradients of
-every layer and the same features whatever the other rows are, in one small batch, in one of the
-expected size, and alone.
+The batches come from `probes`, over the declared input domain. Kept rows must have the same losses,
+the same inputs and gradients in every layer and the same features for any other rows: in a small
+batch, in one of the expected size, and alone.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -23,14 +23,15 @@ from perdure.privacy.guard.probes import Neighbours
 from perdure.utils.seeding import seed_globally, undisturbed
 
 ROUNDING_SHARE = 1e-3
-"""Share of its largest number by which a record's loss may move with the shape of the batch, where
-rows that are all alike move as much.
+"""Largest relative change of a record's loss between batch shapes that counts as rounding.
+
+It applies only if a batch of equal rows changes as much.
 """
 
 
 @contextmanager
 def explained(what: str, probe: str) -> Iterator[None]:
-    """Say which inputs a model or loss does not run on; the cause may be any exception."""
+    """Turn an exception of a model or loss into a GuardError that names the probed inputs."""
     try:
         yield
     except PerdureError:
@@ -52,18 +53,19 @@ def check_neighbours(
     *,
     layers: bool,
 ) -> None:
-    """Refuse losses, and layers of the model, whose kept rows depend on their neighbours.
+    """Refuse losses, and layers of the model, whose kept rows depend on the other rows.
 
     Args:
-        model: that the losses run.
-        losses: of synthetic records.
-        pairs: batches of one shape that share the first of every pair.
-        facts: of every row in the one and in the other batch; kept rows take those of the first.
+        model: model that the losses run.
+        losses: losses of synthetic records.
+        pairs: pairs of batches of one shape; all pairs share the first batch.
+        facts: labels and the like of every row in the first and in the second batch; kept rows use
+            those of the first.
         what: name of the losses, for messages.
-        layers: also compare what enters the layers and what comes back to them.
+        layers: True to compare also the inputs of layers and the gradients at their outputs.
 
     Raises:
-        GuardError: naming what depends on the neighbours.
+        GuardError: names the loss or layer that depends on other rows.
     """
     before: tuple[Tensor, list[LayerRows]] | None = None
     for pair in pairs:
@@ -81,7 +83,7 @@ def check_neighbours(
 def _observed(
     model: nn.Module, losses: SyntheticLosses, inputs: Tensor, facts: Tensor, layers: bool
 ) -> tuple[Tensor, list[LayerRows]]:
-    """Losses (n,) and, where asked for, calls of the layers."""
+    """(n,) losses and, if `layers` is True, the calls of the layers."""
     seen: list[Tensor] = []
 
     def watched(x: Tensor, y: Tensor) -> Tensor:
@@ -112,17 +114,17 @@ def _compare_losses(before: Tensor, after: Tensor, pair: Neighbours, what: str) 
 
 
 def coupled(what: str, pair: Neighbours, part: str, moved: Tensor) -> GuardError:
-    """Build the refusal of something that depends on the neighbours of a record."""
+    """Build the error for a loss, layer or output that depends on the other rows of a batch."""
     return GuardError(
-        f"{what} couples records: other neighbours ({pair.name}) in a batch of {len(pair.one)} "
-        f"moved the {part} of a record by {float(moved.max()):.2g} of its size; compute each row "
-        "from that row only (no statistic over the batch, no length or choice taken from it), or "
-        f"{ONE_BY_ONE}"
+        f"{what} couples records: changing the other rows ({pair.name}) in a batch of "
+        f"{len(pair.one)} changed the {part} of a record by {float(moved.max()):.2g} of its "
+        "size; compute each row from that row only (no statistic over the batch, no length or "
+        f"choice taken from it), or {ONE_BY_ONE}"
     )
 
 
 def difference(one: Tensor, other: Tensor) -> Tensor:
-    """Absolute difference, 0 where both are the same infinity or NaN."""
+    """Absolute difference of two tensors, 0 where both have the same infinity or NaN."""
     same = (one == other) | (one.isnan() & other.isnan())
     return torch.where(same, 0.0, (one - other).abs())
 
@@ -148,9 +150,9 @@ def _compare_layers(
 
 
 def rows_moved(one: Tensor, other: Tensor) -> Tensor:
-    """(k,) length of each row's change over the length of the row.
+    """(k,) length of the change of each row, relative to the length of the row.
 
-    A row that is next to nothing beside the others is measured by them.
+    A row that is almost 0 compared with the other rows is measured relative to those.
     """
     before = one.double().flatten(1) if one.dim() > 1 else one.double()[:, None]
     after = other.double().flatten(1) if other.dim() > 1 else other.double()[:, None]
@@ -163,13 +165,13 @@ def rows_moved(one: Tensor, other: Tensor) -> Tensor:
 def check_outputs(
     function: Callable[[Tensor], object], pairs: Iterable[Neighbours], what: str
 ) -> None:
-    """Refuse a function of inputs (n, ...) whose kept rows depend on their neighbours.
+    """Refuse a function of inputs (n, ...) whose kept rows depend on the other rows of the batch.
 
     Args:
-        function: to a tensor with one row per record; other answers are not compared.
+        function: returns a tensor with one row per record; other results are not compared.
 
     Raises:
-        GuardError: naming it.
+        GuardError: names the function.
     """
     before: object = None
     for pair in pairs:
@@ -186,13 +188,13 @@ def check_outputs(
 
 
 def check_alone(losses: SyntheticLosses, pair: Neighbours, facts: Tensor, what: str) -> None:
-    """Refuse losses of the kept rows that are others in a batch of one record.
+    """Refuse losses of the kept rows that differ if a record is alone in its batch.
 
-    Kernels for other shapes round differently. A batch of copies of the row, in which nothing can
-    be coupled but through the number of rows, shows by how much.
+    Kernels for other shapes round differently. A batch of copies of the row shows by how much,
+    because in it only the number of rows can have an effect.
 
     Raises:
-        GuardError: naming the losses.
+        GuardError: names the losses.
     """
     with torch.no_grad(), undisturbed():
         with explained(what, "in a batch"):
@@ -218,7 +220,7 @@ def check_alone(losses: SyntheticLosses, pair: Neighbours, facts: Tensor, what: 
 def _rounding(
     losses: SyntheticLosses, pair: Neighbours, facts: Tensor, i: int, alone: Tensor
 ) -> float:
-    """Change of a row's loss that the shape of the batch alone explains, within reason."""
+    """Largest change of a row's loss that the shape of the batch alone can explain."""
     n = len(pair.one)
     seed_globally(0)
     copies = losses(pair.one[i].expand(n, *pair.one.shape[1:]).contiguous(), facts[i].expand(n, -1))

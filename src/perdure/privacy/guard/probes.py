@@ -1,12 +1,12 @@
-"""Synthetic batches over the declared input domain, and the same batches with other neighbours.
+"""Synthetic batches over the declared input domain, in pairs that share some of their rows.
 
 A model that mixes records may do so for some inputs only: negative or large ones, sequences that
-are longer than others, batches above some size. So the guard looks at batches in which one row of
-every kind is *kept* and the rows between them are filled with one kind after another. The shape
-stays the same, so that the kept rows must give the same numbers, up to nothing at all on most
-machines; coupling has no rounding to hide behind.
+are longer than others, or batches above some size. So the guard compares batches in which one row
+of every kind is *kept*, and all other rows are filled with one kind of values after another. The
+shape stays the same, so on most machines the kept rows must give exactly the same numbers, and
+rounding cannot explain a difference.
 
-No probe proves independence; see `independence`.
+No such test proves independence; see `independence`.
 """
 
 import math
@@ -20,22 +20,22 @@ from perdure.data.domain import InputDomain
 from perdure.errors import GuardError
 
 UNDECLARED = 1e4
-"""Largest absolute value of a probe where no range is declared."""
+"""Largest absolute value of a synthetic input if no range is declared."""
 
 LARGEST_NUMBERS = 2**20
-"""Numbers (4 MiB) of one large batch; beyond them it has fewer rows than the expected batch."""
+"""Most numbers (4 MiB) of a large batch; such a batch may have fewer rows than expected."""
 
 LARGEST_ROWS = 1024
-"""Rows of one large batch at most; a step of more rows meets one kind of neighbours in `whole`."""
+"""Most rows of a large batch; larger steps are tested with one kind of other rows (`whole`)."""
 
 MOST_NUMBERS = 2**27
-"""Numbers (512 MiB) of a whole batch; more in one pass are refused where independence is tested."""
+"""Most numbers (512 MiB) of a whole batch; larger passes are refused if independence is tested."""
 
 DEVIATIONS = 4
-"""Standard deviations by which a batch drawn by coins is taken to exceed the expected one."""
+"""Standard deviations by which a Poisson-sampled batch is assumed to exceed its mean size."""
 
 NOT_FINITE = {"not a number": torch.nan, "infinite": torch.inf}
-"""Kinds of rows that are not finite."""
+"""Kinds of rows with NaN or infinity, by name."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -62,14 +62,14 @@ class Neighbours:
 
 
 def domain_of(inputs: Tensor, declared: InputDomain | None) -> InputDomain:
-    """Declared domain of the inputs, or the widest one for floats without any.
+    """Return the declared domain of the inputs; for floats without one, the widest domain.
 
     Args:
-        inputs: (n, ...), of which only the shape and the dtype are read.
-        declared: from the records.
+        inputs: (n, ...) tensor; only its shape and dtype are read.
+        declared: domain that the records declare; None for none.
 
     Raises:
-        GuardError: for inputs other than floats without a declared domain.
+        GuardError: if the inputs are not floats and no domain is declared.
     """
     if declared is not None:
         return declared
@@ -83,7 +83,7 @@ def domain_of(inputs: Tensor, declared: InputDomain | None) -> InputDomain:
 
 
 def kinds(domain: InputDomain, n: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """(n, *shape) rows of every kind by name, the first of them random."""
+    """(n, *shape) rows of every kind of input, by the name of the kind; the first are random."""
     rows = _float_kinds(domain, n, generator) if domain.floats else _token_kinds(domain, n)
     return {"random": domain.random(n, generator)} | rows | _sequences(domain, n, generator)
 
@@ -121,7 +121,7 @@ def _token_kinds(domain: InputDomain, n: int) -> dict[str, Tensor]:
 
 
 def _sequences(domain: InputDomain, n: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """Short, half and long sequences, padded behind their end."""
+    """Rows of short, half and full sequences with padding after their end, by name."""
     if not domain.sequence_axes or not (domain.floats or domain.padding is not None):
         return {}
     rows = {}
@@ -142,34 +142,34 @@ def _sequences(domain: InputDomain, n: int, generator: torch.Generator) -> dict[
 
 
 def _without_padding(domain: InputDomain, tokens: Tensor) -> Tensor:
-    """Tokens with another one in the place of the padding."""
+    """Return the tokens with every padding token replaced by another token."""
     assert domain.vocabulary is not None and domain.padding is not None
     other = (domain.padding + 1) % domain.vocabulary
     return torch.where(tokens == domain.padding, other, tokens)
 
 
 def kept_rows(domain: InputDomain, generator: torch.Generator) -> Tensor:
-    """(k, *shape) one row of every finite kind, six rows at least."""
+    """(k, *shape) rows, one of every finite kind, and at least six in all."""
     # Not those that are not finite: coupling would make all rows NaN whatever the neighbours.
     one = [rows[:1] for name, rows in kinds(domain, 1, generator).items() if name not in NOT_FINITE]
     return torch.cat([*one, domain.random(max(1, 6 - len(one)), generator)])
 
 
 def probe_rows(domain: InputDomain, generator: torch.Generator) -> Tensor:
-    """(k, *shape) one row of every kind, those that are not finite among them."""
+    """(k, *shape) rows, one of every kind, including kinds with NaN or infinity."""
     return torch.cat(list(kinds(domain, 1, generator).values()))
 
 
 def neighbours(
     domain: InputDomain, generator: torch.Generator, *, rows: int | None = None
 ) -> Iterator[Neighbours]:
-    """Pairs of batches that share one row of every kind, and differ in all others.
+    """Yield pairs of batches that share one row of every kind, and differ in all other rows.
 
     Args:
-        domain: of the inputs.
-        generator: on the CPU.
-        rows: of a batch; None for a small one, of more than 8 rows, in which every kind of
-            neighbours comes up. A larger batch meets the extreme ones.
+        domain: domain of the inputs.
+        generator: random generator on the CPU.
+        rows: number of rows of a batch. None for a small one, of more than 8 rows, which is tested
+            with every kind of other rows; a larger batch is tested with the extreme kinds only.
     """
     kept = kept_rows(domain, generator)
     n = max(2 * len(kept), rows or 0)
@@ -191,21 +191,21 @@ def neighbours(
 
 
 def large_batch(domain: InputDomain, expected: float) -> int:
-    """Rows of a batch of the expected size, as far as memory allows; 0 where it is a small one."""
+    """Number of rows of a batch of the expected size, limited by memory; 0 for a small batch."""
     size = max(1, domain.numel)
     return min(round(expected), LARGEST_ROWS, LARGEST_NUMBERS // size)
 
 
 def whole_batch(domain: InputDomain, expected: float, at_once: float) -> int:
-    """Rows of a batch that is as large as one drawn by coins gets.
+    """Number of rows of a batch as large as Poisson sampling can be expected to draw.
 
     Args:
-        domain: of the inputs.
-        expected: rows of a step.
+        domain: domain of the inputs.
+        expected: expected number of rows of a step.
         at_once: most rows of one pass through the model.
 
     Raises:
-        GuardError: for a batch of more than `MOST_NUMBERS` numbers.
+        GuardError: if the batch would have more than `MOST_NUMBERS` numbers.
     """
     rows = math.ceil(min(at_once, expected + DEVIATIONS * math.sqrt(expected)))
     most = MOST_NUMBERS // max(1, domain.numel)
@@ -219,9 +219,9 @@ def whole_batch(domain: InputDomain, expected: float, at_once: float) -> int:
 
 
 def whole(domain: InputDomain, generator: torch.Generator, rows: int) -> Neighbours:
-    """Two batches of so many rows that share one row of every kind.
+    """Build two batches with `rows` rows that share one row of every kind.
 
-    All other rows are random in the one, and extreme in the other.
+    All other rows are random in the first batch, and extreme in the second.
     """
     kept = kept_rows(domain, generator)
     rows = max(rows, len(kept))

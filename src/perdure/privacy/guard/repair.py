@@ -1,9 +1,9 @@
-"""Safe counterparts, with the same weights, of layers that cannot be trained in private.
+"""Replacements, with the same weights, for layers that cannot be trained privately.
 
 Opacus's own ModuleValidator.fix is not used: as of 1.6 it copies the model by pickle, leaves frozen
-and affine-free BatchNorm as it is, drops the scale and shift of the others, goes on moving the
-running statistics of InstanceNorm, and turns attention with more than one head and batch_first=True
-into another function. Its recurrent layers are right.
+and affine-free BatchNorm unchanged, drops the scale and shift of other BatchNorm layers, keeps
+updating the running statistics of InstanceNorm, and changes the function of attention with more
+than one head and batch_first=True. Its recurrent layers are right.
 """
 
 import copy
@@ -16,11 +16,11 @@ from perdure.models.bodies import LARGEST_GROUP_COUNT
 from perdure.utils.seeding import undisturbed
 
 Replacements = dict[str, tuple[nn.Module, nn.Module]]
-"""Dotted name to (what was there, what takes its place)."""
+"""Dotted name of a module to the pair (old layer, new layer)."""
 
 
 def repaired(model: nn.Module) -> nn.Module:
-    """Copy of the model with every layer replaced that has a safe counterpart."""
+    """Copy the model, with every layer replaced that has a safe counterpart."""
     result = copy.deepcopy(model)
     for name, (_, new) in replacements(result).items():
         if not name:
@@ -37,9 +37,9 @@ def repaired(model: nn.Module) -> nn.Module:
 
 
 def replacements(model: nn.Module) -> Replacements:
-    """Counterparts by name; a layer that stands in two places has one counterpart.
+    """Replacements by name; a layer that occurs twice in the model has one replacement.
 
-    No random number is used up.
+    The random state of torch does not change.
     """
     found: Replacements = {}
     made: dict[nn.Module, nn.Module | None] = {}
@@ -54,9 +54,9 @@ def replacements(model: nn.Module) -> Replacements:
 
 
 def counterpart(module: nn.Module) -> nn.Module | None:
-    """Safe layer with the module's weights, mode, device and precision.
+    """Build the safe replacement of a layer, with its weights, mode, device and precision.
 
-    None where none is needed or known.
+    None if no replacement is needed or known.
     """
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
         new: nn.Module | None = _group_norm(module)
@@ -74,9 +74,9 @@ def counterpart(module: nn.Module) -> nn.Module | None:
 
 
 def groups(module: nn.Module) -> int:
-    """Groups of the GroupNorm that replaces a BatchNorm.
+    """Number of groups of the GroupNorm that replaces a BatchNorm.
 
-    At most 16, and 1 where a channel may be a single number.
+    It is at most 16, and 1 if a channel may be a single number.
     """
     channels = int(module.num_features)  # type: ignore[arg-type]
     return 1 if isinstance(module, nn.BatchNorm1d) else math.gcd(LARGEST_GROUP_COUNT, channels)
@@ -119,7 +119,7 @@ def _recurrent(module: nn.RNNBase) -> nn.Module | None:
 
 
 def _carried(old: nn.Module, new: nn.Module) -> nn.Module:
-    """Give the new layer the old one's parameters, mode, device and precision."""
+    """Copy the old layer's parameters, mode, device and precision to the new layer."""
     given = dict(old.named_parameters())
     for value in given.values():
         new.to(value.device, value.dtype)
@@ -132,7 +132,7 @@ def _carried(old: nn.Module, new: nn.Module) -> nn.Module:
 
 
 class RepairedAttention(nn.Module):
-    """torch.nn.MultiheadAttention out of linear layers, with dropout as a layer.
+    """Attention like torch.nn.MultiheadAttention, built from linear layers with a dropout layer.
 
     softmax(q k^T / sqrt(d) + mask) v for each head of d features; arguments, shapes and result are
     those of the layer it is made from (which needs inputs with a batch dimension). Every linear
@@ -140,8 +140,8 @@ class RepairedAttention(nn.Module):
     each record in its own row.
 
     Args:
-        source: the layer whose weights, mode, device and precision are taken over; without bias_k
-            and add_zero_attn.
+        source: layer whose weights, mode, device and precision are copied; it has no bias_k and no
+            add_zero_attn.
     """
 
     def __init__(self, source: nn.MultiheadAttention) -> None:
@@ -178,7 +178,7 @@ class RepairedAttention(nn.Module):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attention output, and the weights (n, length, length) where asked for.
+        """Attention output, and the weights (n, length, length) if they are asked for.
 
         See torch.nn.MultiheadAttention.
         """
@@ -202,7 +202,7 @@ class RepairedAttention(nn.Module):
         return out if self.batch_first else out.transpose(0, 1), shown if need_weights else None
 
     def _heads(self, x: Tensor) -> Tensor:
-        """(n, length, features) to (n, heads, length, d)."""
+        """Reshape (n, length, features) to (n, heads, length, d)."""
         return x.view(*x.shape[:2], self.num_heads, -1).transpose(1, 2)
 
 
@@ -214,9 +214,9 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 
 
 def _penalty(mask: Tensor, scores: Tensor, *, padding: bool) -> Tensor:
-    """Turn a mask into the number that is added to the scores (n, heads, length, length).
+    """Turn a mask into numbers that are added to the scores (n, heads, length, length).
 
-    It is minus infinity where a mask of truth values is True.
+    The number is minus infinity where a boolean mask is True.
     """
     if mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=scores.dtype).masked_fill(mask, -math.inf)

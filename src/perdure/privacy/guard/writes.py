@@ -1,10 +1,10 @@
-"""Writes during a private pass: parameters, buffers and state stay as they are.
+"""Refuse code that writes to parameters, buffers or strategy state during a private pass.
 
-A write by a forward pass or a loss into a tensor that is kept is a release without noise: a
-renormalised embedding shows the tokens of one record, a running sum in a strategy's state the sum
-of the batch. So all these tensors are compared around a pass. Version counters tell of every
-in-place operation and cost microseconds; values also tell of writes through `.data`, which the
-counters do not see, and are compared around every probe and once a block of steps.
+If a forward pass or a loss writes to a tensor that is kept, this is a release without noise: a
+renormalised embedding reveals the tokens of one record, a running sum in a strategy's state reveals
+the sum of the batch. So all these tensors are compared before and after a pass. Version counters
+detect every in-place operation in microseconds. Values are also compared, around every probe and
+once per block of steps, because version counters do not see writes through `.data`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -22,12 +22,12 @@ State = Mapping[str, Tensor]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Seen:
-    """Tensors of a model and a state as they were before a pass.
+    """Tensors of a model and a strategy state, as they were before a pass.
 
     Args:
-        tensors: by kind and name.
-        versions: how often each had been written to.
-        values: copies of them; empty where only the versions are compared.
+        tensors: tensors by kind and name.
+        versions: number of writes to each tensor before the pass.
+        values: copies of the tensors; empty if only the versions are compared.
     """
 
     tensors: dict[str, Tensor]
@@ -39,7 +39,7 @@ class WriteWatch:
     """Compare the tensors of a model and of a strategy's state around private passes.
 
     Args:
-        model: whose parameters and buffers are compared; modules that it gets later are not.
+        model: model whose parameters and buffers are compared; modules added later are not.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -52,22 +52,22 @@ class WriteWatch:
 
     @contextmanager
     def unwritten(self, state: State, what: str, *, values: bool = False) -> Iterator[None]:
-        """Refuse writes by what runs inside.
+        """Context manager that refuses writes by the code that runs inside it.
 
         Args:
-            state: of the strategy.
+            state: state of the strategy.
             what: name of the pass, for messages.
-            values: compare values as well; a tensor that was written is put back.
+            values: also compare values; a tensor that was changed gets its old values again.
 
         Raises:
-            GuardError: naming the tensor.
+            GuardError: names the tensor.
         """
         before = self.see(state, values=values)
         yield
         self.refuse_writes(before, state, what)
 
     def see(self, state: State, *, values: bool = False) -> Seen:
-        """Note every tensor as it is now."""
+        """Record the present versions, and if asked the values, of all tensors."""
         tensors = self._tensors(state)
         copies = {n: t.detach().clone() for n, t in tensors.items()} if values else {}
         return Seen(
@@ -75,10 +75,10 @@ class WriteWatch:
         )
 
     def refuse_writes(self, before: Seen, state: State, what: str) -> None:
-        """Refuse a tensor that is other than `before`, or new, or gone.
+        """Refuse a tensor that differs from `before`, is new, or is missing.
 
         Raises:
-            GuardError: naming the tensor.
+            GuardError: names the tensor.
         """
         now = self._tensors(state)
         for (name, tensor), version in zip(before.tensors.items(), before.versions, strict=True):
@@ -108,21 +108,21 @@ class WriteWatch:
 
 
 def version_of(tensor: Tensor) -> int:
-    """Number of in-place operations on the tensor so far; 0 where torch does not count them."""
+    """Number of in-place operations on the tensor so far; 0 if torch does not count them."""
     if isinstance(tensor, RowView):  # it is written to where its rows are read from
         return sum(version_of(part.source) for part in tensor.parts)
     return 0 if tensor.is_inference() else tensor._version
 
 
 def counts_writes(tensor: Tensor) -> bool:
-    """Tell if torch counts the in-place operations on the tensor."""
+    """Return True if torch counts the in-place operations on the tensor."""
     if isinstance(tensor, RowView):
         return all(counts_writes(part.source) for part in tensor.parts)
     return not tensor.is_inference()
 
 
 def same_values(one: Tensor, other: Tensor) -> bool:
-    """Return whether two tensors hold the same numbers; NaN is like NaN."""
+    """Return True if two tensors have the same shape and numbers; NaN equals NaN here."""
     if one.shape != other.shape or torch.equal(one, other):
         return one.shape == other.shape
     equal = (one == other) | (one.isnan() & other.isnan())
@@ -131,7 +131,7 @@ def same_values(one: Tensor, other: Tensor) -> bool:
 
 def _refusal(name: str, what: str) -> GuardError:
     return GuardError(
-        f"{name} is written to in {what}: it would keep what private records put there, without "
-        "noise; compute new tensors and leave parameters, buffers and state as they are (what a "
-        "strategy remembers comes from released values, in after_step or after_experience)"
+        f"{name} is written to in {what}: it would keep data of private records without "
+        "noise; compute new tensors, and do not change parameters, buffers or state (a "
+        "strategy may keep only released values, in after_step or after_experience)"
     )

@@ -15,7 +15,7 @@ from perdure.privacy.ledger.entry_index import EntryIndex
 from perdure.privacy.ledger.storage import SCHEMA, Body
 
 WARM_START = "spent before, by the model that was warm-started"
-"""Purpose of an entry that carries over what a model's earlier training cost."""
+"""Purpose of a ledger entry that carries over the privacy cost of a model's earlier training."""
 NOT_KNOWN = "not known"
 NOT_COUNTED = "training before this ledger not counted"
 COUNTED = "training before this ledger counted as far as it was recorded"
@@ -45,7 +45,7 @@ class Statement:
 
     @property
     def delta_is_large(self) -> bool:
-        """True where delta allows to give away whole units: it is not below 1 / their number."""
+        """Return True if delta is not below 1 / number of units, so that whole units may leak."""
         return self.delta * self.units >= 1
 
     def __str__(self) -> str:
@@ -76,7 +76,7 @@ class Statement:
 class Account:
     """Account of spent privacy: partitions with declared sizes, and entries in order.
 
-    It is the reading side of every ledger.
+    Every ledger can be read as an `Account`.
 
     Args:
         owner: name of the party that holds the records.
@@ -96,17 +96,17 @@ class Account:
         self.unit = unit
         self.relation = relation
         self.delta: float | None = None
-        """Delta that the run was asked for; None where nothing is known of it."""
+        """Delta that the run was asked for; None if it is not known."""
         self.sizes: dict[str, int] = {}
         self.rules: dict[str, str] = {}
-        """Partition to a digest of the public rule that placed its records; "" for none known."""
+        """Partition to the digest of the public rule that assigned its records; "" if not known."""
         self.entries: list[Entry] = []
-        """Charges in order; they are appended to and never changed."""
+        """Charges in order; new ones are appended, and existing ones never change."""
         self._indexed = EntryIndex(entries=self.entries)
 
     @classmethod
     def replay(cls, bodies: Sequence[Body], *, where: str) -> "Account":
-        """Rebuild the account that verified lines tell of."""
+        """Rebuild an account from verified lines of a ledger."""
         account = cls(**header(bodies, where))
         account.delta = asked_delta(bodies[0], where)
         for number, body in enumerate(bodies[1:], 2):
@@ -114,10 +114,10 @@ class Account:
         return account
 
     def read(self, body: Body, where: str) -> None:
-        """Take in one verified line.
+        """Read one verified line into the account.
 
         Raises:
-            LedgerError: for a line that this version cannot read.
+            LedgerError: if this version cannot read the line.
         """
         try:
             self.take(body)
@@ -127,11 +127,11 @@ class Account:
             ) from error
 
     def take(self, body: Body) -> None:
-        """Take in one line of this version.
+        """Add one line, written by this version, to the account.
 
         Raises:
-            ConfigError: for an unknown kind of line, or a value out of range.
-            KeyError, TypeError: for missing or unknown names.
+            ConfigError: if the kind of line is unknown, or a value is out of range.
+            KeyError, TypeError: if names are missing or unknown.
         """
         kind = body["kind"]
         content = {name: value for name, value in body.items() if name != "kind"}
@@ -152,7 +152,7 @@ class Account:
 
     @property
     def simulated(self) -> bool:
-        """True where any noise came from a seed that the user chose."""
+        """Return True if any noise came from a seed that the user chose."""
         return any(entry.simulated for entry in self.entries)
 
     def charges(self, partition: str) -> tuple[Charge, ...]:
@@ -169,10 +169,11 @@ class Account:
         """Compute the epsilon of a record.
 
         Args:
-            partitions: of which the record is in all; under replace-one, all that the old and the
-                new record touch. None for the worst record of one partition.
-            delta: of the epsilon, above 0 and below 1.
-            accountant: `pld`, the tight one, or `rdp`.
+            partitions: the partitions that all contain the record; under replace-one, all
+                partitions of the old and the new record. None for the worst record of one
+                partition.
+            delta: delta of the epsilon, above 0 and below 1.
+            accountant: `pld`, which is tight, or `rdp`.
         """
         if partitions is None and accountant == "pld":
             return self.worst(delta)[1]
@@ -186,9 +187,9 @@ class Account:
         return max(spent, default=0.0)
 
     def worst(self, delta: float) -> tuple[str, float]:
-        """Partition whose records spent most, and its PLD epsilon.
+        """Partition whose records have the largest PLD epsilon, and this epsilon.
 
-        Under replace-one there may be two.
+        Under replace-one the name may consist of two partitions.
         """
         index = self.index
         now = (len(self.entries), tuple(self.sizes))
@@ -202,7 +203,7 @@ class Account:
         return index.worst[delta]
 
     def statement(self, delta: float) -> Statement:
-        """Worst epsilon so far, with all that belongs to it."""
+        """Return the worst epsilon so far, with everything that it needs to be understood."""
         # at rate 1 the coins of a Poisson sample leave nobody out
         kinds = {
             "none" if set(entry.scope.values()) == {1.0} else entry.sampling
@@ -228,20 +229,20 @@ class Account:
 
     @property
     def independence(self) -> str:
-        """The weakest statement of the entries; "not known" where one has none.
+        """Return the weakest kind of independence of the entries; "not known" if one has none.
 
-        "" where there is no entry.
+        The result is "" if there is no entry.
         """
         return (self.independence_of(self.sizes) or NOT_KNOWN) if self.entries else ""
 
     def independence_of(self, partitions: Iterable[str]) -> Stated:
-        """Return the weakest statement of the entries that touch these partitions."""
+        """Return the weakest kind of independence of the entries that touch these partitions."""
         asked = set(partitions)
         return weakest(e.independence for e in self.entries if not asked.isdisjoint(e.scope))
 
     @property
     def continues(self) -> bool:
-        """True where charges of a model's earlier training were carried over."""
+        """Return True if charges of a model's earlier training were carried over."""
         return any(entry.purpose == WARM_START for entry in self.entries)
 
     def exposure(self, partitions: Sequence[str]) -> tuple[Charge, ...]:
@@ -256,16 +257,16 @@ class Account:
 
     @property
     def index(self) -> EntryIndex:
-        """Entries by partition, up to date."""
+        """Up-to-date index of the entries by partition."""
         if self._indexed.entries is not self.entries:
             self._indexed = EntryIndex(entries=self.entries)
         self._indexed.update()
         return self._indexed
 
     def groups(self) -> dict[str, tuple[str, ...]]:
-        """Partitions that one neighbouring change may touch.
+        """Groups of partitions that one neighbouring change can affect, by name.
 
-        One, or under replace-one also any two.
+        Each partition is a group; under replace-one every two partitions are one, too.
         """
         groups: list[tuple[str, ...]] = [(partition,) for partition in self.sizes]
         if self.relation == "replace-one":
@@ -283,10 +284,10 @@ class Account:
 
 
 def header(bodies: Sequence[Body], where: str) -> dict[str, Any]:
-    """Owner, unit and relation from the first line.
+    """Read owner, unit and relation from the first line of a ledger.
 
     Raises:
-        LedgerError: when it is not the header of a ledger.
+        LedgerError: if the line is not the header of a ledger.
     """
     first = bodies[0] if bodies else {}
     if first.get("kind") != "header" or first.get("schema") != SCHEMA:
@@ -297,10 +298,10 @@ def header(bodies: Sequence[Body], where: str) -> dict[str, Any]:
 
 
 def asked_delta(body: Body, where: str) -> float | None:
-    """Delta that a run was asked for, as its ledger says; None where it says nothing.
+    """Delta that a run was asked for, as recorded in its ledger; None if nothing is recorded.
 
     Raises:
-        LedgerError: for what is no delta.
+        LedgerError: if the recorded value cannot be a delta.
     """
     delta = body.get("delta")
     if delta is None:

@@ -1,6 +1,6 @@
-"""Files outside a ledger that follow its head, so that a ledger that was put back is seen.
+"""Copies of a ledger's head outside of the ledger, which detect that an old ledger was restored.
 
-`private/ledger.head.json` lies in the run's folder; the user's state directory lies outside it.
+`private/ledger.head.json` is in the run's folder; the user's state directory is outside of it.
 """
 
 import os
@@ -10,7 +10,7 @@ from perdure.privacy.ledger.storage import HeadCopy
 from perdure.privacy.noise.key import NoiseKey
 
 SETTING = "PERDURE_STATE"
-"""Environment variable: a folder to keep heads in, or `off`.
+"""Environment variable with a folder for copies of heads, or `off`.
 
 Default: `$XDG_STATE_HOME/perdure`, or `~/.local/state/perdure`.
 """
@@ -18,17 +18,17 @@ OFF = "off"
 
 
 def private_copy(folder: Path) -> HeadCopy:
-    """Copy of the head in the `private/` of a curator's folder."""
+    """Copy of the head in the folder `private/` of a curator."""
     return HeadCopy(folder / "private" / "ledger.head.json")
 
 
 def state_copy(key: NoiseKey) -> HeadCopy | None:
     """Copy of the head in the user's state directory.
 
-    It is named by the key, so that it is found wherever the run's folder was moved or copied to.
+    The file is named after the key, so it is found after the run's folder was moved or copied.
 
     Returns:
-        None for a simulated key, which many runs share, and where the setting is `off`.
+        The copy; None for a simulated key, which many runs share, or if the setting is `off`.
     """
     folder = state_folder()
     if folder is None or key.simulated:
@@ -38,7 +38,7 @@ def state_copy(key: NoiseKey) -> HeadCopy | None:
 
 
 def state_draws(key: NoiseKey) -> Path | None:
-    """Path of the copy of the draw log's head, beside the ledger's (see `state_copy`)."""
+    """Path of the copy of the draw log's head, next to the copy of the ledger's head."""
     copy = state_copy(key)
     if copy is None:
         return None
@@ -46,7 +46,7 @@ def state_draws(key: NoiseKey) -> Path | None:
 
 
 def state_folder() -> Path | None:
-    """The user's state directory of perdure; None where the setting is `off`."""
+    """State directory of perdure for this user; None if the setting is `off`."""
     chosen = os.environ.get(SETTING, "")
     if chosen == OFF:
         return None

@@ -21,22 +21,23 @@ CHARGED: Mapping[str, Noise] = {
     "banded-gaussian": "gaussian",
     "none": "gaussian",
 }
-"""Mechanism to the noise that it is accounted as: correlated noise as the Gaussian of its strategy
-matrix, raw data as no noise.
+"""Mechanism of an entry to the kind of noise that its cost is computed for.
+
+Correlated noise costs as much as one Gaussian mechanism; raw data counts as no noise.
 """
 
 
 STATED: tuple[Stated, ...] = ("", "tested", "by construction")
-"""Statements on independence, the weakest first."""
+"""Kinds of knowledge about the independence of records, the weakest first."""
 
 
 def weakest(said: Iterable[Stated]) -> Stated:
-    """Return the weakest of several words on independence; the strongest of none."""
+    """Return the weakest of several statements on independence; the strongest if there are none."""
     return min(said, key=STATED.index, default=STATED[-1])
 
 
 def require_one_of(field: str, value: object, literal: Any) -> None:
-    """Refuse a value that a Literal type does not list."""
+    """Refuse a value that is not in a Literal type."""
     if value not in get_args(literal):
         raise ConfigError.of(field, value, get_args(literal))
 
@@ -141,16 +142,16 @@ class Entry:
     def digest(self) -> str:
         """SHA-256 of the entry's canonical JSON.
 
-        It keys the noise and knows nothing of the chain.
+        It is part of the noise key, and does not depend on other lines of the ledger.
         """
         return sha256(canonical_json(asdict(self)))
 
     def again(self, steps: range, slots: int | None) -> "Entry":
-        """Return the entry that pays for `steps` of this one once more.
+        """Return the entry that pays a second time for some steps of this one.
 
         Args:
-            steps: the rest of its block.
-            slots: steps per epoch where the order is fixed.
+            steps: the remaining steps of the block.
+            slots: number of steps per epoch if the order of the records is fixed.
         """
         times = None if slots is None else math.ceil(len(steps) / slots)
         return replace(
@@ -162,19 +163,19 @@ class Entry:
         )
 
     def later(self) -> "Entry":
-        """Return the entry that pays for all of this one once more."""
+        """Return the entry that pays a second time for all steps of this one."""
         return replace(self, attempt=self.attempt + 1)
 
     @property
     def draws(self) -> int:
-        """Integers that are drawn in all steps together."""
+        """Number of integers that are drawn in all steps together."""
         return int(self.grid["numbers"]) * self.steps if self.grid else 0
 
     def charge(self, partitions: Iterable[str]) -> Charge | None:
-        """Return the charge of a record that is in all of `partitions`; None where none is touched.
+        """Return the charge of a record that is in all of `partitions`; None if none is touched.
 
-        A record is in a step at most once, so its rates add up to a bound on its probability of
-        being there.
+        A record is in a step at most once, so the sum of its rates bounds the probability that it
+        is in the step.
         """
         kind = "grid-gaussian" if self.grid else CHARGED[self.mechanism]
         rates = [self.scope[partition] for partition in partitions if partition in self.scope]

@@ -1,6 +1,6 @@
-"""Entries of an account by the partitions that they touch, brought up to date as they come.
+"""Index of an account's entries by the partitions that they touch, updated incrementally.
 
-A ledger only grows, so what was added up of its entries stays, and only new ones are looked at.
+A ledger only grows, so earlier totals stay valid, and only new entries are read.
 """
 
 from bisect import bisect_left
@@ -13,11 +13,11 @@ from perdure.privacy.ledger.entries import Entry
 
 @dataclass(kw_only=True)
 class Exposed:
-    """Charges of a record of some partitions by the entries so far.
+    """Merged charges of a record of some partitions, over the entries so far.
 
     Args:
-        seen: how many entries of the account are added up.
-        history: of them.
+        seen: number of entries of the account that are included.
+        history: merged charges of these entries.
     """
 
     seen: int = 0
@@ -29,10 +29,10 @@ class EntryIndex:
     """Entries by partition, and merged histories of groups of partitions.
 
     Args:
-        entries: of one account, which are appended to and never changed.
-        touching: partition to the places of the entries that touch it, in order.
-        draws: partition to the integers that its entries draw.
-        worst: delta to the partition that spent most and its epsilon.
+        entries: entries of one account; new ones are appended, and existing ones never change.
+        touching: partition to the indices of the entries that touch it, in order.
+        draws: partition to the number of integers that its entries draw.
+        worst: delta to the partition with the largest epsilon, and this epsilon.
         worst_of: number of entries and the partitions for which `worst` holds.
     """
 
@@ -45,7 +45,7 @@ class EntryIndex:
     _exposed: dict[tuple[str, ...], Exposed] = field(default_factory=dict)
 
     def update(self) -> None:
-        """Take in the entries that have come."""
+        """Include the entries that were added since the last call."""
         for place in range(self._read, len(self.entries)):
             entry = self.entries[place]
             for partition in entry.scope:
@@ -57,7 +57,7 @@ class EntryIndex:
         """All charges of a record that is in all of `partitions`, in order.
 
         Args:
-            since: place of the first entry that counts.
+            since: index of the first entry that is included.
         """
         places: set[int] = set()
         for partition in partitions:

@@ -1,6 +1,6 @@
-"""The ledger: charges of every partition, on disk before noise is drawn.
+"""The ledger: the charges of every partition, written to disk before noise is drawn.
 
-Nothing resets.
+No operation removes or resets a charge.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -27,7 +27,7 @@ from perdure.utils.folder_lock import FolderLock
 
 
 def _silent(point: str) -> None:
-    """Trace nothing."""
+    """Default trace function, which does nothing."""
 
 
 class Ledger(Account):
@@ -80,26 +80,26 @@ class Ledger(Account):
     ) -> "Ledger":
         """Create the ledger at `path`, or verify and load it; None keeps it in memory.
 
-        Lines beyond the head are dropped: their noise was never drawn.
+        Lines after the head are dropped: their noise was never drawn.
 
         Args:
-            path: the file, by custom `ledger.jsonl`; its head lies beside it.
-            key: the curator's.
+            path: path of the file, usually `ledger.jsonl`; the file of its head is next to it.
+            key: noise key of the curator.
             trace: called at "ledger.before-append", "ledger.appended" and "ledger.head-written".
-            owner: name of the curator, say of the client.
-            unit: what every entry must protect.
-            relation: which every entry must use.
-            delta: that the run was asked for, kept in the ledger, so that whoever reads it states
-                the same epsilon; None to say nothing. Every statement is free to choose another.
-            anchors: heads that were recorded elsewhere, such as in a checkpoint; the ledger must go
-                on from each.
-            copies: files that follow the head; the ledger must go on from each, too.
-            lock: held while the ledger is written to; None for none.
+            owner: name of the curator, for example of the client.
+            unit: unit that every entry must protect.
+            relation: neighbouring relation that every entry must use.
+            delta: delta that the run was asked for. It is stored in the ledger, so that every
+                reader computes the same epsilon by default; None to store none.
+            anchors: heads that were recorded elsewhere, such as in a checkpoint; the ledger must
+                contain each of them.
+            copies: files that follow the head; the ledger must contain their heads, too.
+            lock: lock that is held while the ledger is written; None for none.
 
         Raises:
-            LedgerError: for a ledger that is damaged, sealed with another key, of another owner,
-                unit or relation, or missing, shorter or other than an anchor.
-            RunError: when another process or learner holds the lock.
+            LedgerError: if the ledger is damaged, sealed with another key, or of another owner,
+                unit or relation, or if it does not contain an anchor.
+            RunError: if another process or learner holds the lock.
         """
         chain = HashChain(path, key, trace, anchors=anchors, copies=copies, lock=lock)
         ledger = cls(chain, key, owner=owner, unit=unit, relation=relation)
@@ -122,20 +122,20 @@ class Ledger(Account):
 
     @property
     def simulated(self) -> bool:
-        """True where noise comes from a seed that the user chose."""
+        """Return True if noise comes from a seed that the user chose."""
         return self._key.simulated or super().simulated
 
     def declare(self, partition: str, size: int, rule: str = "") -> None:
-        """Make a partition and its public size known; saying the same again changes nothing.
+        """Declare a partition and its public size; repeating a declaration changes nothing.
 
         Args:
-            partition: its name.
+            partition: name of the partition.
             size: declared number of its records.
-            rule: digest of the public rule that placed its records; "" where none is known.
+            rule: digest of the public rule that assigned its records; "" if none is known.
 
         Raises:
-            ConfigError: for a size below 1 or a partition without name.
-            LedgerError: for another size or rule than was declared.
+            ConfigError: if the size is below 1 or the name is empty.
+            LedgerError: if another size or rule was declared before.
         """
         if size < 1 or not partition:
             raise ConfigError.of("partition", (partition, size), "a name and a size of at least 1")
@@ -161,26 +161,27 @@ class Ledger(Account):
         epsilon: float | Mapping[str, float],
         delta: float,
     ) -> None:
-        """Check a whole plan once and reserve it.
+        """Check a whole plan once and reserve it; later charges must be part of the plan.
 
-        From then on only what it contains may be charged.
+        Each grant is written to the ledger.
 
-        Guarantee: no partition's epsilon, spent and planned together, exceeds `epsilon` at `delta`
-        (under replace-one, no two partitions' together).
+        Guarantee: no partition's epsilon, past and planned charges together, exceeds `epsilon` at
+        `delta` (under replace-one, the same holds for any two partitions together).
 
-        A plan is that of the partitions' whole lives: what of it was charged already is not charged
-        again, so a run that is resumed, or goes on with new partitions, grants what it would have
-        granted at once. A plan replaces the one before, whose unused part lapses.
+        A plan covers the whole life of the partitions. Charges of the plan that were made before
+        are not made again, so a run that is resumed, or continues with new partitions, grants the
+        same as one run without a break. A new plan replaces the one before, whose unused part
+        expires.
 
         Args:
-            charges: partition to all that is to be charged to it, from the beginning.
-            epsilon: the most that may be spent, above 0; one for all, or one for each partition
-                (add/remove only).
-            delta: in (0, 1).
+            charges: partition to all charges that are planned for it, from the beginning.
+            epsilon: largest epsilon that may be spent, above 0; one for all partitions, or one for
+                each (add-remove only).
+            delta: number in (0, 1).
 
         Raises:
-            BudgetError: when it would cost more.
-            LedgerError: for a partition that was not declared.
+            BudgetError: if the plan would cost more.
+            LedgerError: if a partition was not declared.
         """
         each = (
             dict(epsilon) if isinstance(epsilon, Mapping) else dict.fromkeys(self.groups(), epsilon)
@@ -205,14 +206,14 @@ class Ledger(Account):
         self._lapsed = text != self._plans[-1]
 
     def charge(self, entry: Entry) -> str:
-        """Put `entry` on disk and return its digest, under which its noise may now be drawn.
+        """Write `entry` to disk and return its digest; only then its noise may be drawn.
 
-        An entry that is already there is executed again with the same noise: nothing is appended.
+        If the entry was written before, nothing is appended, and its noise will be the same.
 
         Raises:
-            BudgetError: when a grant is in force and does not contain it.
-            LedgerError: for a partition that was not declared, or a unit, relation or kind of noise
-                that is not this ledger's.
+            BudgetError: if a grant is in force and does not contain the entry.
+            LedgerError: if a partition was not declared, or if the unit, relation or kind of noise
+                differs from this ledger's.
         """
         for field, own in (
             ("unit", self.unit),
@@ -231,13 +232,13 @@ class Ledger(Account):
         return entry.digest
 
     def has(self, entry: Entry) -> bool:
-        """True where the entry was charged before."""
+        """Return True if the entry was charged before."""
         return entry.digest in self._digests
 
     def project(self, entry: Entry, delta: float) -> dict[str, float]:
-        """Epsilon of each partition that `entry` touches, as it would be after it.
+        """Epsilon of each partition that `entry` touches, computed as if it had been charged.
 
-        Nothing is written.
+        The ledger does not change.
         """
         self._known(entry.scope)
         spent = {}
@@ -248,7 +249,7 @@ class Ledger(Account):
         return spent
 
     def take(self, body: Body) -> None:
-        """Take in one line, and change the allowance by it."""
+        """Add one line to the account, and update what the grant still allows."""
         super().take(body)
         if body["kind"] == "grant":
             self._plans.append(canonical_json(body))
@@ -299,17 +300,17 @@ class Ledger(Account):
                 )
 
     def _charged(self, partition: str) -> dict[object, int]:
-        """Count the charges of the partition so far by kind of mechanism."""
+        """Number of steps charged to the partition so far, by kind of mechanism."""
         return {charge.kind: charge.steps for charge in self.history([partition])}
 
     def _new(self, partition: str, plan: Iterable[Charge]) -> Iterator[Charge]:
-        """Yield the part of the plan that is still to be charged."""
+        """Yield the part of the plan that is not yet charged."""
         done = self._charged(partition)
         for charge in merged(plan):
             yield replace(charge, steps=max(0, charge.steps - done.get(charge.kind, 0)))
 
     def _each(self, entry: Entry) -> Iterator[tuple[str, Charge]]:
-        """Yield the charge of a record of each partition that the entry touches."""
+        """Yield each partition that the entry touches with the charge of one of its records."""
         for partition in entry.scope:
             charge = entry.charge([partition])
             assert charge is not None

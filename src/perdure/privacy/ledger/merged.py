@@ -1,4 +1,4 @@
-"""Several ledgers read as one."""
+"""Several ledgers read as one account."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -24,7 +24,7 @@ from perdure.utils.atomic_files import write_atomically
 
 @dataclass(frozen=True)
 class Part:
-    """One curator's chain inside a merged account, line by line, with its head."""
+    """Chain of one curator inside a merged account, line by line, with its head."""
 
     account: Account
     lines: tuple[str, ...]
@@ -73,12 +73,12 @@ class Merged(Account):
 
     @property
     def simulated(self) -> bool:
-        """True where the noise of any owner came from a seed that somebody chose."""
+        """Return True if the noise of any owner came from a seed that somebody chose."""
         return any(part.account.simulated for part in self.parts)
 
     @property
     def verified(self) -> str:
-        """Checks that were made when the ledgers were read, in words."""
+        """Return the checks that were made when the ledgers were read, in words."""
         if all(part.keyed for part in self.parts):
             return "chains and keyed heads verified"
         return (
@@ -87,7 +87,7 @@ class Merged(Account):
         )
 
     def per_client(self, delta: float) -> dict[str, float]:
-        """Worst epsilon of each owner; of ledgers of one owner, the largest."""
+        """Worst epsilon of each owner; if an owner has several ledgers, the largest one."""
         spent: dict[str, float] = {}
         for part in self.parts:
             own = part.account.epsilon(delta=delta)
@@ -95,9 +95,9 @@ class Merged(Account):
         return spent
 
     def statement(self, delta: float) -> Statement:
-        """Worst epsilon over all owners.
+        """Return the statement on the worst epsilon over all owners.
 
-        Where they are several clients, each trusts its own curator, and the statement says so.
+        If the owners are several clients, each trusts its own curator, and the statement says so.
         """
         stated = super().statement(delta)
         if not self._of_several_clients:
@@ -106,16 +106,16 @@ class Merged(Account):
 
     @property
     def _of_several_clients(self) -> bool:
-        """True where more than one party has a ledger here; the arms of a run have one each."""
+        """Return True if several clients have a ledger here; each arm of a run has one ledger."""
         owners = [part.account.owner for part in self.parts]
         # ARM/client-0 is the only party of every arm where there is no ARM/client-1
         parties = {re.sub(r".*/(client-\d+)", r"\1", owner) for owner in owners}
         return len(parties) > 1 or len(set(owners)) < len(owners)
 
     def export(self, path: Path) -> None:
-        """Write one file with every chain and head, so that each can be verified.
+        """Write one file with every chain and head, so that a reader can verify each of them.
 
-        They are kept line by line.
+        The lines of each ledger are copied unchanged.
         """
         lines = [_title(len(self.parts))]
         for part in self.parts:

@@ -1,12 +1,12 @@
-"""The ledger on disk.
+"""Storage of the ledger on disk: a hash chain of JSON lines, and a keyed head.
 
-JSON lines in a hash chain, and a keyed head that says how many of them count.
+The head says how many lines are valid.
 
 A line is appended and synced, then the head is replaced and synced, and only then may noise be
-drawn. So the noise of what stands beyond the head was never drawn, and it is dropped; what the head
-covers must be there. An older head that was put back, or both files deleted, shows against heads
-that were recorded elsewhere (`Anchor`): in checkpoints, in `private/`, in the user's state
-directory, with a federation's server, in an officer's records.
+drawn. So the noise of lines after the head was never drawn, and these lines are dropped; lines that
+the head covers must be present. If an older head was restored, or both files were deleted, this is
+detected with heads that were recorded elsewhere (`Anchor`): in checkpoints, in `private/`, in the
+user's state directory, on a federation's server, or by a privacy officer.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ from perdure.utils.folder_lock import FolderLock
 from perdure.utils.forks import present_process
 
 Body = dict[str, Any]
-"""Content of a line, without its place in the chain."""
+"""Content of a line, without the hash of the line before it."""
 
 GENESIS = "0" * 64
 HEX = re.compile("[0-9a-f]{64}")
@@ -36,27 +36,27 @@ SCHEMA = 1
 
 
 def canonical_json(value: object) -> str:
-    """Return the one JSON text of `value`: sorted keys, no spaces, no NaN, plain ASCII."""
+    """Return the canonical JSON text of `value`: sorted keys, no spaces, no NaN, plain ASCII."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
 def sha256(text: str) -> str:
-    """SHA-256 of `text` in hexadecimal."""
+    """Return the SHA-256 of `text` in hexadecimal."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def link(body: Body, previous: str) -> tuple[str, str]:
-    """Line and hash of `body` after a line with hash `previous`."""
+    """Return the line for `body` after a line with the hash `previous`, and the line's own hash."""
     chained = {**body, "prev": previous}
     own = sha256(canonical_json(chained))
     return canonical_json({**chained, "hash": own}), own
 
 
 def unlink(line: str, previous: str) -> tuple[Body, str]:
-    """Undo `link`: body and hash of `line`.
+    """Parse a line that `link` wrote, into its body and its hash.
 
     Raises:
-        ValueError: when the line is not what `link` writes after `previous`.
+        ValueError: if the line differs from the line that `link` writes after `previous`.
     """
     body = json.loads(line)
     if not isinstance(body, dict):
@@ -69,12 +69,12 @@ def unlink(line: str, previous: str) -> tuple[Body, str]:
 
 
 def verify(lines: Sequence[str], *, where: str, first: int = 1) -> tuple[list[Body], str]:
-    """Bodies of a whole chain and its last hash.
+    """Parse a whole chain; return the bodies of its lines and the hash of the last one.
 
     `first` is the number of its first line in the file.
 
     Raises:
-        LedgerError: naming the first line that was edited, moved, inserted or taken out.
+        LedgerError: names the first line that was edited, moved, inserted or removed.
     """
     bodies = []
     last = GENESIS
@@ -100,7 +100,7 @@ class SealedHead:
 
     @classmethod
     def seal(cls, count: int, last: str, key: NoiseKey) -> "SealedHead":
-        """Make the head of a chain.
+        """Create the head of a chain.
 
         Args:
             count: number of lines.
@@ -111,10 +111,10 @@ class SealedHead:
 
     @classmethod
     def parse(cls, text: str, *, where: str) -> "SealedHead":
-        """Read `text`.
+        """Parse a head from `text`.
 
         Raises:
-            LedgerError: when it is not exactly what `text()` writes.
+            LedgerError: if `text` is not exactly as the method `text()` writes it.
         """
         try:
             head = cls(**json.loads(text))
@@ -126,18 +126,18 @@ class SealedHead:
         raise LedgerError(f"{where}: the ledger's head is damaged; restore it from a backup")
 
     def text(self) -> str:
-        """One line of JSON."""
+        """Return the head as one line of JSON."""
         return canonical_json(asdict(self))
 
     def sealed_with(self, key: NoiseKey) -> bool:
-        """Tell if this key made the head."""
+        """Return True if this key made the MAC of the head."""
         return hmac.compare_digest(self.mac, key.mac(_sealed(self.count, self.hash)))
 
     def check(self, key: NoiseKey, *, where: str) -> None:
-        """Refuse a head that another key made.
+        """Refuse a head whose MAC was made with another key.
 
         Raises:
-            LedgerError: when the MAC does not fit.
+            LedgerError: if the MAC does not belong to this key.
         """
         if not self.sealed_with(key):
             raise LedgerError(
@@ -148,21 +148,21 @@ class SealedHead:
 
 @dataclass(frozen=True)
 class Anchor:
-    """A head that was recorded outside the ledger, and where: the ledger must go on from it."""
+    """A head that was recorded outside the ledger; the ledger must contain the line it names."""
 
     head: SealedHead
     where: str
 
     def check(self, lines: Sequence[str], *, key: NoiseKey | None, path: str) -> None:
-        """Refuse lines that do not go on from the recorded head.
+        """Refuse lines of a ledger that do not continue from the recorded head.
 
         Args:
-            lines: of the ledger, verified.
-            key: of the curator; None to leave the head's MAC unchecked.
-            path: of the ledger, for the message.
+            lines: verified lines of the ledger.
+            key: key of the curator; None to skip the check of the head's MAC.
+            path: path of the ledger, for the message.
 
         Raises:
-            LedgerError: for a ledger that is missing, shorter or other than recorded.
+            LedgerError: if the ledger is missing, shorter than recorded, or a different one.
         """
         if key is not None:
             self.head.check(key, where=self.where)
@@ -182,21 +182,21 @@ class Anchor:
 
 @dataclass(frozen=True)
 class HeadCopy:
-    """A file beside or outside the ledger that follows its head.
+    """File next to the ledger, or outside its folder, with a copy of the ledger's head.
 
     Args:
-        path: of the file, which only its owner may read.
-        optional: whether a place that cannot be written is given up with a warning.
+        path: path of the file; only its owner may read it.
+        optional: True to give a warning, not an error, if the file cannot be written.
     """
 
     path: Path
     optional: bool = False
 
     def read(self) -> Anchor | None:
-        """Return the head that was recorded last; None before the first.
+        """Return the head that was recorded last; None if none was recorded yet.
 
         Raises:
-            LedgerError: for a damaged file.
+            LedgerError: if the file is damaged.
         """
         try:
             text = self.path.read_bytes().decode("ascii", errors="replace")
@@ -209,7 +209,7 @@ class HeadCopy:
         return Anchor(SealedHead.parse(text, where=str(self.path)), str(self.path))
 
     def write(self, head: SealedHead) -> None:
-        """Record a head, unless it is the one that is there."""
+        """Record a head, unless the file already has the same one."""
         known = self.read()
         if known is not None and known.head == head:
             return
@@ -241,7 +241,7 @@ def head_path(path: Path) -> Path:
 
 
 def read_lines(path: Path) -> list[str]:
-    """All complete lines of the file; bytes that are not text become something no line contains."""
+    """Return all complete lines of a file; bytes that are not ASCII are replaced."""
     data = path.read_bytes() if path.exists() else b""
     return [line.decode("ascii", errors="replace") for line in data.split(b"\n")[:-1]]
 
@@ -269,10 +269,10 @@ def load(path: Path, key: NoiseKey | None) -> tuple[list[str], list[Body], Seale
 
 
 def cover(lines: Sequence[str], head: SealedHead, *, where: str, first: int = 1) -> list[Body]:
-    """Bodies of `lines`, which must be exactly the chain that `head` seals.
+    """Bodies of `lines`, which must be exactly the chain that `head` covers.
 
     Raises:
-        LedgerError: naming the line where they differ.
+        LedgerError: names the line where they differ.
     """
     bodies, last = verify(lines, where=where, first=first)
     if len(lines) < head.count:
@@ -289,18 +289,18 @@ def cover(lines: Sequence[str], head: SealedHead, *, where: str, first: int = 1)
 
 
 class HashChain:
-    """An append-only chain of lines with its head, on disk or (path None) in memory.
+    """Append-only chain of lines with a head, on disk or in memory.
 
-    Guarantee: when `append` returns, line and head survive a crash; when it raises, the next `open`
-    takes the line exactly if the head covers it.
+    Guarantee: when `append` returns, line and head survive a crash. If it raises, the next `open`
+    keeps the line if and only if the head covers it.
 
     Args:
-        path: of the file; None for memory.
-        key: seals the head.
-        trace: called with the name of every point of a write.
-        anchors: heads that the file must go on from.
-        copies: files that follow the head; the file must go on from each.
-        lock: held by whoever may write; None for none.
+        path: path of the file; None for a chain in memory.
+        key: key that makes the MAC of the head.
+        trace: called with the name of every stage of a write.
+        anchors: recorded heads that the file must continue from.
+        copies: files with copies of the head; the file must continue from each of them.
+        lock: lock that a writer must hold; None for none.
     """
 
     def __init__(
@@ -345,23 +345,24 @@ class HashChain:
 
     @property
     def head(self) -> SealedHead:
-        """Head of the lines so far."""
+        """Head of the chain as it is now."""
         return SealedHead.seal(len(self.lines), self.last, self._key)
 
     def require(self, anchor: Anchor) -> None:
-        """Refuse a recorded head that the lines do not go on from.
+        """Refuse a recorded head that is not the head of some of the first lines.
 
         Raises:
-            LedgerError: for lines that are missing, fewer or other than recorded.
+            LedgerError: if lines are missing, fewer or different from the recorded ones.
         """
         anchor.check(self.lines, key=self._key, path=str(self._path or "the ledger in memory"))
 
     def hold(self) -> None:
-        """Take the lock where it was given up, and see that nobody wrote in between.
+        """Take the lock again if it was released, and check that nobody wrote in between.
 
         Raises:
-            RunError: when another process or learner works in the folder.
-            LedgerError: when one has written to the ledger since, or in a forked child.
+            RunError: if another process or learner works in the folder.
+            LedgerError: if another process wrote to the ledger, or if this is a forked child
+                process.
         """
         self._refuse_child()
         if self._lock is None:
@@ -379,9 +380,9 @@ class HashChain:
         self._read_at = self._lock.taken
 
     def _refuse_child(self) -> None:
-        """Refuse to charge, and so to draw, in a child of the process that opened the ledger.
+        """Refuse to charge, and so to draw noise, in a forked child process.
 
-        A simulation in memory may: it draws the same noise wherever it runs.
+        A simulation in memory is allowed, because its noise is the same in every process.
         """
         simulated = self._path is None and self._key.simulated
         if self._process != present_process() and not simulated:
@@ -392,10 +393,10 @@ class HashChain:
             )
 
     def append(self, body: Body) -> None:
-        """Add one line, write-ahead.
+        """Append one line to the file, then update the head.
 
         Raises:
-            LedgerError: when another process has written to the file.
+            LedgerError: if another process has written to the file.
         """
         self.hold()
         line, own = link(body, self.last)
@@ -417,7 +418,7 @@ class HashChain:
         self._size += len(line) + 1
 
     def _drop_uncovered(self, path: Path) -> None:
-        """Cut lines that a crash left beyond the head: their noise was never drawn."""
+        """Remove lines after the head that a crash left; their noise was never drawn."""
         size = path.stat().st_size if path.exists() else 0
         if size != self._size and not self._interrupted:
             raise LedgerError(

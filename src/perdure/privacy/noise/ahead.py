@@ -1,4 +1,4 @@
-"""A draw of noise on a thread of its own, while the sum that it is for is still computed."""
+"""Thread that draws the next noise while the sum that it is added to is still computed."""
 
 import contextlib
 from collections.abc import Callable
@@ -10,13 +10,13 @@ from perdure.privacy.noise.table import Integers
 from perdure.utils.forks import Process, present_process
 
 AHEAD_FROM = 2**16
-"""Numbers of a draw from which a thread pays."""
+"""Fewest numbers of a draw for which a thread saves time."""
 
 
 class DrawAhead:
-    """One draw at a time, which is taken once, by its name, or drawn anew by who asks.
+    """Thread that holds one finished draw of noise; a draw is used at most once.
 
-    A draw that is not taken is written over; it never leaves.
+    A draw that was begun and is not taken is overwritten, and never leaves this object.
     """
 
     def __init__(self) -> None:
@@ -27,7 +27,7 @@ class DrawAhead:
         self._thread: Thread | None = None
 
     def begin(self, name: object, numbers: int, draw: Callable[[Integers], None]) -> None:
-        """Draw `numbers` integers into zeros; `name` says which ones, all of it."""
+        """Start to draw `numbers` integers; `name` identifies the draw completely."""
         if numbers < AHEAD_FROM or self._busy():
             return
         if len(self._room) != numbers:
@@ -39,7 +39,7 @@ class DrawAhead:
         self._thread.start()
 
     def take(self, name: object) -> Integers | None:
-        """Integers of that name, good until the next draw; None where they were not begun."""
+        """Return the integers of a draw, valid until the next one; None if it was not begun."""
         if self._thread is None or self._name != name or self._process != present_process():
             return None
         self._thread.join()
@@ -47,7 +47,7 @@ class DrawAhead:
         return self._room if self._drawn else None
 
     def _busy(self) -> bool:
-        """Tell if a draw of this process that nobody took still writes."""
+        """Return True if an earlier draw of this process is still being written."""
         alive = self._thread is not None and self._thread.is_alive()
         return alive and self._process == present_process()
 

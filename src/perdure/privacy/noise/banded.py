@@ -1,17 +1,18 @@
-"""Noise that is correlated over the steps.
+"""Correlated noise over the steps of a training run (banded matrix factorisation).
 
-For records that take part in a fixed order, without sampling.
+It is for records that take part in a fixed order, without sampling.
 
-A training run releases prefix sums A x of the steps' clipped sums x. Write A = B C and release B (C
-x + z): what a record adds to C x bounds its influence, and later noise takes back part of the
-earlier (matrix mechanism, DP-FTRL; Denisov et al. 2022, Choquette-Choo et al. 2023). Here C is the
-lower-triangular Toeplitz matrix of the first b coefficients of the square root of A, c_k =
-binom(2k, k) / 4^k (banded square root: Kalinin and Lampert 2024, section 4), rounded to multiples
-of 2^-16: any such matrix is valid. On the grid of `perdure.privacy.grid`, with x_t the integer sum
-of step t, step t releases
+A training run releases prefix sums A x of the clipped sums x of its steps. Write A = B C and
+release B (C x + z): the norm of a record's part of C x is its sensitivity, and later noise cancels
+a part of earlier noise (matrix mechanism, DP-FTRL; Denisov et al. 2022, Choquette-Choo et al.
+2023). Here C is the lower-triangular Toeplitz matrix of the first b coefficients of the square root
+of A, c_k = binom(2k, k) / 4^k (banded square root: Kalinin and Lampert 2024, section 4), rounded to
+multiples of 2^-16: any such matrix is valid. On the grid of `perdure.privacy.grid`, with x_t the
+integer sum of step t, step t releases
 
     w_t = sum over k of c_k x_{t-k} + z_t                exactly, in 2^-16 of a grid step
-    y_t = w_t - c_1 y_{t-1} - ... - c_{b-1} y_{t-b+1}    from what was released: post-processing
+    y_t = w_t - c_1 y_{t-1} - ... - c_{b-1} y_{t-b+1}    computed from earlier releases:
+    post-processing
 
 with z_t integers of standard deviation sigma |c| clip_norm. So y = x + C^-1 z.
 
@@ -32,13 +33,13 @@ from perdure.errors import PrivacyError
 _T = TypeVar("_T")
 
 PARTS = 2**16
-"""Parts of a grid step: coefficients are multiples of one over it."""
+"""Number of parts of a grid step; coefficients are multiples of 1 / PARTS."""
 MOST = 2**44
 """Largest sum, in grid steps, whose weighted sums are exact in 64 bits."""
 
 
 def coefficients(bands: int) -> tuple[int, ...]:
-    """First column of C, cut to `bands` and times 2^16: of 1, 1/2, 3/8, 5/16, ..."""
+    """First column of C, cut to `bands` numbers and multiplied by 2^16: 1, 1/2, 3/8, 5/16, ..."""
     values = [1.0]
     for k in range(1, bands):
         values.append(values[-1] * (2 * k - 1) / (2 * k))
@@ -46,16 +47,16 @@ def coefficients(bands: int) -> tuple[int, ...]:
 
 
 class BandedNoise:
-    """Steps of one reserved block, in order; a block begins a chain of its own.
+    """Correlated noise of one reserved block of steps; each block begins a new chain.
 
-    A step that failed may be asked for again: what it adds to the chain counts once `commit` has
-    been called, and is kept by its number, so that no sum is in the chain twice.
+    A step that failed may be repeated: it enters the chain only when `commit` is called, under its
+    step number, so that no sum enters the chain twice.
 
-    Guarantee: over a block, the noise is `C^-1 z`; with blocks in one chain a repeated block would
-    meet earlier noise again. The exact sums of the last b - 1 steps stay in here.
+    Guarantee: over a block, the noise is `C^-1 z`. Blocks share no chain, because a repeated block
+    would then use earlier noise again. The exact sums of the last b - 1 steps stay in this object.
 
     Args:
-        bands: b; the least distance between two steps of one record.
+        bands: b, the smallest distance between two steps of one record.
         first: number of the first step of the block.
     """
 
@@ -68,10 +69,10 @@ class BandedNoise:
         self.gain = math.sqrt(sum(c * c for c in self._c)) / PARTS
 
     def weighted(self, units: Tensor, step: int) -> Tensor:
-        """(d,) int64 weighted sum of this step's and earlier exact sums, in parts of a grid step.
+        """(d,) int64 weighted sum of the exact sums up to this step, in parts of a grid step.
 
         Raises:
-            PrivacyError: for a sum too large to be weighted exactly, or a step that counts already.
+            PrivacyError: if a sum is too large to be weighted exactly, or the step was committed.
         """
         if step in self._impulse:
             raise PrivacyError(
@@ -88,19 +89,19 @@ class BandedNoise:
         return total
 
     def released(self, noisy: Tensor, step: int) -> Tensor:
-        """(d,) float64 noisy sum of this step, in grid steps, from the noisy `weighted`."""
+        """(d,) float64 noisy sum of a step, in grid steps, from its noisy `weighted` sum."""
         value = noisy.double() / PARTS
         for c, past in self._past(self._released, step):
             value -= c / PARTS * past
         return value
 
     def commit(self, units: Tensor, value: Tensor, step: int) -> None:
-        """Let a step count, once it is done.
+        """Add a finished step to the chain.
 
         Args:
-            units: (d,) int64 its exact sum.
-            value: (d,) float64 what `released` gave for it.
-            step: its number.
+            units: (d,) int64 exact sum of the step.
+            value: (d,) float64 result of `released` for the step.
+            step: number of the step.
         """
         first = 1.0 if step == self._first else 0.0
         carried = sum(c / PARTS * y for c, y in self._past(self._impulse, step))
@@ -116,7 +117,7 @@ class BandedNoise:
         return self.gain * math.sqrt(sum(y * y for y in recent))
 
     def _past(self, values: Mapping[int, _T], step: int) -> Iterator[tuple[int, _T]]:
-        """Coefficients of the steps before, with their values."""
+        """Yield the coefficients of earlier steps with the values of these steps."""
         for k, c in enumerate(self._c[1:], 1):
             if step - k in values:
                 yield c, values[step - k]

@@ -1,10 +1,11 @@
-"""Compiled loops of the exact noise: one pass where NumPy takes many.
+"""Compiled loops of the exact noise, which pass over memory once where NumPy needs many passes.
 
-Every loop gives the same integers as its counterpart by NumPy or torch, which draws and sums below
-`COMPILED_FROM` numbers use. Numba is loaded at the first large one, and compiles in a second.
+Every loop gives the same integers as the function of NumPy or torch that it replaces, which is used
+for fewer than `COMPILED_FROM` numbers. Numba is loaded for the first large draw, and compiles in a
+second.
 
-Types are spelt out in here: Numba would turn a sum of a signed and an unsigned number into a
-floating-point one.
+All types are explicit in this file: Numba would turn a sum of a signed and an unsigned number into
+a floating-point one.
 """
 
 from collections.abc import Callable
@@ -88,7 +89,7 @@ def _cells(first: Words, second: Words, cut: Words, alias: Small, offset_bits: i
 
 
 def _settling(share: Callable[..., np.uint64]) -> Callable[..., int]:
-    """Build `settle` with the compiled probability that an integer is kept."""
+    """Build the compiled `settle`, from the compiled probability that an integer is kept."""
 
     def settle(
         total: Integers,

@@ -1,15 +1,15 @@
-"""Mechanisms with discrete answers.
+"""Mechanisms with discrete results: integer noise on counts, and the exponential mechanism.
 
-Integer noise on counts, and the choice of one of many public answers.
+The exponential mechanism chooses some of many public answers.
 
 Discrete Gaussian (Canonne, Kamath and Steinke 2020, "The discrete Gaussian for differential
 privacy"):
 
     P(z) = exp(-z^2 / (2 s^2)) / sum over all integers of the same,   z an integer
 
-Exponential mechanism (McSherry and Talwar 2007), of scores of which one record moves any two by at
-most 1 against each other: P(j) = exp(e score_j) / sum over i of exp(e score_i) is e-DP, and of
-bounded range e, so that it costs at most e^2 / 8 of zero-concentrated privacy (Cesar and Rogers
+Exponential mechanism (McSherry and Talwar 2007), for scores such that one record changes the
+difference of any two by at most 1: P(j) = exp(e score_j) / sum over i of exp(e score_i) is e-DP,
+and has bounded range e, so it costs at most e^2 / 8 of zero-concentrated privacy (Cesar and Rogers
 2021).
 """
 
@@ -27,17 +27,17 @@ from perdure.errors import ConfigError, DataError
 
 BUFFER_BYTES = 4096
 WORD = 64
-"""Bits of a word."""
+"""Number of bits of a word."""
 
 
 # --------------------------------------------------------------------------- integer noise
 
 
 class Integers:
-    """Uniform integers out of a stream of random bytes.
+    """Source of uniform integers, made from a stream of random bytes.
 
     Args:
-        stream: from a number of bytes to so many.
+        stream: function from a number n to n random bytes.
     """
 
     def __init__(self, stream: Callable[[int], bytes]) -> None:
@@ -45,9 +45,9 @@ class Integers:
         self._words: list[int] = []
 
     def below(self, n: int) -> int:
-        """Uniform on 0 .. n - 1, without bias.
+        """Return a uniform integer from 0 to n - 1, without bias.
 
-        As many bits as n - 1 has, drawn again until they are below n.
+        As many random bits as n - 1 has are drawn until their number is below n.
         """
         bits = (n - 1).bit_length()
         while True:
@@ -72,14 +72,14 @@ class Integers:
 def discrete_gaussian(n: int, sigma: float, stream: Callable[[int], bytes]) -> Tensor:
     """(n,) int64 independent draws of P(z) proportional to exp(-z^2 / (2 sigma^2)).
 
-    Exact: every decision compares integers, and sigma is the very rational number that the float
-    stands for. The leak of floating-point noise (Mironov 2012) cannot occur here. The time of a
-    draw depends on its numbers, so do not let others measure it.
+    Exact: every decision compares integers, and sigma is the exact rational value of the float. So
+    the leak of floating-point noise (Mironov 2012) cannot occur. The time of a draw depends on its
+    result, so do not let others measure it.
 
     Args:
-        n: how many.
-        sigma: above 0 and finite.
-        stream: of random bytes, from a number of them to so many.
+        n: number of draws.
+        sigma: scale of the noise, above 0 and finite.
+        stream: function from a number k to k random bytes.
 
     Source: Canonne, Kamath and Steinke 2020, algorithms 1 to 3.
     """
@@ -91,9 +91,9 @@ def discrete_gaussian(n: int, sigma: float, stream: Callable[[int], bytes]) -> T
 
 
 def _gaussian(variance: Fraction, integers: Integers) -> int:
-    """Algorithm 3: a discrete Laplace y of scale t, kept with a probability.
+    """Draw one discrete Gaussian (algorithm 3): a discrete Laplace y of scale t, kept or not.
 
-    The probability is exp(-(|y| - s^2/t)^2 / (2 s^2)).
+    The probability that y is kept is exp(-(|y| - s^2/t)^2 / (2 s^2)); if not, another y is drawn.
     """
     a = variance.numerator
     b = variance.denominator
@@ -105,7 +105,7 @@ def _gaussian(variance: Fraction, integers: Integers) -> int:
 
 
 def _laplace(t: int, integers: Integers) -> int:
-    """Algorithm 2: P(y) proportional to exp(-|y| / t)."""
+    """Draw y from the discrete Laplace distribution, P(y) ~ exp(-|y| / t) (algorithm 2)."""
     while True:
         remainder = integers.below(t)
         if not bernoulli_exp(remainder, t, integers):
@@ -120,7 +120,7 @@ def _laplace(t: int, integers: Integers) -> int:
 
 
 def bernoulli_exp(numerator: int, denominator: int, integers: Integers) -> bool:
-    """Algorithm 1: true with probability exp(-numerator / denominator)."""
+    """Draw True with probability exp(-numerator / denominator) (algorithm 1)."""
     while numerator > denominator:
         if not bernoulli_exp(1, 1, integers):
             return False
@@ -132,17 +132,19 @@ def bernoulli_exp(numerator: int, denominator: int, integers: Integers) -> bool:
 
 
 def counted(values: Tensor, bins: int, *, strict: bool) -> Tensor:
-    """(bins,) int64: how often each bin comes up in `values` (n,).
+    """(bins,) int64 counts: how often each bin occurs in `values` (n,).
 
-    One record changes one of them by 1.
+    One record changes one count by 1.
 
     Args:
-        strict: refuse values that are no bin. Under privacy they count nowhere instead: an error
-            would tell of them.
+        values: (n,) bin of each record.
+        bins: number of bins.
+        strict: refuse values outside the bins. Under privacy they are ignored, because an error
+            would reveal them.
 
     Raises:
-        ConfigError: for less than one bin.
-        DataError: for values that are not whole numbers, or (where `strict`) outside the bins.
+        ConfigError: if there is less than one bin.
+        DataError: if values are not whole numbers, or (if `strict`) outside the bins.
     """
     if bins < 1:
         raise ConfigError.of("bins", bins, "whole numbers from 1")
@@ -166,13 +168,13 @@ def counted(values: Tensor, bins: int, *, strict: bool) -> Tensor:
 @final
 @dataclass(frozen=True, kw_only=True)
 class Frequency:
-    """Number of records in each bin: the score of a top-k.
+    """Number of records in each bin, as scores for the choice of the k most frequent bins.
 
     Guarantee: one record raises the score of at most one bin, by 1, and lowers none.
 
     Args:
-        bins: how many there are.
-        k: how many are chosen.
+        bins: number of bins.
+        k: number of bins that are chosen.
     """
 
     bins: int
@@ -185,32 +187,32 @@ class Frequency:
             raise ConfigError.of("k", self.k, f"1 to {self.bins}, the number of bins")
 
     def scores(self, values: Tensor, *, strict: bool) -> Tensor:
-        """(bins,) float64 of the records' bins (n,)."""
+        """(bins,) float64 counts, from the bin (n,) of each record."""
         return counted(values, self.bins, strict=strict).double()
 
 
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Quantile:
-    """Distance of each candidate from a q-quantile: the score of a quantile.
+    """Scores for the choice of a q-quantile from public candidates: closeness to the quantile.
 
-    At most q n records below it, at least q n up to it.
+    At most q n records are below a q-quantile, and at least q n are at most equal to it.
 
         score(c) = -max(0, #{x < c} - q n, q n - #{x <= c}) / (2 max(q, 1 - q))
 
-    Where no record equals a candidate this is -|#{x < c} - q n|; where many do, that would not tell
-    their value from its neighbours.
+    If no record equals a candidate, the term in the numerator is |#{x < c} - q n|. If many records
+    equal one, that term alone would not distinguish it from its neighbours.
 
-    Guarantee: one record moves any two scores by at most 1 against each other. One more adds 0 or 1
-    to each count and q to q n, so each difference moves by at most max(q, 1 - q), and a score by at
-    most 1/2. It may rise for one candidate and fall for another, so the half is needed.
+    Guarantee: one record changes the difference of any two scores by at most 1. Adding a record
+    adds 0 or 1 to each count and q to q n, so each term changes by at most max(q, 1 - q), and a
+    score by at most 1/2. One score may rise while another falls, so the factor 1/2 is needed.
 
     Args:
-        q: above 0 and below 1.
-        candidates: (m,) public numbers, increasing.
+        q: level of the quantile, above 0 and below 1.
+        candidates: (m,) public numbers in increasing order.
 
     Raises:
-        ConfigError: for another q, or candidates that are not finite and increasing.
+        ConfigError: if q is out of range, or candidates are not finite and increasing.
 
     Source: Smith 2011, "Privacy-preserving statistical estimation with optimal convergence rates",
     for the exponential mechanism on ranks.
@@ -239,10 +241,12 @@ class Quantile:
         return 1
 
     def scores(self, values: Tensor, *, strict: bool) -> Tensor:
-        """(m,) float64 of the records' numbers (n,); NaN is below no candidate.
+        """(m,) float64 scores of the candidates, from one number (n,) per record.
+
+        NaN is below no candidate.
 
         Raises:
-            DataError: where `strict`, for what is not a number.
+            DataError: if `strict` is True and a value is NaN.
         """
         numbers = values.detach().double().cpu()
         missing = numbers.isnan()
@@ -260,9 +264,9 @@ class Quantile:
         return -off / (2 * max(self.q, 1 - self.q))
 
     def _ranks(self, passed: Tensor) -> Tensor:
-        """(m,) float64: how many records have passed at most j candidates.
+        """(m,) float64 numbers of records that have passed at most j candidates.
 
-        `passed` (n,) says how many each has.
+        `passed` (n,) is the number of candidates that each record has passed.
         """
         return torch.bincount(passed, minlength=len(self.candidates) + 1).cumsum(0)[:-1].double()
 
@@ -271,26 +275,29 @@ KnownUtility = Frequency | Quantile
 
 
 def best(scores: Tensor, k: int) -> Tensor:
-    """(k,) int64: the places of the highest scores, best first; of equal ones the first."""
+    """(k,) int64 indices of the highest scores, best first; among equal scores the first."""
     return torch.argsort(scores, descending=True, stable=True)[:k]
 
 
 def exponential(scores: Tensor, k: int, *, noise_multiplier: float, uniform: Tensor) -> Tensor:
-    """(k,) int64 places drawn with P(j) proportional to exp(score_j / noise_multiplier).
+    """(k,) int64 indices drawn with P(j) proportional to exp(score_j / noise_multiplier).
 
     They are drawn without replacement.
 
-    The k highest of score / noise_multiplier + Gumbel noise are k draws of the exponential
-    mechanism, one after another without those drawn before (Durfee and Rogers 2019, section 4.1).
+    The indices of the k largest values of score / noise_multiplier + Gumbel noise are k draws of
+    the exponential mechanism, each without the indices drawn before (Durfee and Rogers 2019,
+    section 4.1).
 
-    Guarantee: each draw is e-DP and of bounded range e = 1 / noise_multiplier, for scores of which
-    one record moves any two by at most 1 against each other; up to the rounding of float64, which
-    moves each probability by some 1e-14: uniforms have 53 bits, and Gumbel noise made of them lies
-    between -3.6 and 37.4.
+    Guarantee: each draw is e-DP and of bounded range e = 1 / noise_multiplier, if one record
+    changes the difference of any two scores by at most 1. This holds up to the rounding of float64,
+    which changes each probability by about 1e-14: uniforms have 53 bits, and Gumbel noise made from
+    them is between -3.6 and 37.4.
 
     Args:
-        scores: (m,).
-        uniform: (m,) in [0, 1), 53 random bits each.
+        scores: (m,) scores of the answers.
+        k: number of answers that are drawn.
+        noise_multiplier: 1 / e.
+        uniform: (m,) numbers in [0, 1), with 53 random bits each.
     """
     # (j + 1) / 2^53 is a float64 of its own for every j; where it is 1 the noise would be infinite
     waits = -torch.log(uniform + 2.0**-53)

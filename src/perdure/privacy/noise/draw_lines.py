@@ -1,7 +1,7 @@
-"""Lines of the log of draws, each with a MAC over itself and all before it, and heads of the log.
+"""Lines and heads of the log of draws; a MAC in each line covers it and all lines before it.
 
-A head is the number of lines and the MAC of the last one. It is kept in files beside and outside
-the log, so that a log that was put back from an earlier time is told from one that goes on.
+A head is the number of lines and the MAC of the last one. It is kept in files next to the log and
+outside its folder, so that a log that was restored from an older copy is recognised.
 """
 
 import json
@@ -15,7 +15,7 @@ from perdure.errors import PrivacyError
 from perdure.privacy.noise.key import NoiseKey
 
 Line = Mapping[str, str]
-"""Content of a line, without its MAC."""
+"""Content of a line of the log, without its MAC."""
 
 FIELDS = {
     "open": {"kind", "entry", "boot"},
@@ -23,7 +23,7 @@ FIELDS = {
     "draw": {"kind", "entry", "place", "mac", "nonce"},
     "lost": {"kind", "heads"},
 }
-"""Names in a line of each kind."""
+"""Names of the fields in each kind of line."""
 GENESIS = "0" * 64
 SEPARATOR = b', "chain": "'
 SUFFIX = len(SEPARATOR) + len(GENESIS) + len('"}')
@@ -32,30 +32,30 @@ HEAD = re.compile(r"(\d{12}) ([0-9a-f]{64})\n")
 
 @dataclass(frozen=True)
 class DrawsHead:
-    """Number of lines of the log, and the MAC of the last one, which covers all."""
+    """Number of lines of the log, and the MAC of the last one, which covers all lines."""
 
     count: int = 0
     mac: str = GENESIS
 
     @classmethod
     def parse(cls, text: str) -> "DrawsHead | None":
-        """Undo `text`; None for another text, such as one that a stop of the machine tore."""
+        """Parse a head; None for any other text, for example after an interrupted write."""
         found = HEAD.fullmatch(text)
         return cls(int(found[1]), found[2]) if found else None
 
     def text(self) -> str:
-        """One line of a fixed length, which is written over the one before in one piece."""
+        """Return the head as a line of fixed length, which is overwritten in one piece."""
         return f"{self.count:012d} {self.mac}\n"
 
 
 @dataclass(frozen=True)
 class DrawLines:
-    """Whole lines of a log, verified.
+    """Complete, verified lines of a log.
 
     Args:
-        lines: in order.
-        macs: of every line.
-        size: their number of bytes; what lies beyond was torn by a stop.
+        lines: the lines in order.
+        macs: MAC of every line.
+        size: total bytes of the lines; any bytes after them are an interrupted write.
     """
 
     lines: tuple[Line, ...]
@@ -64,11 +64,11 @@ class DrawLines:
 
     @property
     def head(self) -> DrawsHead:
-        """Head of all lines."""
+        """Head of the log with these lines."""
         return DrawsHead(len(self.macs), self.macs[-1]) if self.macs else DrawsHead()
 
     def cover(self, head: DrawsHead) -> bool:
-        """Tell if the lines go on from a recorded head, or say that its draws were lost."""
+        """Return True if the lines continue from a recorded head, or list it as lost."""
         if not head.count:
             return True
         if head.count <= len(self.macs) and self.macs[head.count - 1] == head.mac:
@@ -78,17 +78,17 @@ class DrawLines:
 
 
 def write_line(line: Line, previous: str, mac: Callable[[bytes], str]) -> tuple[bytes, str]:
-    """Bytes of a line after one with the MAC `previous`, and its own MAC."""
+    """Return the bytes of a line after a line with the MAC `previous`, and the new MAC."""
     body = json.dumps(dict(line), sort_keys=True).encode()
     own = mac(previous.encode() + body)
     return body[:-1] + SEPARATOR + own.encode() + b'"}\n', own
 
 
 def read_lines(path: Path, key: NoiseKey) -> DrawLines:
-    """Read a log; a last line that a stop tore is left out, since nothing followed it.
+    """Read a log; an incomplete last line is ignored, because nothing was written after it.
 
     Raises:
-        PrivacyError: for a line that is damaged, edited, moved or after a gap.
+        PrivacyError: if a line is damaged, edited or moved, or a line before it is missing.
     """
     data = path.read_bytes() if path.exists() else b""
     whole, _, torn = data.rpartition(b"\n")
@@ -113,7 +113,7 @@ def read_lines(path: Path, key: NoiseKey) -> DrawLines:
 
 
 def _parsed(body: bytes) -> Line | None:
-    """Return the content of a line; None for text that no log contains."""
+    """Return the content of a line; None if the text cannot be a line of a log."""
     try:
         line = json.loads(body)
         known = set(line) == FIELDS[line["kind"]]
@@ -123,12 +123,12 @@ def _parsed(body: bytes) -> Line | None:
 
 
 def head_file(path: Path) -> Path:
-    """`draws.jsonl` has its head in `draws.head`."""
+    """Path of the head of a log: `draws.jsonl` has its head in `draws.head`."""
     return path.with_suffix(".head")
 
 
 def read_head(path: Path) -> DrawsHead | None:
-    """Return the head that a file holds; None where there is none."""
+    """Return the head that a file holds; None if there is none."""
     try:
         return DrawsHead.parse(path.read_bytes().decode("ascii", errors="replace"))
     except OSError:
@@ -138,18 +138,18 @@ def read_head(path: Path) -> DrawsHead | None:
 def compare(
     path: Path, key: NoiseKey, copies: Sequence[Path], anchors: Sequence[DrawsHead]
 ) -> tuple[DrawLines, list[DrawsHead]]:
-    """Read a log, and return it with the recorded heads that it does not go on from.
+    """Read a log; return it with the recorded heads that it does not continue from.
 
-    Its own head has to be there: without it nothing tells whether lines are missing.
+    The file with its own head must exist: without it, missing lines would not be noticed.
 
     Args:
-        path: of the log.
-        key: of the curator.
-        copies: files outside that hold a head.
+        path: path of the log.
+        key: key of the curator.
+        copies: files outside the folder that hold a head.
         anchors: heads from elsewhere, such as checkpoints.
 
     Raises:
-        PrivacyError: for a line that is damaged, edited, moved or after a gap.
+        PrivacyError: if a line is damaged, edited or moved, or a line before it is missing.
     """
     # before the log, which a run may go on with meanwhile
     beside = read_head(head_file(path))
@@ -162,12 +162,12 @@ def compare(
 
 
 class HeadFile:
-    """A file that holds the head of a log, written over in place at every line.
+    """File that holds the head of a log, overwritten in place after every line.
 
-    It is not synced: after a stop of the machine an open block is charged again anyway.
+    It is not synced: after a crash of the machine an open block is charged again anyway.
 
     Args:
-        path: of the file, which only its owner may read.
+        path: path of the file; only its owner may read it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -175,5 +175,5 @@ class HeadFile:
         self.descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
 
     def write(self, head: DrawsHead) -> None:
-        """Record a head."""
+        """Write a head to the file."""
         os.pwrite(self.descriptor, head.text().encode(), 0)

@@ -1,25 +1,26 @@
-"""Log of the exact sums that noise was drawn for, so that no noise is ever met twice.
+"""Log of the exact sums for which noise was drawn, so that no noise is used for two sums.
 
-A step may be executed again: a run that was killed goes on from its last checkpoint. If the step
-then has the same sum, the same noise gives the same answer, which costs nothing. With another sum
-(changed code, another library) the same noise would give away the difference of the two sums, and
-fresh noise would be a second look that nobody charged. So the MAC of every exact sum is written
-down before noise is added to it, with the nonce under which the noise is drawn:
+A step may be executed again: a run that was killed continues from its last checkpoint. If the step
+then has the same sum, the same noise gives the same result, which costs nothing. With another sum
+(because of changed code, or another library) the same noise would reveal the difference of the two
+sums, and fresh noise would be a second release that nobody charged. So the MAC of every exact sum
+is written to the log before noise is added to it, with the nonce for which the noise is drawn:
 
-- the sum has the MAC of an earlier draw: its noise is drawn again, under its nonce;
-- nothing was drawn for the step: the noise is drawn under the nonce of this process;
-- anything else: the step is charged again, as a new entry, before it is drawn.
+- the sum has the MAC of an earlier draw: the same noise is drawn again, with its nonce;
+- nothing was drawn for the step: the noise is drawn with the nonce of this process;
+- in all other cases, the step is charged again, as a new entry, before noise is drawn.
 
-Lines reach the operating system before noise is drawn, so a killed process loses none. They reach
-the disk once a block, when the block is closed. After a machine stopped otherwise (another boot, or
-none that is known) a block that was not closed counts as seen, and is charged again.
+Lines are passed to the operating system before noise is drawn, so a killed process loses none. They
+are synced to disk once per block, when the block is closed. If the machine stopped in any other way
+(another boot, or an unknown one), the noise of a block that was not closed counts as seen, and the
+block is charged again.
 
-A log that was put back from an earlier time would make a second look free. So its head (see
-`perdure.privacy.noise.draw_lines`) is kept elsewhere too, and a log that does not go on from it
-says so in a line of its own: every entry that was not closed before then counts as seen. A closed
-entry never draws anything new, so nothing of it can be missing. One process writes at a time, which
-is checked before every draw: a second writer, a file that was put back meanwhile, and a forked
-child are refused.
+If an older copy of the log were restored, a second release would cost nothing. So its head (see
+`perdure.privacy.noise.draw_lines`) is kept elsewhere too. A log that does not continue from that
+head records this in a line of its own, and the noise of every entry that was open before then
+counts as seen. A closed entry never draws anything new, so none of its lines can be needed. One
+process writes at a time, and this is checked before every draw: a second writer, a file that was
+replaced, and a forked child process are refused.
 """
 
 import errno
@@ -47,23 +48,24 @@ from perdure.utils.folder_lock import FolderLock
 from perdure.utils.forks import present_process
 
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-"""File in which Linux names the present boot."""
+"""File that holds the identifier of the current boot on Linux."""
 
 
 class DrawLog:
-    """MACs of the sums that noise was drawn for, and nonces of the processes that drew it.
+    """MACs of the sums for which noise was drawn, and nonces of the processes that drew it.
 
     Args:
-        path: the file, by custom `private/draws.jsonl`; None keeps the log in memory.
-        key: of the curator.
-        boot: name of the present boot; empty where it is not known, which counts as another one.
-        copies: files outside the folder that follow the log's head; where one cannot be written,
-            it is given up.
+        path: path of the file, usually `private/draws.jsonl`; None keeps the log in memory.
+        key: key of the curator.
+        boot: identifier of the current boot; "" if it is not known, which counts as another boot.
+        copies: files outside the folder with copies of the log's head; a file that cannot be
+            written is skipped.
         anchors: heads that were recorded elsewhere, such as in checkpoints.
-        lock: held by whoever draws; the log is read again after it was given up and taken anew.
+        lock: lock that a process must hold to draw; after it was released and taken again, the log
+            is read again.
 
     Raises:
-        PrivacyError: for a file with a line that is damaged, other than the last.
+        PrivacyError: if a line other than the last one is damaged.
     """
 
     def __init__(
@@ -100,9 +102,9 @@ class DrawLog:
 
     @property
     def nonce(self) -> str:
-        """128 bits that no other process and no other opening of the log has.
+        """128 random bits that belong to this process and this opening of the log only.
 
-        A simulation has none, or it could not be repeated.
+        In a simulation it is empty, so that the run can be repeated.
         """
         if self._key.simulated:
             return ""
@@ -117,28 +119,28 @@ class DrawLog:
         return self._head
 
     def open(self, entry: str) -> None:
-        """Note that noise of `entry` may be drawn from now on, in this boot."""
+        """Write a line that noise of `entry` may be drawn from now on, in this boot."""
         self._hold()
         if entry not in self._closed and self._opened.get(entry) != self._boot:
             self._write({"kind": "open", "entry": entry, "boot": self._boot})
         self._own.add(entry)
 
     def close(self, entry: str) -> None:
-        """Note that all noise of `entry` that anybody will see is in the log, and sync it."""
+        """Write a line that all used noise of `entry` is in the log, and sync the file."""
         self._hold()
         if entry in self._opened and entry not in self._closed:
             self._write({"kind": "close", "entry": entry}, sync=True)
 
     def closed(self, entry: str) -> bool:
-        """Tell if all noise of an entry is in the log, and may have left."""
+        """Return True if all noise of an entry is in the log; results may have been used."""
         self._hold()
         return entry in self._closed
 
     def seen(self, entry: str) -> bool:
-        """True where noise of `entry` may have been drawn without a line in the log.
+        """Return True if noise of `entry` may have been drawn without a line in the log.
 
         Args:
-            entry: digest of an entry that was in the ledger before.
+            entry: digest of an entry that was in the ledger before this process.
         """
         self._hold()
         if entry in self._closed:
@@ -156,21 +158,21 @@ class DrawLog:
         *,
         unseen: bool = False,
     ) -> str | None:
-        """Nonce under which noise may be added to a sum; noted before this returns.
+        """Nonce with which noise may be drawn for a sum; the log has it when this returns.
 
         Args:
-            purpose: what the noise is for.
-            entry: digest of the entry that pays, which was opened.
-            step: of the run.
+            purpose: purpose of the noise.
+            entry: digest of the entry that pays, which must be open.
+            step: step of the run.
             exact: (n,) the exact sum, in grid steps.
-            unseen: nothing leaves before the entry is closed: as long as it is open, another sum
-                gets a nonce of its own.
+            unseen: True if no result is used before the entry is closed; while it is open, another
+                sum then gets another nonce.
 
         Returns:
-            None where noise was, or may have been, drawn there for another sum.
+            The nonce; None if noise was drawn, or may have been drawn, for another sum.
 
         Raises:
-            LedgerError: in a forked child, or where another process wrote to the log.
+            LedgerError: in a forked child, or if another process wrote to the log.
         """
         self._hold()
         place = f"{purpose} {entry} {step}"
@@ -187,16 +189,17 @@ class DrawLog:
         return nonce
 
     def release(self) -> None:
-        """Close the files; the log is read again when it is used next."""
+        """Close the files; the log is read again at the next use."""
         if self._closing:
             self._closing()
 
     # ------------------------------------------------------------------ inside
 
     def _hold(self) -> None:
-        """Refuse a forked child and a second writer; read again what others may have changed.
+        """Refuse a forked child and a second writer; read the log again if it may have changed.
 
-        A simulation in memory goes on in a child: it draws the same noise wherever it runs.
+        A simulation in memory is allowed in a child, because its noise is the same in every
+        process.
         """
         simulated = self._path is None and self._key.simulated
         if self._process != present_process() and not simulated:
@@ -218,7 +221,7 @@ class DrawLog:
             )
 
     def _read(self, path: Path) -> None:
-        """Read the file, and note in it what recorded heads know beyond it."""
+        """Read the file, and record in it which recorded heads it does not continue from."""
         found, missed = compare(path, self._key, self._copies, self._anchors)
         self._drawn = {}
         self._opened = {}
@@ -239,7 +242,7 @@ class DrawLog:
         self._write({"kind": "lost", "heads": heads})
 
     def _open_files(self, path: Path) -> None:
-        """Open the log and the files of its head, in place of those that were open."""
+        """Open the log and the files of its head; files that were open are closed."""
         if self._closing:
             self._closing()
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
@@ -275,7 +278,7 @@ class DrawLog:
         self._take(line)
 
     def _record(self) -> None:
-        """Let every file of the head follow the log, which is never behind them."""
+        """Update every file with the head; the log itself is written first."""
         for file in self._heads:
             file.write(self._head)
 
@@ -298,7 +301,7 @@ def _close(descriptors: Sequence[int]) -> None:
 
 
 def _file(path: Path) -> tuple[int, int, int]:
-    """Device, number and size of a file; zeros where it is not there."""
+    """Device, inode and size of a file; zeros if it does not exist."""
     try:
         found = path.stat()
     except OSError:

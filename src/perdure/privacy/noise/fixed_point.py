@@ -1,4 +1,4 @@
-"""Probabilities in 64-bit integers, for NumPy's arrays and for compiled loops alike."""
+"""Probabilities as 64-bit integers, for arrays of NumPy and for compiled loops."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,16 +8,16 @@ import numpy as np
 from perdure.privacy.noise.table import Words
 
 Share = Callable[[Words, Words, Words], Words]
-"""Probability, times 2^63, that integers of their cells are kept (see `share_of`)."""
+"""Function for the probability, times 2^63, that integers of their cells are kept."""
 _HALF = np.uint64(32)
 _LOW = np.uint64(2**32 - 1)
 
 
 def share_of(high: Callable[[Any, Any], Any]) -> Share:
-    """Build exp(-y) times 2^63 with y = G (2 j + t) t below 1/16, from an upper product.
+    """Build the function exp(-y) times 2^63, with y = G (2 j + t) t below 1/16.
 
-    exp(-y) = 1 - y (1 - y/2 (1 - y/3 (...))). Its arguments are 2 j + t times 2^50, t times 2^64
-    and G times 2^78.
+    exp(-y) = 1 - y (1 - y/2 (1 - y/3 (...))). The arguments are 2 j + t times 2^50, t times 2^64
+    and G times 2^78. `high` computes the upper 64 bits of a product.
     """
     one = np.uint64(2**63)
 
@@ -33,7 +33,7 @@ def share_of(high: Callable[[Any, Any], Any]) -> Share:
 
 
 def upper_product(a: Words, b: Words) -> Words:
-    """Upper 64 bits of the products, by halves of 32 bits."""
+    """Upper 64 bits of the products of two arrays, computed from halves of 32 bits."""
     a_low = a & _LOW
     a_high = a >> _HALF
     b_low = b & _LOW

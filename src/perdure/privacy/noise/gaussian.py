@@ -1,12 +1,12 @@
-"""Draws of the rounded Gaussian from secret words, by integer operations alone.
+"""Sampler of the rounded Gaussian that uses secret random words and integer operations only.
 
-Coordinate i of a draw reads word i of one stream, 64 bits; that decides 99 draws of 100. The
-rest (the threshold of a column, an integer of a cell that is not kept at once, the tail) is
-decided by further words of the coordinate's own, read from blocks numbered by coordinate and
-attempt. So every coordinate has its own counter, and a draw in pieces, or on another device, gives
-the same integers.
+Coordinate i of a draw reads word i of one stream, 64 bits, and this decides 99 of 100 draws. The
+other draws (at the threshold of a column, with an integer of a cell that is not kept at once, or in
+the tail) use further words of the same coordinate, read from blocks that are numbered by coordinate
+and attempt. So every coordinate has its own counter, and a draw in several pieces, or on another
+device, gives the same integers.
 
-Draws take more or less time by what they give, so do not let others measure it.
+The time of a draw depends on its result, so do not let others measure it.
 """
 
 from collections.abc import Callable
@@ -29,27 +29,27 @@ from perdure.privacy.noise.table import (
 )
 
 Stream = Callable[[int], npt.NDArray[np.uint8]]
-"""So many more bytes of the words that coordinates read first; good until the next call."""
+"""Function from n to the next n bytes of the first words; valid until the next call."""
 Blocks = Callable[[Words], Words]
-"""Numbers of blocks (m, 2) to their words (m, 2)."""
+"""Function from numbers of blocks (m, 2) to their words (m, 2)."""
 
 PIECE = 2**15
-"""Coordinates at a time: their words stay in the processor's cache."""
+"""Number of coordinates drawn at a time, so that their words stay in the processor's cache."""
 COMPILED_FROM = 2**13
-"""Numbers of one draw from which loading the compiled loops pays."""
+"""Fewest numbers of one draw for which loading the compiled loops saves time."""
 OWN_BLOCKS = 16
-"""Blocks of a coordinate and attempt: two for its own words, and the rest for later tables."""
+"""Blocks per coordinate and attempt: two for its own words, the others for later tables."""
 OWN_WORDS = 2
-"""Blocks of every attempt: a first word, the two that decide ties, and one that is not used."""
+"""Blocks of each attempt: the first word, two words that decide ties, and one unused word."""
 
 
 class Loops(NamedTuple):
-    """The loops of a draw: by NumPy in this file, or of `compiled`.
+    """Loops of a draw, either those of NumPy in this file or the compiled ones.
 
     Args:
-        first_words: see there.
-        cells: see `cells_of`.
-        settle: see there.
+        first_words: function `first_words`, which adds the numbers that first words decide.
+        cells: function `cells_of`, which finds the cells of open coordinates.
+        settle: function `settle`, which adds the integers that are kept.
     """
 
     first_words: Callable[..., int]
@@ -62,14 +62,14 @@ def add_rounded_gaussian(
 ) -> None:
     """Add independent draws of the rounded Gaussian of `table` to integers, in place.
 
-    Guarantee: every integer within `table.deviations` standard deviations has its probability up
-    to a factor of 1 + 2^-45, if the words are uniform; beyond, none.
+    Guarantee: every integer within `table.deviations` standard deviations has its probability up to
+    a factor of 1 + 2^-45, if the words are uniform. Integers beyond them have probability 0.
 
     Args:
         total: (n,) int64, contiguous.
-        table: of the standard deviation.
+        table: tables for the standard deviation.
         stream: first words of the coordinates, in order.
-        blocks: further words, by number.
+        blocks: function that reads further words by number.
     """
     loops = _loops(len(total))
     shift = np.uint64(CUT_BITS - table.cut_bits)
@@ -114,7 +114,7 @@ def first_words(
 
 
 def _parts(words: Words, offset_bits: int) -> tuple[Integers, Integers, Words, Integers, Words]:
-    """Column, sign, early number, offset in the cell and threshold of each word."""
+    """Column, sign, early number, offset in the cell, and threshold of each word."""
     column = (words & np.uint64(2**COLUMN_BITS - 1)).astype(np.int64)
     negative = (words >> np.uint64(COLUMN_BITS) & np.uint64(1)).astype(np.int64)
     rest = words >> np.uint64(COLUMN_BITS + 1)
@@ -132,7 +132,7 @@ def _decide(
     blocks: Blocks,
     loops: Loops,
 ) -> None:
-    """Decide the coordinates at `places`, attempt after attempt, until none is left."""
+    """Decide the open coordinates at `places`, attempt by attempt, until none is left."""
     attempt = 0
     while len(places):
         # copies, so that every array of a loop has one layout: it would be compiled for each
@@ -149,7 +149,7 @@ def _decide(
 
 
 def cells_of(first: Words, second: Words, cut: Words, alias: Small, offset_bits: int) -> Integers:
-    """Cells of coordinates, or the tail, from their first words and a word that decides ties."""
+    """Cells of open coordinates, or the tail, from their first words and a second word each."""
     column, _, _, _, threshold = _parts(first, offset_bits)
     missing = np.uint64(MISSING_BITS + offset_bits)
     whole = (threshold << missing) | (second >> (np.uint64(64) - missing))
@@ -165,7 +165,7 @@ def settle(
     slope: Words,
     offset_bits: int,
 ) -> int:
-    """Add the integers that are kept; return how many are not, whose places come first now."""
+    """Add the integers that are kept; return the number of others, whose places are moved first."""
     _, negative, number, offset, _ = _parts(first, offset_bits)
     rest = np.uint64(63 - EARLY_BITS)
     uniform = (number << rest) | (third >> (np.uint64(64) - rest))
@@ -179,7 +179,7 @@ def settle(
 
 
 def in_tail(places: Integers, attempt: int, table: GaussianTable, blocks: Blocks) -> Integers:
-    """Cells of the coordinates that the first table sent to the later ones."""
+    """Cells of the coordinates that the first table assigned to the tail."""
     cell = np.zeros(len(places), dtype=np.int64)
     at = np.arange(len(places))
     for k, (first, ends) in enumerate(zip(table.first, table.ends, strict=True)):
@@ -194,7 +194,7 @@ def in_tail(places: Integers, attempt: int, table: GaussianTable, blocks: Blocks
 
 
 def _own_words(places: Integers, first: int, count: int, blocks: Blocks) -> Words:
-    """(m, 2 count) words of `count` blocks, from number `first` on, of coordinates (m,)."""
+    """(m, 2 count) words of coordinates (m,), from `count` blocks that begin at number `first`."""
     numbers = np.empty((len(places), count, 2), dtype=np.uint64)
     numbers[:, :, 0] = places[:, None]
     numbers[:, :, 1] = np.arange(first, first + count)
@@ -203,10 +203,10 @@ def _own_words(places: Integers, first: int, count: int, blocks: Blocks) -> Word
 
 
 def keeping(cell: Integers, offset: Integers, slope: Words, offset_bits: int) -> Words:
-    """Probability that an integer of its cell is kept, times 2^63, within 4 units.
+    """Probability that an integer of a cell is kept, times 2^63, with an error of at most 4 units.
 
     Args:
-        slope: of the cell's table, for every coordinate.
+        slope: slope of the cell's table, for every coordinate.
     """
     if not offset_bits:
         return np.full(len(cell), 2**63, dtype=np.uint64)

@@ -1,9 +1,9 @@
-"""Secret noise and coins: one 256-bit key per curator, one keystream per (purpose, entry, step).
+"""Secret noise and sampling: one 256-bit key per curator, one stream per (purpose, entry, step).
 
-A stream's key is HMAC-SHA256(key, kind, purpose, entry, step and shapes); its words are AES-256 in
-counter mode. General-purpose generators would not do: torch's CPU generator keeps 32 bits of its
-seed, so that its streams collide and can be guessed, and the state of a Mersenne twister can be
-solved for from its output.
+The key of a stream is HMAC-SHA256(key, kind, purpose, entry, step and shapes), and its words are
+AES-256 in counter mode. General-purpose generators are not secure: torch's CPU generator keeps 32
+bits of its seed, so that its streams collide and can be guessed, and the state of a Mersenne
+twister can be computed from its output.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ from perdure.privacy.noise.table import Integers, gaussian_table
 from perdure.utils.atomic_files import writing
 
 Draw = tuple[str, str, int, str, int, float]
-"""Purpose, entry, step, nonce, number of integers and scale: all that a draw depends on."""
+"""Purpose, entry, step, nonce, number of integers and scale, which determine a draw of noise."""
 KEY_BYTES = 32
 BLOCK_BYTES = 16
 
@@ -75,12 +75,12 @@ class NoiseKey:
 
     @classmethod
     def from_os(cls, path: Path) -> "NoiseKey":
-        """Read the key at `path`, or draw one and store it there with mode 0600.
+        """Read the key at `path`, or create one and store it there with mode 0600.
 
-        It is drawn from the operating system.
+        A new key comes from the random generator of the operating system.
 
         Raises:
-            PrivacyError: when others may read the file, or when it is not a key.
+            PrivacyError: if others may read the file, or if it does not contain a key.
         """
         if not path.exists():
             _create(path, secrets.token_bytes(KEY_BYTES))
@@ -93,12 +93,12 @@ class NoiseKey:
 
     @classmethod
     def from_seed(cls, *parts: object) -> "NoiseKey":
-        """Derive a key from a seed that anyone may know and from names, such as the client's.
+        """Derive a key for a simulation from a public seed and names, such as the client's.
 
-        A simulation.
+        Noise from this key is not private.
 
         Raises:
-            ConfigError: for parts that are neither strings nor numbers.
+            ConfigError: if a part is neither a string nor a number.
         """
         if not all(isinstance(part, str | int | float) for part in parts):
             raise ConfigError.of("NoiseKey.from_seed", parts, "strings and numbers")
@@ -115,18 +115,19 @@ class NoiseKey:
         )
 
     def mac(self, message: bytes) -> str:
-        """HMAC-SHA256 of `message` in hexadecimal, under a subkey that no stream shares."""
+        """HMAC-SHA256 of `message` in hexadecimal, under a subkey that no stream uses."""
         return hmac.new(subkey(self._secret, "mac"), message, hashlib.sha256).hexdigest()
 
     def chain(self, purpose: str) -> Callable[[bytes], str]:
-        """Return HMAC-SHA256 in hexadecimal under a subkey of `purpose`, derived once."""
+        """Return a function for HMAC-SHA256 in hexadecimal, under a subkey for `purpose`."""
         own = subkey(self._secret, "chain", purpose)
         return lambda message: hmac.digest(own, message, "sha256").hex()
 
     def tag(self, place: str, exact: npt.NDArray[np.int64]) -> str:
-        """Poly1305 tag of an exact sum, under a key of its own for every place.
+        """Poly1305 tag of an exact sum, under a separate key for every place.
 
-        A tag is stored beside the key and never leaves; equal sums have equal tags, others differ.
+        A tag is stored next to the key and is never released. Equal sums have equal tags, and
+        different sums have different tags.
         """
         from cryptography.hazmat.primitives.poly1305 import Poly1305
 
@@ -139,9 +140,9 @@ class NoiseKey:
         """Add independent integer noise to `total` (n,) int64 on the CPU, in place.
 
         The noise has the distribution of a rounded Gaussian of standard deviation `scale` (see
-        `perdure.privacy.noise.table`), drawn by integer operations alone, so that what leaks
-        through floating-point noise (Mironov 2012) cannot leak here. The same arguments add the
-        same noise; a change of any of them, n included, gives an independent stream.
+        `perdure.privacy.noise.table`). It is drawn with integer operations only, so the leak of
+        floating-point noise (Mironov 2012) cannot occur. The same arguments add the same noise; a
+        change of any of them, n included, gives an independent stream.
 
         Args:
             total: sums in units of a public grid.
@@ -149,7 +150,7 @@ class NoiseKey:
             purpose: what the noise is for ("gradient", "release:fisher").
             entry: digest of the ledger entry that pays for it.
             step: step of the run.
-            nonce: of the attempt at this step, where it may be executed again.
+            nonce: identifies the attempt at this step, if it may be executed again.
         """
         context = (purpose, entry, step, nonce, len(total), scale)
         drawn = self._ahead[purpose].take(context) if purpose in self._ahead else None
@@ -161,14 +162,14 @@ class NoiseKey:
     def draw_ahead(
         self, numbers: int, scale: float, *, purpose: str, entry: str, step: int, nonce: str = ""
     ) -> None:
-        """Begin to draw, on another thread, what `add_noise` will be asked for next.
+        """Begin to draw, on another thread, the noise for the next call of `add_noise`.
 
-        It changes no integer: `add_noise` with the same arguments and `numbers` sums takes what
-        was drawn, any other call draws anew. One draw a purpose, and only from
-        `perdure.privacy.noise.ahead.AHEAD_FROM` numbers on.
+        The result does not change: `add_noise` with the same arguments and `numbers` sums uses this
+        draw, and any other call draws its own noise. There is one such draw per purpose, and only
+        for at least `perdure.privacy.noise.ahead.AHEAD_FROM` numbers.
 
         Args:
-            numbers: how many sums will get noise.
+            numbers: number of sums that will get noise.
             scale: standard deviation of the noise, in grid steps.
             purpose: as in `add_noise`.
             entry: as in `add_noise`.
@@ -190,12 +191,12 @@ class NoiseKey:
         )
 
     def uniform(self, n: int, *, purpose: str, entry: str, step: int, nonce: str = "") -> Tensor:
-        """(n,) float64 uniform in [0, 1): the coins of a Poisson sample.
+        """(n,) float64 uniform in [0, 1), for Poisson sampling or a selection.
 
-        Each has 53 random bits. Coins have no nonce; the noise of a selection has.
+        Each number has 53 random bits. Poisson sampling has no nonce; the noise of a selection has.
 
         Args:
-            n: how many.
+            n: number of values.
             purpose: as in `add_noise`.
             entry: as in `add_noise`.
             step: as in `add_noise`.
@@ -206,23 +207,23 @@ class NoiseKey:
         return _unit_interval(words)
 
     def coins(self, records: Tensor, *, entry: str, step: int) -> Tensor:
-        """(n,) float64 uniform in [0, 1): the coin of every record in a step, by its place.
+        """(n,) float64 uniform in [0, 1): the number that decides if a record enters a step.
 
         Args:
-            records: (n, 2) id of each record and number of the partition that owns it. An audit,
-                which has a key of its own kind, couples two runs by them.
+            records: (n, 2) id of each record, and number of the partition that owns it; an audit
+                uses them to give a record the same number in two runs.
             entry: digest of the ledger entry that pays for the step.
             step: step of the run.
         """
         return self.uniform(len(records), purpose="coins", entry=entry, step=step)
 
     def tags(self, ids: Tensor, purpose: str) -> Tensor:
-        """(n,) float64 uniform in [0, 1), by record.
+        """(n,) float64 uniform in [0, 1), one fixed number per record.
 
-        It is a function of each record's id (int64) and of `purpose` alone.
+        Each number depends only on the record's id (int64) and on `purpose`.
 
-        A record keeps its tag whatever else is in the data set, so that a membership decided by
-        tag < threshold never depends on another record.
+        A record keeps its number in every data set, so a membership that is decided by number <
+        threshold never depends on another record.
         """
         blocks = np.zeros((len(ids), BLOCK_BYTES // 8), dtype="<i8")
         blocks[:, 0] = ids.detach().cpu().numpy()
@@ -231,9 +232,9 @@ class NoiseKey:
     def stream(
         self, *, purpose: str, entry: str, step: int, nonce: str = ""
     ) -> Callable[[int], bytes]:
-        """Return a function from a number of bytes to as many fresh uniform random bytes.
+        """Return a function from a number n to n fresh uniform random bytes.
 
-        The stream has no end; it is for samplers that reject.
+        The stream has no end; it is for samplers that reject draws.
 
         Args:
             purpose: as in `add_noise`.
@@ -253,20 +254,20 @@ def _given(nonce: str) -> tuple[str, ...]:
 
 
 def subkey(secret: bytes, *context: object) -> bytes:
-    """Key of one stream: HMAC-SHA256 of its context under the secret."""
+    """Key of one stream: HMAC-SHA256 of its context with the secret key."""
     return hmac.new(secret, _encode("perdure", *context), hashlib.sha256).digest()
 
 
 def _encode(*parts: object) -> bytes:
-    """JSON keeps the borders between parts: ("ab", "c") and ("a", "bc") differ."""
+    """Encode parts as JSON, which keeps their borders: ("ab", "c") and ("a", "bc") differ."""
     return json.dumps(parts, separators=(",", ":"), allow_nan=False).encode()
 
 
 def _create(path: Path, secret: bytes) -> None:
-    """Put a whole key at `path` or none; when another process was faster, its key stays.
+    """Write a complete key to `path`, or none; if another process was faster, its key stays.
 
     Raises:
-        StorageError: where it cannot be written.
+        StorageError: if the file cannot be written.
     """
     with writing(path):
         _create_whole(path, secret)
@@ -288,16 +289,18 @@ def _create_whole(path: Path, secret: bytes) -> None:
 
 
 def keystream(key: bytes, n_bytes: int) -> npt.NDArray[np.uint8]:
-    """First bytes of AES-256 in counter mode."""
+    """Return the first bytes of AES-256 in counter mode."""
     return keystream_reader(key, n_bytes)(n_bytes)
 
 
 def keystream_reader(key: bytes, most: int) -> Callable[[int], npt.NDArray[np.uint8]]:
-    """AES-256 in counter mode; each key is used for one stream only, so the counter starts at zero.
+    """Return a reader of AES-256 in counter mode, which starts at counter 0.
+
+    Each key is used for one stream only.
 
     Returns:
-        A function that reads on, at most `most` bytes at a time; what it gives is good until the
-        next call.
+        A function that reads the next bytes, at most `most` at a time; its result is valid until
+        the next call.
     """
     from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
@@ -319,9 +322,9 @@ def _zeros(count: int) -> memoryview:
 
 
 def _block_reader(key: bytes) -> Callable[[npt.NDArray[Any]], npt.NDArray[np.uint64]]:
-    """AES-256 of each 16-byte block by itself: from numbers (n, 2) to words (2n,).
+    """Return a function that encrypts 16-byte blocks with AES-256: numbers (n, 2) to words (2n,).
 
-    Here equal numbers must give equal words, which ECB does.
+    Equal numbers must give equal words here, so the mode is ECB.
     """
     from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 

@@ -1,16 +1,16 @@
-"""Integer tables of the rounded Gaussian, made and used without any floating-point number.
+"""Integer tables of the rounded Gaussian, made and used without floating-point numbers.
 
 The noise is an integer k with the probability of a rounded Gaussian Z of standard deviation S:
 
     P(k) = Phi((k + 1/2) / S) - Phi((k - 1/2) / S)
 
 A draw takes three steps. It chooses a cell of `width` = 2^b integers on one side of 0, with a
-probability proportional to width * P(first integer of the cell); then an integer of the cell,
-uniformly; then it keeps the integer k with probability P(k) / P(first integer), which lies between
-0.93 and 1, or begins again. The cells beyond a first table are reached through one more outcome
-of it, the tail, which leads to a second table, and so on to beyond 15 standard deviations. So
-every outcome of a table has a probability of at least 2^-15, and rounding it to a multiple of
-2^-64 changes it by a relative error of at most 2^-48.
+probability proportional to width * P(first integer of the cell). It then chooses an integer of the
+cell, uniformly. It keeps the integer k with probability P(k) / P(first integer), which is between
+0.93 and 1; if k is not kept, the draw begins again. The cells beyond the first table are reached
+through one more outcome of it, the tail, which leads to a second table, and so on to beyond 15
+standard deviations. So every outcome of a table has a probability of at least 2^-15, and rounding
+it to a multiple of 2^-64 changes it by a relative error of at most 2^-48.
 
 Source: Walker 1977 (alias method); Canonne, Kamath and Steinke 2020 (why exact integers); Prest
 2017 (why relative errors).
@@ -29,30 +29,30 @@ import numpy.typing as npt
 from perdure.errors import PrivacyError
 
 COLUMN_BITS = 11
-"""Of the first table: 2,048 columns."""
+"""Number of bits of a column of the first table, which has 2,048 columns."""
 CUT_BITS = 64 - COLUMN_BITS
-"""Bits of the threshold between the two outcomes of a column."""
+"""Number of bits of the threshold between the two outcomes of a column."""
 EARLY_BITS = 12
-"""Bits of the number that decides, in most draws at once, whether the integer is kept."""
+"""Number of bits of the number that usually decides at once if an integer is kept."""
 MISSING_BITS = 1 + EARLY_BITS
-"""Bits of a threshold, beside those of the offset, that a draw's first word has no room for."""
+"""Number of bits of a threshold, without the offset, that do not fit into a draw's first word."""
 CELLS_PER_DEVIATION = 256
-"""Least number of cells in a standard deviation, where it has so many integers; below 512."""
+"""Smallest number of cells per standard deviation, if it has so many integers; below 512."""
 LEAST_SCALE = 64.0
-"""Least S: with fewer integers in a deviation, tail outcomes would be too rare for the error."""
+"""Smallest S: with fewer integers per deviation, tail outcomes would be too rare to be precise."""
 LARGEST_SCALE = 2.0**39
-"""Largest S: a cell then has 2^30 integers, and a word of 64 bits is just enough for a draw."""
+"""Largest S: a cell then has 2^30 integers, and a 64-bit word is just enough for one draw."""
 DEVIATIONS = 15
-"""No draw is cut off below so many standard deviations."""
+"""Smallest number of standard deviations at which a draw may be cut off."""
 LOG2_ERROR = -45
-"""Binary logarithm of the relative error of the probability of every integer inside the cut."""
+"""Binary logarithm of the relative error of each integer's probability inside the cut."""
 
 _FIXED = 320
-"""Binary digits behind the point in the calculation of the tables."""
+"""Number of binary digits after the point in the calculation of the tables."""
 _ONE = 1 << _FIXED
 _LEAST_FIRST = 16
 _LEAST_LATER = 14
-"""Outcomes of the first table have a probability of 2^-16 or more, those of later ones 2^-14."""
+"""Smallest probabilities of an outcome: 2^-16 in the first table, 2^-14 in later ones."""
 
 Words = npt.NDArray[np.uint64]
 Small = npt.NDArray[np.uint16]
@@ -62,20 +62,20 @@ Floats = npt.NDArray[np.floating[Any]]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class GaussianTable:
-    """Tables for one standard deviation S.
+    """Tables of the rounded Gaussian for one standard deviation S.
 
     Args:
         offset_bits: b; a cell has 2^b integers.
-        cut: (2048,) upper end, out of 2^53, of a column's own outcome.
-        alias: (2048,) outcome of a column above its cut.
+        cut: (2048,) upper end, out of 2^53, of the first outcome of each column.
+        alias: (2048,) second outcome of each column, above its cut.
         early: (2049,) numbers of EARLY_BITS below which an integer of a cell is kept at once; 0
             for the tail.
         slope: (cells,) S-dependent factor of the exponent inside a cell, times 2^78.
-        first: first cell of every later table.
-        ends: of every later table, (outcomes,) cumulated probability times 2^64, less 1.
+        first: index of the first cell of every later table.
+        ends: for every later table, (outcomes,) cumulated probability times 2^64, minus 1.
         tail: number of the outcome that leads from the first table to the second.
         deviations: the cut, in standard deviations.
-        log2_error: bound on the relative error of every probability.
+        log2_error: bound on the relative error of every probability, as a binary logarithm.
     """
 
     offset_bits: int
@@ -91,15 +91,15 @@ class GaussianTable:
 
     @property
     def cut_bits(self) -> int:
-        """Bits of the threshold that a draw's first word has room for."""
+        """Number of bits of the threshold that fit into a draw's first word."""
         return CUT_BITS - MISSING_BITS - self.offset_bits
 
 
 def refuse_scale(scale: float) -> None:
-    """Refuse a standard deviation, in units of the grid, that there are no tables for.
+    """Refuse a standard deviation, in grid steps, for which there are no tables.
 
     Raises:
-        PrivacyError: for a scale below 64 or above 2^39.
+        PrivacyError: if the scale is below 64 or above 2^39.
     """
     if not LEAST_SCALE <= scale <= LARGEST_SCALE:
         raise PrivacyError(
@@ -110,10 +110,10 @@ def refuse_scale(scale: float) -> None:
 
 @lru_cache(maxsize=64)
 def gaussian_table(scale: float) -> GaussianTable:
-    """Tables of the rounded Gaussian of standard deviation `scale`, in units of the grid.
+    """Build the tables of the rounded Gaussian of standard deviation `scale`, in grid steps.
 
     Raises:
-        PrivacyError: for a scale below 64 or above 2^39.
+        PrivacyError: if the scale is below 64 or above 2^39.
     """
     refuse_scale(scale)
     exact = Fraction(scale)
@@ -143,7 +143,7 @@ def gaussian_table(scale: float) -> GaussianTable:
 
 
 def _weights(scale: Fraction, width: int, cells: int) -> list[int]:
-    """Probability of the first integer of every cell, up to one common factor, in fixed point.
+    """Probability of the first integer of every cell, up to a common factor, in fixed point.
 
     P(k) is exp(-z^2 / 2) times the sum over m of He_2m(z) / ((2m + 1)! (2 S)^2m), with z = k / S
     and the Hermite polynomials He of probability theory: the Taylor series of the density,
@@ -176,7 +176,7 @@ def _weights(scale: Fraction, width: int, cells: int) -> list[int]:
 
 
 def _series(square: Fraction, farthest: Fraction) -> list[int]:
-    """Coefficients 1 / ((2m + 1)! (2 S)^2m) in fixed point, as many as matter up to `farthest`."""
+    """Coefficients 1 / ((2m + 1)! (2 S)^2m) in fixed point, as many as are needed."""
     coefficients = [Fraction(1)]
     while True:
         m = len(coefficients)
@@ -191,7 +191,7 @@ def _fixed(value: Fraction) -> int:
 
 
 def _exponential(x: Fraction) -> int:
-    """exp(-x) in fixed point, for an x of 0 or more."""
+    """Compute exp(-x) in fixed point, for x >= 0."""
     total = 0
     term = _ONE
     n = 0
@@ -203,9 +203,9 @@ def _exponential(x: Fraction) -> int:
 
 
 def _levels(weights: list[int], wanted: int) -> tuple[list[int], list[list[int]]]:
-    """End of every table among the cells, and the counts, out of 2^64, of its outcomes.
+    """Last cell of every table, and the counts, out of 2^64, of the outcomes of each table.
 
-    The last outcome of every table but the last is the tail.
+    The last outcome of every table except the last table is the tail.
     """
     borders = [0]
     while borders[-1] < wanted:
@@ -226,7 +226,7 @@ def _levels(weights: list[int], wanted: int) -> tuple[list[int], list[list[int]]
 
 
 def counts_of(weights: list[int]) -> list[int]:
-    """Integers with sum 2^64, each within 1 of its share, by largest remainders."""
+    """Round shares to integers with sum 2^64, each with an error below 1, by largest remainders."""
     total = sum(weights)
     shares = [divmod(weight << 64, total) for weight in weights]
     counts = [whole for whole, _ in shares]
@@ -238,7 +238,7 @@ def counts_of(weights: list[int]) -> list[int]:
 
 
 def _alias(counts: list[int]) -> tuple[list[int], list[int]]:
-    """Cuts and aliases of columns of equal capacity that hold the counts exactly."""
+    """Cuts and aliases of equal columns (alias method) that represent the counts exactly."""
     columns = 2**COLUMN_BITS
     capacity = 2**CUT_BITS
     left = counts + [0] * (columns - len(counts))
@@ -258,12 +258,12 @@ def _alias(counts: list[int]) -> tuple[list[int], list[int]]:
 
 
 def _slopes(scale: Fraction, width: int, cells: int) -> list[int]:
-    """Factor G_j of cell j, times 2^78: P(k) / P(first integer) = exp(-G_j (2 j t + t^2)).
+    """Factor G_j of each cell j, times 2^78: P(k) / P(first integer) = exp(-G_j (2 j t + t^2)).
 
-    With t in [0, 1) the place of k in the cell and s = 1 / S^2,
-    G = width^2 s / 2 (1 - s / 12 + s^2 z^2 / 720 + s^2 / 360). A cell of one integer needs none.
+    With t in [0, 1) the position of k in the cell and s = 1 / S^2,
+    G = width^2 s / 2 (1 - s / 12 + s^2 z^2 / 720 + s^2 / 360). A cell of one integer has G = 0.
 
-    The neglected terms are below 2^-50, since a cell of two integers needs S of 512 or more.
+    The neglected terms are below 2^-50, because a cell of two integers needs S of 512 or more.
     """
     if width == 1:
         return [0] * cells
@@ -279,7 +279,7 @@ def _slopes(scale: Fraction, width: int, cells: int) -> list[int]:
 
 
 def _early(slope: list[int], cells: int, offset_bits: int) -> list[int]:
-    """Numbers below which an integer is kept whatever its place in its cell; 0 for the tail."""
+    """Numbers below which an integer is kept at any position of its cell; 0 for the tail."""
     whole = 2**EARLY_BITS
     if offset_bits == 0:
         return [whole] * cells + [0] * (2**COLUMN_BITS + 1 - cells)

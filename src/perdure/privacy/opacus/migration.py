@@ -1,11 +1,11 @@
-"""Take over settings, history and wrapped models from Opacus, and hand a history back.
+"""Conversion of settings, privacy history and wrapped models from Opacus, and of history back.
 
 >>> engine = PrivacyEngine()
 >>> model, optimizer, loader = engine.make_private(...)             # trained for a while, then:
 >>> privacy = from_opacus(engine, optimizer)                        # goes on from what was spent
 >>> learner = Learner(model=unwrapped(model), ..., privacy=privacy)
 
-Opacus is imported where it is used.
+Opacus is imported only when a function needs it.
 """
 
 import warnings
@@ -30,8 +30,7 @@ STATEMENT = (
 """Statement on the scope of perdure's epsilon for a model that Opacus trained before."""
 
 MECHANISMS = ("rdp", "prv", "gdp")
-"""Opacus's accountants of Poisson-sampled Gaussian steps under add/remove; what is taken over is
-their history.
+"""Opacus accountants of Poisson-sampled Gaussian steps under add-remove, whose history can be used.
 """
 
 
@@ -60,12 +59,12 @@ def from_opacus(engine: Any, optimizer: "Optimizer", *, delta: float = 1e-5) -> 
 def spent(engine: Any) -> tuple[Charge, ...]:
     """Read the history of a `PrivacyEngine` (or accountant) of Opacus as charges of one record.
 
-    Guarantee: none of its own. Opacus records Poisson sampling also where `poisson_sampling=False`
-    switched it off; `sampling_rate` of the loader tells.
+    Guarantee: none. Opacus records Poisson sampling also if `poisson_sampling=False` switched it
+    off; call `sampling_rate` with the data loader to check this.
 
     Raises:
-        PrivacyError: for an accountant of anything but Poisson-sampled Gaussian steps under
-            add/remove.
+        PrivacyError: if the accountant is not one of Poisson-sampled Gaussian steps under
+            add-remove.
     """
     accountant = getattr(engine, "accountant", engine)
     mechanism = accountant.mechanism() if callable(getattr(accountant, "mechanism", None)) else None
@@ -88,13 +87,13 @@ def spent(engine: Any) -> tuple[Charge, ...]:
 
 
 def settings(optimizer: Any) -> tuple[float, float]:
-    """(noise multiplier, clip norm) of a DPOptimizer of Opacus, flat or ghost.
+    """(noise multiplier, clip norm) of a DPOptimizer of Opacus, with flat or ghost clipping.
 
-    As they are now, under a scheduler.
+    If a scheduler changes them, the present values are returned.
 
     Raises:
-        PrivacyError: for one that two numbers do not describe: per-layer or adaptive clipping, or
-            no DPOptimizer.
+        PrivacyError: if two numbers do not describe the optimiser: per-layer or adaptive clipping,
+            or no DPOptimizer.
     """
     from opacus import optimizers as of_opacus
 
@@ -208,7 +207,7 @@ def unwrapped(model: Any, *, known: bool = True) -> nn.Module:
 
 
 def _inside(model: Any) -> Any:
-    """Return the model inside a wrapper, or None."""
+    """Return the model inside a wrapper of Opacus or torch; None if it is not wrapped."""
     from opacus.distributed import DifferentiallyPrivateDistributedDataParallel
     from opacus.grad_sample.gsm_base import AbstractGradSampleHooks
 

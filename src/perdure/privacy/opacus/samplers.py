@@ -1,6 +1,6 @@
-"""Opacus's samplers of per-record gradients, for layers without a rule of perdure's own.
+"""Per-record gradients by Opacus's grad samplers, for layers without a clipping rule of perdure.
 
-Opacus is imported where it is used.
+Opacus is imported only when a function needs it.
 """
 
 import sys
@@ -46,14 +46,14 @@ Gradients = Callable[[nn.Module, list[LayerCall]], RecordGradients]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Layer:
-    """A layer whose per-record gradients are known.
+    """A layer for which there is a way to compute per-record gradients.
 
     Args:
-        key: its name on the tape.
+        key: name of the layer on the tape.
         module: the layer.
-        names: its own parameter names to those in the model.
-        gradients: from the layer and its calls to norms and weighted sums.
-        records: dimension of its output that counts them.
+        names: names of its parameters in the layer to their names in the model.
+        gradients: function from the layer and its calls to norms and weighted sums.
+        records: dimension of its output that has one entry per record.
     """
 
     key: str
@@ -64,7 +64,7 @@ class Layer:
 
     @property
     def group(self) -> str:
-        """Name of the layer as clipping knows it."""
+        """Name of the layer that clipping uses."""
         return layer_of(next(iter(self.names.values())))
 
 
@@ -76,37 +76,37 @@ def grad_sample_sum(
     clip: Clip,
     rehearse: Callable[[], int] | None = None,
 ) -> Params | None:
-    """Sum over records of clip(gradient of the record's loss, C).
+    """Sum over records of clip(gradient of the record's loss, C), also with samplers of Opacus.
 
-    By rules where there are any and else by Opacus.
+    Layers with a clipping rule use it; the other layers use Opacus.
 
-    For DPLSTM, DPGRU, DPRNN, convolutions with padding in words, RMSNorm, InstanceNorm,
-    SequenceBias and what was registered with `opacus.grad_sample.register_grad_sampler`. The layers
-    are listened to here, not by Opacus's own hooks, which add up passes of part of the rows as if
-    they were the same records.
+    This covers DPLSTM, DPGRU, DPRNN, convolutions with padding given as a word, RMSNorm,
+    InstanceNorm, SequenceBias and layers registered with
+    `opacus.grad_sample.register_grad_sampler`. Own hooks record the calls, because the hooks of
+    Opacus would add passes over different rows as if they had the same records.
 
     Guarantee: adding or removing one record changes the result by at most `clip.norm` in L2 norm,
-    provided that row i of `losses()` depends on record i only and every differentiable pass of the
-    module covers all rows in row order. Gradients and attributes of the parameters are left as they
-    are.
+    if row i of `losses()` depends on record i only and every differentiable pass of the module
+    covers all rows in row order. Gradients and attributes of the parameters do not change.
 
     Args:
-        module: the model, at its own parameters.
-        params: those to differentiate.
-        losses: runs the module and returns (n,) losses.
-        records: n.
+        module: the model, with its own parameters.
+        params: parameters to differentiate, by name.
+        losses: function that runs the module and returns (n,) losses.
+        records: number of records, n.
         clip: the bound C.
         rehearse: see `clipped_gradient_sum`.
 
     Returns:
-        None, for the caller to go on record by record, where a parameter belongs to no such layer,
-        to two layers, or to a layer that is only partly trained; where a layer does not run as its
-        class does, or its input is written to afterwards; where a parameter is used outside its
-        layer's own call; where a pass does not cover all rows; where rows would take too much
-        memory; and where book-keeping has a rule for every layer, which is tried first.
+        The sums by parameter name. None, so that the caller computes record by record, if a
+        parameter belongs to no such layer, to two layers, or to a layer that is trained only in
+        part; if a layer does not run the forward of its class, or its input is changed afterwards;
+        if a parameter is used outside the call of its layer; if a pass does not cover all rows; if
+        the rows need too much memory; or if all layers have rules, so that book-keeping comes
+        first.
 
     Raises:
-        NotFiniteError: naming the rows whose norms are not finite.
+        NotFiniteError: names the rows whose norms are not finite.
     """
     if not records or ruled_layers(module, params) is not None:
         return None
@@ -129,7 +129,7 @@ def grad_sample_sum(
 
 
 def _understood(layers: Sequence[Layer], tape: Tape, records: int) -> list[TapedCall] | None:
-    """Calls on the tape; None where one did not turn one row per record into one row per record."""
+    """Recorded calls of the layers; None if one of them did not keep one row per record."""
     of = {layer.key: layer for layer in layers}
     calls = []
     for call in tape:
@@ -146,7 +146,7 @@ def _understood(layers: Sequence[Layer], tape: Tape, records: int) -> list[Taped
 
 
 def _output_dims(part: nn.Module) -> int:
-    """Least number of dimensions of an output with one row per record (see `ClippingRule`)."""
+    """Fewest dimensions of an output with one row per record (see `ClippingRule`)."""
     if isinstance(part, nn.modules.conv._ConvNd):
         return part.weight.dim()
     if type(part) in INSTANCE_NORMS:
@@ -188,10 +188,10 @@ def _clipped(
 
 
 def _settled(layer: Layer, calls: list[LayerCall]) -> list[LayerCall]:
-    """Calls in the precision of the parameters, and in the order of memory of a new tensor.
+    """Return the calls in the precision of the parameters, with tensors in contiguous memory.
 
-    Calls that autocast left in half precision would be summed in it. Opacus unfolds images by
-    strides that only a tensor without gaps has, and not one in `channels_last`.
+    Calls that autocast left in half precision would be summed in half precision. Opacus unfolds
+    images by strides that `channels_last` tensors do not have.
     """
     dtype = next(layer.module.parameters()).dtype
     settled = []
@@ -203,9 +203,9 @@ def _settled(layer: Layer, calls: list[LayerCall]) -> list[LayerCall]:
 
 
 def sampled_layers(module: nn.Module, params: Params) -> list[Layer] | None:
-    """Layers that own the parameters.
+    """Layers that own the parameters, each with a way to compute per-record gradients.
 
-    None where one is not known, is shared or is only partly trained.
+    None if a layer is not known, is shared, or is trained only in part.
     """
     if "opacus" not in sys.modules and not _hopeful(module):
         return None
@@ -234,9 +234,9 @@ def sampled_layers(module: nn.Module, params: Params) -> list[Layer] | None:
 
 
 def _hopeful(module: nn.Module) -> bool:
-    """Tell if it is worth importing Opacus.
+    """Return True if Opacus is worth importing.
 
-    Every parameter belongs to a layer that may be known.
+    This is so if every parameter belongs to a layer that Opacus may support.
     """
     convolutions = nn.modules.conv._ConvNd
     norms = nn.modules.instancenorm._InstanceNorm
@@ -251,7 +251,7 @@ def _hopeful(module: nn.Module) -> bool:
 
 
 def _layer(key: str, part: nn.Module, names: Mapping[str, str]) -> Layer | None:
-    """Find the way to compute the gradients of one layer; None where it is not known."""
+    """Find the way to compute the gradients of one layer; None if there is none."""
     from opacus.grad_sample import GradSampleModule
     from opacus.layers.dp_multihead_attention import SequenceBias
     from opacus.layers.dp_rnn import RNNLinear
@@ -272,9 +272,9 @@ def _layer(key: str, part: nn.Module, names: Mapping[str, str]) -> Layer | None:
 
 
 def _sampled_rightly(part: nn.Module) -> bool:
-    """Tell if Opacus's sampler respects the settings of the layer.
+    """Return True if Opacus's sampler respects the settings of the layer.
 
-    EmbeddingBag's adds a repeated word once.
+    The sampler for EmbeddingBag adds a repeated word only once.
     """
     if isinstance(part, nn.modules.conv._ConvNd):
         return part.padding_mode == "zeros"
@@ -290,10 +290,10 @@ def _too_large(layer: Layer, records: int) -> bool:
 
 
 def _by_sampler(layer: nn.Module, calls: list[LayerCall]) -> RecordGradients:
-    """Rows by Opacus, summed over the layer's calls.
+    """Compute per-record gradients with Opacus, summed over the calls of the layer.
 
     Raises:
-        PrivacyError: where a sampler that somebody registered gives no row per record.
+        PrivacyError: if a registered sampler does not return one row per record.
     """
     from opacus.grad_sample import GradSampleModule
 
@@ -315,7 +315,7 @@ def _by_sampler(layer: nn.Module, calls: list[LayerCall]) -> RecordGradients:
 
 
 def _last_of_sequence(layer: nn.Module, calls: list[LayerCall]) -> RecordGradients:
-    """Take the gradient of the element that SequenceBias adds at the end."""
+    """Compute the gradient of the element that SequenceBias appends to a sequence."""
     return PrecomputedRows(
         {
             "bias": sum_of(
@@ -327,9 +327,9 @@ def _last_of_sequence(layer: nn.Module, calls: list[LayerCall]) -> RecordGradien
 
 @contextmanager
 def _packed_sequences(module: nn.Module) -> Iterator[list[str]]:
-    """Names of recurrent layers that are given a packed sequence.
+    """Context manager that collects the names of recurrent layers with packed sequences as input.
 
-    It sorts the records by length.
+    A packed sequence sorts the records by length.
     """
     from opacus.layers.dp_rnn import DPRNNBase
 

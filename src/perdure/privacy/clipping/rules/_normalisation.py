@@ -1,4 +1,4 @@
-"""Scale and shift of normalisations, which are few numbers per record."""
+"""Base class of the clipping rules of normalisation layers, which train a scale and a shift."""
 
 from abc import abstractmethod
 
@@ -17,18 +17,25 @@ from perdure.types import Params
 
 
 class NormalisationRule(ClippingRule):
-    """Rows are the sums over positions of d * normalised (scale) and of d (shift)."""
+    """Clip the gradients of scale and shift, with d the gradient at the output of the layer.
+
+    The gradient of the scale is the sum over positions of d * normalised input; the gradient of the
+    shift is the sum of d.
+    """
 
     @abstractmethod
     def normalised(self, layer: nn.Module, x: Tensor) -> Tensor:
-        """Input before scale and shift."""
+        """Return the input after normalisation, before scale and shift, in the shape of `x`."""
 
     @abstractmethod
     def positions(self, layer: nn.Module, dims: int) -> tuple[int, ...]:
-        """Dimensions of an output of `dims` dimensions that share a scale and a shift."""
+        """Return the dimensions of an output that share a scale and a shift.
+
+        `dims` is the number of dimensions of the output.
+        """
 
     def gradients(self, layer: nn.Module, calls: list[LayerCall]) -> PrecomputedRows:
-        """See `ClippingRule`."""
+        """Compute the per-record gradients of scale and shift over all calls of the layer."""
         names = [name for name, _ in layer.named_parameters()]
         numbers = sum(call.back[0].numel() for call in calls)
         formed: list[Params] = []
@@ -42,7 +49,7 @@ class NormalisationRule(ClippingRule):
         return PrecomputedRows({name: torch.cat([rows[name] for rows in formed]) for name in names})
 
     def _scale_and_shift(self, layer: nn.Module, call: LayerCall) -> tuple[Tensor, Tensor]:
-        """Rows of one call."""
+        """Compute the per-record gradients of scale and shift for one call of the layer."""
         x, back = call.flowed()
         over = self.positions(layer, back.dim())
         product = back * self.normalised(layer, x)

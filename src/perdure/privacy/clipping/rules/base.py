@@ -1,20 +1,21 @@
-"""The clipping rule of a layer type, and the ways to norms and clipped sums that rules share.
+"""Base class of clipping rules, and the three ways to compute norms and clipped sums.
 
-With a_t the input of a layer at position t and d_t the loss's gradient at its output, a record's
-gradient of the weight is sum_t d_t a_t^T. There are three ways to its norm and to the clipped sum:
+With a_t the input of a layer at position t and d_t the gradient of the loss at its output, the
+gradient of the weight for one record is sum_t d_t a_t^T. There are three ways to compute its norm
+and the clipped sum:
 
-- one position: |a| |d|, and D^T diag(c) A, one matrix product (Goodfellow 2015, "Efficient
-  per-example gradient computations");
+- one position: the norm is |a| |d|, and the sum is D^T diag(c) A, one matrix product (Goodfellow
+  2015, "Efficient per-example gradient computations");
 - ghost, for few positions of a large layer: |sum_t d_t a_t^T|^2 = sum_ts (a_t . a_s)(d_t . d_s),
   and the weighted sum over records and positions (Li, Tramer, Liang and Hashimoto 2022, section 4;
   Bu, Mao and Xu 2022 for convolutions);
-- rows, for the others: the gradients themselves, a cacheful at a time, and a matrix-vector product
-  with them.
+- rows, in all other cases: the gradients themselves are computed, for as many records at once as
+  the processor's cache holds, and multiplied by the factors.
 
-Norms are taken in float32 where nothing can be lost, else in float64 (see `norms`). Inputs and
-gradients in half precision are used as they are; but a sum rounded to half precision would move by
-more than the clip norm. So would a long sum in float32: the sums of pieces of a batch are added in
-float64.
+Norms are taken in float32 if no digits can be lost, and in float64 if they can (see `norms`).
+Inputs and gradients in half precision are used unchanged. A sum in half precision could be wrong by
+more than the clip norm, and so could a long sum in float32: so partial sums over a batch are added
+in float64.
 """
 
 from abc import ABC, abstractmethod
@@ -32,40 +33,40 @@ ROWS_AT_ONCE = 64
 """Largest number of records whose gradients are formed at a time."""
 
 NUMBERS_AT_ONCE = 2**20
-"""Numbers (4 MiB) that are formed at a time: they stay in the processor's cache."""
+"""Most numbers (4 MiB) that are computed at a time, so that they stay in the processor's cache."""
 
 KEPT_NUMBERS = 2**24
-"""Numbers (64 MiB) of one layer's per-record gradients that are kept instead of formed again."""
+"""Most numbers (64 MiB) of one layer's gradients that are kept instead of computed twice."""
 
 GHOST_COST = 2
-"""Time of one multiplication of a ghost norm in those of forming a row; measured."""
+"""Measured cost of one multiplication in a ghost norm; 1 is the cost of one in a formed row."""
 
 SUMMED_RECORDS = 512
-"""Records whose gradients are added in float32; such sums are added in float64.
+"""Most records whose gradients are added in float32; partial sums are added in float64.
 
-With 4,096 records that point in one direction, a sum in float32 alone is off by up to C / 1,000,
-and one record more or less changes that error.
+With 4,096 records that point in one direction, a sum in float32 alone has an error of up to C /
+1,000, and adding or removing one record changes that error.
 """
 
 SUMMED_POSITIONS = 2**12
-"""Positions, of all records together, that one product adds in float32."""
+"""Most positions, over all records together, that one matrix product adds in float32."""
 
 SLACK = 2.0**-22
-"""Share of (sum_t |a_t| |d_t|)^2 that a ghost norm's square is rounded up by, four times float32's
-precision, where less than `CANCELLED` of it is left.
+"""Amount by which the square of a ghost norm is rounded up, as a share of (sum_t |a_t| |d_t|)^2.
 
-Where a record's positions cancel, rounding hides what is left of them, and too small a norm would
-not bound it.
+It is four times the precision of float32, and is used if the square is less than the share
+`CANCELLED`. There the positions of a record cancel, rounding hides the rest, and a norm that is too
+small would not bound the gradient.
 """
 
 CANCELLED = 2.0**-10
-"""Above it, rounding changes a norm by less than C / 10,000, and rounding up would shorten all
-records of a batch a little, all in one direction.
+"""Share above which rounding changes a norm by less than C / 10,000. Rounding up would then only
+shorten all records of a batch.
 """
 
 
 UNDERFLOW = 2.0**14
-"""Times what float32 may have lost that a ghost norm's square must be to be taken from float32."""
+"""Factor by which a ghost norm's square must exceed what float32 may have lost, to be used."""
 
 
 # --------------------------------------------------------------------------- the contract
@@ -88,7 +89,8 @@ class LayerCall:
     def flowed(self) -> tuple[Tensor, Tensor]:
         """Return input (n, ...) and gradient (n, ...) in float32 or wider.
 
-        Under autocast the layer saw its input in its output's precision.
+        Under autocast the input is first converted to the precision of the output, as the layer
+        did.
         """
         return at_least_float32(self.entered.to(self.back.dtype)), at_least_float32(self.back)
 
@@ -98,15 +100,15 @@ class LayerCall:
 
 
 class RecordGradients(Protocol):
-    """Norms and weighted sums of the per-record gradients of one layer, over all its calls."""
+    """Norms and weighted sums of the per-record gradients of one layer, over all of its calls."""
 
     def squared_norms(self) -> Tensor:
-        """(n,) squared L2 norm of each record's gradient in this layer, best in float64."""
+        """(n,) squared L2 norm of each record's gradient in this layer, preferably in float64."""
 
     def weighted(self, factors: Tensor) -> Params:
         """Sum over records of factor (n,) times gradient, by the layer's own parameter names.
 
-        Factors are in the precision of the layer's parameters, and both are in float32 or wider.
+        Factors have the precision of the layer's parameters; the sum is in float32 or wider.
         """
 
 
@@ -158,7 +160,7 @@ class ClippingRule(ABC):
     parameters: ClassVar[frozenset[str]] = frozenset({"weight", "bias"})
 
     def covers(self, layer: nn.Module) -> bool:
-        """Return whether the rule is right for a layer with these settings."""
+        """Return True if the rule is right for a layer with these settings."""
         return True
 
     def output_dims(self, layer: nn.Module) -> int:
@@ -177,14 +179,14 @@ class ClippingRule(ABC):
 
 
 def sum_of(parts: Sequence[Tensor]) -> Tensor:
-    """Sum tensors of one shape."""
+    """Add up tensors of equal shape."""
     return parts[0] if len(parts) == 1 else torch.stack(list(parts)).sum(0)
 
 
 def record_slices(n: int, numbers: int) -> list[slice]:
-    """Slices of n records, `numbers` numbers each.
+    """Cut n records, of `numbers` numbers each, into slices that fit into the cache.
 
-    About equally long, so that few lengths occur.
+    The slices have almost the same length, so that kernels see few different shapes.
     """
     most = min(ROWS_AT_ONCE, max(1, NUMBERS_AT_ONCE // max(1, numbers)))
     rows = -(-n // -(-n // most))
@@ -192,29 +194,30 @@ def record_slices(n: int, numbers: int) -> list[slice]:
 
 
 def with_others(piece: slice, n: int) -> tuple[slice, int]:
-    """A piece of n records, made as long as the others, and how many records that puts before it.
+    """Extend a slice to the length of the others; also return how many records were put before it.
 
-    Kernels round the row of one record otherwise than those of two (a convolution does). So a last
-    piece that is shorter than the others is formed together with the records before it.
+    Kernels may round the result for one record differently from the result for two (a convolution
+    does). So a last slice that is shorter than the others is computed together with earlier
+    records.
     """
     start = max(0, min(piece.start, n - (piece.stop - piece.start)))
     return slice(start, piece.stop), piece.start - start
 
 
 def summed(n: int, positions: int, weighted: Callable[[slice], Params]) -> Params:
-    """Sum over n records by pieces, in float64 where there is more than one piece.
+    """Sum over n records, slice by slice; partial sums are added in float64 if there are several.
 
     Args:
-        n: records.
-        positions: of one record, that a product adds up.
-        weighted: from a piece of the records to their sum.
+        n: number of records.
+        positions: number of positions of one record that a matrix product adds up.
+        weighted: function from a slice of the records to their weighted sums.
     """
     most = max(1, min(SUMMED_RECORDS, SUMMED_POSITIONS // max(1, positions)))
     return added_wide(weighted(slice(start, start + most)) for start in range(0, n, most))
 
 
 def added_wide(parts: Iterable[Params]) -> Params:
-    """Sum of parts, in float64; a single part as it is."""
+    """Add up partial sums in float64; a single one is returned unchanged."""
     total: Params = {}
     for i, part in enumerate(parts):
         if i < 2:
@@ -225,7 +228,7 @@ def added_wide(parts: Iterable[Params]) -> Params:
 
 
 def joined(calls: list[LayerCall]) -> LayerCall:
-    """One call with the positions of all calls, (n, positions, k)."""
+    """Combine all calls of a layer into one call with the positions of all, (n, positions, k)."""
     entered = [call.entered.to(call.back.dtype) for call in calls]
     parts = [
         [x.flatten(1, -2) if x.dim() > 2 else x[:, None] for x in xs]
@@ -249,15 +252,15 @@ class PrecomputedRows:
         self.rows = rows
 
     def squared_norms(self) -> Tensor:
-        """Compute (n,) squared norms; see `RecordGradients`."""
+        """Compute the (n,) squared norms of the records' gradients."""
         return sum_of(squared_row_norms(*map(at_least_float32, self.rows.values())))
 
     def weighted(self, factors: Tensor) -> Params:
-        """Sum the gradients times factors (n,); see `RecordGradients`."""
+        """Sum the per-record gradients times factors (n,), by parameter name."""
         return summed(len(factors), 1, lambda piece: self._piece(piece, factors))
 
     def _piece(self, piece: slice, factors: Tensor) -> Params:
-        """Weighted sums of a piece of the records."""
+        """Compute the weighted sums over one slice of the records."""
         wider = {name: at_least_float32(row[piece]) for name, row in self.rows.items()}
         return {
             n: (factors[piece].to(r.dtype) @ r.flatten(1)).view(r.shape[1:])
@@ -268,11 +271,11 @@ class PrecomputedRows:
 class FormedRows(ABC):
     """Per-record gradients, computed for a few records at a time.
 
-    Norms and sums come from the same numbers.
+    Norms and weighted sums are computed from the same numbers, so that they agree.
 
     Args:
         n: number of records.
-        numbers: how many numbers the row of one record has.
+        numbers: number of values in the gradient of one record.
     """
 
     def __init__(self, n: int, numbers: int) -> None:
@@ -282,21 +285,21 @@ class FormedRows(ABC):
 
     @abstractmethod
     def formed(self, piece: slice) -> Params:
-        """Rows of a piece of the records."""
+        """Compute the gradients (m, ...) of one slice of the records, by parameter name."""
 
     def _rows(self, piece: slice) -> PrecomputedRows:
-        """Rows of a piece."""
+        """Compute the gradients of one slice, in a batch as large as for the other slices."""
         wide, others = with_others(piece, self.n)
         return PrecomputedRows({name: row[others:] for name, row in self.formed(wide).items()})
 
     def finished(self, sums: Params) -> Params:
-        """Sums of rows in the shapes of the parameters."""
+        """Return sums over records in the shapes of the parameters."""
         return sums
 
     def squared_norms(self) -> Tensor:
-        """Compute (n,) squared norms; see `RecordGradients`.
+        """Compute the (n,) squared norms of the records' gradients.
 
-        The rows are kept for `weighted` where they are few.
+        If the gradients are few, they are kept for `weighted`.
         """
         squares = []
         for piece in record_slices(self.n, self.numbers):
@@ -307,7 +310,7 @@ class FormedRows(ABC):
         return torch.cat(squares)
 
     def weighted(self, factors: Tensor) -> Params:
-        """Sum the gradients times factors (n,); see `RecordGradients`."""
+        """Sum the per-record gradients times factors (n,), by parameter name."""
         pieces = record_slices(self.n, self.numbers)
         together = max(1, SUMMED_RECORDS // max(1, pieces[0].stop)) if pieces else 1
         groups = [range(len(pieces))[i : i + together] for i in range(0, len(pieces), together)]
@@ -315,7 +318,7 @@ class FormedRows(ABC):
         return self.finished(added_wide(parts))
 
     def _group(self, group: range, pieces: list[slice], factors: Tensor) -> Params:
-        """Weighted sums of some of the pieces, in the precision of the rows."""
+        """Compute the weighted sums of several slices, in the precision of the gradients."""
         sums: Params = {}
         for i in group:
             rows = self.kept[i] if self.kept else self._rows(pieces[i])
@@ -325,19 +328,15 @@ class FormedRows(ABC):
 
 
 Grams = Callable[[slice | Tensor, torch.dtype], tuple[Tensor, Tensor]]
-"""(some of the records, precision) -> inner products of their a and of their d, each (m, T, T)."""
+"""Function from some records and a precision to the inner products between the positions of each
+record, of the inputs a and of the gradients d: each (m, T, T).
+"""
 
 
 def ghost_norms(grams: Grams, n: int, numbers: int, width: int) -> Tensor:
-    """(n,) sum_ts (a_t . a_s)(d_t . d_s) in float64, rounded up where positions cancel.
+    """Function from some records and a precision to inner products between positions.
 
-    In float32, and once more in float64 for records of which float32 may have lost a part.
-
-    Args:
-        grams: inner products of the positions of some records.
-        n: records.
-        numbers: formed for one of them.
-        width: numbers of a position, the more of a and d.
+    It gives (m, T, T) products of the inputs a of each record, and of the gradients d.
     """
     parts = []
     for piece in record_slices(n, numbers):
@@ -358,7 +357,7 @@ def ghost_norms(grams: Grams, n: int, numbers: int, width: int) -> Tensor:
 
 
 def _ghost(entered: Tensor, back: Tensor) -> tuple[Tensor, Tensor]:
-    """Squared ghost norms (m,), and the largest |a_t|^2 or |d_t|^2 of each record."""
+    """(m,) squared ghost norms, and the largest |a_t|^2 or |d_t|^2 of each record, also (m,)."""
     a = entered.diagonal(dim1=1, dim2=2)
     d = back.diagonal(dim1=1, dim2=2)
     longest = (a * d).clamp(min=0.0).sqrt().sum(1).square()

@@ -1,13 +1,13 @@
-"""Norms and clipped sums of per-record gradients of convolutions.
+"""Clipping rule of convolutions: norms and clipped sums of their per-record gradients.
 
-Positions (see `base`) are places of the output.
+The positions of a record (see `base`) are the pixels of the layer's output.
 
-The input of a place is the patch of the layer's input that it sees. All patches are much larger
-than the input; so rows are formed without them, as the weight gradient of one convolution that has
-a group for every record, or as many groups for every record as the layer has.
+The input of an output pixel is the patch of the layer's input that it is computed from. All patches
+together are much larger than the input. So per-record gradients are computed without patches, as
+the weight gradient of one grouped convolution that has separate groups for every record.
 
-A convolution over volumes is one over images: the taps along the depth are channels, and the places
-along the depth are images whose gradients add up.
+A convolution over volumes is computed as one over images: the kernel's entries along the depth
+become channels, and the output positions along the depth become images whose gradients add up.
 """
 
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ from perdure.privacy.clipping.rules.base import (
 from perdure.types import Params
 
 CHANNELS = 16
-"""Input channels that a vectorised convolution takes at a time."""
+"""Fewest input channels with which a vectorised convolution is efficient."""
 
 Sides = tuple[int, int]
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -40,7 +40,7 @@ Transposed = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 
 @dataclass(frozen=True)
 class Axis:
-    """Settings of a convolution along one axis."""
+    """Kernel size, stride, padding and dilation of a convolution along one axis."""
 
     kernel: int
     stride: int
@@ -50,20 +50,25 @@ class Axis:
 
 @dataclass(frozen=True)
 class Geometry:
-    """Settings of a convolution over images.
+    """Settings of a convolution, written as a convolution over images.
 
-    One over sequences is one over images of height 1, and one over volumes has a depth.
+    A convolution over sequences is one over images of height 1; a convolution over volumes has a
+    depth.
 
-    A transposed convolution is the backward pass of a convolution. So its weight's gradient is that
-    of a convolution whose input is the gradient at the layer's output, and whose output's gradient
-    is the layer's input.
+    A transposed convolution is the backward pass of a convolution. So the gradient of its weight is
+    the weight gradient of a convolution whose input is the gradient at the layer's output, and
+    whose output gradient is the layer's input.
 
     Args:
-        ins: channels of the input, times taps along the depth.
-        outs: channels of the output.
-        groups: of channels.
+        ins: number of input channels, times the kernel's size along the depth.
+        outs: number of output channels.
+        kernel: height and width of the kernel.
+        stride: stride along height and width.
+        padding: padding along height and width.
+        dilation: dilation along height and width.
+        groups: number of groups of channels.
         depth: settings along the depth; None for images.
-        transposed: of a transposed convolution.
+        transposed: True for a transposed convolution.
     """
 
     ins: int
@@ -78,7 +83,7 @@ class Geometry:
 
     @classmethod
     def of(cls, layer: nn.Module) -> "Geometry":
-        """Read them off a layer with numeric padding."""
+        """Read the settings of a layer whose padding is numeric."""
         assert isinstance(layer, Convolution | Transposed)
         settings = (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
         # along the last two axes; a sequence has a height of 1
@@ -104,15 +109,15 @@ class Geometry:
 
     @property
     def fan_in(self) -> int:
-        """Numbers of the input that one place of the output sees."""
+        """Number of input values that one output pixel is computed from."""
         return self.ins // self.groups * self.kernel[0] * self.kernel[1]
 
     def places(self, call: LayerCall) -> int:
-        """Places of the output of one record."""
+        """Number of output pixels of one record."""
         return (call.entered if self.transposed else call.back)[0, 0].numel()
 
     def images(self, call: LayerCall) -> tuple[Tensor, Tensor]:
-        """Input (n, depth, ins, ., .) and gradient (n, depth, outs, ., .) as of a convolution."""
+        """Input (n, depth, ins, ., .) and gradient at the output (n, depth, outs, ., .)."""
         entered, back = call.flowed()
         x, d = (back, entered) if self.transposed else (entered, back)
         if self.depth is None:
@@ -124,29 +129,29 @@ class Geometry:
         return torch.stack(taps, 2).movedim(3, 1).flatten(2, 3), d.movedim(2, 1)
 
     def patches(self, x: Tensor) -> Tensor:
-        """(n, groups, fan_in, places) of (n, depth, ins, height, width)."""
+        """Patches (n, groups, fan_in, places) of an input (n, depth, ins, height, width)."""
         n, depth = x.shape[:2]
         flat = F.unfold(x.flatten(0, 1), self.kernel, self.dilation, self.padding, self.stride)
         split = flat.view(n, depth, self.groups, self.fan_in, -1)
         return split.movedim(1, 3).flatten(3)
 
     def gradients_by_patches(self, x: Tensor, back: Tensor) -> Tensor:
-        """(n, outs, fan_in), see `gradients`, as products of matrices."""
+        """(n, outs, fan_in) per-record gradients of the weight, as matrix products with patches."""
         n = len(x)
         split = back.movedim(1, 2).reshape(n, self.groups, self.outs // self.groups, -1)
         return (split @ self.patches(x).mT).view(n, self.outs, self.fan_in)
 
     def gradients(self, x: Tensor, back: Tensor) -> Tensor:
-        """(n, outs, fan_in).
+        """(n, outs, fan_in) per-record gradients of the weight.
 
-        Gradient of every record's weight, as one convolution with groups for every record.
+        They are computed by one convolution with separate groups for every record.
         """
         n = len(x)
         rows = self.gradient(_side_by_side(x), _side_by_side(back), n * self.groups)
         return rows.view(n, self.outs, self.fan_in)
 
     def gradient(self, x: Tensor, back: Tensor, groups: int | None = None) -> Tensor:
-        """(channels of `back`, ins, *kernel): gradient of the weight, summed over images."""
+        """(channels of `back`, ins, *kernel) gradient of the weight, summed over images."""
         size = (back.shape[1], self.ins // self.groups, *self.kernel)
         answer: Tensor = conv2d_weight(  # type: ignore[no-untyped-call]
             x, size, back, self.stride, self.padding, self.dilation, groups or self.groups
@@ -155,7 +160,10 @@ class Geometry:
 
     @property
     def lines_up(self) -> bool:
-        """True where channels alone do not fill vector registers, but columns of taps do."""
+        """Return True if the channels alone are too few for the vector registers of the processor.
+
+        Then columns of the kernel are turned into channels, if that fills the registers.
+        """
         height, width = self.kernel
         _, columns = self.stride
         fills = self.ins % CHANNELS > 0 and self.ins * columns * height % CHANNELS == 0
@@ -164,9 +172,9 @@ class Geometry:
 
     @property
     def lines(self) -> "Geometry":
-        """The same convolution with columns of taps as channels.
+        """Settings of the same convolution with columns of the kernel turned into channels.
 
-        There is one for every column that the stride steps over.
+        There is one such channel for every column that the stride steps over.
         """
         height, width = self.kernel
         _, columns = self.stride
@@ -175,9 +183,9 @@ class Geometry:
         )
 
     def to_lines(self, x: Tensor, places: int) -> Tensor:
-        """(n, depth, ins x columns x height, ., .).
+        """(n, depth, ins x columns x height, ., .) input in the form that `lines` takes.
 
-        The input of `lines`, for an output of `places` columns.
+        `places` is the number of columns of the output.
         """
         n, depth = x.shape[:2]
         x = x.flatten(0, 1)
@@ -193,7 +201,7 @@ class Geometry:
         return lines.view(n, depth, *lines.shape[1:])
 
     def from_lines(self, weight: Tensor) -> Tensor:
-        """(outs, ins, *kernel) from a weight of `lines`."""
+        """(outs, ins, *kernel) weight gradient, from the gradient in the form of `lines`."""
         height, width = self.kernel
         _, columns = self.stride
         return weight.view(self.outs, self.ins, columns, height, width // columns).permute(
@@ -202,9 +210,9 @@ class Geometry:
 
 
 class ConvolutionRule(ClippingRule):
-    """Convolutions, from (n, in, ...) to (n, out, ...), the cheapest way; also transposed ones.
+    """Clip convolutions, from (n, in, ...) to (n, out, ...), also transposed ones.
 
-    Several calls are places side by side.
+    The cheaper one of two ways is used. The output pixels of several calls are taken together.
     """
 
     layers = (
@@ -217,17 +225,17 @@ class ConvolutionRule(ClippingRule):
     )
 
     def covers(self, layer: nn.Module) -> bool:
-        """Return whether the layer pads with a number of zeros."""
+        """Return True if the layer pads with a given number of zeros."""
         assert isinstance(layer, Convolution | Transposed)
         return layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
 
     def output_dims(self, layer: nn.Module) -> int:
-        """See `ClippingRule`: records, channels, and one to three dimensions of places."""
+        """Number of dimensions of a batch of outputs: records, channels and one to three axes."""
         assert isinstance(layer, Convolution | Transposed)
         return layer.weight.dim()
 
     def gradients(self, layer: nn.Module, calls: list[LayerCall]) -> RecordGradients:
-        """See `ClippingRule`."""
+        """Choose between `ConvRows` and `ConvGhost` for the calls of a layer, by their cost."""
         assert isinstance(layer, Convolution | Transposed)
         geometry = Geometry.of(layer)
         fan_in = geometry.fan_in
@@ -243,23 +251,23 @@ def _image(x: Tensor) -> Tensor:
 
 
 def _side_by_side(x: Tensor) -> Tensor:
-    """(depth, n x channels, ., .) of (n, depth, channels, ., .)."""
+    """(depth, n x channels, ., .) from (n, depth, channels, ., .)."""
     return x.transpose(0, 1).flatten(1, 2)
 
 
 def _bias_rows(call: LayerCall) -> Tensor:
-    """(n, out): the gradient of a bias is the gradient at the output, summed over all places."""
+    """(n, out) per-record gradients of a bias: gradients at the output, summed over its pixels."""
     return at_least_float32(call.back).flatten(2).sum(2)
 
 
 class ConvRows(FormedRows):
-    """Per-record gradients that are formed: for small kernels, or many places.
+    """Computed per-record gradients of a convolution, for small kernels or many output pixels.
 
     Args:
         geometry: settings of the convolution.
-        calls: its calls.
-        has_bias: whether there is a bias.
-        shape: of the layer's weight.
+        calls: calls of the layer.
+        has_bias: True if the layer has a bias.
+        shape: shape of the layer's weight.
     """
 
     def __init__(
@@ -274,20 +282,20 @@ class ConvRows(FormedRows):
         super().__init__(len(calls[0].back), geometry.fan_in * geometry.outs)
 
     def finished(self, sums: Params) -> Params:
-        """See `FormedRows`."""
+        """Return the summed gradients in the shapes of the parameters."""
         weight = self.geometry.from_lines(sums["weight"]) if self.lined else sums["weight"]
         return sums | {"weight": weight.reshape(self.shape)}
 
     def formed(self, piece: slice) -> Params:
-        """See `FormedRows`."""
+        """Compute the gradients of some records in weight and bias."""
         calls = [call.of(piece) for call in self.calls]
         rows = {"weight": sum_of([self._weights(*self.geometry.images(call)) for call in calls])}
         return rows | ({"bias": sum_of([*map(_bias_rows, calls)])} if self.has_bias else {})
 
     def _weights(self, x: Tensor, back: Tensor) -> Tensor:
-        """(m, out, fan_in).
+        """(m, out, fan_in) per-record gradients of the weight.
 
-        Rows of the weight, in an order of their own where the convolution is by lines.
+        With columns of the kernel as channels, the last axis has another order.
         """
         if self.lined:
             return self.geometry.lines.gradients(self.geometry.to_lines(x, back.shape[4]), back)
@@ -297,15 +305,16 @@ class ConvRows(FormedRows):
 
 
 class ConvGhost:
-    """Ghost norms, which need no per-record gradient: for large kernels over few places.
+    """Ghost norms of a convolution, for large kernels over few output pixels.
 
-    The bias is small, so the gradients of its n records are formed: (n, outs).
+    No per-record gradient of the weight is computed. The bias is small, so its per-record gradients
+    (n, outs) are.
 
     Args:
-        geometry: see `ConvRows`; one group.
-        calls: see `ConvRows`.
-        has_bias: see `ConvRows`.
-        shape: see `ConvRows`.
+        geometry: settings of the convolution; one group.
+        calls: calls of the layer.
+        has_bias: True if the layer has a bias.
+        shape: shape of the layer's weight.
     """
 
     def __init__(
@@ -318,18 +327,18 @@ class ConvGhost:
         self.places = sum(map(geometry.places, calls))
 
     def squared_norms(self) -> Tensor:
-        """See `RecordGradients`."""
+        """Compute the (n,) squared norms of the records' gradients."""
         numbers = self.places * (self.geometry.fan_in + self.places)
         width = max(self.geometry.fan_in, self.geometry.outs)
         norms = ghost_norms(self._grams, len(self.calls[0].back), numbers, width)
         return norms if self.bias is None else norms + squared_row_norms(self.bias)[0]
 
     def weighted(self, factors: Tensor) -> Params:
-        """See `RecordGradients`."""
+        """Sum the per-record gradients times factors (n,), by parameter name."""
         return summed(len(factors), self.places, lambda piece: self._piece(piece, factors[piece]))
 
     def _piece(self, piece: slice, factors: Tensor) -> Params:
-        """Weighted sums of a piece of the records."""
+        """Compute the weighted sums over one slice of the records."""
         images = [self.geometry.images(call.of(piece)) for call in self.calls]
         factors = factors.to(images[0][1].dtype)
         shares = factors[:, None, None, None, None]
@@ -340,7 +349,7 @@ class ConvGhost:
         return sums if self.bias is None else sums | {"bias": factors @ self.bias[piece]}
 
     def _grams(self, piece: slice | Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Inner products (m, places, places) of the inputs and of the gradients at the outputs."""
+        """(m, places, places) inner products of patches, and of gradients at output pixels."""
         images = [self.geometry.images(call.of(piece)) for call in self.calls]
         a = torch.cat([self.geometry.patches(at_least(x, dtype))[:, 0] for x, _ in images], 2)
         d = torch.cat([at_least(back, dtype).movedim(1, 2).flatten(2) for _, back in images], 2)

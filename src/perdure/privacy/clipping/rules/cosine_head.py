@@ -1,4 +1,4 @@
-"""Cosine heads, whose logits are s <a, w_c> with a and w_c of norm 1."""
+"""Clipping rule of cosine heads, whose logits are s <a, w_c> with a and w_c of norm 1."""
 
 from torch import nn
 
@@ -8,23 +8,23 @@ from perdure.types import Params
 
 
 class CosineHeadRule(ClippingRule):
-    """`perdure.models.cosine_head.CosineHead`, from (n, ..., in) to (n, ..., out)."""
+    """Clip `perdure.models.cosine_head.CosineHead`, from (n, ..., in) to (n, ..., out)."""
 
     layers = (CosineHead,)
     parameters = frozenset({"weight", "scale"})
 
     def gradients(self, layer: nn.Module, calls: list[LayerCall]) -> "CosineRows":
-        """See `ClippingRule`."""
+        """Return the per-record gradients of a cosine head over all calls of the layer."""
         assert isinstance(layer, CosineHead)
         return CosineRows(layer, calls)
 
 
 class CosineRows(FormedRows):
-    """Rows of a cosine head.
+    """Per-record gradients of a cosine head.
 
-    With d the gradient at the output, a record's gradient of w_c before it was scaled to norm 1 is
-    s d_c (a - <a, w_c> w_c) over its length, and the gradient of s is sum_c d_c <a, w_c>; both add
-    up over positions and calls.
+    With d the gradient at the output, the gradient of the unscaled w_c is s d_c (a - <a, w_c> w_c)
+    divided by the length of w_c, and the gradient of s is sum_c d_c <a, w_c>. Both are summed over
+    positions and calls.
     """
 
     def __init__(self, layer: CosineHead, calls: list[LayerCall]) -> None:
@@ -33,7 +33,7 @@ class CosineRows(FormedRows):
         super().__init__(len(self.call.back), layer.weight.numel())
 
     def formed(self, piece: slice) -> Params:
-        """See `FormedRows`."""
+        """Compute the gradients of some records, by parameter name."""
         entered, back = self.call.of(piece).flowed()
         a = directions(entered)
         w = directions(self.layer.weight)

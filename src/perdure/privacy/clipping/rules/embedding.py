@@ -1,4 +1,4 @@
-"""Embeddings: a record's gradient adds up where the record has a word more than once."""
+"""Clipping rule of embeddings; gradients add up if a record contains a word several times."""
 
 import torch
 from torch import Tensor, nn
@@ -15,26 +15,26 @@ from perdure.types import Params
 
 
 class EmbeddingRule(ClippingRule):
-    """`nn.Embedding`, from words (n, ...) to (n, ..., features)."""
+    """Clip `nn.Embedding`, from words (n, ...) to (n, ..., features)."""
 
     layers = (nn.Embedding,)
 
     def covers(self, layer: nn.Module) -> bool:
-        """Return whether the layer neither renormalises its weight nor counts words in the batch.
+        """Return True if the layer has no `max_norm`, no `scale_grad_by_freq` and is not sparse.
 
-        Both would couple records.
+        The first two would make the gradient of one record depend on other records.
         """
         assert isinstance(layer, nn.Embedding)
         return layer.max_norm is None and not layer.scale_grad_by_freq and not layer.sparse
 
     def gradients(self, layer: nn.Module, calls: list[LayerCall]) -> "EmbeddingGhost":
-        """See `ClippingRule`."""
+        """Return the per-record gradients of an embedding over all calls of the layer."""
         assert isinstance(layer, nn.Embedding)
         return EmbeddingGhost(layer, calls)
 
 
 class EmbeddingGhost:
-    """Ghost norms: |g|^2 is the sum of d_t . d_s over positions t, s with the same word."""
+    """Ghost norms of an embedding: |g|^2 is the sum of d_t . d_s over t, s with the same word."""
 
     def __init__(self, layer: nn.Embedding | nn.EmbeddingBag, calls: list[LayerCall]) -> None:
         self.shape = layer.weight.shape
@@ -46,15 +46,15 @@ class EmbeddingGhost:
         self.back = back if padding is None else back * (self.words != padding)[:, :, None]
 
     def squared_norms(self) -> Tensor:
-        """See `RecordGradients`."""
+        """Compute the (n,) squared norms of the records' gradients."""
         n, positions = self.words.shape
         return ghost_norms(self._grams, n, positions**2, self.shape[1])
 
     def weighted(self, factors: Tensor) -> Params:
-        """See `RecordGradients`.
+        """Sum the per-record gradients times factors (n,), by parameter name.
 
-        A word of many records, or of many positions, is added one by one, which float32 is too
-        short for: 1,024 records with one word 512 times moved the sum by 1.2 % more than C.
+        The sum is in float64: a word of many records or positions is added one by one, and in
+        float32 1,024 records that contain one word 512 times moved the sum by 1.2 % more than C.
         """
         total = self.back.new_zeros(self.shape, dtype=torch.float64)
         for piece in record_slices(len(self.back), self.back[0].numel()):

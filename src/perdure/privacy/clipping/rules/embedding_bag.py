@@ -1,4 +1,4 @@
-"""Bags of embeddings: every word of a record gets the same gradient, once for each time."""
+"""Clipping rule of embedding bags: each word of a record gets the gradient of its bag."""
 
 import torch
 from torch import nn
@@ -8,27 +8,30 @@ from perdure.privacy.clipping.rules.embedding import EmbeddingGhost
 
 
 class EmbeddingBagRule(ClippingRule):
-    """`nn.EmbeddingBag` of bags of one length, from words (n, length) to (n, features)."""
+    """Clip `nn.EmbeddingBag` with bags of equal length, from words (n, length) to (n, features)."""
 
     layers = (nn.EmbeddingBag,)
 
     def covers(self, layer: nn.Module) -> bool:
-        """Return whether the layer sums or averages, and neither renormalises nor counts words.
+        """Return True if the layer sums or averages its words, and keeps records independent.
 
-        The largest entry of every feature comes from one word or another, which no rule follows.
+        With the mode `max`, each feature comes from another word, and no rule covers this.
         """
         assert isinstance(layer, nn.EmbeddingBag)
         plain = layer.max_norm is None and not layer.scale_grad_by_freq and not layer.sparse
         return plain and layer.mode in ("sum", "mean") and not layer.include_last_offset
 
     def gradients(self, layer: nn.Module, calls: list[LayerCall]) -> EmbeddingGhost:
-        """See `ClippingRule`; the bag is an embedding whose positions all get the same gradient."""
+        """Return per-record gradients as those of an embedding.
+
+        All words of a bag have the same gradient.
+        """
         assert isinstance(layer, nn.EmbeddingBag)
         return EmbeddingGhost(layer, [_spread(layer, call) for call in calls])
 
 
 def _spread(layer: nn.EmbeddingBag, call: LayerCall) -> LayerCall:
-    """Give every word of a bag the gradient (n, length, features) that reaches it."""
+    """Return the embedding call that gives each word its gradient (n, length, features)."""
     words = call.entered
     counted = torch.ones_like(words, dtype=torch.bool)
     if layer.padding_idx is not None:

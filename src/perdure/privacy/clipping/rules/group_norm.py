@@ -1,4 +1,4 @@
-"""Group normalisation."""
+"""Clipping rule of group normalisation."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -7,15 +7,15 @@ from perdure.privacy.clipping.rules._normalisation import NormalisationRule
 
 
 class GroupNormRule(NormalisationRule):
-    """`nn.GroupNorm` on (n, channels, ...)."""
+    """Clip the scale and shift of `nn.GroupNorm` on inputs (n, channels, ...)."""
 
     layers = (nn.GroupNorm,)
 
     def normalised(self, layer: nn.Module, x: Tensor) -> Tensor:
-        """See `NormalisationRule`."""
+        """Return the group-normalised input, before scale and shift, in the shape of `x`."""
         assert isinstance(layer, nn.GroupNorm)
         return F.group_norm(x, layer.num_groups, eps=layer.eps)
 
     def positions(self, layer: nn.Module, dims: int) -> tuple[int, ...]:
-        """All dimensions behind the channels."""
+        """Return all dimensions after the channels, which share a scale and a shift."""
         return tuple(range(2, dims))

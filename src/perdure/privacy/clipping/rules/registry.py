@@ -1,4 +1,4 @@
-"""Table of clipping rules by layer type: a rule a file of `rules`, and rules of other code."""
+"""Table of clipping rules by layer type: one rule per file of `rules`, and registered rules."""
 
 from functools import cache
 from typing import TypeGuard
@@ -47,7 +47,7 @@ def register_rule(module_type: type[nn.Module], rule: ClippingRule) -> None:
 
 @cache
 def clipping_rules() -> dict[type[nn.Module], ClippingRule]:
-    """Rules by layer type; files and entry points are read at the first call."""
+    """Clipping rules by layer type; files and entry points are read at the first call."""
     table: dict[type[nn.Module], ClippingRule] = {}
     for name in EXTENSIONS.names():
         rule = EXTENSIONS.find(name)()
