@@ -1,5 +1,5 @@
-"""What every test may use and must respect: one thread, a home of its own, no network, and small
-stand-ins for data.
+"""Fixtures for all tests: one thread, an empty home, no network, and small replacements of data
+sets.
 
 The toy problem is four Gaussian blobs in five dimensions, learnt two classes at a time.
 """
@@ -29,8 +29,8 @@ pytest.register_assert_rewrite("helpers")
 
 
 def pytest_configure(config):
-    """Before anything is imported: an empty home, so that nothing depends on the user's files, and
-    no network.
+    """Set an empty home before any import, so that nothing depends on the user's files, and block
+    the network.
     """
     patch = pytest.MonkeyPatch()
     home = tempfile.TemporaryDirectory(prefix="perdure-tests-")
@@ -50,7 +50,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    """Put files with slow tests first: workers would wait for a long file that comes last."""
+    """Put files with slow tests first, so that workers do not wait for a long file at the end."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
 
@@ -75,8 +75,8 @@ def _only_this_machine(look_up):
 
 @pytest.fixture(scope="session")
 def data_root(tmp_path_factory):
-    """PERDURE_DATA where it is set, else small files in the published formats: MNIST, CIFAR-10 and
-    Adult.
+    """Return PERDURE_DATA if it is set, else small files in the published formats of MNIST,
+    CIFAR-10 and Adult.
     """
     if chosen := os.environ.get("PERDURE_DATA"):
         return Path(chosen)
@@ -89,8 +89,8 @@ def data_root(tmp_path_factory):
 
 
 def _write_mnist(folder, generator):
-    """IDX files of 40 training and 20 test images a class: a bright row that says the class, and
-    noise.
+    """Write IDX files of 40 training and 20 test images per class: a bright row that marks the
+    class, and noise.
     """
     folder.mkdir(parents=True)
     for stem, per_class in (("train", 40), ("t10k", 20)):
@@ -103,7 +103,7 @@ def _write_mnist(folder, generator):
 
 
 def _write_cifar10(path, generator):
-    """A zip of 4 training and 2 test images a class, of one colour a class and noise."""
+    """Write a zip of 4 training and 2 test images per class: one colour per class, and noise."""
     with zipfile.ZipFile(path, "w") as archive:
         for label, name in enumerate(CIFAR_CLASSES):
             for k in range(6):
@@ -117,7 +117,7 @@ def _write_cifar10(path, generator):
 
 
 def _write_adult(folder):
-    """Two tables of made-up people; those with more years of education earn more."""
+    """Write two tables of invented people; more years of education mean a higher income."""
     folder.mkdir()
     for name, full_stop, n in (("adult.data", "", 60), ("adult.test", ".", 30)):
         people = (
@@ -131,7 +131,7 @@ def _write_adult(folder):
 
 
 def blobs(per_class=12, classes=4, features=5, seed=0, first_id=0):
-    """Records whose classes a linear model tells apart, inputs in [0, 1]."""
+    """Return records whose classes are linearly separable, with inputs in [0, 1]."""
     place = torch.Generator().manual_seed(seed)
     centres = torch.rand(classes, features, generator=torch.Generator().manual_seed(99))
     labels = torch.arange(classes).repeat(per_class)
@@ -143,7 +143,7 @@ def blobs(per_class=12, classes=4, features=5, seed=0, first_id=0):
 
 @pytest.fixture(scope="session")
 def toy_data():
-    """The toy problem as a data set: 12 training and 10 test records a class."""
+    """Return the toy problem as a data set with 12 training and 10 test records per class."""
     train = blobs()
     test = blobs(per_class=10, seed=1, first_id=1000)
     return Dataset(name="blobs", train=train, test=test, num_classes=4, input_shape=(5,))
@@ -151,13 +151,15 @@ def toy_data():
 
 @pytest.fixture
 def toy_stream(toy_data):
-    """From a scenario to two experiences of 24 training records each."""
+    """Return a function from a scenario to a stream of two experiences with 24 training records
+    each.
+    """
     return lambda scenario="class": split(toy_data, scenario=scenario, experiences=2)
 
 
 @pytest.fixture
 def toy_model():
-    """From a stream to the same small model every time."""
+    """Return a function from a stream to the same small model every time."""
     return lambda stream: mlp(
         input_shape=stream.input_shape,
         num_classes=stream.num_classes,
@@ -169,7 +171,9 @@ def toy_model():
 
 @pytest.fixture(autouse=True)
 def _verdicts_of_whole_code(request):
-    """A verdict of the guard says nothing of library code that a test replaces."""
+    """Forget stored verdicts of the guard, which do not hold for library code that a test
+    replaces.
+    """
     replaces = "monkeypatch" in request.fixturenames
     if replaces:
         VERDICTS.forget()
@@ -180,7 +184,7 @@ def _verdicts_of_whole_code(request):
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread():
-    """More threads than one only slow such small tensors down."""
+    """Use one thread, because more threads slow such small tensors down."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

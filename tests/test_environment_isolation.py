@@ -1,6 +1,4 @@
-"""The tests themselves stand alone: no network, nothing of the user's home, data where there is
-none.
-"""
+"""Isolation of the tests: no network, no file of the user's home, and data without downloads."""
 
 import os
 import pwd

@@ -1,5 +1,5 @@
-"""Extensions of another distribution: found by entry point and by module:name, in Python and from
-a config, with nothing of perdure changed.
+"""Extensions of another distribution: found by entry point and by module:name, in Python and from a
+config.
 """
 
 import json
@@ -169,7 +169,7 @@ print(json.dumps(run(parse(text), text, Path(sys.argv[1]))))
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
-    """A folder that holds the distribution, as site-packages holds an installed wheel."""
+    """Return a folder with the distribution, as site-packages has after an installation."""
     modules = {"somebody/__init__.py": "", "somebody/extensions.py": MODULE}
     groups = {
         group: {name: f"somebody.extensions:{target}"} for group, (_, name, target) in KINDS.items()
@@ -179,7 +179,7 @@ def installed(tmp_path_factory):
 
 
 def python(installed, *words, text=""):
-    """Run the interpreter where the distribution is installed, and return what it prints."""
+    """Run Python where the distribution is installed, and return the printed text."""
     path = [str(installed), str(Path(perdure.__file__).parents[1])]
     done = subprocess.run(
         [sys.executable, *words],
@@ -203,7 +203,7 @@ def test_outside_extensions_are_found_by_entry_point_and_module(installed):
 
 @pytest.mark.slow
 def test_an_outside_clipping_rule_is_found_by_its_layer_type(installed):
-    """Rules are found by the type of a layer, so that nobody names one."""
+    """Rules are found by the type of a layer, so they are never named."""
     assert python(installed, "-c", RULES).strip() == "GainRule"
 
 

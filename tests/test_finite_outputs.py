@@ -1,4 +1,4 @@
-"""Outputs that are NaN or infinite are refused wherever the largest of them would be taken."""
+"""NaN and infinite outputs are refused wherever the largest output is used."""
 
 import math
 
@@ -19,7 +19,7 @@ TEXT = r"NaN or infinite for 1 of \d records, first record \d; allowed: finite n
 
 
 def predict(value):
-    """Logits of which the last row has one value in its second column."""
+    """Return logits whose last row has one value in its second column."""
 
     def answer(rows):
         last = (rows == ROWS[-1]).all(1) | (rows.shape[0] == 1)

@@ -1,4 +1,4 @@
-"""The gate: what `.ci/run` and the Makefile offer, and which tests only the long run takes."""
+"""The gate: targets of `.ci/run` and the Makefile, and tests that only the long run takes."""
 
 import ast
 import os

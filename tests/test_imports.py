@@ -1,4 +1,4 @@
-"""What `import perdure` loads, what the engine needs, and what the package promises by name."""
+"""Imports: libraries that `import perdure` loads, and libraries that training needs."""
 
 import subprocess
 import sys
@@ -75,7 +75,7 @@ def test_help_does_not_import_torch(words):
 @pytest.mark.parametrize(
     "names",
     [
-        pytest.param(("ewc", "slda"), id="a penalty and a solved head"),
+        pytest.param(("ewc", "slda"), id="a penalty and a closed-form head"),
         pytest.param(
             strategies.names(),
             marks=pytest.mark.deep(reason="deployment: trains every strategy in a fresh process"),

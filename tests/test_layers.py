@@ -1,4 +1,4 @@
-"""The import rule: a package imports packages of lower layers only, and nothing in a circle."""
+"""The import rule: packages import lower layers only, without cycles."""
 
 import re
 from pathlib import Path
@@ -13,8 +13,8 @@ RULES = {
     "every package has a layer": Tree.unknown_packages,
     "imports point downwards": Tree.upward_imports,
     "strategies import from the allow-list": Tree.forbidden_to_strategies,
-    "files import no circle": Tree.circles_of_files,
-    "packages import no circle": Tree.circles_of_packages,
+    "files have no import cycle": Tree.circles_of_files,
+    "packages have no import cycle": Tree.circles_of_packages,
     "the top of src/perdure holds packages": Tree.misplaced_at_the_top,
 }
 
@@ -48,7 +48,7 @@ GOOD = {
 
 
 def tree(folder, changes=None):
-    """Tree of the good files, with some of them changed or added."""
+    """Return a valid tree with some files changed or added."""
     for name, text in (GOOD | (changes or {})).items():
         file = folder / name
         file.parent.mkdir(parents=True, exist_ok=True)

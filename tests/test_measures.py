@@ -14,7 +14,7 @@ SCRIPT = Path(__file__).parents[1] / "benchmarks" / "measure.py"
 
 @pytest.fixture(scope="module")
 def measure():
-    """The script as a module; its dataclass looks the module up by name."""
+    """Import the script as a module; its dataclass finds the module by name."""
     spec = importlib.util.spec_from_file_location(SCRIPT.stem, SCRIPT)
     module = importlib.util.module_from_spec(spec)
     sys.modules[SCRIPT.stem] = module

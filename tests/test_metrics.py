@@ -1,4 +1,4 @@
-"""Metrics against hand-computed cases, Avalanche, torchmetrics, and properties."""
+"""Metrics against values by hand, Avalanche, torchmetrics, and properties."""
 
 import math
 import warnings

@@ -1,6 +1,4 @@
-"""What is shipped: one top-level name, every file of both packages, from the tree and from the
-sdist alike.
-"""
+"""The built packages: one top-level name and every file, from the tree and from the sdist."""
 
 import os
 import re
@@ -24,9 +22,7 @@ REGISTRY_HOSTS = re.compile(
 
 
 def python(*args, cwd, executable=sys.executable):
-    """Run the interpreter in `cwd`, as a user's shell would: without the settings of the one that
-    runs the tests.
-    """
+    """Run Python in `cwd` as a user's shell would, without the settings of the test process."""
     env = {
         name: value
         for name, value in os.environ.items()
@@ -38,7 +34,7 @@ def python(*args, cwd, executable=sys.executable):
 
 
 def build(source, target, *kinds):
-    """Build without isolation, hence without a network, and return the one wheel."""
+    """Build without isolation, and so without a network, and return the one wheel."""
     done = python(
         "-m", "build", "--no-isolation", *kinds, "--outdir", str(target), str(source), cwd=target
     )
@@ -59,9 +55,7 @@ def names(wheel):
 
 @pytest.fixture(scope="module")
 def installed(wheel, tmp_path_factory):
-    """Environment with the wheel alone, next to which it sees the dependencies of the one that runs
-    the tests.
-    """
+    """Return an environment with the wheel, which sees the dependencies of the test environment."""
     folder = tmp_path_factory.mktemp("fresh") / "venv"
     venv.create(folder, with_pip=False, symlinks=True)
     executable = folder / "bin" / "python"
@@ -162,9 +156,7 @@ def test_the_perdure_command_is_installed(installed, tmp_path):
 
 
 def files_of_the_project():
-    """Every file here, apart from the folders that .gitignore names (with or without a slash at
-    the end), and git's own.
-    """
+    """List every file except those that .gitignore names and git's own files."""
     ignored = {line.rstrip("/") for line in (ROOT / ".gitignore").read_text().split()} | {".git"}
     for folder, inner, names in os.walk(ROOT):
         inner[:] = set(inner) - ignored
@@ -196,7 +188,9 @@ def test_constraints_pin_all_needed_packages():
 
 
 def needed_by(name, extras=()):
-    """Names of all installed distributions that `name` with its extras needs, itself included."""
+    """Return the names of all installed distributions that `name` with its extras needs, with
+    itself.
+    """
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
 

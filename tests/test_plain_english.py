@@ -15,7 +15,7 @@ FOLDER = Path(__file__).parents[1] / "benchmarks"
 
 @pytest.fixture(scope="module")
 def english():
-    """The script as a module, found where its folder comes first, as it does for a script."""
+    """Import the script as a module from its folder."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(FOLDER)
         yield importlib.import_module("plain_english")
@@ -179,7 +179,7 @@ def test_the_code_and_the_tests_keep_the_rules_of_plain_english(english, whole):
 
 
 def test_error_messages_have_no_unfilled_braces():
-    """A string without its f shows a name in braces to the user."""
+    """A string without the f prefix would show a name in braces to the user."""
     bare = []
     root = FOLDER.parent
     for path in [*(root / "src").rglob("*.py"), *(root / "strategies").glob("*.py")]:

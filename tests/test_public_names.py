@@ -1,4 +1,6 @@
-"""Public is what a package lists in `__all__`: sorted, complete, documented, and enough to use."""
+"""Public names: `__all__` of each package is sorted, complete, documented, and sufficient for
+users.
+"""
 
 import ast
 import importlib
@@ -25,7 +27,7 @@ every = pytest.mark.parametrize("name", PUBLIC)
 
 
 def statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
-    """Statements of a module, those in `with` and in the branches of `if` included."""
+    """Return the statements of a module, with those inside `with` and `if`."""
     for node in body:
         if isinstance(node, ast.If | ast.With):
             yield from statements([*node.body, *getattr(node, "orelse", [])])
@@ -37,7 +39,7 @@ def source(name: str) -> list[ast.stmt]:
 
 
 def own_names(name: str) -> dict[str, str]:
-    """Name to the module it comes from, of all that a face defines or takes from its own files."""
+    """Map every name that a package defines or takes from its own files to its module."""
     found = {}
     for node in source(name):
         match node:
@@ -54,7 +56,7 @@ def own_names(name: str) -> dict[str, str]:
 
 
 def order(name: str) -> tuple[int, str]:
-    """Constants first, then classes, then the rest: the order that ruff keeps."""
+    """Return a sort key: constants, then classes, then other names, as ruff sorts."""
     constant = name.isupper() and len(name) > 1
     return (0 if constant else 1 if name[0].isupper() else 2), name
 
@@ -82,7 +84,7 @@ def test_every_listed_public_name_is_documented(name):
 
 
 def fault(face: str, name: str) -> str | None:
-    """Reason why a public name does not count as documented."""
+    """Return the reason why a public name does not count as documented."""
     value = inspect.unwrap(getattr(importlib.import_module(face), name))  # of a cache
     if not (inspect.isclass(value) or inspect.isfunction(value)):
         return None if name in documented(own_names(face)[name]) else "no docstring below it"
@@ -95,7 +97,7 @@ def fault(face: str, name: str) -> str | None:
 
 
 def documented(module: str) -> set[str]:
-    """Constants of a module that have a docstring below them."""
+    """Return the constants of a module that have a docstring below them."""
     body = source(module)
     return {
         target.id
@@ -108,7 +110,7 @@ def documented(module: str) -> set[str]:
 
 @every
 def test_no_public_name_is_replaced_by_a_module(name):
-    """`perdure.experiment.run` stays the function once the file run.py is imported."""
+    """`perdure.experiment.run` is still the function after the file run.py is imported."""
     for module in [found for found in MODULES if found.rpartition(".")[0] == name]:
         importlib.import_module(module)
     face = importlib.import_module(name)
@@ -117,7 +119,7 @@ def test_no_public_name_is_replaced_by_a_module(name):
 
 
 def texts() -> dict[str, str]:
-    """File to Python source of what users read and copy.
+    """Map each file that users read and copy to its Python source.
 
     Files that a page says to save inside a package take helpers of that package.
     """
@@ -134,7 +136,7 @@ def texts() -> dict[str, str]:
 
 @pytest.mark.parametrize("file", sorted(texts()))
 def test_strategies_and_docs_import_only_public_names(file):
-    """A strategy may take helpers from the file of another one."""
+    """A strategy may import helpers from the file of another strategy."""
     lost = []
     for _, target in imported(texts()[file], "perdure", MODULES):
         package, _, name = target.rpartition(".")
@@ -149,7 +151,7 @@ def test_strategies_and_docs_import_only_public_names(file):
 
 
 def public_names(package: str) -> set[str]:
-    """Names that may be imported from a package: those of its `__all__` and its packages."""
+    """Return the names that may be imported from a package: its `__all__` and its packages."""
     if package not in PUBLIC:
         return set()
     below = {face.rpartition(".")[2] for face in PUBLIC if face.rpartition(".")[0] == package}

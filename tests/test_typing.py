@@ -23,7 +23,7 @@ NOTE = re.compile(r"^tests/typing/([\w.]+):(\d+): note: (Revealed type is .+)$")
 
 
 def expected():
-    """(file, line) to the (code, words) that mypy must say there; the code of a note is None."""
+    """Map (file, line) to the (code, words) that mypy must report; the code of a note is None."""
     return {
         (path.name, number): found.groups()
         for path in sorted(FOLDER.glob("*.py"))
@@ -33,7 +33,9 @@ def expected():
 
 
 def reported():
-    """(file, line, code, words) of every error and revealed type; the code of a note is None."""
+    """Return (file, line, code, words) of every error and revealed type; the code of a note is
+    None.
+    """
     # perdure is found beside the one that runs the tests, and the cache of `make lint` is used.
     done = subprocess.run(
         [sys.executable, "-m", "mypy", "--strict", "--no-pretty", str(FOLDER.relative_to(ROOT))],

@@ -6,7 +6,7 @@ from perdure.privacy.clipping.rules.base import ClippingRule, LayerCall, Precomp
 
 
 class PReLURule(ClippingRule):
-    """`nn.PReLU`, with one slope or one slope a channel."""
+    """`nn.PReLU`, with one slope or one slope per channel."""
 
     layers = (nn.PReLU,)
     parameters = frozenset({"weight"})

@@ -13,7 +13,7 @@ class RandomPoint(Attack):
     """The one of several uniform points of the ball that raises the record's loss most.
 
     Args:
-        points: number of points a record.
+        points: number of points per record.
     """
 
     points: int = 4

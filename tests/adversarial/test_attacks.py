@@ -29,7 +29,7 @@ def cross_entropy_of(model, labels):
 
 @pytest.fixture(scope="module")
 def digits():
-    """A small trained model, and the test pictures it has not seen."""
+    """Return a small trained model and test images that were not used for training."""
     from sklearn.datasets import load_digits
 
     torch.set_num_threads(1)
@@ -46,9 +46,7 @@ def digits():
 
 
 class Noise(FGSM):
-    """A uniform draw from the corners of the ball: what an adversary without a gradient would
-    do.
-    """
+    """Draw uniformly from the corners of the ball, as an adversary without gradients does."""
 
     def perturb(self, losses, inputs, *, generator=None):
         signs = torch.randint(0, 2, inputs.shape, generator=generator) * 2 - 1

@@ -1,4 +1,4 @@
-"""Promises of `Attack.perturb` that every attack keeps, also one whose file was added just now."""
+"""Properties of `Attack.perturb` that every attack must have, found from the files of attacks."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ both = pytest.mark.parametrize("norm", ["linf", "l2"])
 
 
 def losses(rows):
-    """A curved loss of each row alone."""
+    """Return losses (n,), each of which depends on its row only."""
     return torch.sin(3 * rows).sum(1) * rows.square().sum(1)
 
 

@@ -27,7 +27,7 @@ MU_AT_4 = 0.92493
 
 
 def game(seed, mu, m=1000):
-    """Scores and coins of an ideal audit of a mu-GDP mechanism."""
+    """Return scores and inclusion bits of an ideal audit of a mu-GDP mechanism."""
     place = torch.Generator().manual_seed(seed)
     included = torch.rand(m, generator=place) < 0.5
     return torch.randn(m, generator=place) + mu * included, included
@@ -75,8 +75,8 @@ def test_epsilon_grows_from_0_with_the_separation_of_scores():
 @pytest.mark.statistical
 @pytest.mark.parametrize("mu", [0.0, MU_AT_4, 2.5])
 def test_the_95_percent_separation_bound_fails_in_5_percent(mu):
-    """Nominal 5 % of 2,000; the interval is four standard errors, so one in 15,000 seeds would fail
-    each case.
+    """The nominal error is 5 % of 2,000. The interval is four standard errors, so each case fails
+    for one seed in 15,000.
     """
     alarms = 0
     for seed in range(2000):
@@ -87,7 +87,9 @@ def test_the_95_percent_separation_bound_fails_in_5_percent(mu):
 
 @pytest.mark.statistical
 def test_the_gaussian_bound_nears_epsilon_with_more_canaries():
-    """Seeded; the mean of 50 has standard error 0.05 at 1,000 canaries, 0.015 at 10,000."""
+    """The seed is fixed. The mean of 50 has standard error 0.05 at 1,000 canaries and 0.015 at
+    10,000.
+    """
     few = bounds(MU_AT_4, 1000, 50)
     many = bounds(MU_AT_4, 10_000, 50)
     assert few.mean() == pytest.approx(3.49, abs=0.15)
@@ -134,8 +136,8 @@ def test_the_one_run_p_value_equals_the_formula_of_the_theorem(correct, made, ep
 
 @pytest.mark.parametrize("eps", [0.3, 1.0, 2.5])
 def test_the_one_run_bound_is_exact_for_randomised_response(eps):
-    """Right guesses of randomised response are binomial: no sampling, the probability of an alarm
-    is summed up.
+    """The number of right guesses is binomial, so the probability of an alarm is computed
+    exactly.
     """
     made = 60
     tail = 0.05
@@ -149,8 +151,8 @@ def test_the_one_run_bound_is_exact_for_randomised_response(eps):
 @pytest.mark.parametrize("mu", [0.3, 0.6, 1.0])
 @pytest.mark.parametrize("tail", [0.05, 0.001])
 def test_f_dp_bound_accepts_a_gaussian_mechanism(mu, tail):
-    """Guessing every canary by the sign of its own coordinate is right with probability Phi(mu/2),
-    independently.
+    """A guess by the sign of the canary's coordinate is right with probability Phi(mu/2),
+    independently of other guesses.
     """
     made = 400
     for correct in range(made + 1):
@@ -171,8 +173,8 @@ def test_the_f_dp_p_value_grows_with_mu(made, mu, more, data):
 @pytest.mark.statistical
 @pytest.mark.parametrize(("method", "least"), [("one-run", 1.2), ("one-run-f-dp", 1.6)])
 def test_one_run_bounds_stay_below_the_true_epsilon(method, least):
-    """At most 5 % of honest audits may be flagged; four shares guessed and a bound above 4 at 1,000
-    make it far rarer.
+    """At most 5 % of correct audits may be flagged. Four guessed shares and a bound above 4 at
+    1,000 make this much rarer. The standard error of the mean over 40 is about 0.05.
 
     The standard error of the mean over 40 is about 0.05.
     """

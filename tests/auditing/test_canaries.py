@@ -1,5 +1,5 @@
-"""The audit in both directions: a correct mechanism passes, and each of several broken ones is
-caught.
+"""The audit in both directions: it does not flag a correct mechanism, and flags several broken
+ones.
 """
 
 import inspect
@@ -41,7 +41,9 @@ PRIVACY = Privacy(noise_multiplier=2.4, delta=1e-5, sampling_rate=0.4, seed=0)
 
 @pytest.fixture
 def learner(toy_model, toy_stream):
-    """A private learner of 25 steps an experience; `kind` may be a broken one."""
+    """Return a private learner with 25 steps per experience; `kind` may be a broken class of
+    learner.
+    """
 
     def build(kind=Learner, strategy=None, **changes):
         options = {"privacy": PRIVACY, "iterations": 25, "seed": 0} | changes
@@ -56,9 +58,7 @@ def learner(toy_model, toy_stream):
 
 
 def broken(key=NoiseKey, private_sum=PrivateSum):
-    """Class of learners with another key or private sum than `prepare` gave them, and the ledger of
-    an honest one.
-    """
+    """Return a class of learners with a replaced key or private sum, and with a correct ledger."""
 
     class Broken(Learner):
         def prepare(self, stream):
@@ -75,21 +75,21 @@ def broken(key=NoiseKey, private_sum=PrivateSum):
 
 
 class HalfKey(NoiseKey):
-    """Draws half the noise."""
+    """A key that draws half the noise."""
 
     def add_noise(self, total, scale, **place):
         super().add_noise(total, scale / 2, **place)
 
 
 class LoadedCoins(NoiseKey):
-    """Puts every record into every step."""
+    """A key that puts every record into every step."""
 
     def uniform(self, n, **place):
         return super().uniform(n, **place) * 1e-3
 
 
 class Unclipped(PrivateSum):
-    """Forgets to clip."""
+    """A private sum that does not clip."""
 
     def gradient(self, clipped, params, *, step):
         return super().gradient(lambda clip: clipped(replace(clip, norm=1e6)), params, step=step)
@@ -167,8 +167,8 @@ def test_the_audit_wrapper_forwards_every_hook_of_a_strategy():
 
 @pytest.mark.statistical
 def test_audit_scores_have_the_expected_separation(learner, toy_stream):
-    """In units of its noise s, T steps move the mean score by T / s^2 = 0.8; its standard error is
-    0.04. Seeded.
+    """In units of the noise scale s, T steps change the mean score by T / s^2 = 0.8. The standard
+    error is 0.04, and the seed is fixed.
     """
     privacy = Privacy(noise_multiplier=5.0, sampling_rate=1.0, clip_norm=0.2, seed=0)
     chosen = learner(privacy=privacy, iterations=20)
@@ -223,7 +223,7 @@ def test_a_repeated_audit_gives_the_same_result(learner, toy_stream):
 @pytest.mark.statistical
 @pytest.mark.parametrize("seed", range(5))
 def test_the_audit_does_not_flag_a_correct_mechanism(seed, learner, toy_stream):
-    """At 99.99 % confidence one honest audit in 10,000 is flagged; another processor draws other
+    """At 99.99 % confidence one correct audit in 10,000 is flagged. Other processors draw other
     noise.
     """
     privacy = Privacy(noise_multiplier=2.4, delta=1e-5, sampling_rate=0.4, seed=seed)
@@ -241,7 +241,7 @@ def test_the_audit_does_not_flag_a_correct_mechanism(seed, learner, toy_stream):
 )
 @pytest.mark.parametrize("seed", range(3))
 def test_the_audit_flags_a_mechanism_with_too_little_noise(kind, seed, learner, toy_stream):
-    """The lower bounds are ten and more standard errors above the claim."""
+    """The lower bounds are at least ten standard errors above the claim."""
     privacy = Privacy(noise_multiplier=2.4, delta=1e-5, sampling_rate=0.4, seed=seed)
     result = audit(
         learner(kind, seed=seed, privacy=privacy), toy_stream(), canaries=1000, confidence=0.999
@@ -381,7 +381,7 @@ def test_audit_run_refuses_a_config_without_a_private_arm():
 
 
 def test_scores_unrelated_to_inclusion_give_a_small_bound(learner, toy_stream):
-    """Scores of one audit say nothing about the coins of another."""
+    """The scores of one audit contain no information about the inclusion bits of another audit."""
     scores = torch.randn(1000, generator=torch.Generator().manual_seed(5))
     included = torch.rand(1000, generator=torch.Generator().manual_seed(6)) < 0.5
     assert lower_bound(scores, included, delta=1e-5, confidence=0.99) < 0.5

@@ -74,8 +74,8 @@ def test_true_positive_rate_is_read_at_the_false_positive_rate():
 
 
 def trainer(privacy=None, iterations=80, learning_rate=0.01):
-    """From records and a seed to a classifier: full batches, Adam without privacy and SGD with
-    it.
+    """Return a function from records and a seed to a classifier, trained on full batches with Adam,
+    or with SGD under privacy.
     """
     optimizer = torch.optim.SGD if privacy else torch.optim.Adam
 
@@ -119,8 +119,8 @@ def attacked(train):
 @pytest.mark.slow
 @pytest.mark.statistical
 def test_the_attack_finds_members_only_without_privacy():
-    """Seeded; standard errors of both areas are about 0.03, so the thresholds are three and more of
-    them away.
+    """The seed is fixed. Both areas have standard errors of about 0.03, so the thresholds are at
+    least three of them away.
     """
     target, records, members, found = attacked(trainer())
     right = target(records.inputs).argmax(1) == records.labels

@@ -28,7 +28,9 @@ from perdure.testing.replay import replay
 
 @pytest.fixture
 def parts(toy_stream, toy_model):
-    """From a fault to the stream, and a maker of learners with it or without it."""
+    """Return the stream of a fault, and a function that makes learners with or without the
+    fault.
+    """
 
     def build(fault, *, honest):
         stream = fault.stream or toy_stream
@@ -155,14 +157,14 @@ def test_a_step_without_a_ledger_charge_is_refused(tool, name, parts):
 
 
 class HalfKey(NoiseKey):
-    """Draws half the noise."""
+    """A key that draws half the noise."""
 
     def add_noise(self, total, scale, **place):
         super().add_noise(total, scale / 2, **place)
 
 
 class LoadedCoins(NoiseKey):
-    """Puts every record into every step."""
+    """A key that puts every record into every step."""
 
     def uniform(self, n, **place):
         return super().uniform(n, **place) * 1e-3
@@ -177,7 +179,7 @@ class LoadedCoins(NoiseKey):
     ],
 )
 def test_the_canary_audit_finds_each_planted_fault(tool, name, key, toy_stream, toy_model):
-    """Lower bounds are ten standard errors above the claim; an honest audit is flagged once in
+    """The lower bounds are ten standard errors above the claim; a correct audit is flagged once in
     10,000.
     """
     privacy = Privacy(noise_multiplier=2.4, delta=1e-5, sampling_rate=0.4, seed=0)

@@ -1,4 +1,4 @@
-"""Benchmarks of Avalanche as streams: the same rows, labels, identities and partitions."""
+"""Streams made from Avalanche benchmarks: the same rows, labels, ids and partitions."""
 
 import warnings
 
@@ -18,7 +18,7 @@ from perdure.errors import ConfigError, DataError
 
 @pytest.fixture(scope="module")
 def avalanche():
-    """The package; importing it warns about packages of its own that are no longer maintained."""
+    """Import the package, which warns about packages of its own that are no longer maintained."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import avalanche.benchmarks as benchmarks
@@ -38,7 +38,7 @@ def assert_same_rows(part: Records, source: Records, first_id: int = 0) -> None:
 
 
 @pytest.mark.reference
-def test_a_class_incremental_benchmark_gives_the_same_rows(toy, avalanche):
+def test_a_class_incremental_benchmark_keeps_its_rows_and_ids(toy, avalanche):
     benchmark = avalanche.nc_benchmark(
         tensors(toy.train), tensors(toy.test), 2, task_labels=False, fixed_class_order=[3, 1, 0, 2]
     )
@@ -134,7 +134,7 @@ def test_a_record_in_two_experiences_keeps_one_id(toy, avalanche):
 @pytest.mark.reference
 @pytest.mark.parametrize("sources", ["one", "one tensor"])
 def test_data_sets_over_the_same_inputs_share_a_partition(toy, avalanche, sources):
-    """Disjoint classes do not make disjoint records."""
+    """Disjoint classes do not imply disjoint records."""
     from avalanche.benchmarks import benchmark_from_datasets
     from avalanche.benchmarks.utils import AvalancheDataset, DataAttribute
 

@@ -1,4 +1,4 @@
-"""Our metrics through Avalanche's loggers."""
+"""Metrics of perdure through the loggers of Avalanche."""
 
 import io
 

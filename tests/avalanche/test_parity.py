@@ -1,8 +1,7 @@
-"""Every strategy against Avalanche's own, as far as the mathematics is the same; where it differs,
-how.
+"""Every strategy against Avalanche's version, equal where the mathematics is the same.
 
-Both are given the same new rows (`SameBatches`). Most runs are domain-incremental, where perdure
-masks no class.
+Both get the same new rows (`SameBatches`). Most runs are domain-incremental, where perdure masks no
+class.
 """
 
 import warnings
@@ -38,7 +37,7 @@ WHOLE = 24  # records of an experience
 
 @pytest.fixture
 def trained(toy_model, template):
-    """Train Avalanche's own strategy on the rows that a learner draws."""
+    """Train a strategy of Avalanche on the rows that a learner draws."""
 
     def make(made, *plugins, experiences=2, **options):
         stream = from_avalanche(made)
@@ -52,7 +51,7 @@ def trained(toy_model, template):
 
 
 def assert_same_model(model, learner, far=None):
-    """The same parameters up to rounding, or (`far`) other ones by more than that."""
+    """Assert equal parameters up to rounding, or parameters that differ by more than `far`."""
     ours = dict(learner.model.named_parameters())
     theirs = dict(model.named_parameters())
     if far is None:
@@ -69,7 +68,7 @@ def flat(tensors):
 
 
 def as_context(experience, allowed=4, scenario="domain", memory_share=0.0):
-    """Public facts of a stream of two experiences with two classes each."""
+    """Return the public facts of a stream with two experiences of two classes each."""
     table = torch.tensor([[True, True, False, False], [False, False, True, True]])[:, :allowed]
     return Context(
         scenario=scenario,
@@ -94,7 +93,7 @@ def as_batch(inputs, labels, from_memory=None):
 
 
 def loss_of(strategy, logits, batch, context):
-    """Mean loss of given logits."""
+    """Return the mean loss of the given logits."""
     return strategy.losses(
         Forward(nn.Identity()),
         Batch.from_tensors(batch.tensors() | {"inputs": logits}),
@@ -118,8 +117,8 @@ def test_naive_trains_the_same_parameters_as_avalanche(avalanche, benchmark, toy
 def test_naive_differs_from_avalanche_only_by_the_class_mask(
     avalanche, benchmark, toy_model, trained
 ):
-    """Avalanche's criterion pushes down the logits of classes that nobody met yet; with a mask it
-    is ours.
+    """Avalanche's criterion lowers the logits of classes that did not occur yet; with a mask the
+    results are equal.
     """
     made = benchmark("class")
     learner, _ = learnt(Naive(), made, toy_model)
@@ -127,7 +126,9 @@ def test_naive_differs_from_avalanche_only_by_the_class_mask(
     assert_same_model(model, learner, far=0.01)
 
     class Masked(nn.CrossEntropyLoss):
-        """Over the classes seen so far; those of the first experience are 0 and 1."""
+        """Cross entropy over the classes seen so far; the first experience has the classes 0
+        and 1.
+        """
 
         def forward(self, output, labels):
             self.seen = max(getattr(self, "seen", 2), 2 + 2 * int(labels.max() > 1))
@@ -141,7 +142,7 @@ def test_naive_differs_from_avalanche_only_by_the_class_mask(
 
 
 class Seen:
-    """Keeps every mini-batch and its loss."""
+    """Keep every mini-batch and its loss."""
 
     def __init__(self):
         self.steps = []
@@ -193,8 +194,8 @@ def test_replay_has_the_loss_and_stored_counts_of_avalanche(
 
 
 def test_er_ace_loss_equals_avalanche_if_all_classes_occur(avalanche):
-    """Ours masks by the declared classes, theirs by those that turned up, so a missing class makes
-    them differ.
+    """perdure masks by declared classes and Avalanche by classes that occur, so a missing class
+    makes a difference.
     """
     from avalanche.training.regularization import ACECriterion
 
@@ -215,8 +216,8 @@ def test_er_ace_loss_equals_avalanche_if_all_classes_occur(avalanche):
 
 
 def test_lwf_trains_the_same_parameters_as_avalanche(avalanche, benchmark, toy_model, trained):
-    """Theirs is a Kullback-Leibler divergence, ours a cross entropy: the same but for a constant
-    without gradient.
+    """Avalanche uses the Kullback-Leibler divergence and perdure the cross entropy; both have the
+    same gradient.
     """
     from avalanche.training.plugins import LwFPlugin
 
@@ -226,7 +227,7 @@ def test_lwf_trains_the_same_parameters_as_avalanche(avalanche, benchmark, toy_m
     plugin = LwFPlugin(alpha=3.0, temperature=1.5)
 
     class ByTask(nn.CrossEntropyLoss):
-        """Over the classes of the task."""
+        """Cross entropy over the classes of the task."""
 
         def forward(self, output, labels):
             first = 2 * int(labels.max() > 1)
@@ -239,7 +240,7 @@ def test_lwf_trains_the_same_parameters_as_avalanche(avalanche, benchmark, toy_m
 
 
 def test_lwf_differs_from_avalanche_in_class_incremental_runs(avalanche):
-    """There the student answers over all classes seen so far, theirs over the old ones."""
+    """perdure distils over all classes seen so far, Avalanche over the old classes."""
     from avalanche.training.regularization import LearningWithoutForgetting
 
     place = torch.Generator().manual_seed(0)
@@ -274,8 +275,8 @@ def test_lwf_differs_from_avalanche_in_class_incremental_runs(avalanche):
 def test_ewc_equals_avalanche_when_fisher_is_per_record(
     mode, options, avalanche, benchmark, toy_model, trained
 ):
-    """Theirs squares the gradient of a batch's mean; only in batches of one is that the Fisher
-    information.
+    """Avalanche squares the gradient of the batch mean, which is the Fisher information only for
+    batches of one.
     """
     from avalanche.training.plugins import EWCPlugin
 
@@ -307,8 +308,8 @@ def test_ewc_equals_avalanche_when_fisher_is_per_record(
 def test_mas_importance_equals_avalanche_with_batches_of_one(
     avalanche, benchmark, toy_model, trained
 ):
-    """Theirs takes the absolute value of a batch's mean gradient, and averages over experiences;
-    ours adds up.
+    """Avalanche takes the absolute mean gradient of a batch and averages over experiences; perdure
+    adds up.
     """
     from avalanche.training.plugins import MASPlugin
 
@@ -338,8 +339,9 @@ def test_mas_importance_equals_avalanche_with_batches_of_one(
 def test_si_importance_equals_avalanche_after_one_experience(
     avalanche, benchmark, toy_model, trained, monkeypatch
 ):
-    """Theirs cuts importance at 0.001, halves its weight, and later counts the penalty into the
-    gradient; ours not.
+    """Avalanche clamps importance at 0.001, halves its weight, and later counts the gradient of the
+    penalty; perdure does not. On the CPU, Avalanche 0.6 keeps a view of the parameters instead
+    of a copy, so they never seem to change.
 
     On the CPU Avalanche 0.6 keeps a view of the parameters in place of a copy, so that they never
     seem to move.
@@ -393,7 +395,7 @@ def gradients(shape, seed, count):
 
 
 def projected(plugin, current):
-    """What Avalanche's plugin makes of a gradient."""
+    """Return the gradient after Avalanche's plugin projected it."""
     model = nn.Linear(3, 2, bias=False)
     model.weight.grad = current.clone()
     plugin.after_backward(
@@ -436,7 +438,8 @@ def test_gem_projects_gradients_as_avalanche_does(avalanche, margin):
 
 
 def gem_on_unit_references(margin):
-    """Avalanche's plugin, its program written for references of length 1.
+    """Return Avalanche's plugin with its program for references of length 1. Its ridge is then as
+    large, relative to the references, as that of perdure; the constraints are the same.
 
     Its ridge is then as large, relative to them, as ours; the constraints are the same.
     """
@@ -460,7 +463,7 @@ def gem_on_unit_references(margin):
 def test_agem_and_gem_runs_equal_avalanche_with_full_memory(
     kind, avalanche, benchmark, toy_model, trained
 ):
-    """Then the reference gradient has no choice of records in it."""
+    """The reference gradient then does not depend on a choice of records."""
     from avalanche.training.plugins import AGEMPlugin
 
     made = benchmark("domain")
@@ -477,8 +480,8 @@ def test_agem_and_gem_runs_equal_avalanche_with_full_memory(
 
 
 def test_slda_means_and_covariance_ignore_the_record_order(avalanche, benchmark, toy_model):
-    """Theirs updates it around the mean of the moment, and counts the records of all classes for
-    each.
+    """Avalanche updates the covariance around the current mean, and divides by the number of
+    records of all classes for each class.
     """
     made = benchmark("class")
     stream = from_avalanche(made)

@@ -1,6 +1,4 @@
-"""Our strategies as plugins of Avalanche: they train what the learner trains, and what a plugin
-refuses.
-"""
+"""Strategies of perdure as plugins of Avalanche: equal training, and refusals."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -33,14 +31,14 @@ pytestmark = [pytest.mark.reference, pytest.mark.slow]
 
 
 def shown(results):
-    """Accuracy in percent by experience."""
+    """Return the accuracy in percent per experience."""
     return [
         100 * value for name, value in sorted(results.items()) if name.startswith("Top1_Acc_Exp")
     ]
 
 
 def taught(plugin, benchmark, toy_model, template, **options):
-    """The same by Avalanche, given the same new rows."""
+    """Train with Avalanche on the same new rows."""
     stream = from_avalanche(benchmark)
     model = toy_model(stream)
     teacher = template(
@@ -57,15 +55,15 @@ def taught(plugin, benchmark, toy_model, template, **options):
 
 
 def pools(strategy):
-    """Whether batches are drawn from more than the experience."""
+    """True if the strategy draws batches from more than the current experience."""
     facts = {"index": 0, "task": SingleLabel(), "classes": (0, 1)}
     plan = strategy.plan(SimpleNamespace(test=SimpleNamespace(inputs=torch.zeros(0, 5)), **facts))
     return plan.pool != "experience" or (plan.memory is not None and plan.memory.use == "pooled")
 
 
 def comparable():
-    """Pairs of a strategy and a scenario where Avalanche's criterion, which masks no class to come,
-    does no harm.
+    """List pairs of a strategy and a scenario in which the missing class mask of Avalanche's
+    criterion changes nothing.
     """
     # what it makes up goes by the record, which Avalanche does not name
     by_id = ["generative_replay"]
@@ -109,7 +107,7 @@ def test_the_rows_of_a_plugin_step_have_distinct_ids(benchmark, toy_model, templ
 
 @dataclass(frozen=True, kw_only=True)
 class Referred(Strategy):
-    """Adds the gradient over the latest rows, kept at every step, and only trains the head."""
+    """A strategy that adds a reference gradient over the latest rows and trains only the head."""
 
     privacy_cost = PrivacyCost(references=1, reuses_past_records=True)
 
@@ -144,7 +142,7 @@ def test_a_plugin_supports_reference_gradients_and_step_memory(benchmark, toy_mo
 
 @pytest.mark.parametrize("name", [name for name in strategies.names() if pools(example(name))])
 def test_a_plugin_replaces_the_experience_data_by_the_pool(name, benchmark, toy_model, template):
-    """All rows are in every batch, so that their order does not matter."""
+    """Every batch contains all rows, so their order does not matter."""
     strategy = example(name)
     made = benchmark("class" if strategy.uses("losses") else "domain")
     stream = from_avalanche(made)
@@ -186,7 +184,7 @@ def rows_in(learner):
 
 
 class Watch:
-    """A plugin made of functions of the strategy."""
+    """A plugin made of functions of the Avalanche strategy."""
 
     def __init__(self, **hooks):
         for name, hook in hooks.items():
@@ -218,7 +216,7 @@ def test_pooled_rows_keep_their_task_label_in_task_streams(benchmark, toy_model,
 
 @dataclass(frozen=True, kw_only=True)
 class Counted(Strategy):
-    """Learns nothing but how many records it met; predicts the class of that number."""
+    """A strategy that only counts records, and predicts the class with that number."""
 
     privacy_cost = PrivacyCost(releases=1)
 

@@ -1,4 +1,4 @@
-"""The comparison of speed: both sides do the same work. What it takes is not tested."""
+"""The speed comparison: both libraries do the same work. Times are not tested."""
 
 import importlib.util
 import sys

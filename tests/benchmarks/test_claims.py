@@ -1,4 +1,5 @@
-"""The comparison of what papers claim: its entries, its rule, and what it stores.
+"""The comparison of claims of papers: entries, decision rule and stored rows. Outcomes are not
+tested.
 
 What comes out is not tested.
 """
@@ -19,8 +20,8 @@ SHORT = {"iterations": 2, "batch_size": 8}
 
 @pytest.fixture(scope="module")
 def claims():
-    """The module, found where its folder comes first, as it does for a script: its processes import
-    it again.
+    """Import the script as a module from its folder, because its worker processes import it
+    again.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(FOLDER)
@@ -34,7 +35,7 @@ def comparison(claims):
 
 @pytest.fixture
 def tiny(claims, data_root, monkeypatch):
-    """Of a claim, one that takes moments."""
+    """Return a claim reduced to a run of a few seconds."""
     monkeypatch.setenv("PERDURE_DATA", str(data_root))
 
     def cut(name):
@@ -63,7 +64,7 @@ def test_the_first_arm_of_a_claim_is_its_strategy(claims):
         assert any(isinstance(part, find(claim.name)) for part in parts(made))
 
 
-def test_every_claim_names_its_comparison_and_source_of_settings(claims, comparison):
+def test_every_claim_names_a_rival_and_the_source_of_settings(claims, comparison):
     for claim in claims.CLAIMS:
         arms = [arm.name for arm in claim.arms]
         assert len(set(arms)) == len(arms) >= 2
@@ -95,7 +96,7 @@ def test_stored_options_differ_for_different_settings(claims, comparison):
 
 
 def results(comparison, **values):
-    """Of each seed, the same in every measure but the given ones."""
+    """Return a result per seed; measures that are not given are equal."""
     length = len(next(iter(values.values())))
     same = dict.fromkeys([*comparison.MEASURES, "seconds"], [50.0] * length)
     return [

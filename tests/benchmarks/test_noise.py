@@ -1,4 +1,4 @@
-"""The benchmark of the noise alone: every contestant draws, and its rows say what was drawn.
+"""The noise benchmark: every method draws, and the rows name it. Speeds are not tested.
 
 What comes out is not tested.
 """

@@ -1,4 +1,4 @@
-"""Fixtures of this folder's tests."""
+"""Fixtures of the tests in this folder."""
 
 from helpers.learners import learner_of  # noqa: F401
 from helpers.ledger_cli import alone, either, federated, mine, perdure  # noqa: F401

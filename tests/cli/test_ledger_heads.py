@@ -1,4 +1,4 @@
-"""Heads for an officer's records, and ledgers that are behind them."""
+"""Heads of ledgers that a privacy officer keeps, and ledgers that are older than their heads."""
 
 import shutil
 
@@ -30,7 +30,9 @@ def test_verify_accepts_a_ledger_that_matches_its_head(perdure, either):
 
 
 def older(folder, perdure):
-    """Take the last line of an arm's ledger, as if it had never been; the head of before."""
+    """Remove the last line of an arm's ledger; return the arm's folder and the head that covered
+    the line.
+    """
     from perdure.privacy.ledger.storage import SealedHead, head_path, load
     from perdure.privacy.noise.key import NoiseKey
 

@@ -1,4 +1,4 @@
-"""Ledgers that learners and federations keep without a config, read by a privacy officer."""
+"""Ledgers of learners and federations without a config, read with the command line."""
 
 import json
 import shutil
@@ -22,7 +22,9 @@ MORE = ("--noise-multiplier", 1.1, "--sampling-rate", 0.1, "--steps", 5)
 
 
 def site(toy_data, client, partition="stays"):
-    """Stream of a hospital that holds every other record, under a name that others use as well."""
+    """Return a hospital's stream of every other record, with a partition name that other hospitals
+    use too.
+    """
     own = toy_data.train.take(torch.arange(client, len(toy_data.train), 2))
     own = Records(inputs=own.inputs, labels=own.labels, ids=own.ids, partition=partition)
     one = Experience(index=0, train=own, test=toy_data.test, classes=(0, 1, 2, 3))
@@ -150,7 +152,9 @@ def test_a_ledger_keeps_the_given_owner_name(perdure, toy_data, toy_model, tmp_p
 
 @pytest.fixture
 def namesakes(tmp_path):
-    """Two clients' ledgers of one owner and one partition's name, each with its secret key."""
+    """Return a folder with two client ledgers of the same owner and partition name, each with its
+    own secret key.
+    """
     for client in (0, 1):
         folder = tmp_path / "clients" / f"{client:03d}"
         key = NoiseKey.from_os(folder / "private" / "key")

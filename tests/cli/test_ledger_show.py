@@ -1,4 +1,6 @@
-"""What a privacy officer asks of a ledger: who was exposed, and what more would cost."""
+"""`perdure ledger show` and `project`: the charges of every partition, and the cost of more
+steps.
+"""
 
 import json
 import shutil
@@ -30,7 +32,7 @@ def as_json(answer):
 
 @pytest.fixture
 def unfinished(tmp_path):
-    """A run that was stopped in the second private arm."""
+    """Return a run that was stopped in the second private arm."""
 
     def stop(point, learner):
         if learner.owner.startswith("replay-private") and point == "evaluated":

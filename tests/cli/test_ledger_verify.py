@@ -1,6 +1,4 @@
-"""What a privacy officer asks of a ledger: whether the account is whole, and if not, in which
-line.
-"""
+"""`perdure ledger verify`: damaged lines, missing parts and rolled-back ledgers."""
 
 import json
 import shutil
@@ -41,7 +39,7 @@ def test_verify_prints_each_ledger_and_what_is_not_verified(perdure, either):
 
 
 def spoilt(lines, how):
-    """Lines after somebody was at them, and the number of the first that is wrong."""
+    """Return the lines after a change, and the number of the first wrong line."""
     changed = list(lines)
     if how == "edited":
         changed[3] = lines[3].replace('"steps":4', '"steps":3')
@@ -156,7 +154,7 @@ def test_a_rewritten_ledger_is_detected_only_with_the_key(perdure, mine):
 
 
 def test_verify_reports_heads_without_keys_as_not_verified(perdure, mine, tmp_path):
-    """With `private/` gone, whoever wrote the files can have made up all of them."""
+    """Without `private/`, the writer of the files could have invented all of them."""
     sent = tmp_path / "sent.jsonl"
     shutil.copy(mine / "ledger.jsonl", sent)
     code, out, _ = perdure("verify", sent)
@@ -229,13 +227,13 @@ def test_verify_accepts_an_empty_ledger(perdure, tmp_path):
 
 @pytest.fixture
 def ours(federated, tmp_path):
-    """A copy of the finished federated run, to be spoilt."""
+    """Return a copy of the finished federated run that a test may damage."""
     shutil.copytree(federated, tmp_path / "run")
     return tmp_path / "run"
 
 
 def test_verify_reports_a_missing_client_folder(perdure, ours):
-    """All that its folder held is gone, so nothing there tells of it."""
+    """The client's folder is deleted completely, so no file in it shows the loss."""
     arm = ours / "arms" / "ewc-private"
     (ours / "result.json").unlink()
     (ours / "ledger.jsonl").unlink()

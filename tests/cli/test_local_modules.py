@@ -1,5 +1,5 @@
-"""Strategies of the user's own folder: `perdure run` finds them, and whoever reads what the run
-left behind does not need them.
+"""Strategies in the user's own folder: `perdure run` finds them, and readers of the results do not
+need them.
 """
 
 import subprocess
@@ -32,7 +32,7 @@ SCRIPT = "import sys; from perdure.cli.main import main; main()"
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A run of a strategy that lies beside its config, which is gone now."""
+    """Return a finished run of a strategy in a file beside its config; the file is deleted."""
     folder = tmp_path_factory.mktemp("beside")
     (folder / "mine_beside.py").write_text(STRATEGY)
     (folder / "mine.toml").write_text(MINE)
@@ -68,7 +68,7 @@ def test_a_report_is_written_without_importing_the_strategy(finished, monkeypatc
 
 @pytest.mark.slow
 def test_show_imports_no_module_beside_the_ledger(perdure, finished, monkeypatch):
-    """Neither where the reader stands in its folder."""
+    """This also holds if the current folder contains a module of that name."""
     folder = finished.parent.parent
     (folder / "mine_beside.py").write_text(STRATEGY)
     monkeypatch.chdir(folder)

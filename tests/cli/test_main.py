@@ -1,4 +1,4 @@
-"""The command: what it teaches, what it prints, and how it refuses."""
+"""The command line: help, output and refusals."""
 
 import io
 import json
@@ -39,7 +39,7 @@ strategy = "naive"
 
 @pytest.fixture
 def perdure(monkeypatch, capfd, tmp_path):
-    """Call the command in an empty folder: (exit code, standard output, standard error)."""
+    """Call the command in an empty folder; return (exit code, standard output, standard error)."""
     monkeypatch.chdir(tmp_path)
 
     def call(*words):
@@ -53,7 +53,7 @@ def perdure(monkeypatch, capfd, tmp_path):
 
 
 def assert_refused(answer, *words):
-    """Exit code 2 and one line on standard error that holds `words`."""
+    """Assert exit code 2 and one line on standard error that contains `words`."""
     code, out, err = answer
     assert code == 2
     assert out == ""
@@ -220,7 +220,7 @@ def test_a_refused_config_leaves_no_files(perdure, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["mine.toml"]
 
 
-def test_a_corrected_config_runs_in_the_same_folder(perdure, tmp_path):
+def test_a_corrected_config_runs_in_the_folder_of_a_refused_one(perdure, tmp_path):
     (tmp_path / "mine.toml").write_text(WRONG["slices"][0])
     assert_refused(perdure("run", "mine.toml"))
     (tmp_path / "mine.toml").write_text(CONFIG)
@@ -242,7 +242,7 @@ def test_an_unwritable_output_folder_gives_one_error_line(perdure, tmp_path):
 
 @pytest.fixture
 def no_network(monkeypatch):
-    """A proxy that nobody listens at: a download fails at once, with or without a network."""
+    """Set a proxy without a listener, so that downloads fail at once."""
     for name in ("http_proxy", "https_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     # None makes urllib read the proxies again: those above, and afterwards those from before
@@ -282,8 +282,8 @@ def test_an_unknown_command_is_refused_without_a_traceback(perdure):
 
 
 def heed_interrupts():
-    """A shell lets its background jobs ignore Ctrl-C, and their children inherit that; a person's
-    terminal does not.
+    """Restore the default action of Ctrl-C, which shells switch off for background jobs and their
+    children.
     """
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
@@ -400,7 +400,7 @@ def test_audit_replay_of_a_federation_names_the_clients(perdure, tmp_path):
 
 
 def test_audit_replay_exits_with_1_if_a_record_changes_outputs(perdure, tmp_path, monkeypatch):
-    """The number of records in a step divides their sum: the parameters tell it."""
+    """The sum is divided by the number of records in the step, so the parameters depend on it."""
     from perdure.curator.local_curator import LocalCurator
 
     real = LocalCurator.gradient

@@ -1,4 +1,4 @@
-"""Hooks in place: quadratic penalties by formula, and paths in the tensors that hold them."""
+"""In-place hooks: quadratic penalties by formula, and updates of path integrals."""
 
 from dataclasses import dataclass
 
@@ -27,14 +27,14 @@ FOLLOWING = [SI(strength=1.0), RWalk(strength=1.0, window=2), Combine(SI(strengt
 
 
 def drawn(seed=0):
-    """Tensors with one piece, and with several, of which the last is short."""
+    """Return tensors of one piece and of several pieces, the last of which is short."""
     generator = torch.Generator().manual_seed(seed)
     shapes = {"large": (3, PIECE // 2 + 5), "small": (7,)}
     return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 
 def state_of(strategy):
-    """A state in the middle of a run; counters stay whole numbers, squares above 0."""
+    """Return a state in the middle of a run, with whole-number counters and squares above 0."""
     spec = Spec(params=drawn(), num_classes=2, num_experiences=2, feature_size=1, scenario="class")
     laid_out = strategy.init(spec)
     generator = torch.Generator().manual_seed(9)
@@ -79,7 +79,7 @@ def test_the_penalty_gradient_covers_only_trained_parameters():
 @pytest.mark.parametrize("noise", [0.0, 0.3])
 @pytest.mark.parametrize("strategy", FOLLOWING, ids=repr)
 def test_the_in_place_update_equals_the_functional_update(strategy, noise):
-    """Over the end of a window, from counters at 1."""
+    """The steps cross the end of a window, with counters at 1."""
     anew = state_of(strategy)
     in_place = State({name: value.clone() for name, value in anew.items()}, anew.rules)
     places = {name: value.data_ptr() for name, value in in_place.items()}
@@ -97,7 +97,7 @@ def test_the_in_place_update_equals_the_functional_update(strategy, noise):
 
 @dataclass(frozen=True, kw_only=True)
 class Cubic(EWC):
-    """Overrides the penalty alone."""
+    """A penalty that overrides only `penalty`."""
 
     def penalty(self, params, state):
         return torch.stack([value.pow(3).sum() for value in params.values()]).sum()
@@ -105,14 +105,14 @@ class Cubic(EWC):
 
 @dataclass(frozen=True, kw_only=True)
 class Counting(SI):
-    """Overrides `after_step` alone."""
+    """A strategy that overrides only `after_step`."""
 
     def after_step(self, before, after, gradient, state, noise_variance=0.0):
         return state.replace_group("path", {n: state[f"path/{n}"] + 1 for n in before})
 
 
 class Mixed(Counting, Cubic):
-    """Takes both from its bases."""
+    """A strategy that inherits both hooks from its bases."""
 
 
 @pytest.mark.parametrize("kind", [Cubic, Mixed])

@@ -114,7 +114,7 @@ def test_a_masked_class_has_probability_zero_and_no_gradient():
     assert logits.grad[0, 2:].tolist() == [0.0, 0.0]
 
 
-def test_the_context_takes_its_classes_from_the_declared_ones(toy_stream):
+def test_the_context_uses_the_declared_classes(toy_stream):
     at = contexts(toy_stream("class"), "cpu")
     assert at(0).seen.tolist() == [True, True, False, False]
     assert at(1).seen.tolist() == [True] * 4 and at(1).current.tolist() == [
@@ -287,7 +287,9 @@ class Freezer(Strategy):
 
 @dataclass(frozen=True, kw_only=True)
 class Shifter(Strategy):
-    """Doubles or adds, so that the order of projections shows; counts steps in its state."""
+    """A strategy that doubles or adds, so that the order of projections shows, and counts steps in
+    its state.
+    """
 
     add: float = 0.0
     times: float = 1.0
@@ -304,7 +306,7 @@ class Shifter(Strategy):
 
 @dataclass(frozen=True, kw_only=True)
 class Referrer(Strategy):
-    """Adds what it was given, and refuses what others asked for."""
+    """A strategy that adds its references and refuses those that another part asked for."""
 
     privacy_cost: ClassVar[PrivacyCost] = PrivacyCost(references=1, memory_releases=2)
 
@@ -359,7 +361,7 @@ def test_combine_merges_the_plans_of_its_parts(toy_stream):
 
 
 def part_of(state, position):
-    """The state of one part of a combination, under its own names."""
+    """Return the state of one part of a combination with the part's own names."""
     prefix = f"{position}."
     names = [name for name in state if name.startswith(prefix)]
     return State(
@@ -437,7 +439,7 @@ def test_combine_keeps_the_states_of_11_parts_separate(toy_stream, toy_model):
 
 @dataclass(frozen=True, kw_only=True)
 class Weighted(Strategy):
-    """A strategy of two hyper-parameters, one of them with a default."""
+    """A strategy with two hyper-parameters, one of them with a default."""
 
     strength: float
     decay: float = 0.5
@@ -466,7 +468,7 @@ def test_example_of_a_subclass_returns_the_subclass():
 
 
 def test_declare_group_builds_one_new_state_for_all_names(monkeypatch):
-    """One new state for each name would take time with the square of the number of names."""
+    """Building a new state for each name would take time quadratic in the number of names."""
     made = []
     build = State.__init__
 

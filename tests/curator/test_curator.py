@@ -1,6 +1,4 @@
-"""A curator's records: who is exposed, who is sampled and how often, what is raw, and what memory
-keeps.
-"""
+"""The records of a curator: exposure, sampling, raw access and memory."""
 
 from dataclasses import replace
 
@@ -21,8 +19,8 @@ from perdure.planning.exposure import exposure
 
 
 def test_sampling_rates_use_declared_sizes_and_memory_capacity(toy_stream):
-    """256/12,000 for the first experience and 256/13,000 once a memory of 1,000 is pooled with the
-    new records.
+    """The rate is 256/12,000 in the first experience, and 256/13,000 with 1,000 memory records in
+    the pool.
     """
     experiences = declared(toy_stream(), 12_000, 12_000).experiences
     first = exposure(experiences[:1], REPLAY, batch_size=256, rate=None)
@@ -91,9 +89,10 @@ def test_the_plan_pool_all_pools_records_of_all_experiences(bench):
 
 @pytest.mark.statistical
 def test_poisson_sampling_includes_records_at_the_stated_rate(bench, toy_stream):
-    """2,000 steps over 24 records at rate 1/4: the count's standard score stays within 4
-    (probability 6e-5), both per record (within 5, 24 x 6e-7) and in all; a rate 5 % off would score
-    6."""
+    """2,000 steps over 24 records at rate 1/4. The standard score of the total stays within 4
+    (probability 6e-5) and that of each record within 5 (24 x 6e-7); a rate 5 % off would score
+    6.
+    """
     test = bench(simulated(), declared(toy_stream(), 32, 32))
     steps = range(2000)
     held = test.open(0, steps=steps).held
@@ -147,8 +146,8 @@ def test_sampling_handles_random_numbers_close_to_the_rate():
 @pytest.mark.statistical
 @pytest.mark.parametrize("plan", [Plan(memory=MemoryPlan(capacity=100)), Plan(pool="all")])
 def test_permuted_copies_of_an_image_are_drawn_as_one_record(bench, toy_data, plan):
-    """Permuted copies, new, stored or pooled: one at most in a step, at the charged rate, each copy
-    as often.
+    """A step contains at most one of the permuted copies, at the charged rate, and each copy
+    equally often. 400 steps over 48 records at rate 1/8; scores within 4 (6e-5 each).
 
     400 steps over 48 records at rate 1/8: scores within 4 (6e-5 each).
     """
@@ -194,7 +193,7 @@ def test_the_curator_refuses_raw_records_under_privacy(bench):
 
 
 def test_stored_values_are_returned_with_their_memory_row(bench):
-    """The model's logits at the time, as DER stores them; new rows have zeros in their place."""
+    """The values are the model's logits at storage time, as in DER; new rows have zeros."""
     test = bench(batch_size=6)
     plan = Plan(memory=MemoryPlan(capacity=8))
     test.whole(0, plan, remember=lambda forward, batch: {"logits": forward(batch.inputs)})
@@ -236,7 +235,7 @@ def test_split_streams_have_no_record_in_two_partitions(toy_data):
 
 
 def test_equal_ids_in_two_partitions_are_two_records():
-    """One of them missing must not hand its place to the other, which is another record."""
+    """If one of the two is missing, the other does not take its place."""
     ids = torch.tensor([7, 7, 8, 7])
     owner = torch.tensor([0, 1, 0, 0])
     grouped = group_records(ids, owner)

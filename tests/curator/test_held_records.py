@@ -1,5 +1,5 @@
-"""What a party holds: memory that moves every step, what is stored beside a row and when, and pools
-of memory.
+"""Held records of one party: memory updated every step, values stored beside rows, and memory
+pools.
 """
 
 from dataclasses import dataclass, replace
@@ -37,7 +37,7 @@ def learner_of(model, strategy, **changes):
 
 @dataclass(frozen=True, kw_only=True)
 class Given(Strategy):
-    """Plain training on a plan that the test gives."""
+    """Plain training with a plan that the test gives."""
 
     given: Plan
 
@@ -54,7 +54,7 @@ def given(**options):
 
 
 def test_step_memory_returns_only_rows_of_earlier_steps(toy_stream, toy_model):
-    """In the first experience already, in which the first step has nothing to bring back."""
+    """This holds in the first experience too, where the first step has no stored rows."""
     offered = []
     stream = toy_stream()
     learner = opened(
@@ -87,8 +87,8 @@ def test_step_memory_gets_no_row_twice_at_the_experience_end(toy_stream, toy_mod
 
 @pytest.mark.statistical
 def test_step_memory_is_a_uniform_sample_of_all_records(toy_stream, toy_model):
-    """800 seeds, 12 of 48 kept; each record's count within 4.5 standard deviations of a quarter (48
-    x 7e-6: 3e-4).
+    """800 seeds keep 12 of 48 records; each count lies within 4.5 standard deviations of a quarter
+    (48 x 7e-6: 3e-4).
     """
     stream = toy_stream()
     counts = torch.zeros(48)
@@ -113,11 +113,11 @@ def test_step_memory_is_a_uniform_sample_of_all_records(toy_stream, toy_model):
 
 
 class Stopped(BaseException):
-    """Stands for the end of the process."""
+    """An exception in place of the end of the process."""
 
 
 def run(stream, model, strategy, folder, stops=(), **changes):
-    """A run that is stopped after these (experience, step), started again every time, and its last
+    """Run, stop after the given (experience, step) pairs, resume each time, and return the last
     learner.
     """
     for stop in [*stops, None]:
@@ -169,7 +169,9 @@ def test_a_resumed_run_has_the_same_step_memory_bit_for_bit(
 
 
 def peeking(forward, batch):
-    """Each row's mean logit, less that of all rows: rows that depend on each other."""
+    """Return each row's mean logit minus the mean of all rows, so that rows depend on each
+    other.
+    """
     logits = forward(batch.inputs)
     return {
         "seen": logits.mean(1) - logits.mean(),
@@ -223,7 +225,7 @@ def test_privacy_refuses_a_remember_hook_that_couples_rows(toy_stream, toy_model
 
 
 def test_private_memory_stores_values_of_the_last_step_of_a_row(toy_stream, toy_model):
-    """Of a record that was in none, those at the end of the experience."""
+    """Records that were in no step get the values at the end of the experience."""
     stream = toy_stream()
     moment = [0.0]
 
@@ -252,7 +254,7 @@ def test_private_memory_stores_values_of_the_last_step_of_a_row(toy_stream, toy_
 
 
 def test_rows_drawn_from_memory_are_not_offered_to_memory_again(toy_stream, toy_model):
-    """Rows of memory in a batch are not offered again, and only new ones are noted."""
+    """Rows drawn from memory are not offered again; only new rows are marked as drawn."""
     stream = toy_stream()
     learner = learner_of(
         toy_model(stream),
@@ -295,7 +297,7 @@ def test_the_remember_hook_does_not_change_running_statistics(toy_stream):
 
 @pytest.fixture
 def four(toy_data):
-    """Four experiences of 12 records, one class each."""
+    """Return a stream of four experiences with 12 records of one class each."""
     return split(toy_data, scenario="class", experiences=4)
 
 
@@ -318,7 +320,7 @@ def test_a_memory_pool_declares_its_size_and_partitions(four):
 
 
 def test_the_number_of_steps_depends_on_the_memory_size(four, toy_model):
-    """3 epochs of 12, 16, 16 and 16 stored records, 4 a step."""
+    """3 epochs of 12, 16, 16 and 16 stored records, with 4 records per step."""
     learner = learner_of(
         toy_model(four), GDumb(memory_size=16), epochs=3, iterations=None, batch_size=4
     )
@@ -354,8 +356,8 @@ def test_a_memory_pool_holds_only_stored_records(four, toy_model, privacy):
 
 
 def test_pooled_memory_shuffles_stored_rows_with_new_rows(toy_stream, toy_model):
-    """An epoch of the pool, 24 new and 12 stored rows, meets each of them once; the context knows
-    of no share.
+    """One epoch of the pool contains each of the 24 new and 12 stored rows once; the context has no
+    memory share.
     """
     stream = toy_stream()
     learner = opened(learner_of(toy_model(stream), given(use="pooled")), stream, index=1)
@@ -398,8 +400,8 @@ def test_an_experience_without_records_is_refused(toy_stream, toy_model):
 
 
 def test_a_drawn_stored_copy_does_not_mark_the_new_copy_drawn(toy_data, toy_model):
-    """New and stored copies are one record; where the stored one was drawn, the new one is not
-    noted.
+    """The new and the stored copy are one record; if the stored copy is drawn, the new one is not
+    marked.
     """
     stream = permuted(toy_data, experiences=2)
     learner = learner_of(
@@ -432,7 +434,7 @@ def test_a_drawn_stored_copy_does_not_mark_the_new_copy_drawn(toy_data, toy_mode
     ids=["plain", "all records", "memory", "moving memory"],
 )
 def test_opening_an_experience_again_reuses_its_pool(toy_stream, toy_model, strategy, kept):
-    """As every round of a federation opens it again."""
+    """Every round of a federation opens the experience again."""
     stream = toy_stream()
     learner = opened(learner_of(toy_model(stream), strategy), stream, 1)
     held = learner.session.held

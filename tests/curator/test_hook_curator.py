@@ -1,4 +1,4 @@
-"""What the hooks of a strategy can reach: the members of the protocol, and nothing behind them."""
+"""The curator given to hooks, which offers only the members of the protocol."""
 
 import copy
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ PRIVATE = Privacy(noise_multiplier=1.0, seed=0)
 
 @dataclass(frozen=True, kw_only=True)
 class Looking(Naive):
-    """Keeps the curator that its hooks are given."""
+    """A strategy that keeps the curator that its hooks get."""
 
     kept: ClassVar[list] = []
 
@@ -41,7 +41,7 @@ def learner_of(stream, make, privacy=None):
 
 @pytest.fixture(params=[None, PRIVATE], ids=["exact", "private"])
 def given(request, toy_stream, toy_model):
-    """The curator of a hook after a whole run, and the learner's own."""
+    """Return the hook's curator after a whole run, and the learner's own curator."""
     learner = learner_of(toy_stream(), toy_model, request.param)
     learner.fit(toy_stream())
     return Looking.kept.pop(), learner.curator
@@ -52,7 +52,7 @@ NUMBERS = (torch.Tensor, np.ndarray, str, int, float, bool, type(None))
 
 
 def reachable(start):
-    """Objects that attributes, items and bound methods lead to; closures and modules are not
+    """Yield objects that attributes, items and bound methods lead to; closures and modules are not
     followed.
     """
     seen = {}
@@ -83,7 +83,7 @@ def test_hooks_get_exactly_the_members_of_the_curator_protocol(given):
     assert public == {name for name in vars(Curator) if not name.startswith("_")}
 
 
-def test_no_attribute_of_the_hook_curator_leads_to_records(given):
+def test_no_attribute_of_the_curator_of_hooks_leads_to_records(given):
     seen, own = given
     found = list(reachable(seen))
     assert not any(isinstance(value, LocalCurator | HeldRecords) for value in found)
@@ -95,7 +95,7 @@ def test_no_attribute_of_the_hook_curator_leads_to_records(given):
 @pytest.mark.parametrize(
     "name", ["sample", "snapshot", "raw", "stored", "diagnostics", "step", "_held", "_pool", "rows"]
 )
-def test_the_hook_curator_refuses_members_that_return_rows(given, name):
+def test_the_curator_of_hooks_refuses_members_that_return_rows(given, name):
     seen, _ = given
     with pytest.raises(
         PrivacyError,
@@ -104,13 +104,13 @@ def test_the_hook_curator_refuses_members_that_return_rows(given, name):
         getattr(seen, name)
 
 
-def test_a_copy_of_the_hook_curator_gives_no_further_access(given):
+def test_a_copied_curator_of_hooks_gives_no_further_access(given):
     seen, _ = given
     assert not hasattr(seen, "__dict__")
     assert vars(type(copy.copy(seen))).keys() == vars(type(seen)).keys()
 
 
-def test_a_hook_cannot_set_attributes_of_the_hook_curator(given):
+def test_a_hook_cannot_set_attributes_of_its_curator(given):
     seen, _ = given
     with pytest.raises(AttributeError):
         seen.kept = torch.zeros(1)
@@ -118,7 +118,7 @@ def test_a_hook_cannot_set_attributes_of_the_hook_curator(given):
         seen.private = False
 
 
-def test_the_hook_curator_gives_the_same_answers_as_the_curator(toy_stream, toy_model):
+def test_the_curator_of_hooks_answers_as_the_curator_does(toy_stream, toy_model):
     learner = learner_of(toy_stream(), toy_model)
     learner.prepare(toy_stream())
     learner.begin(0)
@@ -141,7 +141,7 @@ def test_the_hook_curator_gives_the_same_answers_as_the_curator(toy_stream, toy_
 
 @dataclass(frozen=True, kw_only=True)
 class Undeclared(Naive):
-    """Asks after an experience for what it does not declare."""
+    """A strategy that asks for an undeclared release after an experience."""
 
     member: str = "release"
 
@@ -154,7 +154,7 @@ class Undeclared(Naive):
 
 
 @pytest.mark.parametrize(("member", "field"), [("release", "releases"), ("count", "histograms")])
-def test_an_undeclared_release_is_refused_with_the_fix(toy_stream, toy_model, member, field):
+def test_the_error_of_an_undeclared_release_names_the_fix(toy_stream, toy_model, member, field):
     stream = toy_stream()
     learner = Learner(
         model=toy_model(stream),

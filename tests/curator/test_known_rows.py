@@ -1,4 +1,4 @@
-"""Rows that are opened again are grouped and hashed once, and other rows are seen."""
+"""Reopened experiences: rows are grouped and hashed once, and changed rows are detected."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from perdure.strategies import Replay
 
 
 class Sorts(TorchDispatchMode):
-    """Count sorts and searches for equal numbers."""
+    """Count sorts and searches for duplicates."""
 
     COUNTED = ("aten::sort", "aten::argsort", "aten::_unique2", "aten::unique_dim")
 
@@ -27,7 +27,7 @@ class Sorts(TorchDispatchMode):
 
 
 def opened(learner, index=0):
-    """Sorts of one opening, and the fingerprint of its rows."""
+    """Return the number of sorts of one opening, and the fingerprint of its rows."""
     with Sorts() as sorts:
         learner.begin(index)
     return sorts.count, learner.session.held.fingerprint

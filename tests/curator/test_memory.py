@@ -181,8 +181,8 @@ def test_class_quotas_shrink_as_experiences_arrive():
 
 @pytest.mark.statistical
 def test_a_class_quota_is_filled_uniformly_at_random():
-    """500 choices of 2 of 8, thinned from 4: each kept 125 times, within 5 standard deviations
-    (1e-6 each).
+    """500 choices of 2 out of 8 rows in two stages; each is kept 125 times, within 5 standard
+    deviations (1e-6 each).
     """
     counts = torch.zeros(8)
     for trial in range(500):
@@ -267,7 +267,7 @@ def test_the_memory_plan_refuses_an_invalid_option(options, field):
     st.lists(st.lists(st.integers(0, 2), max_size=8), min_size=1, max_size=6), st.integers(1, 12)
 )
 def test_a_ring_keeps_the_latest_rows_of_every_class(offers, capacity):
-    """Against lists: the last rows of each class, as many as its share is."""
+    """The reference is a list of the last rows of each class, up to the quota."""
     memory = Memory()
     seen = {}
     first = 0
@@ -333,7 +333,9 @@ def test_herding_picks_the_row_that_brings_the_mean_closest(n, most, seed):
 
 
 def by_distances(features, most):
-    """Algorithm 4 as it is printed: the distance of every mean to the mean of all."""
+    """Herd by Algorithm 4 of the paper, with the distance of every candidate mean to the mean of
+    all rows.
+    """
     unit = torch.nn.functional.normalize(features.double(), dim=1)
     mean = torch.nn.functional.normalize(unit.mean(0), dim=0)
     total = torch.zeros_like(mean)
@@ -418,8 +420,8 @@ def test_a_full_reservoir_overwrites_rows_in_place():
 
 @pytest.mark.statistical
 def test_a_reservoir_keeps_rows_offered_one_by_one_equally_often():
-    """40 offers of one row each; the score is that of `unevenness`, out of (18, 70) with
-    probability 0.004.
+    """40 offers of one row each; the score of `unevenness` leaves (18, 70) with probability
+    0.004.
     """
 
     def one_by_one(generator):
@@ -441,7 +443,7 @@ def test_a_reservoir_keeps_rows_offered_one_by_one_equally_often():
     )
 
 
-def test_a_memory_that_takes_no_new_row_keeps_its_rows():
+def test_a_memory_keeps_its_rows_if_no_new_row_is_selected():
     memory = Memory()
     plan = MemoryPlan(capacity=1, selection="reservoir")
     memory.offer(rows([0]), plan, place())
@@ -455,7 +457,7 @@ def test_a_memory_that_takes_no_new_row_keeps_its_rows():
 
 
 def test_memory_size_accepts_a_number_of_records_or_bytes(toy_stream):
-    """A toy record has 5 numbers of 4 bytes, and label and id of 8 each: 36."""
+    """A toy record has 5 numbers of 4 bytes, plus label and id of 8 bytes each: 36 bytes."""
     first = toy_stream()[0]
     assert records_in(7, first) == 7
     sizes = {
@@ -532,7 +534,7 @@ def test_herding_and_loss_aware_refuse_an_update_per_step(selection):
 
 
 def test_a_growing_reservoir_reallocates_its_rows_rarely():
-    """The rows are those of a list that replaces, kept whole and copied at every offer."""
+    """The reference is a list of rows that is copied as a whole at every offer."""
     plan = MemoryPlan(capacity=300, selection="reservoir")
     memory = Memory()
     expected = rows([])

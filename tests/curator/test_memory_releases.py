@@ -1,6 +1,4 @@
-"""Sums over memory: those of the stored rows, charged to all that was seen, and refused where
-records are shared.
-"""
+"""Sums over memory: values, charges to all earlier partitions, and refusals for shared records."""
 
 from dataclasses import replace
 
@@ -44,7 +42,7 @@ def test_a_private_memory_sum_charges_all_earlier_partitions(four, toy_model, me
 
 
 def test_a_changed_memory_gives_a_new_ledger_entry(four, toy_model, meetings):
-    """Also where the sum happens to be the same."""
+    """This also holds if the sum happens to be the same."""
     learner = opened(learner_of(toy_model(four), Replay(memory_size=24)), four, 1)
     held = learner.session.held
     scope = []

@@ -1,6 +1,4 @@
-"""Reference gradients: what they cost, who is in them, that they are charged first and drawn once,
-and their noise.
-"""
+"""Reference gradients: cost, members, order of charge and draw, and noise."""
 
 from dataclasses import replace
 from functools import partial
@@ -27,7 +25,7 @@ def declared(stream, *sizes):
 
 
 def test_reference_rates_come_from_declared_sizes(four):
-    """A memory of 200 of the 400 records before: 50 of the first experience, 150 of the second."""
+    """Memory holds 200 of 400 earlier records: 50 of the first experience and 150 of the second."""
     stages = declared(four, 100, 300, 600, 12)[:3]
     plans = {
         use: Plan(memory=MemoryPlan(capacity=200, use=use, batch_size=20))
@@ -113,7 +111,7 @@ def test_every_earlier_experience_is_charged_at_its_own_rate(four, toy_model):
     ("strategy", "beside"), [(AGEM(memory_size=12), [1, 1]), (GEM(memory_size=12), [1, 2])]
 )
 def test_charges_add_up_if_experiences_share_records(copies, toy_model, strategy, beside):
-    """Permuted copies of one image are one record: it pays for the gradients and for every
+    """Permuted copies of one image are one record, charged for the gradients and for every
     reference gradient.
     """
     learner = learner_of(toy_model(copies), strategy)
@@ -147,7 +145,7 @@ def test_a_reference_is_the_mean_gradient_of_stored_rows(four, toy_model):
 
 
 def test_reference_rows_equal_rows_drawn_from_one_experience(four, toy_model):
-    """They are the rows that a draw from a copy of the experience's rows gives."""
+    """The expected rows are drawn from a copy of the experience's rows."""
     strategy = GEM(memory_size=12, batch_size=4)
     held = opened(learner_of(toy_model(four), strategy, privacy=None), four, 2).session.held
     stored = held.memory.rows
@@ -180,8 +178,8 @@ def test_an_epoch_of_reference_batches_visits_every_stored_row(four, toy_model):
 
 
 def test_a_private_reference_is_divided_by_the_declared_size(four, toy_model, meetings):
-    """All stored rows at rate 1, clipped by hand; the divisor is the declared 6 however many were
-    kept.
+    """All stored rows at rate 1 are clipped by hand; the divisor is the declared 6, whatever the
+    number of stored rows.
     """
     learner = opened(learner_of(toy_model(four), GEM(memory_size=12, batch_size=6)), four, 2)
     curator = reserved(learner)
@@ -347,8 +345,8 @@ def test_a_reference_in_the_first_experience_is_refused(four, toy_model):
 
 @pytest.mark.statistical
 def test_references_have_independent_noise_of_the_stated_scale(four, toy_model, meetings):
-    """64 numbers a stream: a correlation of 400 x 64 pairs has standard deviation 1/160; bound 5 of
-    them (6e-7).
+    """A correlation of 400 x 64 pairs has standard deviation 1/160, and 5 of them are allowed
+    (6e-7). The scale is measured on 6 x 400 x 64 normals within 2 % (over 7 standard errors).
 
     The scale is measured on 6 x 400 x 64 normals within 2 % (7 standard errors and more).
     """

@@ -1,5 +1,5 @@
-"""Reference gradients of a run that is begun again: the same noise on the same sums, and other
-noise on all others.
+"""Reference gradients of a restarted run: the same noise on the same sums, and new noise on all
+other sums.
 """
 
 import shutil
@@ -30,8 +30,8 @@ from perdure.strategies import AGEM
 
 @pytest.fixture
 def stopped(toy_stream, toy_model, tmp_path):
-    """A run that was stopped in its second experience, and how to start it again with something
-    changed.
+    """Return a run that was stopped in its second experience, and a function that restarts it with
+    a change.
     """
     stream = toy_stream()
     made = partial(learner_of, folder=tmp_path, iterations=6)
@@ -109,9 +109,7 @@ def test_a_changed_clip_norm_gets_new_noise_after_a_restart(stopped, tmp_path, m
 
 @BOTH
 def test_a_changed_sampling_rate_gives_references_new_noise(stopped, meetings, strategy):
-    """Their own rate is as it was, but the gradients beside them are others, and so is where they
-    are taken.
-    """
+    """The reference rate is unchanged, but the other gradients differ, and so do the parameters."""
     _, again = stopped(strategy, privacy=replace(PRIVATE, sampling_rate=0.25))
     ledger = again(strategy, privacy=replace(PRIVATE, sampling_rate=0.5), seen=True)
     assert meetings.reused == 0 and sizes(ledger) == {"gradient": 3, "reference": 2}
@@ -124,9 +122,7 @@ def test_a_changed_sampling_rate_gives_references_new_noise(stopped, meetings, s
 def test_a_changed_reference_loss_gives_a_new_ledger_entry(
     four, toy_model, meetings, strategy, scale
 ):
-    """Asked anew in the same block, whose gradients are the same: only the reference's entry can
-    tell.
-    """
+    """The block and its gradients are the same, so only the entry of the reference differs."""
     learner = opened(learner_of(toy_model(four), strategy), four, 1)
     of = None if strategy.name == "AGEM" else 0
     for loss in (loss_of(learner), loss_of(learner, scale)):
@@ -141,8 +137,8 @@ def test_a_changed_reference_loss_gives_a_new_ledger_entry(
 def test_the_noise_reuse_check_finds_noise_used_for_two_sums(
     four, toy_model, meetings, monkeypatch, blind
 ):
-    """A gradient by hand under the start of another; were sums not told apart, both would meet its
-    noise.
+    """A gradient is drawn by hand with the start of another one; with equal tags both would get the
+    same noise.
     """
     if blind:
         monkeypatch.setattr(NoiseKey, "tag", lambda key, place, exact: "all alike")

@@ -1,6 +1,4 @@
-"""A curator's answers: gradients and releases, their noise, and that each is charged first, or
-there is none.
-"""
+"""Answers of the curator: gradients and releases, with noise, and charged before they are drawn."""
 
 from dataclasses import replace
 
@@ -38,8 +36,8 @@ def flat(params):
 
 
 def test_the_private_gradient_is_divided_by_the_declared_size(bench, toy_stream):
-    """The same batch, noise nearly off, declared once as 24 and once as 48 records: half the step,
-    whatever came.
+    """The same batch with nearly no noise, declared as 24 and as 48 records: the second step is
+    half as long.
     """
     tiny = simulated(noise_multiplier=1e-3, sampling_rate=0.5, clip_norm=0.5)
     steps = []
@@ -66,7 +64,7 @@ def big_model(stream):
 
 
 def has_scale(noise, scale):
-    """Whether the standard deviation of 10,000 normals is `scale` within 4 % (5.7 standard errors:
+    """True if 10,000 normals have standard deviation `scale` within 4 % (5.7 standard errors:
     1e-8).
     """
     return abs(float(noise.std()) / scale - 1) < 0.04
@@ -87,8 +85,8 @@ def test_an_empty_batch_still_adds_noise_of_the_stated_scale(bench, toy_stream):
 
 @pytest.mark.statistical
 def test_a_release_has_the_stated_noise_around_the_clipped_sum(bench, toy_stream):
-    """Rows of norm 5, clipped to 0.3, all in one direction; noise 2 x 3 x 0.3 on each of 10,000
-    coordinates.
+    """Rows of norm 5 in one direction are clipped to 0.3; the noise is 2 x 3 x 0.3 on each of
+    10,000 coordinates.
     """
     stream = toy_stream()
     test = bench(simulated(noise_multiplier=2.0, release_noise=3.0), stream)

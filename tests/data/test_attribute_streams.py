@@ -1,4 +1,4 @@
-"""Streams by time and by domain: each record in the experience that its own attribute names."""
+"""Streams by time and by domain: the record's own attribute decides its experience."""
 
 from dataclasses import replace
 
@@ -10,7 +10,7 @@ from perdure.errors import ConfigError, DataError
 
 
 def with_attributes(data, **of_ids):
-    """The data set with attributes that are functions of the ids."""
+    """Return the data set with attributes computed from the ids."""
     parts = {
         part: replace(
             getattr(data, part),
@@ -29,7 +29,7 @@ def timed(toy_data):
 
 
 def found(stream, attribute):
-    """Values of the attribute in each experience, of training and test records."""
+    """Return the attribute's values in each experience, for training and test records."""
     return [
         [sorted(set(part.attributes[attribute].tolist())) for part in (each.train, each.test)]
         for each in stream

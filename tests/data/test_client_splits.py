@@ -75,7 +75,7 @@ def test_a_client_split_depends_only_on_the_seed(stream):
 
 def test_a_smaller_alpha_gives_more_unequal_clients(stream):
     def imbalance(parts):
-        """Mean over classes of the largest client's share."""
+        """Return the mean over classes of the largest client's share."""
         counts = torch.stack(
             [torch.bincount(p[0].train.labels, minlength=10)[:2] for p in parts]
         ).double()
@@ -92,8 +92,8 @@ def test_a_smaller_alpha_gives_more_unequal_clients(stream):
 
 
 def test_label_shares_follow_the_dirichlet_distribution(stream):
-    """Over seeds, a client's share has mean 1/K and variance (K-1) / (K^2 (K a + 1)); 4 sigma,
-    seeded.
+    """A client's share over seeds has mean 1/K and variance (K-1) / (K^2 (K a + 1)). The bounds are
+    4 sigma, and the seeds are fixed.
     """
     clients = 4
     alpha = 0.5

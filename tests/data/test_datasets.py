@@ -1,4 +1,4 @@
-"""Data sets: what is embedded, and the readers, on small files in the published formats."""
+"""Data sets: built-in tables, and readers of small files in the published formats."""
 
 import gzip
 import importlib
@@ -184,7 +184,9 @@ def test_mnist_refuses_a_wrong_checksum_at_the_published_size(small_mnist):
 
 
 def test_the_real_mnist_files_are_read_if_present(small_mnist):
-    """With PERDURE_DATA the published files, sum and all; without it the small ones."""
+    """With PERDURE_DATA the published files are read and their checksum is tested; without it small
+    files are read.
+    """
     real = "PERDURE_DATA" in os.environ
     data = load("mnist", root=None if real else small_mnist)
     assert (len(data.train), len(data.test)) == ((60_000, 10_000) if real else (5, 3))
@@ -326,7 +328,7 @@ def test_adult_refuses_an_empty_or_undecodable_table(small_adult):
 
 @pytest.mark.parametrize("name", ["mnist", "cifar10", "adult"])
 def test_the_error_for_missing_data_names_path_and_fix(tmp_path, name):
-    """The root is a plain file, so that a download fails at once, with or without a network."""
+    """The root is a file, so a download fails at once, with or without a network."""
     root = tmp_path / "file"
     root.write_text("")
     with pytest.raises(DataError, match=r"^no [^\n]*$") as caught:
@@ -392,7 +394,7 @@ def needs_more(share):
 
 @pytest.fixture
 def twins(tmp_path, monkeypatch):
-    """A module with a data set, as a file of perdure.data.datasets and as one of the path."""
+    """Add a module with a data set, once in perdure.data.datasets and once on the path."""
     package = importlib.import_module("perdure.data.datasets")
     (tmp_path / "twins.py").write_text(TWINS)
     monkeypatch.setattr(package, "__path__", [*package.__path__, str(tmp_path)])

@@ -1,4 +1,4 @@
-"""Data made by hand, without a function that makes a data set, is checked as well."""
+"""Data made by hand are checked like the results of the library's functions."""
 
 import re
 from functools import partial
@@ -32,7 +32,7 @@ LABELS = np.arange(40) % 2
 
 
 def refused(message: str, make, *args, **settings) -> None:
-    """The call raises one plain line that contains the message."""
+    """Assert that the call raises one line that contains the message."""
     with pytest.raises(ConfigError, match=re.escape(message)) as caught:
         make(*args, **settings)
     assert "\n" not in str(caught.value)

@@ -1,4 +1,6 @@
-"""A stream over a file larger than memory stays in the file: it is cut, trained on, evaluated."""
+"""A stream over a file larger than memory is split, trained on and evaluated without being
+loaded.
+"""
 
 import json
 import os

@@ -1,5 +1,5 @@
-"""Streams by the public coin, in one pass and with blurry boundaries: every record once, and whom
-one record moves.
+"""Online and blurry streams by public random numbers: every record occurs once, and one record
+changes few places.
 """
 
 import math
@@ -17,7 +17,7 @@ from perdure.errors import ConfigError
 
 
 def without(data: Dataset, record_id: int) -> Dataset:
-    """Make the neighbouring data set; the declared size stays, since it is public."""
+    """Return the neighbouring data set; the declared size stays, because it is public."""
     rest = data.train.take(data.train.ids != record_id)
     train = Records(
         inputs=rest.inputs,
@@ -34,7 +34,7 @@ def without(data: Dataset, record_id: int) -> Dataset:
 
 @pytest.mark.statistical
 def test_public_random_numbers_of_records_are_uniform():
-    """Kolmogorov distance of 100,000 coins; 0.0062 is the 0.1 % point, and the seed is fixed."""
+    """Kolmogorov distance of 100,000 numbers; 0.0062 is the 0.1 % point, and the seed is fixed."""
     coins = public_coin(torch.arange(100_000), seed=7).sort().values
     assert 0 <= coins[0] <= coins[-1] < 1
     assert (coins - torch.linspace(0, 1, 100_000, dtype=torch.float64)).abs().max() < 0.0062
@@ -167,7 +167,7 @@ def test_blurry_with_share_0_equals_split(toy):
 @given(record_id=st.integers(0, 399), seed=st.integers(0, 2**32))
 @pytest.mark.property
 def test_removing_a_record_changes_only_one_blurry_experience(toy, record_id, seed):
-    """What makes the experiences disjoint partitions: all other records stay where they are."""
+    """All other records stay in place, so the experiences are disjoint partitions."""
     whole, rest = (
         places(blurry(data, experiences=4, blurry_share=0.5, seed=seed))
         for data in (toy, without(toy, record_id))

@@ -1,4 +1,6 @@
-"""Where records go must not depend on other records: one less, and every other stays in place."""
+"""The place of a record does not depend on other records: after a removal all others stay in
+place.
+"""
 
 from dataclasses import replace
 from functools import cache, partial
@@ -28,7 +30,9 @@ DECLARED = 24
 
 @cache
 def data_of(seed, *, own_ids=True, declared=DECLARED):
-    """From 8 to 24 random records of random labels; ids that say nothing of their positions."""
+    """Return 8 to 24 random records with random labels and ids that do not follow from
+    positions.
+    """
     place = torch.Generator().manual_seed(seed)
     n = int(torch.randint(8, 25, (), generator=place))
     ids = (
@@ -50,13 +54,13 @@ def data_of(seed, *, own_ids=True, declared=DECLARED):
 
 
 def attributes_of(inputs):
-    """A time in [0, 1) and one of six domains, which follow from the record."""
+    """Return a time in [0, 1) and one of six domains for each record."""
     time = inputs.flatten(1).amax(1)
     return {"time": time, "domain": (time * 600).long() % 6}
 
 
 def without(data, row):
-    """The same data set, built from all rows but one, under the same declared size."""
+    """Return the data set without one row, under the same declared size."""
     kept = torch.arange(len(data.train)) != row
     train = data.train
     rows = {"inputs": train.inputs[kept], "labels": train.labels[kept]}
@@ -68,12 +72,12 @@ def without(data, row):
 
 
 def keys(inputs):
-    """Every record by its largest number: views of one image are one record, ids may lie."""
+    """Return the largest number of each record as its key; views of one image share it."""
     return inputs.flatten(1).amax(1).tolist()
 
 
 def places(streams):
-    """Place of every record, (stream, experience, label), and the declared facts."""
+    """Return the place of every record, (stream, experience, label), and the declared facts."""
     found = {}
     facts = []
     for number, stream in enumerate(streams):
@@ -85,7 +89,9 @@ def places(streams):
 
 
 def moved(build, data, row):
-    """True where another record, or a declared fact, differs without the record in `row`."""
+    """True if the place of another record, or a declared fact, changes without the record in
+    `row`.
+    """
     whole, facts = places(build(data))
     fewer, facts_after = places(build(without(data, row)))
     if not whole or not fewer:
@@ -160,7 +166,7 @@ MOVING = {
 
 
 def allowed(build, data):
-    """The streams, where the data set is large enough for the exact minimum size."""
+    """Return the streams if the data set is large enough for the exact minimum size."""
     from perdure.errors import ConfigError
 
     try:

@@ -1,4 +1,4 @@
-"""One record in two partitions is refused under privacy: its exposures would not be added up."""
+"""Privacy refuses one record in two partitions, because its costs would not be added up."""
 
 from dataclasses import replace
 
@@ -14,7 +14,7 @@ from perdure.errors import GuardError
 
 
 def by_hand(*parts):
-    """A stream of these training records, whose places are said to follow from the record alone."""
+    """Return a stream of these training records with assigned_by_record=True."""
     test = records(8, first_id=1000)
     experiences = tuple(
         Experience(index=index, train=part, test=test, classes=(0, 1, 2, 3))
@@ -31,7 +31,7 @@ def by_hand(*parts):
 
 
 def months(second_ids, *, first_ids=None):
-    """Two partitions with tensors of their own."""
+    """Return a stream of two partitions with separate tensors."""
     one = records(20, partition="january")
     two = records(20, first_id=50, partition="february")
     first_ids = torch.arange(20) if first_ids is None else first_ids
@@ -115,7 +115,7 @@ def test_every_built_in_stream_passes_the_shared_id_check(toy, build, own_ids):
 
 
 def test_a_split_with_one_id_in_two_classes_is_refused(toy):
-    """Two rows of one person, of which the split by class sends each to another partition."""
+    """Two rows belong to one person, and the split by class puts them into two partitions."""
     ids = toy.train.ids.clone()
     ids[1] = ids[2]  # of classes 1 and 2
     stream = split(replace(toy, train=replace(toy.train, ids=ids)), scenario="class", experiences=2)

@@ -1,4 +1,4 @@
-"""Class-incremental with repetition: classes come back, every record is shown once."""
+"""Class-incremental streams with repetition: classes return, and every record occurs once."""
 
 import pytest
 import torch

@@ -1,4 +1,6 @@
-"""Parts of a data set read their rows from the whole: no row is copied, and no answer differs."""
+"""Row views: parts of a data set read the rows of the whole, without copies and with the same
+results.
+"""
 
 import copy
 from dataclasses import replace
@@ -34,7 +36,9 @@ LARGE = torch.zeros(1, 1).expand(1 + HELD_BYTES // 2**18, 2**16)  # one number i
 
 
 def views():
-    """Views of the same rows: of one source, of a view, of neighbours, of two sources."""
+    """Return views of the same rows: of one source, of a view, of neighbouring rows, and of two
+    sources.
+    """
     of_two = RowView([RowPart(source=ROWS[:5]), RowPart(source=-ROWS, change=torch.neg)])
     return {
         "index": view_rows(ROWS, AT),

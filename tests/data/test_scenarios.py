@@ -1,4 +1,4 @@
-"""Streams: who is in which experience, with which label, identity and partition."""
+"""Streams: experience, label, id and partition of each record."""
 
 from dataclasses import replace
 
@@ -186,7 +186,7 @@ def test_rotations_by_right_angles_are_exact(turns):
 
 
 def test_rotating_a_non_square_image_keeps_distances():
-    """A bright pixel keeps its distance to the centre."""
+    """A bright pixel keeps its distance from the centre."""
     image = torch.zeros(1, 1, 9, 17)
     image[0, 0, 4, 12] = 1  # four to the right of the centre
     turned = rotate(image, degrees=90)
@@ -230,7 +230,7 @@ def test_a_stream_is_a_sequence_with_a_short_repr(toy):
 
 
 def test_moving_a_stream_moves_shared_records_once(toy, monkeypatch):
-    """A machine may have one device only: a copy stands for the move."""
+    """The machine may have only one device, so a copy stands in for the move."""
 
     def copied(self, device):
         return replace(

@@ -1,4 +1,4 @@
-"""Tiny Shakespeare from a small file in its form: speakers, sequences, what is refused."""
+"""Tiny Shakespeare from a small file in its format: speakers, sequences and refusals."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""A data set from each kind of source: good input, and bad input refused in one plain line."""
+"""Data sets from each kind of source: valid input, and invalid input refused in one line."""
 
 import re
 from pathlib import Path
@@ -35,14 +35,14 @@ BYTES = RANDOM.integers(0, 256, size=(40, 5, 6, 3), dtype=np.uint8)
 
 
 def refused(message: str, make, *args, **settings) -> None:
-    """The call raises one plain line that contains the message."""
+    """Assert that the call raises one line that contains the message."""
     with pytest.raises(ConfigError, match=re.escape(message)) as caught:
         make(*args, **settings)
     assert "\n" not in str(caught.value)
 
 
 def changed(values, place, value):
-    """A copy with another value at a place."""
+    """Return a copy with another value at one place."""
     copy = np.array(values)
     copy[place] = value
     return copy
@@ -243,7 +243,7 @@ def visits() -> pd.DataFrame:
     )
 
 
-def test_found_categories_do_not_place_private_records(visits):
+def test_a_split_by_found_categories_is_not_assigned_by_record(visits):
     table = visits[["patient", "ward", "ill"]].assign(age=1.0)
     one_more = pd.concat([table, table[:1].assign(patient="new", ward="east")])
     test = table.assign(patient=[f"q{number}" for number in range(40)])

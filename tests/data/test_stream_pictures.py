@@ -1,4 +1,4 @@
-"""Pictures of streams are drawn from declared facts alone."""
+"""Pictures of streams, drawn from declared facts only."""
 
 from dataclasses import replace
 
@@ -9,7 +9,7 @@ from perdure.data import blurry, online, permuted, plot_stream, split
 
 
 def drawn(stream):
-    """Sizes and shades of the picture, as arrays."""
+    """Return sizes and shades of the picture as arrays."""
     top, below = plot_stream(stream).axes
     (stairs,) = top.patches
     (mesh,) = below.collections

@@ -1,4 +1,4 @@
-"""What project files cite is in the project: no document or folder that a reader has not got."""
+"""Files and sections cited in the project exist in the project."""
 
 import re
 from pathlib import Path
@@ -22,7 +22,7 @@ NOTES = re.compile(r"(?<![\w-])\w+[-]notes\b|(?<![\w/.-])shared[/]\w|(?<![\w.])/
 
 
 def project_files():
-    """Text files of the project: those of its folders and those beside them."""
+    """List the text files of the project."""
     found = [path for path in ROOT.iterdir() if path.is_file() and path.name != ".git"]
     for folder in FOLDERS:
         found += [path for path in (ROOT / folder).rglob("*") if path.is_file()]
@@ -34,7 +34,7 @@ def project_files():
 
 
 def citations(text):
-    """Documents, notes and folders outside the project that a text names."""
+    """List documents, notes and outside folders that a text names."""
     return DOCUMENT.findall(text), NOTES.findall(text)
 
 

@@ -1,4 +1,4 @@
-"""The README's example prints what it says, and names what exists."""
+"""The README: its example prints the quoted text, and the listed names exist."""
 
 import re
 
@@ -19,7 +19,7 @@ def test_the_readme_example_prints_accuracy_and_epsilon(capsys: pytest.CaptureFi
 
 
 def test_the_readme_lists_only_existing_strategies() -> None:
-    """A missing row is no error: `make lint` reports it, and `make tables` writes it."""
+    """A missing row is not an error: `make lint` reports it and `make tables` adds it."""
     from perdure.strategies import find, names
 
     listed = re.findall(r"^\| `(\w+)` \|", README.read_text(), flags=re.MULTILINE)

@@ -1,4 +1,4 @@
-"""Pages that are generated name every command, option and table that there is."""
+"""Generated pages name every command, option and table."""
 
 import importlib.util
 import re

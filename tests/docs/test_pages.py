@@ -1,4 +1,4 @@
-"""Every code block of the documentation runs as a reader would type it, and the site builds."""
+"""Documentation pages: every code block runs as typed by a reader, and the site builds."""
 
 import ast
 import os
@@ -40,7 +40,7 @@ def test_each_page_imports_only_existing_names(page: Path) -> None:
 def test_the_python_code_of_each_page_runs(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One namespace, in a folder of its own."""
+    """All blocks of a page share one namespace and run in a separate folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PERDURE_STATE", str(tmp_path / "state"))
     program = tmp_path / "page.py"

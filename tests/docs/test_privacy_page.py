@@ -1,4 +1,4 @@
-"""The page on privacy says what the library does: its examples run, and print what it quotes."""
+"""The privacy page: its examples run and print what the page quotes."""
 
 import re
 from pathlib import Path
@@ -17,7 +17,7 @@ def blocks(kind: str) -> list[str]:
 def test_the_privacy_page_examples_print_what_the_page_quotes(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One namespace, in a folder of its own, as a reader would type them."""
+    """All blocks share one namespace and run in a separate folder, as typed by a reader."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PERDURE_STATE", str(tmp_path / "state"))
     namespace: dict[str, object] = {"__name__": "page"}

@@ -1,6 +1,4 @@
-"""A config is checked once: whatever is wrong is one line that names field, value and what is
-allowed.
-"""
+"""Configs: an invalid config gives one line with field, value and allowed values."""
 
 from dataclasses import dataclass
 from importlib import resources
@@ -220,7 +218,7 @@ def test_an_unknown_strategy_is_refused_with_the_known_names():
 
 @dataclass(frozen=True, kw_only=True)
 class Own:
-    """What somebody's own strategy may ask for."""
+    """A user's strategy with fields of several types."""
 
     how: Literal["fast", "slow"] | None = None
     sizes: tuple[float, ...] = ()

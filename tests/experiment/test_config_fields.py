@@ -1,5 +1,5 @@
-"""Every field of a config and what it refuses: by name, in one line, and never with another
-error.
+"""Config fields: each refuses invalid values by name, in one line, and always with a
+ConfigError.
 """
 
 from dataclasses import fields
@@ -46,7 +46,7 @@ CLASSES = {
 
 
 def with_field(table, name, value):
-    """A config that is right but for one field."""
+    """Return a config that is valid except for one field."""
     if not table:
         head = HEAD if name != "name" else ""
         return f"{head}{name} = {value}\n{ARM}"
@@ -148,7 +148,7 @@ def test_an_invalid_config_value_is_refused_by_field_name(table, name):
 
 
 def test_every_config_field_has_a_test():
-    """A new field must come with values that it refuses."""
+    """A new field needs values that it refuses."""
     tables = CLASSES | {"": Config}
     known = {(table, field.name) for table, cls in tables.items() for field in fields(cls)}
     repeated = {("private_training", field.name) for field in fields(TrainingConfig)}

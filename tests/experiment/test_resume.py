@@ -1,4 +1,4 @@
-"""A run that is stopped at any moment, and started again, ends with the same bits."""
+"""A stopped and resumed run ends with the same bits as an undisturbed run."""
 
 import json
 import random
@@ -45,11 +45,11 @@ FEDERATED = CONFIG + "[federation]\nclients = 2\nrounds = 2\n"
 
 
 class Stopped(BaseException):
-    """Stands for the end of the process, which nobody catches."""
+    """An exception in place of the end of the process, which no code catches."""
 
 
 class Watch:
-    """Counts the points that are passed and stops the run at one of them.
+    """Count the callback points and stop the run at one of them.
 
     Args:
         point: its name.
@@ -68,7 +68,7 @@ class Watch:
 
 
 def started(folder, text, watch):
-    """Start, or go on with, the run; whether it came to its end."""
+    """Start or resume the run; True if it finished."""
     try:
         run(parse(text), text, folder, callbacks=[watch])
     except Stopped:
@@ -77,7 +77,7 @@ def started(folder, text, watch):
 
 
 def outputs(folder):
-    """All that a run gives away, timings aside."""
+    """Return all outputs of a run without timings."""
     names = ["metrics.jsonl", "ledger.jsonl", "explanations.safetensors", "config.toml"]
     names += [f"checkpoint/{arm}/model.safetensors" for arm in ARMS]
     files = {name: (folder / name).read_bytes() for name in names if (folder / name).exists()}
@@ -86,8 +86,8 @@ def outputs(folder):
 
 @pytest.fixture(scope="module", params=["alone", "federated"])
 def undisturbed(request, tmp_path_factory):
-    """Text of a config, what its undisturbed run gives away, how often each point is passed, and
-    its folder.
+    """Return the config text, the outputs of the undisturbed run, the number of calls of each
+    point, and the folder.
     """
     text = {"alone": CONFIG, "federated": FEDERATED}[request.param]
     folder = tmp_path_factory.mktemp("u")
@@ -206,14 +206,14 @@ EXCHANGES = len(ARMS) * 2 * (6 + 1)
 
 
 def exchanges(folder):
-    """Exchanges of all arms whose end is on disk."""
+    """Return the number of completed exchanges on disk, over all arms."""
     found = folder.glob("arms/*/checkpoint/latest.json")
     return sum(json.loads(path.read_text())["number"] for path in found)
 
 
 def kill(process, folder, target, pause):
-    """Kill the process some time after `target` exchanges are on disk: a moment that is not tied to
-    a file.
+    """Kill the process some time after `target` exchanges are on disk, at a moment not tied to a
+    file.
     """
     while exchanges(folder) < target:
         assert process.poll() is None, "the run ended before it could be killed"

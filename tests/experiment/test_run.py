@@ -1,4 +1,4 @@
-"""A run on disk: its files, what they promise, and what they must not hold."""
+"""A run on disk: its files, their contents, and secrets that they must not contain."""
 
 import json
 import shutil
@@ -64,7 +64,7 @@ FEDERATED = SEEDED.replace(ATTACK, "[federation]\nclients = 2\nrounds = 2\n")
 
 
 def ran(folder, text, **options):
-    """The result of a config, and what was told of its progress."""
+    """Return the result of a config and the reported progress."""
     told = []
     result = run(parse(text), text, folder, lambda arm, share: told.append((arm, share)), **options)
     return result, told
@@ -101,7 +101,7 @@ def either(request):
 
 
 def contents(folder):
-    """Bytes and time of change of every file."""
+    """Return the bytes and the modification time of every file."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     return {
         path.relative_to(folder): (path.read_bytes(), path.stat().st_mtime_ns) for path in paths
@@ -277,7 +277,7 @@ def test_a_plain_arm_states_no_epsilon_and_has_no_ledger(secret):
 
 
 def holders(folder, needles, inside):
-    """Files inside (or outside) folders called private that hold any of the bytes."""
+    """List files inside (or outside) private folders that contain any of the given bytes."""
     paths = [path for path in folder.rglob("*") if path.is_file()]
     chosen = [
         path for path in paths if ("private" in path.relative_to(folder).parts[:-1]) == inside

@@ -1,4 +1,4 @@
-"""The catalogue of strategies: instances with defaults, costs in words, and a table of Markdown."""
+"""The strategy catalogue: default instances, costs in words, and a Markdown table."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Texts that are written from the code, between two markers of a file."""
+"""Generated texts between two markers of a file."""
 
 import re
 from pathlib import Path
@@ -21,7 +21,7 @@ More.
 
 @pytest.fixture
 def fruit(tmp_path):
-    """From rows to the text of a table of fruit, in a file that has the old one."""
+    """Return a generated table of fruit with the given rows, and a file with the old table."""
     (tmp_path / "README.md").write_text(OLD)
     return lambda *rows: GeneratedText(
         path="README.md",

@@ -1,4 +1,4 @@
-"""Tuning looks at the training records of the first experiences, and at nothing else."""
+"""Tuning uses only the training records of the first experiences."""
 
 import math
 from dataclasses import replace

@@ -1,5 +1,5 @@
-"""Promises of `Explainer.explain` that every explainer keeps, also one whose file was added just
-now.
+"""Properties of `Explainer.explain` that every explainer must have, found from the files of
+explainers.
 """
 
 import pytest

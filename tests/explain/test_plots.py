@@ -21,7 +21,7 @@ def pictures():
 
 
 def panels(figure):
-    """Axes with a picture, without the colour key, in the order they were added."""
+    """Return the axes with a picture, without the colour bar, in order."""
     return [axis for axis in figure.axes if axis.images]
 
 

@@ -32,8 +32,8 @@ def data(n, features, value=0, dtype=torch.float64):
 
 
 def brute_force(predict, x, background, target):
-    """Average marginal contribution over all orders in which the features can join, straight from
-    words.
+    """Return the average marginal contribution over all orders of the features, by the
+    definition.
     """
     count = len(x)
 
@@ -193,7 +193,7 @@ def test_features_of_a_group_get_equal_shapley_values(explainer):
     got = explainer.explain(model, x, background, groups=groups)
 
     def on_groups(members):
-        """The same game told by group: which groups are present, for instance 0."""
+        """Return the value of a set of groups, for row 0."""
         mask = members.bool()[:, torch.tensor([2, 2, 0, 0, 0, 1])].view(-1, 1, 2, 3)
         rows = torch.where(mask, x[0], background)
         return model(rows.flatten(0, 1)).view(len(members), 4, -1).mean(1)

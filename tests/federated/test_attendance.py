@@ -1,4 +1,4 @@
-"""Attendance: who takes part in an exchange, whom it was asked last, and at what price."""
+"""Attendance: the clients of each exchange, the last exchange with each client, and the cost."""
 
 import pytest
 from hypothesis import given, settings
@@ -56,7 +56,9 @@ def test_attendance_draws_the_clients_of_each_round_once(monkeypatch):
 
 
 def asked_to_consolidate(stream, strategy, *, folder=None, privacy=None):
-    """Clients of each consolidation of five clients, two of them a round, and the outcome."""
+    """Return the clients of each consolidation among five clients, two per round, and the
+    outcome.
+    """
     streams = dirichlet(short(stream, 2), clients=5, alpha=1.0, min_size=8, exact=False)
     federation = Federation(clients=5, rounds=1, fraction=0.4, seed=3)
     asked = []
@@ -88,7 +90,7 @@ def test_untrained_clients_consolidate_only_if_state_changes(stream, strategy, n
 
 
 def twin(**hooks):
-    """Replay by another name, which noise is keyed by, with hooks of its own."""
+    """Return Replay under another name, on which the noise depends, with the given hooks."""
     return type("Twin", (Replay,), {"__module__": __name__, **hooks})(memory_size=30)
 
 
@@ -98,7 +100,9 @@ def unchanged(self, curator, params, state):
 
 @pytest.mark.parametrize("privacy", [None, SIMULATED], ids=["plain", "private"])
 def test_a_left_out_client_catches_up_to_identical_results(stream, tmp_path, privacy):
-    """Its memory holds records of experiences that it did not train in, as if it had been asked."""
+    """Its memory contains records of experiences that it did not train on, as if it had been
+    asked.
+    """
     (few, one), (every, other) = (
         asked_to_consolidate(stream, strategy, privacy=privacy, folder=tmp_path / name)
         for name, strategy in {"few": twin(), "every": twin(after_experience=unchanged)}.items()
@@ -132,7 +136,7 @@ def test_a_resumed_federation_restores_its_attendance(stream, tmp_path):
 
 
 def test_an_idle_client_keeps_no_gradient_and_shares_parameters(stream):
-    """Its own copy of the model is what is left to it."""
+    """It keeps only its own copy of the model."""
     streams = dirichlet(short(stream, 1), clients=3, alpha=5.0, min_size=8)
     learners = {}
     plain = maker(stream, Naive(), iterations=3, blocks=1)

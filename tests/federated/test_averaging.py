@@ -1,4 +1,4 @@
-"""FedAvg over held arrays: Flower's own bits, and Flower's own for any other reply."""
+"""Fast FedAvg over held arrays: bit-identical to Flower, and Flower itself for other replies."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from perdure.federated.held_arrays import HeldArray, held
 
 @pytest.fixture(autouse=True)
 def identity():
-    """What Flower wants to know of a process that makes messages."""
+    """Set the process fields that Flower needs to create messages."""
     with InProcessGrid(None, 1).running():
         assert TaskIdentity.run_id == 1
         yield

@@ -1,5 +1,5 @@
-"""Arrays that hold a tensor: the bits, the fields and the bytes of Flower's own, and no way for one
-receiver to alter what another one reads.
+"""Arrays that hold a tensor: equal to Flower's arrays in bits, fields and bytes, and isolated
+between receivers.
 """
 
 import numpy as np
@@ -80,7 +80,7 @@ def test_writing_into_a_copied_message_changes_only_the_copy():
 
 
 def serialised(app):
-    """An app that is reached through bytes, as by an engine that carries some."""
+    """Return an app that is called with serialised messages, as by an engine over a network."""
 
     def through_bytes(content):
         for record in content.values():
@@ -106,8 +106,8 @@ def serialised(app):
 def test_in_process_messages_serialise_no_array_of_a_client(
     stream, monkeypatch, aggregator, arrays
 ):
-    """Another aggregator than FedAvg serialises its own: FedAdam a mean and a step, of four arrays
-    in each of two rounds.
+    """Other aggregators serialise arrays themselves: FedAdam a mean and a step, of four arrays in
+    two rounds.
     """
     saved = []
     save = np.save

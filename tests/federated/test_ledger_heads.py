@@ -1,5 +1,5 @@
-"""The server keeps the heads of its clients' ledgers, so that a client put back is seen; and a
-federation's folder is one federation's.
+"""Ledger heads of clients at the server, which detects rolled-back clients; a folder belongs to one
+federation.
 """
 
 import shutil
@@ -33,7 +33,7 @@ def two(stream):
 
 @pytest.fixture
 def started(stream, two, tmp_path):
-    """Start, or go on with, a federation in a folder; stopped at the nth pass of a point."""
+    """Start or resume a federation in a folder; stop at the nth call of a point."""
 
     def run(strategy=None, stop=None, federation=None, streams=None, **changes):
         left = [stop[1]] if stop else [0]
@@ -74,7 +74,7 @@ def test_the_server_stores_the_ledger_heads_that_clients_report(started, tmp_pat
 
 @pytest.mark.parametrize("how", ["deleted", "put back"])
 def test_the_server_refuses_a_client_with_an_older_ledger(started, stopped, how):
-    """All of it: its own checkpoint and copy agree with its ledger, and only the server knows."""
+    """The client's checkpoint and copy agree with its ledger, so only the server can detect it."""
     folder = stopped / "clients" / "001"
     kept = stopped.parent / "kept"
     if how == "put back":

@@ -1,6 +1,4 @@
-"""What goes over the wire: what a client says, how states are combined, and that records keep their
-bits.
-"""
+"""Messages of a federation: contents of replies, combination of states, and exact bits."""
 
 from dataclasses import replace
 
@@ -58,7 +56,7 @@ def test_a_private_reply_holds_only_releases_and_declared_sizes(stream, kind, re
 
 
 def test_combined_state_is_sent_once_per_client_and_experience(stream):
-    """A client's own path through an experience must not be overwritten by what the server had at
+    """The client's own path during an experience must not be overwritten by the server's state from
     its start.
     """
     streams, federation = hard(stream)
@@ -231,7 +229,7 @@ def test_the_state_of_an_aggregator_is_restored_on_resume(value, kind):
 
 @pytest.mark.parametrize("spoilt", ["value", "label"])
 def test_the_server_gets_no_value_of_an_invalid_private_record(stream, spoilt, caplog):
-    """A data check that the holder runs while the client is built: its text quotes a record."""
+    """The holder's data check quotes a record, and runs while the client is built."""
     one = short(stream, 1)
 
     def make(client):

@@ -1,4 +1,4 @@
-"""Learners of clients that do not fit together are refused before anybody trains."""
+"""Learners of clients that do not fit together are refused before training."""
 
 import pytest
 
@@ -20,7 +20,7 @@ def three(stream):
 
 
 def mixed(stream, **options):
-    """From a client's number to a learner with its own value of each option."""
+    """Return a function from a client's number to a learner with its own options."""
 
     def make(client):
         own = {name: values[client] for name, values in options.items()}
@@ -48,7 +48,7 @@ def test_a_federation_of_private_and_plain_clients_is_refused(stream, three, pri
 
 @pytest.mark.parametrize("asked", [None, SIMULATED])
 def test_a_server_and_client_that_differ_in_privacy_are_refused(stream, three, asked):
-    """As on machines of their own, where nobody sees the learners of all."""
+    """The clients run on separate machines, where no code sees the learners of all clients."""
     own = SIMULATED if asked is None else None
     make = maker(stream, Naive(), privacy=own, callbacks=[never_trains])
     app = client_app(lambda client: (make(client), three[client]))
@@ -65,14 +65,16 @@ def never_trains(point, learner):
         never(point, learner)
 
 
-def test_secret_noise_without_a_folder_is_refused_with_the_fix(stream, three):
+def test_the_error_for_secret_noise_without_folder_names_the_fix(stream, three):
     make = maker(stream, Naive(), privacy=SECRET)
     with pytest.raises(ConfigError, match=r"clients 0, 1 and 2 .*fit_federated\(..., folder=...\)"):
         fit_federated(make, three, THREE)
 
 
 def test_a_client_learner_with_a_folder_of_its_own_is_refused(stream, three, tmp_path):
-    """It would be ignored: the state of a client lies below the federation's folder."""
+    """The folder would be ignored, because the client's state is stored below the federation's
+    folder.
+    """
     make = mixed(stream, folder=[None, tmp_path / "mine", None])
     with pytest.raises(ConfigError, match=r"client 1: Learner\(folder=.*fit_federated\("):
         fit_federated(make, three, THREE, folder=tmp_path)

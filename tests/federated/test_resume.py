@@ -1,4 +1,4 @@
-"""A federation whose server or clients are stopped anywhere goes on to the same bits."""
+"""A federation stopped anywhere, at the server or at clients, resumes bit-identically."""
 
 from dataclasses import replace
 
@@ -19,7 +19,7 @@ class StoppedError(RuntimeError):
 
 
 def stopping(point, times):
-    """A callback that raises at the nth call at `point`."""
+    """Return a callback that raises at the nth call of `point`."""
     left = [times]
 
     def callback(at, _):

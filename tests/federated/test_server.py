@@ -1,5 +1,5 @@
-"""A federation: one client is the learner alone, many are averaged, cohorts come from the seed, and
-what is refused.
+"""Federations: one client equals one learner, clients are averaged, rounds follow the seed, and
+refusals.
 """
 
 from dataclasses import replace
@@ -161,7 +161,7 @@ def test_ten_clients_repeat_exactly_with_and_without_a_folder(stream, tmp_path):
 
 
 def test_a_round_averages_parameters_by_declared_sizes(stream):
-    """Against a direct loop over learners."""
+    """The expected parameters come from a direct loop over learners."""
     streams = dirichlet(short(stream, 1), clients=3, alpha=0.5, min_size=8)
     make = maker(stream, Naive(), iterations=4, blocks=1)
     models = []
@@ -181,7 +181,7 @@ def test_a_round_averages_parameters_by_declared_sizes(stream):
 
 
 def test_fisher_information_is_the_weighted_mean_over_clients(stream):
-    """Against the release of each client alone at the same global parameters."""
+    """The expected values are the releases of each client alone at the same global parameters."""
     streams = dirichlet(short(stream, 1), clients=3, alpha=0.5, min_size=8)
     make = maker(stream, EWC(strength=1.0), iterations=4, blocks=1)
     server = run_federation(make, streams, Federation(clients=3, rounds=1))
@@ -299,9 +299,9 @@ def test_the_server_holds_no_training_record(stream):
     assert (server.learner.privacy, server.learner.folder) == (None, None)
 
 
-@pytest.mark.parametrize("built", ["by run_federation", "by an app of one's own"])
+@pytest.mark.parametrize("built", ["by run_federation", "by the user's app"])
 def test_privacy_refuses_one_record_at_two_clients(stream, built):
-    """Each client's ledger counts its own use of the record, and their sum would be nowhere."""
+    """Each client's ledger counts only its own use of the record, and no ledger counts the sum."""
     one = short(stream, 1)
     make = maker(one, Naive(), privacy=SIMULATED)
     federation = Federation(clients=2, rounds=1)

@@ -1,4 +1,4 @@
-"""A federation on a stream of pieces measures its model by the experiences that were cut up."""
+"""A federation on a stream of pieces evaluates its model at the end of each stage."""
 
 from helpers.federations import maker, short
 from perdure.data import iid, online

@@ -1,4 +1,4 @@
-"""The toy problem in Avalanche's hands and in a learner's, given the same new rows."""
+"""The toy problem for Avalanche and for a learner, with the same new rows."""
 
 import warnings
 from functools import partial
@@ -19,7 +19,7 @@ EPOCHS = 2
 
 @pytest.fixture(scope="module")
 def avalanche():
-    """The package; importing it warns about packages of its own that are no longer maintained."""
+    """Import the package, which warns about packages of its own that are no longer maintained."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import avalanche.training
@@ -48,7 +48,7 @@ def benchmark(avalanche, toy_data):
 
 
 class SameBatches:
-    """Gives Avalanche, in every experience, the new rows that a learner draws."""
+    """Give Avalanche the new rows that a learner draws in each experience."""
 
     def __init__(self, stream, model, epochs=EPOCHS):
         self.learner = Learner(

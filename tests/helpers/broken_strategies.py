@@ -1,5 +1,5 @@
-"""Strategies that break the contract wherever they run, each with the check that finds it and what
-it says.
+"""Strategies that break the contract, each with the check that must find it and the words of its
+error.
 """
 
 from dataclasses import dataclass
@@ -63,7 +63,7 @@ class Misspelled(Strategy):
 
 
 class Remembering(Strategy):
-    """A number in the state."""
+    """A strategy with a number in its state."""
 
     def init(self, spec):
         return State().declare(
@@ -240,7 +240,7 @@ class Centred(Strategy):
 
 @broken("rows", "losses() gives a record another loss with no", "no classes seen in the batch")
 class MaskedByBatch(Strategy):
-    """Masks by the classes present in the batch, as ER-ACE was published."""
+    """A strategy that masks by the classes present in the batch, as ER-ACE was published."""
 
     def losses(self, forward, batch, context, state):
         present = torch.zeros_like(context.seen)
@@ -300,7 +300,7 @@ class ReferringByCompany(Strategy):
     "bounds", "one record moves the gradient of a batch by", "its clip norm, 0.5", "in their order"
 )
 class TwoOrders(Strategy):
-    """Right losses, but two passes for one record are in different rows."""
+    """A strategy with correct losses whose two passes order the records differently."""
 
     def losses(self, forward, batch, context, state):
         mirrored = forward(batch.inputs.flip(0)).flip(0)

@@ -1,4 +1,4 @@
-"""The smallest config that is right, and the one line with which another is refused."""
+"""The smallest valid config, and the one-line error of an invalid one."""
 
 import pytest
 
@@ -10,7 +10,7 @@ HEAD = 'name = "x"\n'
 
 
 def refusal(text):
-    """The one line with which a config is refused."""
+    """Return the one-line error of an invalid config."""
     with pytest.raises(ConfigError) as caught:
         parse(text)
     message = str(caught.value)

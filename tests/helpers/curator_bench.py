@@ -21,9 +21,7 @@ def declared(stream, *sizes):
 
 
 class Bench:
-    """Records and curator of one party on a stream, with its model, ledger and the trace of what
-    happened in which order.
-    """
+    """Records and curator of one party on a stream, with model, ledger and the order of events."""
 
     def __init__(self, stream, model, *, privacy=None, batch_size=8, seed=0):
         self.stream = stream
@@ -39,14 +37,14 @@ class Bench:
         return self.private_sum.ledger
 
     def open(self, index=0, plan=None, steps=range(0)):
-        """This bench, with an experience open and these steps charged."""
+        """Open an experience, with these steps charged, and return this bench."""
         open_experience(self.held, self.stream, self.model, experience=index, plan=plan)
         if len(steps):
             self.held.reserve(steps, "start")
         return self
 
     def whole(self, index=0, plan=None, remember=lambda forward, batch: {}, **options):
-        """An experience from beginning to end."""
+        """Run an experience from beginning to end."""
         self.open(index, plan, **options)
         self.finish(remember)
 

@@ -1,6 +1,4 @@
-"""Whoever asks: a curator with its ledger, what it may be asked about, and streams with one record
-less or changed.
-"""
+"""A curator with its ledger, queries to ask, and streams with one record less or changed."""
 
 import math
 from dataclasses import replace
@@ -21,7 +19,7 @@ GRID = [0.1 * i for i in range(11)]
 
 
 class Listening(PrivateSum):
-    """Keeps what it is about to put noise on."""
+    """A private sum that keeps the sums before noise."""
 
     def __init__(self, **parts):
         super().__init__(**parts)
@@ -62,7 +60,7 @@ class Party:
         return self.private_sum.ledger
 
     def open(self):
-        """The curator, with the experience opened anew."""
+        """Open the experience again and return the curator."""
         open_experience(self.held, self.stream, self.model)
         return self.curator
 
@@ -77,7 +75,7 @@ def party(toy_stream, toy_model):
 
 
 def changed(stream, change):
-    """The stream with other records in its first experience; what is declared stays."""
+    """Return the stream with other records in its first experience and the same declared facts."""
     first = stream[0]
     records = replace(change(first.train), declared_size=first.train.declared_size)
     return replace(stream, experiences=(replace(first, train=records), *stream.experiences[1:]))
@@ -116,7 +114,7 @@ def flat(answer):
 
 
 def moved(party, stream, place, ask, **privacy):
-    """How far dropping one record moves what is summed, name by name, before noise."""
+    """Return the change of each sum, before noise, if one record is dropped."""
     heard = []
     for each in (stream, without(stream, place)):
         test = party(each, **(SILENT | privacy))
@@ -135,7 +133,5 @@ def poisoned(stream, place, value):
 
 
 def has_scale(noise, scale):
-    """Whether the standard deviation of the normals is `scale`, within 5.5 standard errors
-    (4e-8).
-    """
+    """True if the normals have standard deviation `scale` within 5.5 standard errors (4e-8)."""
     return abs(float(noise.std()) / scale - 1) < 5.5 / math.sqrt(2 * noise.numel())

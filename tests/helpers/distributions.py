@@ -1,4 +1,4 @@
-"""Distributions that tests put on a path: modules and entry points, as an installed wheel has."""
+"""Distributions with modules and entry points on a path, as an installed wheel has."""
 
 from pathlib import Path
 from textwrap import dedent

@@ -1,4 +1,4 @@
-"""Parts of the engine with a planted fault, which a replay or the ledger has to show."""
+"""Parts of the library with a planted fault that a replay or the ledger must find."""
 
 from dataclasses import replace
 
@@ -27,14 +27,14 @@ RECORD = 4
 
 
 class Unclipped(PrivateSum):
-    """Forgets to clip."""
+    """A private sum that does not clip."""
 
     def gradient(self, clipped, params, *, step):
         return super().gradient(lambda clip: clipped(replace(clip, norm=1e6)), params, step=step)
 
 
 class TwiceClipped(PrivateSum):
-    """Clips at twice the bound."""
+    """A private sum that clips at twice the bound."""
 
     def gradient(self, clipped, params, *, step):
         def at_twice(clip):
@@ -44,7 +44,7 @@ class TwiceClipped(PrivateSum):
 
 
 class ExactVotes(PrivateSum):
-    """Follows the exact count with its clip norm."""
+    """A clip norm that follows the exact count."""
 
     def gradient(self, clipped, params, *, step):
         seen = {}
@@ -61,7 +61,7 @@ class ExactVotes(PrivateSum):
 
 
 class LowRate(PrivateSum):
-    """Tells the ledger half the sampling rate."""
+    """A private sum that records half the sampling rate in the ledger."""
 
     def reserve(self, *, scope, **facts):
         super().reserve(scope={name: rate / 2 for name, rate in scope.items()}, **facts)
@@ -121,7 +121,7 @@ def plant_realised_threshold(monkeypatch):
 
 
 class BareRelease(PrivateSum):
-    """Answers without noise, and without an entry."""
+    """A release without noise and without a ledger entry."""
 
     def release(self, clipped, *, purpose, occasion, shapes, clip_norm):
         zeros = {name: torch.zeros(shape) for name, shape in shapes.items()}
@@ -133,7 +133,7 @@ def plant_shared_ids(monkeypatch):
 
 
 def twins(toy_stream):
-    """The record is there twice, under one id."""
+    """Put the record into the stream twice, under one id."""
     stream = toy_stream()
     ids = stream[0].train.ids.clone()
     at = int((ids == RECORD).nonzero())
@@ -144,7 +144,7 @@ def twins(toy_stream):
 
 
 def by_position(stream):
-    """The record is gone, and all ids after it have moved up."""
+    """Remove the record and shift all later ids."""
     fewer = without_record(stream, RECORD)
     parts = []
     for e in fewer:
@@ -155,7 +155,7 @@ def by_position(stream):
 
 
 class StepsOfData(Learner):
-    """Takes as many steps as there are records."""
+    """A plan with as many steps as records."""
 
     def prepare(self, stream):
         self.iterations = len(stream[0].train) // 8
@@ -163,14 +163,14 @@ class StepsOfData(Learner):
 
 
 def mean_loss(learner):
-    """Loss of the training records at the end, as a progress bar shows it."""
+    """Return the training loss at the end, as a progress bar shows it."""
     train = learner.stream[0].train
     with torch.no_grad():
         return {"loss": F.cross_entropy(learner.model(train.inputs), train.labels)}
 
 
 def loss_of_test(learner):
-    """The same of test records, which are public."""
+    """Return the loss of the public test records."""
     test = learner.stream[0].test
     with torch.no_grad():
         return {"loss": F.cross_entropy(learner.model(test.inputs), test.labels)}
@@ -199,7 +199,7 @@ REPLAY = {
 
 
 class KeyBetween:
-    """A key that changes what it is asked before it asks the real one."""
+    """A key that changes a request before passing it on."""
 
     def __init__(self, key):
         self._key = key
@@ -219,14 +219,14 @@ class OneStep(KeyBetween):
 
 
 class OneEntry(KeyBetween):
-    """Draws for entries that nobody has seen."""
+    """A key that draws for entries that are not in the ledger."""
 
     def add_noise(self, total, scale, *, entry, **place):
         self._key.add_noise(total, scale, entry=entry[::-1], **place)
 
 
 def with_key(kind):
-    """A private sum that draws through another key."""
+    """Return a private sum that draws with another key."""
 
     class Drawing(PrivateSum):
         def __init__(self, *, key, **parts):
@@ -236,7 +236,7 @@ def with_key(kind):
 
 
 class LessNoise(PrivateSum):
-    """Lowers its noise multiplier behind the ledger's back."""
+    """A private sum that lowers its noise multiplier without a ledger entry."""
 
     def reserve(self, **facts):
         super().reserve(**facts)
@@ -244,7 +244,7 @@ class LessNoise(PrivateSum):
 
 
 class SecondLook(PrivateSum):
-    """Draws noise for the same sum twice, and charges once."""
+    """A private sum that draws noise twice for the same sum and charges once."""
 
     def release(self, clipped, *, occasion, **facts):
         first = super().release(clipped, occasion=occasion, **facts)
@@ -268,8 +268,8 @@ def plant_uncharged(monkeypatch):
 UNPAID = {
     "half the noise": Fault(kind=with_key(HalfScale)),
     "a noise multiplier that is halved": Fault(kind=LessNoise),
-    "noise that meets another sum": Fault(kind=with_key(OneStep)),
-    "noise under no entry": Fault(kind=with_key(OneEntry)),
-    "a second look at a release": Fault(kind=SecondLook, strategy=EWC(strength=1.0)),
+    "noise used for another sum": Fault(kind=with_key(OneStep)),
+    "noise without a ledger entry": Fault(kind=with_key(OneEntry)),
+    "a second draw of a release": Fault(kind=SecondLook, strategy=EWC(strength=1.0)),
     "references that are not charged": Fault(plant=plant_uncharged, strategy=AGEM(memory_size=8)),
 }

@@ -1,4 +1,4 @@
-"""Models and losses with a planted fault, which the guard has to refuse."""
+"""Models and losses with a planted fault that the guard must refuse."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -58,7 +58,7 @@ class Fault:
 
 
 class Mixing(nn.Module):
-    """A linear model of inputs that `mix` has changed."""
+    """A linear model of inputs changed by `mix`."""
 
     def __init__(self, mix=None):
         super().__init__()
@@ -97,7 +97,7 @@ WORD_DOMAIN = InputDomain(
 
 
 class Reading(nn.Module):
-    """Mean of the words' embeddings: of all places, or up to the longest sequence of the batch."""
+    """A mean of word embeddings: over all positions, or up to the longest sequence of the batch."""
 
     def __init__(self, cut=False, max_norm=None):
         super().__init__()
@@ -113,7 +113,7 @@ class Reading(nn.Module):
 
 
 def words():
-    """Two experiences of sentences of different lengths."""
+    """Return a stream of two experiences with sentences of different lengths."""
     rng = torch.Generator().manual_seed(0)
     tokens = torch.randint(1, WORDS, (24, LENGTH), generator=rng)
     lengths = 1 + torch.arange(24) % LENGTH
@@ -153,7 +153,7 @@ class Normalised(nn.Sequential):
 
 
 class ByRealisedSize(Naive):
-    """Divides by the number of rows that happen to be there."""
+    """A loss divided by the actual number of rows."""
 
     def losses(self, forward, batch, context, state):
         return super().losses(forward, batch, context, state) / len(batch)
@@ -168,7 +168,7 @@ class WeightedMean(Naive):
 
 
 class Present(Naive):
-    """Masks by the classes present in the batch, as ER-ACE was published."""
+    """A loss that masks by the classes present in the batch, as ER-ACE was published."""
 
     def losses(self, forward, batch, context, state):
         present = torch.zeros(context.seen.shape, dtype=torch.bool)
@@ -178,7 +178,7 @@ class Present(Naive):
 
 
 class Buffered(nn.Module):
-    """Counts in a buffer what it has seen."""
+    """A model that counts inputs in a buffer."""
 
     def __init__(self, writes=True):
         super().__init__()
@@ -193,7 +193,7 @@ class Buffered(nn.Module):
 
 
 class IntoParameter(Naive):
-    """A loss that adds the batch's mean to a parameter, out of sight of the version counter."""
+    """A loss that adds the batch mean to a parameter, unseen by the version counter."""
 
     def losses(self, forward, batch, context, state):
         weight = next(forward.module.parameters())
@@ -218,7 +218,7 @@ def plant_per_layer(monkeypatch):
 
 
 class Grouped(nn.Sequential):
-    """A grouped convolution, which goes by Opacus's samplers, before an activation in place."""
+    """A grouped convolution, which Opacus's samplers handle, before an in-place activation."""
 
     def __init__(self):
         super().__init__(
@@ -233,8 +233,8 @@ class Grouped(nn.Sequential):
 
 
 def plant_old_hook(monkeypatch):
-    """Take the gradient at the output tensor, whose place in the graph an activation in place
-    moves.
+    """Use the gradient at the output tensor, whose place in the graph moves with an in-place
+    activation.
     """
     outputs = {}
     edge_of = tape.get_gradient_edge

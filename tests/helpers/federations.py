@@ -1,5 +1,5 @@
-"""Clients that learn digits, a federation with everything that has to be kept, and what must come
-out the same.
+"""Clients that learn digits, a federation that stores every kind of state, and comparisons of
+outcomes.
 """
 
 from dataclasses import replace
@@ -18,7 +18,9 @@ SIMULATED = Privacy(noise_multiplier=1.0, seed=5)
 
 
 def maker(stream, strategy, **changes):
-    """From a client's number to a learner of a small MLP; alike for all clients."""
+    """Return a function from a client's number to a learner of a small MLP, equal for all
+    clients.
+    """
     default = {
         "optimizer": partial(torch.optim.Adam, lr=2e-3),
         "iterations": 7,
@@ -38,7 +40,7 @@ def short(stream, experiences=3):
 
 
 def outcome(learner):
-    """Everything that must come out the same to the bit."""
+    """Return all values that must be bit-identical."""
     tensors = {f"model.{n}": t for n, t in learner.model.state_dict().items()}
     tensors |= {
         f"state.{n}": t for n, t in learner.state.items() if learner.state.rules[n] != "local"
@@ -47,9 +49,7 @@ def outcome(learner):
 
 
 def hard(stream):
-    """A federation with everything that has to be kept: moments everywhere, memory, clients left
-    out.
-    """
+    """Return streams and a federation with optimiser moments, memory and idle clients."""
     streams = dirichlet(short(stream, 2), clients=4, alpha=0.5, min_size=8, exact=False)
     aggregator = FedAdam(eta=0.02, beta_1=0.9, beta_2=0.99)
     return streams, Federation(clients=4, rounds=3, fraction=0.5, aggregator=aggregator, seed=2)

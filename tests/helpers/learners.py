@@ -1,6 +1,4 @@
-"""Learners on the toy problem; whether tensors are the same to the bit, and how many rows are, up
-to rounding.
-"""
+"""Learners on the toy problem, and bit comparisons of tensors."""
 
 import json
 from functools import partial
@@ -29,8 +27,8 @@ def learner_of(toy_stream, toy_model):
 
 
 def refused_then_unseen(learner, stream):
-    """A learner whose settings differ from its folder's run is refused; then let the folder say
-    that the run was asked for so, to see what holds where a fingerprint sees nothing.
+    """Assert that a learner with changed settings is refused, then rewrite the stored settings, to
+    test the checks behind the fingerprint.
     """
     with pytest.raises(RunError, match="has a run that differs in"):
         learner.fit(stream)
@@ -49,11 +47,10 @@ def same_bits(mine, theirs):
 
 
 def distinct_rows(rows, rtol=1e-3, atol=1e-6):
-    """Number of rows that differ by more than rounding: equal records need not give equal bits in
-    one batch.
+    """Return the number of rows that differ by more than rounding.
 
-    How a row is rounded depends on its place in the batch, on the processor and on the build of
-    torch.
+    Equal records need not give equal bits in one batch: rounding depends on the place in the batch,
+    the processor and the build of torch.
     """
     count = 0
     while len(rows):

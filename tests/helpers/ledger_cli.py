@@ -1,6 +1,4 @@
-"""The command `perdure ledger`, and finished runs for it to read: alone, federated, and a copy to
-be spoilt.
-"""
+"""The command `perdure ledger`, and finished runs for tests to read or to change."""
 
 import shutil
 import sys
@@ -49,10 +47,9 @@ KEY = NoiseKey.from_seed(0)
 
 @pytest.fixture
 def perdure(monkeypatch, capfd):
-    """Call `perdure ledger`: (exit code, standard output, standard error).
+    """Call `perdure ledger`; return (exit code, standard output, standard error).
 
-    The real entry point, given its words where a shell gives them; a process for each of some 60
-    calls would take seconds to start.
+    The call runs in this process, because starting a process for each of 60 calls takes too long.
     """
 
     def call(*words):
@@ -102,6 +99,6 @@ def either(request):
 
 @pytest.fixture
 def mine(alone, tmp_path):
-    """A copy of the finished run, to be spoilt."""
+    """Return a copy of the finished run that a test may change."""
     shutil.copytree(alone, tmp_path / "run")
     return tmp_path / "run"

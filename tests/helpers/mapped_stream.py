@@ -26,13 +26,13 @@ CLASSES = 4
 
 
 def anonymous() -> int:
-    """Anonymous memory of this process in kB; pages of a mapped file are none."""
+    """Return the anonymous memory of this process in kB; pages of a mapped file do not count."""
     status = Path("/proc/self/status").read_text()
     return int(status.partition("RssAnon:")[2].split()[0])
 
 
 class Peak:
-    """Largest anonymous memory while the block runs, looked at every few milliseconds."""
+    """Measure the largest anonymous memory while the block runs, every few milliseconds."""
 
     def __enter__(self) -> "Peak":
         self.kilobytes = anonymous()
@@ -51,7 +51,7 @@ class Peak:
 
 
 def drop_from_cache(path: str) -> None:
-    """Let the system forget the file's pages, so that they are read anew."""
+    """Drop the file's pages from the cache, so that they are read again."""
     file = os.open(path, os.O_RDONLY)
     os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
     os.close(file)
@@ -90,8 +90,8 @@ def train(stream: Stream, name: str, mode: str) -> list[float]:
 
 
 def measured(path: str, megabytes: int, name: str, mode: str) -> dict[str, Any]:
-    """KB of anonymous memory before, and at most while the stream was cut and while it was trained
-    on; and the accuracies.
+    """Return anonymous memory in kB before the work, its peaks while the stream is split and
+    trained on, and the accuracies.
     """
     n = megabytes * 1000 // 4
     table = np.memmap(path, dtype=np.float32, mode="w+", shape=(n, COLUMNS))  # holes: no disk used

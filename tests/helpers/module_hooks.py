@@ -1,8 +1,8 @@
-"""Hooks that stand on the layers of a model; torch lists them in no public place."""
+"""Hooks on the layers of a model; torch has no public list of them."""
 
 
 def hooks_on(module):
-    """Number of hooks on the module itself of every kind that a forward or backward pass calls."""
+    """Return the number of forward and backward hooks on the module itself."""
     return {
         kind: len(hooks)
         for kind, hooks in vars(module).items()
@@ -11,5 +11,5 @@ def hooks_on(module):
 
 
 def any_hooks(model):
-    """Whether such a hook stands on a layer of the model."""
+    """True if a layer of the model has a hook."""
     return any(hooks_on(module) for module in model.modules())

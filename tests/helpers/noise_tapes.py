@@ -1,4 +1,4 @@
-"""Layers with a rule, in a small network, and their clipped sums: by the tape, and exactly, record
+"""Layers with a clipping rule in a small network, and their clipped sums by book-keeping and record
 by record.
 """
 
@@ -26,7 +26,7 @@ SHARES = torch.logspace(-1.5, 1.5, N)
 
 
 class Net(nn.Module):
-    """A layer, called once or twice, below a head."""
+    """A layer, called once or twice, followed by a head."""
 
     def __init__(self, layer, x, times=1):
         super().__init__()
@@ -174,7 +174,7 @@ def batch_of(x):
 
 
 def exactly(module, x, clip):
-    """In double precision, record by record."""
+    """Return the clipped sum in double precision, record by record."""
 
     def in_double(forward, batch):
         logits = forward(batch.inputs)
@@ -190,7 +190,7 @@ def exactly(module, x, clip):
 
 
 def lengths(module, x):
-    """Norms of the records' gradients, in order of length."""
+    """Return the sorted gradient norms of the records."""
     params = list(module.parameters())
     batch = batch_of(x)
     each = [
@@ -220,7 +220,7 @@ def distance(one, other):
 
 
 def assert_equal(module, x):
-    """Flat and per layer, with bounds between the records' norms."""
+    """Assert equal sums, flat and per layer, for bounds between the records' norms."""
     middle = lengths(module, x)[N // 2]
     for clip in (Clip(norm=middle), Clip(norm=middle, per_layer=True)):
         expected = exactly(module, x, clip)
@@ -243,7 +243,9 @@ def randn(*shape, draw):
 
 
 def total(model, x, backs, index, clip, at_once=None):
-    """Clipped sum of some records, whose losses have the gradients `backs` at the output."""
+    """Return the clipped sum of some records whose losses have the gradients `backs` at the
+    output.
+    """
     batch = Batch.current(Records(inputs=x, labels=torch.arange(len(x))), 0).take(index)
 
     def losses(forward, batch):

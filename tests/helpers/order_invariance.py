@@ -1,4 +1,6 @@
-"""Digits in several orders, and over several clients: what an analytic head must not notice."""
+"""Digits in several orders and over several clients, for analytic heads that must not depend on
+either.
+"""
 
 from functools import cache
 
@@ -37,14 +39,14 @@ def learner_of(strategy, privacy=None, **changes):
 
 
 def alone(strategy, stream=None, **changes):
-    """A learner that has seen the whole stream."""
+    """Return a learner trained on the whole stream."""
     learner = learner_of(strategy, **changes)
     learner.fit(stream or stream_of())
     return learner
 
 
 def logits(learner):
-    """Of all test records, after the last experience."""
+    """Return the logits of all test records after the last experience."""
     last = len(learner.stream) - 1
     with torch.no_grad():
         return learner.predictor(0, after=last)(data().test.inputs)
@@ -55,7 +57,7 @@ def accuracy(learner):
 
 
 def everything():
-    """(features, labels) of all training records at once, as the frozen model makes them."""
+    """Return (features, labels) of all training records, by the frozen model."""
     learner = learner_of(Naive())
     records = data().train
     with torch.no_grad():
@@ -68,8 +70,8 @@ def features_of_tests():
 
 
 def difference(strategy):
-    """Largest relative difference of the logits between one learner and other orders, splits and
-    federations.
+    """Return the largest relative difference of logits between one learner and other orders, splits
+    and federations.
     """
     base = logits(alone(strategy))
     learners = [

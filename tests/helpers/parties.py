@@ -1,4 +1,4 @@
-"""A party by itself: its records in an open experience, and the curator that answers for them."""
+"""One party: its records in an open experience, and its curator."""
 
 from perdure.contract.context import contexts
 from perdure.contract.forward import Forward
@@ -11,7 +11,7 @@ from perdure.privacy.private_sum import PrivateSum, Schedule
 
 
 def opened_party(stream, model, *, experience=0, plan=None, seed=0, batch_size=8, private_sum=None):
-    """Records of a party that has this experience open, and their curator.
+    """Open an experience; return the party's records and their curator.
 
     Args:
         stream: its experiences up to the open one are known.
@@ -28,14 +28,14 @@ def opened_party(stream, model, *, experience=0, plan=None, seed=0, batch_size=8
 
 
 def open_experience(held, stream, model, *, experience=0, plan=None):
-    """Open an experience, whose declared size is known to the context."""
+    """Open an experience with its declared size in the context."""
     past = stream.experiences[: experience + 1]
     context = contexts(stream, "cpu")(experience, declared_size=past[-1].train.declared_size)
     held.open(past, plan or Plan(), context, Forward(model))
 
 
 def private_sum_of(stream, privacy, *, kind=PrivateSum, trace=None):
-    """Private sum with simulated noise, and a ledger that declares every partition.
+    """Return a private sum with simulated noise and a ledger that declares every partition.
 
     Args:
         stream: its partitions are declared, before anything is traced.

@@ -22,7 +22,7 @@ def batch_of(x, classes=3):
 
 
 def rows_by_loop(model, batch, losses=cross_entropies):
-    """Gradient of every record, alone in its batch, by parameter name."""
+    """Return the gradient of every record, alone in its batch, by parameter name."""
     params = dict(model.named_parameters())
     rows = []
     for i in range(len(batch)):
@@ -35,7 +35,7 @@ def rows_by_loop(model, batch, losses=cross_entropies):
 
 
 def clipped_by_hand(rows, norm, per_layer=False):
-    """Sum of the rows, each scaled into the norm, or each of its layers into its share of it."""
+    """Return the sum of rows, each scaled to the clip norm, or each layer to its share."""
     layers = {layer_of(name) for name in rows[0]} if per_layer else {None}
     bound = norm / math.sqrt(len(layers))
     total = {name: torch.zeros_like(value) for name, value in rows[0].items()}
@@ -53,13 +53,15 @@ def size(total):
 
 
 def gap(one, other):
-    """Distance of two sums, as a share of the second."""
+    """Return the distance of two sums relative to the second."""
     assert list(one) == list(other)
     return size({n: one[n].double() - other[n].double() for n in one}) / size(other)
 
 
 def gap_to_loop(model, x, losses=cross_entropies, *, classes=3, per_layer=False):
-    """Distance of the library's clipped sum from the loop's, some of the records being clipped."""
+    """Return the relative distance of the library's clipped sum from the loop's, with some records
+    clipped.
+    """
     batch = batch_of(x, classes)
     rows = rows_by_loop(model, batch, losses)
     norm = sorted(size(row) for row in rows)[len(rows) // 2]

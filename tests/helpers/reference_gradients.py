@@ -1,4 +1,4 @@
-"""Learners that refer to their memory, and every stream of noise with the sums that it met."""
+"""Learners with reference gradients, and every noise stream with the sums that it was added to."""
 
 from functools import partial
 
@@ -41,7 +41,9 @@ def opened(learner, stream, index=0):
 
 
 def reserved(learner, steps=range(4)):
-    """The curator of an open experience, with these steps charged and the first sampled."""
+    """Return the curator of an open experience with these steps charged and the first one
+    sampled.
+    """
     learner.session.held.reserve(steps, "start")
     learner.session.held.sample(steps.start)
     return learner.curator
@@ -57,18 +59,18 @@ def flat(params):
 
 @pytest.fixture
 def four(toy_data):
-    """Four experiences of 12 records, one class each."""
+    """Return a stream of four experiences with 12 records of one class each."""
     return split(toy_data, scenario="class", experiences=4)
 
 
 @pytest.fixture
 def copies(toy_data):
-    """Three permuted copies of the same 48 records."""
+    """Return a stream of three permuted copies of the same 48 records."""
     return permuted(toy_data, experiences=3)
 
 
 class Meetings:
-    """Every stream of noise that was drawn, and the sums that it met."""
+    """Record every noise stream that is drawn, and the sums that it is added to."""
 
     def __init__(self, monkeypatch):
         self.sums = {}
@@ -104,7 +106,7 @@ class Meetings:
 
     @property
     def reused(self):
-        """How many streams of noise met two sums that differ."""
+        """Return the number of noise streams that were added to two different sums."""
         return sum(
             any(not torch.equal(sums[0], other) for other in sums) for sums in self.sums.values()
         )
@@ -124,7 +126,7 @@ def meetings(monkeypatch):
 
 
 class Stopped(BaseException):
-    """Stands for the end of the process."""
+    """An exception in place of the end of the process."""
 
 
 def stopping(at):

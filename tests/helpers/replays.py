@@ -22,13 +22,13 @@ PLACES = {"alone": 12, "federated": 4}
 
 
 def settings(**changes):
-    """A simulation with a clip norm that every record reaches."""
+    """Return privacy settings of a simulation whose clip norm every record reaches."""
     usual = {"noise_multiplier": 1.0, "clip_norm": 0.05, "release_noise": 1.0, "seed": 0}
     return Privacy(**(usual | changes))
 
 
 def maker(stream, strategy, model, *, privacy=None, kind=Learner, **changes):
-    """From a client's number to a fresh learner of three steps an experience."""
+    """Return a function from a client's number to a new learner with three steps per experience."""
     options = {"iterations": 3, "batch_size": 12, "privacy": privacy or settings()} | changes
 
     def make(number):
@@ -43,7 +43,7 @@ def maker(stream, strategy, model, *, privacy=None, kind=Learner, **changes):
 
 
 def experiment(stream, name, clipping, place, otherwise):
-    """Arguments of `replay` for one strategy, clipping and place."""
+    """Return the arguments of `replay` for one strategy, clipping and place."""
     make = maker(
         stream,
         example(name),

@@ -1,6 +1,4 @@
-"""What must stay secret, in every way it may be written, and everything that leaves a run, to look
-for it in.
-"""
+"""Secrets of a run in every written form, and a search for them in all outputs."""
 
 import base64
 import contextlib
@@ -41,7 +39,7 @@ class Secrets:
     ids: list[list[int]] = field(default_factory=list)
 
     def needles(self):
-        """Every way in which a secret may be written, to the kind of secret it is."""
+        """Map every written form of a secret to its kind."""
         found = {needle: "key" for key in self.keys for needle in written_key(key)}
         for coins in self.coins:
             found |= dict.fromkeys(written_coins(coins), "coin")
@@ -53,8 +51,8 @@ class Secrets:
 
 
 def in_base64(secret):
-    """The characters that `secret` decides, at each of the three places where it may begin in a
-    longer text.
+    """Return the base64 characters that `secret` fixes, for each of three positions in a longer
+    text.
     """
     for shift in range(3):
         text = base64.b64encode(bytes(shift) + secret)
@@ -62,7 +60,7 @@ def in_base64(secret):
 
 
 def in_text(numbers):
-    """As JSON, with and without spaces."""
+    """Return JSON with and without spaces."""
     for gap in (", ", ","):
         yield gap.join(map(repr, numbers)).encode()
 
@@ -74,7 +72,9 @@ def written_key(key):
 
 
 def written_coins(coins):
-    """Each coin in full precision, as bytes or as a number; two neighbours in half of it."""
+    """Yield each coin in full precision, as bytes and as a number, and pairs of neighbours in half
+    precision.
+    """
     values = coins.numpy()
     yield from (value.tobytes() for value in values)
     yield from (text.encode() for text in map(repr, values.tolist()) if len(text) > 12)
@@ -82,7 +82,7 @@ def written_coins(coins):
 
 
 def written_row(row):
-    """The row and its halves, where they are not mostly blank."""
+    """Yield the row and its halves, unless they are mostly blank."""
     half = len(row) // 2
     for part in (row, row[:half], row[half:]):
         if len(part.unique()) >= 8:
@@ -95,7 +95,7 @@ def written_row(row):
 
 
 def written_ids(ids):
-    """Every four neighbours, in the order they are kept in and sorted."""
+    """Yield every four neighbouring ids, in stored and in sorted order."""
     for order in (ids, sorted(ids)):
         for i in range(len(order) - 3):
             four = order[i : i + 4]
@@ -104,9 +104,7 @@ def written_ids(ids):
 
 
 class Searcher:
-    """Finds any of many needles of 8 bytes or more: eight bytes of each are looked up, then the
-    needle is compared.
-    """
+    """Search for many byte strings of 8 bytes or more, first by eight bytes of each."""
 
     def __init__(self, secrets):
         self.kinds = secrets.needles()
@@ -118,7 +116,7 @@ class Searcher:
         self.words = np.array(sorted(self.places), dtype="<u8")
 
     def kinds_in(self, data):
-        """Kinds of secrets that the bytes hold."""
+        """Return the kinds of secrets that the bytes contain."""
         found = set()
         for shift in range(min(8, max(0, len(data) - 7))):
             words = np.frombuffer(data, dtype="<u8", offset=shift, count=(len(data) - shift) // 8)
@@ -134,13 +132,13 @@ class Searcher:
         return found
 
     def found(self, surface):
-        """Names of all that holds a secret, with its kinds."""
+        """Map the name of each output that contains a secret to the kinds of secrets."""
         held = {name: set().union(*map(self.kinds_in, views)) for name, views in surface.items()}
         return {name: kinds for name, kinds in held.items() if kinds}
 
 
 def as_values(tensors):
-    """Bytes of the tensors' values, row by row and column by column, whatever their dtype."""
+    """Yield the bytes of tensor values, by row and by column, for any dtype."""
     for value in tensors.values():
         for layout in {value, value.movedim(0, -1)} if value.dim() > 1 else {value}:
             for kind in (torch.float32, torch.float64, torch.int64):
@@ -148,8 +146,8 @@ def as_values(tensors):
 
 
 def files(folder, private):
-    """Name of every file inside (or outside) folders called private to its bytes, and the values of
-    its tensors.
+    """Map the name of every file inside (or outside) private folders to its bytes and tensor
+    values.
     """
     found = {}
     for path in folder.rglob("*"):
@@ -161,7 +159,7 @@ def files(folder, private):
 
 
 def message_views(message):
-    """A message as it goes over the wire, the values of its arrays, and its numbers as text."""
+    """Return a serialised message, its array values, and its numbers as text."""
     from flwr.app import ArrayRecord
     from flwr.common.serde import message_to_proto
 
@@ -176,7 +174,7 @@ def message_views(message):
 
 @dataclass
 class Heard:
-    """Secrets and noise that passed by, and messages, while something ran."""
+    """Secrets, noise and messages recorded while something ran."""
 
     secrets: Secrets = field(default_factory=Secrets)
     noise: list[torch.Tensor] = field(default_factory=list)
@@ -185,7 +183,7 @@ class Heard:
 
 @contextlib.contextmanager
 def hearing():
-    """Listen to keys, coins, tags, noise, memories and messages of all that runs inside."""
+    """Record keys, coins, tags, noise, memories and messages of everything that runs inside."""
     heard = Heard()
 
     def listen(owner, name, tell):
@@ -235,7 +233,7 @@ def hearing():
 
 @contextlib.contextmanager
 def told():
-    """Everything that is printed or logged, at any level."""
+    """Record everything that is printed or logged, at any level."""
     surface = {}
     texts = {name: io.StringIO() for name in ("stdout", "stderr", "log")}
     handler = logging.StreamHandler(texts["log"])
@@ -259,7 +257,7 @@ def told():
 
 
 def command(*words):
-    """Call `perdure` in this process: what it printed and logged."""
+    """Call `perdure` in this process; return the printed and logged text."""
     with pytest.MonkeyPatch.context() as patch, told() as surface:
         patch.setattr(sys, "argv", ["perdure", *map(str, words)])
         with pytest.raises(SystemExit) as ended:
@@ -270,7 +268,7 @@ def command(*words):
 
 @dataclass
 class Ran:
-    """A finished run: its folder, what was heard, what it printed and logged."""
+    """A finished run: its folder, the recorded secrets, and the printed and logged text."""
 
     folder: object
     heard: Heard
@@ -282,7 +280,7 @@ class Ran:
 
     @property
     def left(self):
-        """Everything that leaves `private/`."""
+        """Return everything that leaves `private/`."""
         return files(self.folder, private=False) | self.printed | self.heard.messages
 
 

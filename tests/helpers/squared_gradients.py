@@ -27,7 +27,7 @@ def small(model="mlp"):
 
 
 def by_hand(module, terms, batch, size=torch.square):
-    """(n, *parameter) rows, one backward pass for every record and term."""
+    """Return (n, *parameter) rows, with one backward pass for every record and term."""
     rows = {name: [] for name, _ in module.named_parameters()}
     for i in range(len(batch)):
         losses, weights = terms(Forward(module), batch.take(slice(i, i + 1)))
@@ -55,7 +55,7 @@ def summed(query, module, data, clip=None):
 
 
 class Twice(nn.Module):
-    """Calls one layer twice, so that its gradient is the sum of two outer products."""
+    """A model that calls one layer twice, so that its gradient is the sum of two outer products."""
 
     def __init__(self):
         super().__init__()
@@ -84,7 +84,7 @@ def tied():
 
 
 class Transposed(nn.Module):
-    """An autoencoder whose encoder's weight decodes as well; the head sees the rest too."""
+    """An autoencoder whose encoder weight is also used in the decoder."""
 
     def __init__(self):
         super().__init__()
@@ -98,7 +98,7 @@ class Transposed(nn.Module):
 
 
 class Weighed(nn.Module):
-    """Adds the length of a layer's weight to what it gives."""
+    """A model that adds the norm of a layer's weight to its output."""
 
     def __init__(self):
         super().__init__()
@@ -109,7 +109,7 @@ class Weighed(nn.Module):
 
 
 class Reweighted(nn.Module):
-    """Calls a layer with a weight computed from its own."""
+    """A model that calls a layer with a weight computed from its own weight."""
 
     def __init__(self):
         super().__init__()
@@ -121,7 +121,7 @@ class Reweighted(nn.Module):
 
 
 class Named(nn.Module):
-    """Calls a layer with a named argument."""
+    """A model that calls a layer with a keyword argument."""
 
     def __init__(self):
         super().__init__()
@@ -136,21 +136,21 @@ def layers():
 
 
 def hooked():
-    """A user's hook triples what a layer gives."""
+    """Return a model whose layer output is tripled by a hook."""
     model = layers()
     model[0].register_forward_hook(lambda layer, args, output: 3 * output)
     return model
 
 
 def hooked_before():
-    """A user's hook triples what a layer is given."""
+    """Return a model whose layer input is tripled by a hook."""
     model = layers()
     model[2].register_forward_pre_hook(lambda layer, args: (3 * args[0],))
     return model
 
 
 def replaced():
-    """A method of one layer is replaced on the object."""
+    """Return a model with a method of one layer replaced on the object."""
     model = layers()
     layer = model[0]
     layer.forward = lambda x: F.linear(x, 2 * layer.weight, layer.bias)
@@ -158,7 +158,7 @@ def replaced():
 
 
 def computed():
-    """A weight is computed from another parameter before every call."""
+    """Return a model with a weight that is computed from another parameter before every call."""
     model = layers()
     layer = model[0]
     layer.base = layer.weight

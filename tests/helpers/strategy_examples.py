@@ -1,4 +1,4 @@
-"""The example of every strategy, and the model it needs."""
+"""The example of every strategy and the model that it needs."""
 
 import torch
 
@@ -10,18 +10,20 @@ def example(name):
 
 
 def model_of(name, stream, otherwise):
-    """The small model that the strategy needs, else what `otherwise` makes of the stream."""
+    """Return the small model that the strategy needs, or `otherwise(stream)`."""
     own = example(name).small_model(input_shape=stream.input_shape, num_classes=stream.num_classes)
     return otherwise(stream) if own is None else own
 
 
 def private():
-    """Names of those that may run under privacy: no loss of theirs couples records."""
+    """Return the names of strategies that may run under privacy, because their losses do not couple
+    records.
+    """
     return [name for name in strategies.names() if not example(name).couples_records]
 
 
 def moved(model):
-    """The model with every parameter off its start, so that what begins at 0 counts."""
+    """Return the model with every parameter changed from its start, so that no parameter is 0."""
     place = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for value in model.parameters():

@@ -47,7 +47,9 @@ def model_of(task: Task) -> nn.Module:
 
 
 def sequences(index: int, rows: int, place: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens that rise by one, or fall by one in the second experience; some end early."""
+    """Return tokens that rise by one, or fall by one in the second experience; some sequences end
+    early.
+    """
     start = torch.randint(TOKENS, (rows, 1), generator=place)
     whole = (start + (1 - 2 * index) * torch.arange(LENGTH + 1)) % TOKENS
     targets = whole[:, 1:].clone()

@@ -1,6 +1,4 @@
-"""A toy data set whose records are told apart by their ids, and which of them is in which
-experience.
-"""
+"""A toy data set whose records are identified by id, and the ids of each experience."""
 
 import pytest
 import torch
@@ -11,7 +9,7 @@ from perdure.data.records import Records
 
 
 def records(n: int, *, classes: int = 4, first_id: int = 0, partition: str = "toy") -> Records:
-    """Random records with every class in turn, ids from `first_id`."""
+    """Return random records with the classes in turn and ids from `first_id`."""
     generator = torch.Generator().manual_seed(first_id)
     return Records(
         inputs=torch.rand(n, 1, 4, 6, generator=generator),
@@ -33,5 +31,5 @@ def toy() -> Dataset:
 
 
 def places(stream: Stream) -> list[set[int]]:
-    """Ids in each experience."""
+    """Return the ids in each experience."""
     return [set(experience.train.ids.tolist()) for experience in stream]

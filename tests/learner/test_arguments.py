@@ -1,6 +1,4 @@
-"""Arguments of another type, or that nothing can be done with: one plain line before anything is
-built.
-"""
+"""Arguments of the wrong type or without use are refused in one line before anything is built."""
 
 from dataclasses import fields, replace
 from functools import partial
@@ -28,7 +26,7 @@ SGD = partial(torch.optim.SGD, lr=0.1)
 
 
 class Twice(torch.optim.SGD):
-    """It asks for the losses again inside a step."""
+    """An optimiser that asks for the losses again inside a step."""
 
     def step(self, closure):
         closure()
@@ -36,7 +34,7 @@ class Twice(torch.optim.SGD):
 
 
 class Detached(nn.Linear):
-    """No gradient reaches its weights."""
+    """A model whose weights get no gradient."""
 
     @torch.no_grad()
     def forward(self, x):

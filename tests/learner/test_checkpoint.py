@@ -63,7 +63,7 @@ def test_private_checkpoint_files_have_mode_0600(tmp_path):
 
 
 def test_an_unfinished_checkpoint_is_ignored(tmp_path):
-    """Whatever part of number 2 was written when the power went, number 1 is the last."""
+    """The power fails while number 2 is written, so number 1 is the last checkpoint."""
     store = Store(tmp_path)
     store.save(1, snapshot(1))
     latest = (store.public / "latest.json").read_bytes()

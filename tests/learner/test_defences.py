@@ -1,6 +1,4 @@
-"""Training against an adversary and within a budget: what moves, what is charged, and which noise
-is drawn.
-"""
+"""Training with an adversary and within a budget: moved inputs, charges, and noise."""
 
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,7 +24,7 @@ from perdure.strategies import EWC, Naive, Replay
 
 
 class Watched(FGSM):
-    """Keeps what it was given, what it made of it, and the losses before and after."""
+    """An attack that keeps its inputs, its results, and the losses before and after."""
 
     def perturb(self, losses, inputs, *, generator=None):
         moved = super().perturb(losses, inputs, generator=generator)
@@ -127,7 +125,7 @@ def test_a_release_that_was_not_planned_is_refused(learner_of, toy_stream):
 
     @dataclass(frozen=True, kw_only=True)
     class Greedy(EWC):
-        """Asks for one release more than it says."""
+        """A strategy that asks for one release more than it declares."""
 
         def after_experience(self, curator, params, state):
             curator.release(lambda forward, batch: batch.inputs, clip_norm=1.0, purpose="mean")
@@ -147,7 +145,9 @@ def test_two_fisher_releases_are_charged_twice(learner_of, toy_stream):
 
 
 def test_a_private_step_without_records_still_adds_noise(learner_of, toy_stream):
-    """Rate so low that no one is drawn: noise alone moves the model, also behind an adversary."""
+    """The rate is so low that no record is drawn; noise alone changes the model, also with an
+    adversary.
+    """
     privacy = replace(SIMULATED, sampling_rate=1e-9)
     learner = learner_of(
         privacy=privacy,
@@ -167,7 +167,8 @@ def test_batch_current_contains_the_rows_of_an_experience(toy_stream):
 
 
 def test_a_changed_loss_or_view_gets_new_noise(learner_of, toy_stream):
-    """Names and settings alike; only the code differs.
+    """Names and settings are equal and only the code differs; the block's start depends on the
+    code.
 
     The start of a block is keyed by what it does.
     """
@@ -189,8 +190,8 @@ def test_a_changed_loss_or_view_gets_new_noise(learner_of, toy_stream):
 
 
 def test_a_changed_release_of_the_same_name_gets_new_noise(learner_of, toy_stream):
-    """Once more from the same checkpoint with another query: the answers must not differ by the
-    records alone.
+    """The same checkpoint with another query: the two answers must not differ by the records
+    alone.
     """
 
     def answer(query):
@@ -224,9 +225,7 @@ SETTINGS = (
 
 
 def test_each_changed_setting_gives_a_new_ledger_digest(learner_of, toy_stream):
-    """The ledger's entry, under whose digest noise is drawn, differs from that of every other
-    setting.
-    """
+    """Every setting gives another digest of the ledger entry, on which the noise depends."""
 
     def digest(options):
         learner = learner_of(**{"privacy": SIMULATED} | options)
@@ -241,7 +240,7 @@ def test_each_changed_setting_gives_a_new_ledger_digest(learner_of, toy_stream):
 
 
 def test_a_private_step_cannot_be_drawn_twice(learner_of, toy_stream):
-    """Another sum must not meet its noise: the difference of the two would be free of it."""
+    """With the same noise on another sum, the difference of the two answers would have no noise."""
     learner = learner_of(privacy=SIMULATED)
     learner.prepare(toy_stream())
     learner.begin(0)

@@ -1,7 +1,7 @@
-"""Steps, memories and references that draw no record, or one: no code fails on the one and runs on
-the other.
+"""Steps, memories and references that draw no record or one record.
 
-An error after the charge would tell whether a record exists.
+No code may fail on the one and run on the other: an error after the charge would reveal that a
+record exists.
 """
 
 from contextlib import nullcontext
@@ -29,7 +29,7 @@ CLASSES = (0, 1)
 
 
 class ByShape(nn.Module):
-    """Fails without rows, as models do that leave one size to `view`."""
+    """A model that fails without rows, as models do that leave one size to `view`."""
 
     def __init__(self):
         super().__init__()
@@ -44,7 +44,7 @@ class ByShape(nn.Module):
 
 
 def by_modules():
-    """Known modules alone, which fail without rows."""
+    """Return a model of listed modules that fails without rows."""
     return nn.Sequential(
         nn.Unflatten(1, (-1, 1)), nn.Flatten(), nn.Linear(64, 8), nn.Tanh(), nn.Linear(8, 2)
     )
@@ -66,7 +66,7 @@ def records(n, first, partition, size):
 
 
 def stream_of(*sizes, declared=4):
-    """One experience for every number of records that are really there."""
+    """Return a stream with one experience for each given number of records."""
     experiences = tuple(
         Experience(
             index=i,
@@ -99,7 +99,7 @@ def learner(model, strategy=None, **changes):
 
 
 def spent(made, stream):
-    """What a run charges; whatever it raises, it raises here."""
+    """Return the charges of a run; errors of the run are raised."""
     made.fit(stream)
     return [(entry.purpose, entry.steps) for entry in made.private_sum.ledger.entries]
 
@@ -109,7 +109,7 @@ drawn = Views(count=2, change=lambda x: x + 0.1 * torch.rand_like(x))
 STEPS = {
     "nothing beside": (ByShape, {}),
     "views": (pictures, {"views": shifted}),
-    "views, a forward of one's own": (ByShape, {"views": drawn}),
+    "views, a forward pass of the user": (ByShape, {"views": drawn}),
     "views, record by record": (
         ByShape,
         {"views": drawn, "privacy": {"custom_forward": "record-by-record"}},
@@ -142,7 +142,7 @@ SHORT = {
 
 
 def some_deep(names):
-    """Parameters of which those outside the short suite are deep."""
+    """Return parameters, of which those outside the short suite are marked deep."""
     return [pytest.param(name, marks=() if name in SHORT else DEEP) for name in names]
 
 
@@ -157,7 +157,7 @@ MEMORIES = {
     "logits": DER(memory_size=6),
     "rows": Replay(memory_size=6),
     "one reference": AGEM(memory_size=6),
-    "a reference an experience": GEM(memory_size=6),
+    "one reference per experience": GEM(memory_size=6),
     "a Fisher matrix": EWC(strength=1.0),
 }
 
@@ -173,7 +173,7 @@ def test_an_experience_without_records_has_equal_privacy_cost(what, model):
 
 
 def test_stored_values_of_no_rows_keep_names_and_shapes():
-    """The rows of the next experience join it."""
+    """The rows of the next experience are added to them."""
     made = learner(ByShape, DER(memory_size=6))
     made.fit(stream_of(0, 4))
     stored = made.session.held.memory.rows.stored
@@ -204,7 +204,7 @@ def test_user_code_never_gets_a_private_batch_of_few_rows(n):
 
 
 def test_a_record_is_attacked_alike_in_small_and_large_batches():
-    """The sign of a gradient that is rounded otherwise would move an input by twice epsilon."""
+    """A rounding difference in the sign of a gradient would move an input by twice epsilon."""
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(3, 16, 3),
@@ -245,7 +245,7 @@ def branching(x):
 
 @dataclass(frozen=True, kw_only=True)
 class Counting(FGSM):
-    """An attack that cannot move fewer than 17 rows."""
+    """An attack that fails on fewer than 17 rows."""
 
     def perturb(self, losses, inputs, *, generator=None):
         if len(inputs) < 17:
@@ -255,7 +255,7 @@ class Counting(FGSM):
 
 @dataclass(frozen=True, kw_only=True)
 class Forgetful(Strategy):
-    """Stores what it cannot tell of one record alone."""
+    """A strategy that stores values that need more than one record."""
 
     def plan(self, experience):
         return DER(memory_size=4).plan(experience)
@@ -275,7 +275,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("what", BROKEN)
-def test_losses_that_fail_on_few_records_are_refused_uncharged(what):
+def test_failures_on_few_records_are_refused_before_any_charge(what):
     changes, message = BROKEN[what]
     made = learner(ByShape, **changes)
     with pytest.raises(Exception, match=message) as caught:

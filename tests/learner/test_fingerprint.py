@@ -1,4 +1,4 @@
-"""A folder is somebody's run: whatever determines it may not change under the same folder."""
+"""Fingerprints of folders: the settings of a run may not change in its folder."""
 
 from dataclasses import replace
 from functools import partial
@@ -17,7 +17,7 @@ from perdure.strategies import EWC, Combine, LwF, Replay
 
 
 class Stop(Exception):  # noqa: N818
-    """A power cut."""
+    """An exception in place of a power failure."""
 
 
 def stopping(point, learner):
@@ -27,7 +27,7 @@ def stopping(point, learner):
 
 @pytest.fixture
 def stopped(learner_of, toy_stream, tmp_path):
-    """From settings to a folder whose run was stopped after its first experience."""
+    """Return a function from settings to a folder whose run stopped after its first experience."""
 
     def make(strategy=None, stream=None, **settings):
         learner = learner_of(strategy, folder=tmp_path, callbacks=[stopping], **settings)
@@ -119,14 +119,14 @@ def test_a_folder_refuses_another_model(learner_of, toy_stream, stopped, changes
 
 
 def reordered(stream):
-    """The same experiences with their classes the other way round."""
+    """Return the same experiences with their classes in reverse order."""
     first, second = stream.experiences
     moved = (replace(second, index=0, stage=0), replace(first, index=1, stage=1))
     return replace(stream, experiences=moved)
 
 
 def with_ids(stream, first):
-    """The same records as others of the source."""
+    """Return the same records under other ids."""
     experience = stream[0]
     train = replace(experience.train, ids=experience.train.ids + first)
     changed = replace(experience, train=train)
@@ -179,7 +179,7 @@ def test_a_finished_run_refuses_other_settings(learner_of, toy_stream, tmp_path)
 def test_a_folder_refuses_a_schedule_with_other_learning_rates(
     learner_of, toy_stream, tmp_path, late
 ):
-    """Two functions of one name: their learning rates differ."""
+    """Two schedule functions have the same name, but give other learning rates."""
 
     def scheduler(rate):
         factor = {"late": rate}  # a closure over a mapping

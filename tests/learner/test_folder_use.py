@@ -1,4 +1,4 @@
-"""A folder belongs to one learner at a time, as long as it works in it."""
+"""A folder belongs to one learner at a time, until the learner closes it."""
 
 import pytest
 
@@ -65,8 +65,8 @@ def test_a_refused_session_releases_its_folder(prepared):
 
 
 def test_only_the_learner_that_holds_the_folder_draws_noise(prepared):
-    """Two learners once drew their noise for one entry: the second did not write, so it was not
-    seen.
+    """Two learners once drew noise for one entry unnoticed, because the second one did not
+    write.
     """
     first = prepared(SIMULATED)
     first.begin(0)

@@ -1,5 +1,5 @@
-"""A ledger that was deleted, put back from another time or left behind is refused, and privacy
-stays on or off inside a folder.
+"""Ledgers that were deleted, rolled back or left behind are refused; privacy stays on or off in a
+folder.
 """
 
 import shutil
@@ -18,12 +18,12 @@ LEDGER = ("ledger.jsonl", "ledger.head.json")
 
 
 class Stop(Exception):  # noqa: N818
-    """A power cut."""
+    """An exception in place of a power failure."""
 
 
 @pytest.fixture
 def fit(learner_of, toy_stream, tmp_path):
-    """Fit in a folder, stopped before the second experience or not; the ledger's length."""
+    """Fit in a folder, optionally stopped before the second experience, and return the learner."""
 
     def run(privacy=SIMULATED, folder=tmp_path / "run", stop=False, **changes):
         def look(point, learner):
@@ -84,7 +84,9 @@ def test_a_checkpoint_copied_without_its_ledger_is_refused(fit, tmp_path):
 
 @pytest.mark.parametrize("with_copy", [False, True])
 def test_a_restored_older_ledger_is_refused(fit, tmp_path, with_copy):
-    """With its head and, in one case, the copy in `private/`: the checkpoint still knows."""
+    """The head and, in one case, the copy in `private/` are restored too; the checkpoint still
+    shows it.
+    """
     folder = tmp_path / "run"
     fit(stop=True)
     names = [*LEDGER, *(["private/ledger.head.json"] if with_copy else [])]

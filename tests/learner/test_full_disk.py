@@ -1,7 +1,6 @@
-"""Files that cannot be written: one plain line, nothing lost, and a resume to the same bits.
+"""Files that cannot be written: one error line, nothing lost, and a bit-identical resume.
 
-The operating system refuses the writes: by its limit on the size of files, or as a device that is
-full.
+The operating system refuses the writes: by its limit on the size of files, or as a full device.
 """
 
 import errno
@@ -34,7 +33,7 @@ def no_file_longer_than(size):
 
 @pytest.fixture
 def result_of(learner_of, toy_stream):
-    """From a folder to the result of a run, with no room left from a point of the loop on."""
+    """Return the result of a run in a folder, with no disk space from a point of the loop on."""
 
     def run(folder, privacy, full_from=None):
         left = [full_from[1]] if full_from else []

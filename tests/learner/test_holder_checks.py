@@ -1,4 +1,4 @@
-"""What a private run tells the data's holder before it starts: bad values, and a large delta."""
+"""Checks for the data's holder before a private run: invalid values, and a large delta."""
 
 import warnings
 from dataclasses import replace
@@ -34,7 +34,7 @@ def test_the_error_names_row_and_column_of_a_bad_private_value(learner_of, toy_s
 
 
 def test_the_curator_accepts_records_with_nan(learner_of, toy_stream):
-    """An error, or none, would tell of the record."""
+    """An error would reveal something about the record."""
     learner = learner_of(privacy=SIMULATED)
     learner.prepare(spoilt(toy_stream(), float("nan"), index=0))
     learner.begin(0)
@@ -43,7 +43,7 @@ def test_the_curator_accepts_records_with_nan(learner_of, toy_stream):
 
 
 def test_training_that_fails_without_privacy_names_the_nan_row(learner_of, toy_stream):
-    """Nothing is checked beforehand, and the learning rate is not blamed."""
+    """No value is checked before training, and the error does not blame the learning rate."""
     learner = learner_of(iterations=40)
     with pytest.raises(DataError, match=r"experience 0 .* has nan in row 5 .*, column 2 of"):
         learner.fit(spoilt(toy_stream(), float("nan"), index=0))

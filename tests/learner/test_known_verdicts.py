@@ -1,6 +1,6 @@
-"""The guard looks once at a structure: equal parts share a verdict, another part is looked at.
+"""Stored verdicts of the guard: equal learners share a verdict, changed parts are inspected.
 
-Looks are counted by the products of a linear layer that preparing a learner takes.
+Inspections are counted by the matrix products of a linear layer during `prepare`.
 """
 
 from dataclasses import dataclass, field, replace
@@ -23,7 +23,7 @@ from perdure.tasks import SingleLabel, single_label
 
 
 class Products(TorchDispatchMode):
-    """Count the products with a weight."""
+    """Count the matrix products with a weight."""
 
     def __init__(self):
         super().__init__()
@@ -35,7 +35,9 @@ class Products(TorchDispatchMode):
 
 
 def looks(learner, stream):
-    """Products that the guard takes when the learner is prepared, model checks apart."""
+    """Return the number of products of the guard while the learner is prepared, without model
+    checks.
+    """
     with Products() as products:
         learner.prepare(stream)
     return products.count
@@ -50,7 +52,9 @@ def _none_known():
 
 @pytest.fixture
 def known(learner_of, toy_stream):
-    """Products of a first look and of one that is recalled, and a maker of equal learners."""
+    """Return the products of a first and of a repeated inspection, and a maker of equal
+    learners.
+    """
     stream = toy_stream()
 
     def make(**changes):
@@ -108,7 +112,7 @@ def test_the_guard_inspects_a_changed_component(name, known):
 
 
 def models(stream):
-    """Equal models but for one thing each."""
+    """Return models that are equal except for one thing each."""
 
     def plain():
         return mlp(
@@ -147,7 +151,7 @@ def test_a_verdict_is_not_reused_for_other_domains_or_classes(known):
 
 @dataclass(frozen=True, kw_only=True)
 class Mine(Naive):
-    """Losses of the user's own."""
+    """Losses of the user's own code."""
 
     parts: list = field(default_factory=list)
 

@@ -1,6 +1,4 @@
-"""The loop: how long it trains, what every hook is handed and when, and what its matrix
-measures.
-"""
+"""The training loop: number of steps, arguments of every hook, and the accuracy matrix."""
 
 from dataclasses import dataclass, replace
 from functools import partial
@@ -78,7 +76,7 @@ def test_the_number_of_blocks_does_not_change_the_result(learner_of, toy_stream,
 
 
 class Ledger(list):
-    """What the hooks of `Tracing` were handed."""
+    """The arguments that the hooks of `Tracing` got."""
 
 
 HANDED = Ledger()
@@ -86,8 +84,8 @@ HANDED = Ledger()
 
 @dataclass(frozen=True, kw_only=True)
 class Tracing(Strategy):
-    """Penalty 3 * sum(theta), projection that doubles, a path that counts; says what each hook was
-    handed.
+    """A strategy with penalty 3 * sum(theta) and a doubling projection that records its
+    arguments.
     """
 
     def init(self, spec):
@@ -154,7 +152,7 @@ class Tied(Strategy):
 
 
 class Tying(Tied):
-    """Pulls the head towards what is not trained."""
+    """A penalty that pulls the head towards parameters that are not trained."""
 
     def penalty(self, params, state):
         return (params["head.weight"] * params["body.1.weight"].mean()).sum()
@@ -205,7 +203,9 @@ def test_reset_optimizer_gives_each_experience_a_new_optimizer(
 
 @dataclass(frozen=True, kw_only=True)
 class HeadOnly(Strategy):
-    """Trains everything first, and the head alone from the second experience on."""
+    """A strategy that trains all parameters first, and only the head from the second experience
+    on.
+    """
 
     prefix: str = "head"
 
@@ -292,7 +292,7 @@ def test_private_callbacks_are_called_at_ledger_and_noise_points(learner_of, toy
 
 @dataclass(frozen=True, kw_only=True)
 class Oracle(Strategy):
-    """Answers from the first input alone, before the mask of the scenario."""
+    """A strategy that predicts from the first input alone, before the mask of the scenario."""
 
     def predict(self, forward, x, context, state):
         return torch.where(context.allowed, F.one_hot(x[:, 0].long(), 4).float(), -1.0)

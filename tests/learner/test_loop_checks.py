@@ -1,4 +1,4 @@
-"""Misuse of a session in a loop of the user's own is named, at the call that is wrong."""
+"""Misuse of a session in the user's own loop is refused at the wrong call."""
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ def run(session, index):
 
 
 def misused(session, wrong):
-    """Message of the error of one step that is taken wrongly, and that nothing was consolidated."""
+    """Return the error message of one wrong step, and assert that nothing was consolidated."""
     with pytest.raises(LoopError) as caught, session.experience(0) as batches:
         for batch in batches:
             wrong(batch)
@@ -165,7 +165,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_private_loop_refuses_a_changed_loss_or_model(toy_stream, toy_model, change):
-    """At its very next step; one block may be all steps of an experience."""
+    """The refusal comes at the next step, because one block may be all steps of an experience."""
     stream = toy_stream()
     model = toy_model(stream)
     session = Session(

@@ -1,4 +1,4 @@
-"""A trained model carries its history: no new learner, folder or copy starts from nothing."""
+"""The history of a trained model stays with it in every new learner, folder or copy."""
 
 import copy
 from dataclasses import replace
@@ -33,7 +33,7 @@ DELTA = 1e-5
 
 @pytest.fixture
 def trained(learner_of, toy_stream):
-    """A learner that was trained without a folder."""
+    """Return a learner that was trained without a folder."""
 
     def make(privacy=SIMULATED, **changes):
         learner = learner_of(privacy=privacy, **changes)
@@ -44,7 +44,7 @@ def trained(learner_of, toy_stream):
 
 
 def leave_checkpoint(learner_of, stream, options):
-    """Stop a run of its own after the first experience."""
+    """Stop another run after its first experience, and leave its checkpoint in the folder."""
     learner = learner_of(**options)
     learner.prepare(stream)
     learner.begin(0)
@@ -135,7 +135,7 @@ def test_a_privacy_budget_includes_charges_of_a_warm_start(trained, learner_of, 
 def test_a_resumed_warm_start_has_the_same_earlier_charges(
     trained, learner_of, toy_stream, tmp_path
 ):
-    """In another process the weights come bare; what was carried stands in the ledger."""
+    """In another process the weights have no history, and the ledger holds the earlier charges."""
     first = trained()
     start = first.model.state_dict()
     start = {name: value.clone() for name, value in start.items()}
@@ -185,7 +185,7 @@ def test_a_partition_with_another_declared_size_is_refused(trained, learner_of, 
 
 
 def uneven(data, **changes):
-    """Two experiences, the first sampled at 8 / 24 and the second at 8 / 12."""
+    """Return two experiences, the first sampled at 8 / 24 and the second at 8 / 12."""
     return split(data, scenario="class", experiences=2, declared_size=[24, 12], **changes)
 
 
@@ -196,7 +196,7 @@ def carried(learner, partition):
 
 
 def by_hand(stream):
-    """The same stream of somebody who does not say by what rule its records were placed."""
+    """Return the same stream without a rule for the place of its records."""
     experiences = (replace(e, train=replace(e.train, placed_by="")) for e in stream)
     return replace(stream, experiences=tuple(experiences))
 
@@ -221,7 +221,7 @@ def test_an_equal_split_rule_keeps_the_charges_of_partitions(learner_of, toy_dat
 
 
 def test_partitions_of_an_unnamed_data_set_get_the_largest_cost(learner_of, toy_data):
-    """It may be the same records with other targets, which place them elsewhere."""
+    """The data set may hold the same records with other targets, and so in other partitions."""
     nameless = replace(toy_data, name="data")  # the default of from_arrays and its kin
     first = learner_of(privacy=SIMULATED)
     first.fit(uneven(nameless))
@@ -244,7 +244,7 @@ def test_functions_that_make_data_sets_give_no_name_by_default():
     ids=["class order", "data set", "by hand"],
 )
 def test_partitions_of_another_split_rule_get_the_largest_cost(learner_of, toy_data, other):
-    """Records of the second experience may be those of the first now, whatever it is called."""
+    """Records of the second experience may now be in the first one, under any name."""
     first = learner_of(privacy=SIMULATED)
     first.fit(uneven(toy_data))
     again = learner_of(model=first.model, privacy=SIMULATED, warm_start=True)
@@ -276,7 +276,7 @@ def test_records_of_a_third_split_rule_are_charged_separately(learner_of, toy_da
 
 
 def test_two_charge_histories_count_if_neither_covers_the_other(learner_of, toy_data):
-    """Epsilon does not tell which of two histories is the worse one after more is added."""
+    """Epsilon does not show which of two histories is worse after more charges are added."""
     stream = uneven(toy_data)
     first = learner_of(iterations=None, epochs=1, privacy=SIMULATED)
     first.fit(stream)
@@ -341,7 +341,7 @@ def test_the_split_rule_of_a_client_depends_on_the_client_split(toy_data):
 
 
 class Own(nn.Module):
-    """A forward pass of one's own: the independence of records is only tested."""
+    """A model with its own forward pass, whose independence of records is only tested."""
 
     def __init__(self):
         super().__init__()
@@ -422,7 +422,9 @@ def test_a_model_restored_from_a_checkpoint_keeps_its_history(learner_of, toy_st
 def test_a_checkpoint_folder_does_not_hide_the_model_history(
     trained, learner_of, toy_stream, toy_model, tmp_path, first, warm_start
 ):
-    """A checkpoint in the folder takes a history away only where it takes the weights' place."""
+    """A checkpoint in the folder removes a history only if its weights replace those of the
+    model.
+    """
     options = {"privacy": SIMULATED, "folder": tmp_path}
     leave_checkpoint(learner_of, toy_stream(), options)
     model = trained(first).model

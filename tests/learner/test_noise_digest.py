@@ -1,5 +1,5 @@
-"""The digest that keys simulated noise: an explicit list of fields, whole, and independent of how
-objects print.
+"""The digest of simulated noise: an explicit and complete list of fields, independent of printed
+forms.
 """
 
 import hashlib
@@ -128,7 +128,7 @@ def test_module_settings_show_the_arguments_of_a_layer():
 
 
 class Counted(torch.optim.lr_scheduler.ExponentialLR):
-    """A schedule that counts the steps of all that were made."""
+    """A schedule that counts the steps of all its instances."""
 
     steps = 0
 

@@ -1,4 +1,4 @@
-"""Models of tokens under privacy: bags, recurrent layers and a transformer encoder."""
+"""Token models under privacy: bags of embeddings, recurrent layers and a transformer encoder."""
 
 import math
 from functools import partial
@@ -51,7 +51,7 @@ class Bag(nn.Module):
 
 
 class Recurrent(nn.Module):
-    """An embedding, a recurrent layer, and a head on the state at the last word."""
+    """An embedding, a recurrent layer, and a head on the state at the last token."""
 
     def __init__(self, kind):
         super().__init__()
@@ -67,7 +67,7 @@ class Recurrent(nn.Module):
 
 
 class Encoder(nn.Module):
-    """A transformer encoder over tokens, padding masked, and a head on the mean state."""
+    """A transformer encoder with masked padding, and a head on the mean state."""
 
     def __init__(self):
         super().__init__()
@@ -99,7 +99,7 @@ def model_of(kind):
 
 
 def tokens(n, seed=0):
-    """Random sequences of different lengths, padded behind their end."""
+    """Return random sequences of different lengths, padded at the end."""
     rng = torch.Generator().manual_seed(seed)
     words = torch.randint(1, WORDS, (n, LENGTH), generator=rng)
     lengths = torch.randint(1, LENGTH + 1, (n, 1), generator=rng)
@@ -111,7 +111,7 @@ def losses(forward, batch):
 
 
 def rows_of(model, batch):
-    """Gradients of each record, one at a time by plain autograd."""
+    """Return the gradients of each record, one at a time by plain autograd."""
     params = dict(model.named_parameters())
     rows = []
     for i in range(len(batch)):
@@ -122,7 +122,7 @@ def rows_of(model, batch):
 
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("clip_norm", [0.05, 100.0])
-def test_the_clipped_sum_of_token_models_equals_a_record_loop(kind, clip_norm):
+def test_token_model_sums_equal_a_loop_over_records(kind, clip_norm):
     model = model_of(kind)
     batch = Batch.current(Records(inputs=tokens(9), labels=torch.arange(9) % 3), 0)
     params = dict(model.named_parameters())
@@ -145,7 +145,7 @@ def test_the_clipped_sum_of_token_models_equals_a_record_loop(kind, clip_norm):
 
 @pytest.mark.parametrize("mode", ["sum", "mean"])
 @pytest.mark.parametrize("padding", [None, 0])
-def test_the_clipped_sum_of_embedding_bags_equals_a_record_loop(mode, padding):
+def test_clipped_embedding_bag_sums_equal_a_loop_over_records(mode, padding):
     torch.manual_seed(0)
     model = nn.Sequential(nn.EmbeddingBag(WORDS, 6, mode=mode, padding_idx=padding))
     x = tokens(7)
@@ -165,7 +165,7 @@ def test_the_clipped_sum_of_embedding_bags_equals_a_record_loop(mode, padding):
 
 
 def topics(n, seed):
-    """Sequences of words, three topics with words of their own and words that all share."""
+    """Return token sequences of three topics, with words of one topic and shared words."""
     rng = torch.Generator().manual_seed(seed)
     labels = torch.arange(n) % 3
     own = 1 + 12 * labels[:, None] + torch.randint(12, (n, LENGTH), generator=rng)
@@ -176,7 +176,9 @@ def topics(n, seed):
 
 
 def lines(n, seed):
-    """Windows of a play's letters; the label says which third of the lines they come from."""
+    """Return windows of a play's letters; the label is the third of the text that a window is
+    from.
+    """
     rng = torch.Generator().manual_seed(seed)
     letters = [torch.tensor([1 + ord(c) % 32 for c in line]) for line in PLAY]
     inputs, labels = [], []

@@ -1,6 +1,4 @@
-"""A private run that is begun again with something changed never meets the noise of before with
-another sum.
-"""
+"""A private run that is restarted with a change never uses earlier noise on another sum."""
 
 from dataclasses import dataclass, replace
 

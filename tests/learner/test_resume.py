@@ -1,6 +1,4 @@
-"""A seed gives the same bits, and so does a run that was stopped anywhere and goes on; nothing is
-drawn uncharged.
-"""
+"""Equal seeds and resumed runs give the same bits, and no noise is drawn without a charge."""
 
 import json
 from collections import Counter
@@ -58,8 +56,8 @@ def test_equal_seeds_give_equal_bits_also_with_dropout(learner_of, toy_stream, s
 
 
 def test_private_dropout_draws_come_from_the_noise_key(learner_of, toy_stream):
-    """Draws go by a row's place in the batch: were they public, one more record would change those
-    of the others.
+    """Draws depend on a row's place in the batch: if they were public, one more record would change
+    those of others.
     """
     learner = learner_of(seed=5)
     learner.prepare(toy_stream())
@@ -89,11 +87,11 @@ def test_a_second_fit_evaluates_the_stream_again(learner_of, toy_stream):
 
 
 class Stop(Exception):  # noqa: N818
-    """A power cut."""
+    """An exception in place of a power failure."""
 
 
 class Cut:
-    """Stops a run at the k-th time it comes to a point; counts draws of noise."""
+    """A callback that stops a run at the k-th call of a point and counts noise draws."""
 
     def __init__(self, point=None, k=1):
         self.point = point
@@ -140,7 +138,7 @@ def harmonic(optimizer, steps):
 
 @pytest.fixture
 def start(learner_of, toy_stream):
-    """From a folder to the result of a run, stopped at `cut` or not."""
+    """Return the result of a run in a folder, stopped at `cut` or not."""
 
     def run(folder, name, privacy, cut, **changes):
         learner = learner_of(
@@ -164,7 +162,7 @@ def entries(folder):
 
 
 def charged(folder):
-    """Steps and releases in the ledger; 0 where it was stopped before its first line counted."""
+    """Return the number of steps and releases in the ledger; 0 without a complete first line."""
     head = folder / "ledger.head.json"
     begun = head.exists() and json.loads(head.read_text())["count"] > 0
     return sum(entry.steps for entry in entries(folder)) if begun else 0
@@ -176,8 +174,8 @@ def assert_same(mine, theirs):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """Result, ledger and number of passes through every point of a run that nobody stopped, once
-    for each kind.
+    """Return result, ledger and number of calls of every point of an undisturbed run, once for each
+    kind.
     """
     known = {}
 
@@ -233,8 +231,8 @@ def test_a_stopped_private_run_ends_with_equal_bits_and_charges(
 
 @pytest.mark.parametrize("point", POINTS)
 def test_secret_noise_is_never_drawn_without_a_charge(start, undisturbed, tmp_path, point):
-    """The key survives the cut, so what is done again is done with the same noise: no charge is
-    missing or doubled.
+    """The key survives the stop, so repeated steps get the same noise: no charge is missing or
+    doubled.
     """
     _, ledger, passed = undisturbed(start, "ewc", SIMULATED)
     cut = Cut(point, passed[point] // 2 + 1)
@@ -280,7 +278,7 @@ def test_a_finished_run_is_not_trained_again(start, tmp_path):
     ],
 )
 def test_a_changed_step_gets_new_noise_and_a_new_charge(learner_of, toy_stream, tmp_path, changes):
-    """The scheduler's first rate is the same: what comes later in the block must count too."""
+    """The scheduler's first rate is the same; later rates in the block must count too."""
     noises = []
     for options in ({}, changes):
         folder = tmp_path
@@ -357,7 +355,7 @@ def test_a_resumed_run_continues_the_learning_rate_schedule(
     assert rates["cut"] == rates["whole"] and len(set(rates["whole"])) > 2
 
 
-def test_whole_number_keys_are_restored_from_json():
+def test_whole_number_keys_of_a_scheduler_survive_json():
     assert numbered({"milestones": {"3": 1, "60": 2}, "lrs": [{"0": 1.0}], "name": "x"}) == {
         "milestones": {3: 1, 60: 2},
         "lrs": [{0: 1.0}],

@@ -1,5 +1,5 @@
-"""What a learner refuses before numbers are wrong: misfits of model and stream, hooks without an
-answer, runaways.
+"""Refusals of a learner before training: models that do not fit, hooks without a result, and
+divergence.
 """
 
 import math
@@ -69,7 +69,7 @@ def test_training_that_diverges_raises_an_error(learner_of, toy_stream):
 
 @dataclass(frozen=True, kw_only=True)
 class Answers(Strategy):
-    """Hooks that answer what they may not."""
+    """A strategy whose hooks return invalid values."""
 
     hook: str
 

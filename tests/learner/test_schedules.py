@@ -1,4 +1,4 @@
-"""Schedules of the learning rate: anew for every experience, and refused in one plain line."""
+"""Learning-rate schedules: a new one for every experience, and refusals in one line."""
 
 from functools import partial
 
@@ -28,7 +28,7 @@ def cosine(optimizer, steps):
 
 @pytest.fixture
 def rates_of(learner_of, toy_stream):
-    """From a schedule to the learning rates and momenta of every experience."""
+    """Return a function from a schedule to the learning rates and momenta of every experience."""
 
     def run(scheduler, strategy=None, **options):
         found = {}

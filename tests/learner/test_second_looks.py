@@ -1,4 +1,4 @@
-"""One charge pays for one look at a sum: forks, second writers, and logs that were put back."""
+"""One charge covers one noisy answer: forked processes, second writers, and restored logs."""
 
 import os
 import shutil
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:privacy.delta")
 
 
 class Stop(Exception):  # noqa: N818
-    """A kill."""
+    """An exception in place of a kill."""
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def make(learner_of, folder):
 
 
 class Answers:
-    """Callback that keeps the gradient of a step, and stops after another."""
+    """A callback that keeps the gradient of a step, and stops after another step."""
 
     def __init__(self, step=0, stop=None):
         self.step = step
@@ -62,7 +62,7 @@ def entries(learner):
 
 
 def in_child(work):
-    """Message of the error of `work` in a forked child; "" where there is none."""
+    """Return the error message of `work` in a forked child process, or ""."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
@@ -79,7 +79,7 @@ def in_child(work):
 
 
 def test_a_forked_child_process_draws_no_noise_of_its_parent(make, toy_stream, folder):
-    """A hundred children once had a hundred answers to one sum."""
+    """A hundred child processes once got a hundred answers to one sum."""
     told = []
 
     def fork(point, learner):
@@ -103,12 +103,12 @@ def test_a_child_process_can_use_a_folder_that_its_parent_closed(make, toy_strea
 @pytest.mark.parametrize(
     ("kept", "beside"),
     [(None, False), (OPENED, False), (-1, False), (0, True), (OPENED, True)],
-    ids=["removed", "opened", "a line short", "empty, no head", "opened, no head"],
+    ids=["removed", "opened", "one line missing", "empty, no head", "opened, no head"],
 )
 def test_a_restored_older_draw_log_makes_a_repeat_a_new_charge(
     make, toy_stream, folder, kept, beside
 ):
-    """Only the log goes back, and the checkpoint is gone: the ledger stays as it is."""
+    """Only the log is restored, and the checkpoint is deleted; the ledger is unchanged."""
     first = Answers(stop=3)
     with pytest.raises(Stop):
         make(first).fit(toy_stream())
@@ -137,7 +137,7 @@ def test_a_draw_log_that_lost_a_line_makes_a_new_charge(make, toy_stream, folder
 
 
 def test_a_checkpoint_detects_an_older_draw_log(make, toy_stream, folder, monkeypatch):
-    """The log and its head went back, and there is no state directory."""
+    """The log and its head are restored, and there is no state directory."""
     monkeypatch.setenv("PERDURE_STATE", "off")
     log = folder / "private" / "draws.jsonl"
     kept = {}
@@ -168,7 +168,7 @@ def test_a_normal_restart_adds_no_privacy_charge(make, toy_stream, folder):
 
 @pytest.fixture
 def stopped(make, toy_stream):
-    """A learner that was stopped inside its first block, before a draw, and its own answers."""
+    """Return a learner that stopped inside its first block, before a draw, and its own answers."""
     answers = Answers()
     stops = [True]
 
@@ -187,7 +187,7 @@ def stopped(make, toy_stream):
 
 @pytest.fixture
 def trained_by_another(make, toy_stream):
-    """Train the first experience by another learner of the folder; its answers."""
+    """Train the first experience by another learner of the folder, and return the answers."""
 
     def train():
         answers = Answers()
@@ -202,7 +202,7 @@ def trained_by_another(make, toy_stream):
 
 
 def test_a_continuing_learner_reads_draws_of_another_learner(stopped, trained_by_another):
-    """Step 0 was once drawn twice, by a learner that still knew the log of before."""
+    """Step 0 was once drawn twice, by a learner that had read the log before."""
     learner, mine = stopped
     learner.close()
     others = trained_by_another()
@@ -235,7 +235,7 @@ def test_one_learner_works_at_a_time_after_the_lock_is_deleted(stopped, make, to
 
 
 def test_a_draw_log_changed_by_others_stops_the_draws(make, toy_stream, folder):
-    """Without a lock that tells of it: the file itself is looked at before every draw."""
+    """No lock shows the change, so the file itself is checked before every draw."""
 
     def meddle(point, learner):
         if point == "step.sampled" and learner.position.step == 1:

@@ -1,4 +1,4 @@
-"""Draws inside a private step start from the whole secret, whatever draws them."""
+"""Random draws inside a private step start from the whole secret key."""
 
 from dataclasses import dataclass, replace
 
@@ -16,13 +16,13 @@ WORDS = slice(24, 24 + 8 * 624)
 
 
 def from_32_bits(state):
-    """True for the state of a generator that only `manual_seed` has set."""
+    """True if the state of a generator was set by `manual_seed` only."""
     kept = int.from_bytes(bytes(state[24:28].tolist()), "little")
     return torch.equal(torch.Generator().manual_seed(kept).get_state()[WORDS], state[WORDS])
 
 
 class Look(nn.Module):
-    """Stands for a layer that draws by a function, which no list of modules tells of."""
+    """A layer that draws by a function, which no list of modules contains."""
 
     def forward(self, x):
         SEEN.append(torch.get_rng_state())
@@ -48,7 +48,7 @@ def dropping(stream, layer):
 
 
 def trained(learner_of, toy_stream, *, layer=(), privacy=SIMULATED, **changes):
-    """States of the generators that were drawn from in two steps, and the learner."""
+    """Return the states of the generators that were used in two steps, and the learner."""
     stream = toy_stream()
     torch.manual_seed(3)
     model = {"model": dropping(stream, layer)} if layer else {}
@@ -61,14 +61,14 @@ def trained(learner_of, toy_stream, *, layer=(), privacy=SIMULATED, **changes):
 
 
 def forget_probes(point, learner):
-    """Before the first step, the digest of the block has drawn for synthetic records."""
+    """Forget draws for synthetic records, which the block's digest makes before the first step."""
     if point == "step.sampled" and learner.position.step == 0:
         SEEN.clear()
 
 
 DRAWERS = {
     "listed dropout": lambda: {"layer": [Look(), nn.Dropout(0.5)]},
-    "a layer of one's own": lambda: {"layer": [Look()]},
+    "a layer of the user": lambda: {"layer": [Look()]},
     "views": lambda: {"views": Views(count=1, change=look)},
     "start of an attack": lambda: {"adversary": Watched(epsilon=0.1, steps=1, bounds=None)},
 }
@@ -94,7 +94,7 @@ def test_private_random_numbers_change_with_the_key_and_step(learner_of, toy_str
 
 
 def test_private_draws_do_not_change_the_global_generator(learner_of, toy_stream):
-    """Numbers that a callback draws afterwards would tell of the secret state."""
+    """Numbers that a callback draws afterwards would reveal the secret state."""
     states = []
 
     def after(point, learner):

@@ -1,4 +1,4 @@
-"""A loop of the user's own over a session ends in the bits of a learner."""
+"""Training in a user's loop over a session gives the same bits as a learner."""
 
 from functools import partial
 
@@ -40,7 +40,7 @@ def session_of(model, stream, strategy=None, make=torch.optim.Adam, lr=0.02, **c
 
 
 def train(session, experiences=None):
-    """Run the loop of the documentation."""
+    """Run the training loop of the documentation."""
     for experience in session.stream if experiences is None else experiences:
         with session.experience(experience) as batches:
             for batch in batches:
@@ -57,7 +57,7 @@ def assert_same_run(session, learner):
 
 
 def both(stream, model, strategy, **settings):
-    """A session and a learner that were trained with the same settings."""
+    """Return a session and a learner that were trained with the same settings."""
     learner = Learner(model=model(), strategy=strategy, optimizer=adam, **SETTINGS | settings)
     last = learner.fit(stream)[-1].tolist()
     session = train(session_of(model(), stream, strategy, **settings))

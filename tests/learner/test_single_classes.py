@@ -1,4 +1,4 @@
-"""Experiences of one class, whose loss is 0 whatever the model does: refused before anything."""
+"""Experiences of one class, whose loss is always 0, are refused before training."""
 
 from functools import partial
 
@@ -28,7 +28,7 @@ SGD = partial(torch.optim.SGD, lr=0.1)
 
 @pytest.fixture
 def ones(toy_data):
-    """From a scenario to four experiences of one class each."""
+    """Return a function from a scenario to four experiences of one class each."""
     return lambda scenario="class": split(toy_data, scenario=scenario, experiences=4)
 
 

@@ -1,4 +1,4 @@
-"""Streams of pieces: measured by the experience that was cut up, on its test records, once each."""
+"""Streams of pieces: evaluation by stage, on the stage's test records, once each."""
 
 from collections import Counter
 from dataclasses import replace
@@ -27,7 +27,7 @@ def pieces(parents):
 
 
 def by_hand(learner, parents):
-    """Accuracies on the test records of every parent at the present parameters."""
+    """Return the accuracies on the test records of every stage at the present parameters."""
     after = learner.position.experience - 1
     return [
         accuracy(learner.predictor(after, after=after), e.test.inputs, e.test.labels, 2048)
@@ -83,7 +83,7 @@ def test_evaluations_within_a_stage_are_not_in_the_matrix(learner_of, parents, p
 def test_pieces_have_checkpoints_only_at_evaluations(
     learner_of, parents, pieces, tmp_path, options, saved
 ):
-    """Twice each: before the end of a piece and after it."""
+    """Each evaluation saves twice: before the end of a piece and after it."""
     points = Counter()
     stream = pieces
     if "privacy" in options:

@@ -1,4 +1,6 @@
-"""Steps make no tensor as large as the model beyond the gradient itself: counted, not timed."""
+"""A training step makes no tensor as large as the model except the gradient; tensors are
+counted.
+"""
 
 from functools import partial
 
@@ -21,7 +23,7 @@ LARGE = 300 * 300
 
 
 class Fresh(TorchFunctionMode):
-    """Counts the tensors of a large parameter's size that functions of torch make."""
+    """Count the new tensors of a large parameter's size that torch functions make."""
 
     def __init__(self):
         super().__init__()
@@ -37,7 +39,7 @@ class Fresh(TorchFunctionMode):
 
 @pytest.fixture
 def begun(learner_of, toy_stream):
-    """A learner of a model with a large layer, some steps into its second experience."""
+    """Return a learner of a model with a large layer, some steps into its second experience."""
 
     def make(strategy, **options):
         stream = toy_stream()
@@ -111,7 +113,7 @@ def test_a_strategy_state_given_by_the_caller_is_not_changed(begun, strategy):
 
 
 class Collecting(Strategy):
-    """Keeps what it is handed, which it may: it does not follow in place."""
+    """A strategy that keeps its arguments, as allowed without in-place updates."""
 
     def init(self, spec):
         return State().declare_group("before", spec.params, "local")
@@ -142,7 +144,7 @@ def test_the_released_gradient_shares_no_optimizer_memory(begun):
 
 
 def test_a_copy_of_a_kept_gradient_uses_new_memory():
-    """A loop that zeroes gradients in place lets autograd add to the kept ones."""
+    """If a loop zeroes gradients in place, autograd adds to the kept tensors."""
     memory = StepMemory()
     kept = memory.copy_of({"w": torch.ones(3)})
     again = memory.copy_of(kept)
@@ -151,7 +153,7 @@ def test_a_copy_of_a_kept_gradient_uses_new_memory():
 
 
 def test_a_gradient_with_shared_memory_is_copied():
-    """Autograd hands out one number for many, and one tensor for two parameters."""
+    """Autograd may return one number for many entries, and one tensor for two parameters."""
     shared = torch.ones(1).expand(3)
     kept = StepMemory().copy_of({"a": shared, "b": shared})
     kept["a"][0] = 5.0

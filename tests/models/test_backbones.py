@@ -1,4 +1,4 @@
-"""Backbones of torchvision, timm and Hugging Face, randomly initialised, behind `wrap`."""
+"""Backbones of torchvision, timm and Hugging Face with random weights behind `wrap`."""
 
 from dataclasses import replace
 from functools import partial
@@ -75,7 +75,7 @@ def bert():
 
 
 def network():
-    """A small one of torchvision's ResNets."""
+    """Return a small ResNet of torchvision."""
     from torchvision.models.resnet import BasicBlock, ResNet
 
     torch.manual_seed(0)

@@ -1,5 +1,5 @@
-"""Models: shapes, seeds, features and head, per-record gradients, and no BatchNorm unless asked
-for.
+"""Classifiers: shapes, seeds, features and head, per-record gradients, and no BatchNorm by
+default.
 """
 
 import pytest
@@ -95,7 +95,7 @@ def test_the_mlp_has_the_default_initialisation_of_pytorch():
 
 
 def test_per_record_gradients_add_up_to_the_batch_gradient(model):
-    """In float64: normalising groups of a few numbers amplifies rounding."""
+    """float64 is used because normalisation over few numbers amplifies rounding."""
     model = model.double()
     x = torch.rand(6, *DIGITS, dtype=torch.float64)
     y = torch.arange(6)
@@ -115,7 +115,7 @@ def test_per_record_gradients_add_up_to_the_batch_gradient(model):
 
 
 def test_the_output_of_a_record_does_not_depend_on_other_records(model):
-    """BatchNorm in training mode would fail here."""
+    """BatchNorm in training mode would fail this test."""
     x = torch.rand(4, *DIGITS)
     model.train()
     torch.testing.assert_close(model(x)[:2], model(x[:2]), rtol=1e-4, atol=1e-5)
@@ -133,7 +133,9 @@ def test_models_have_batch_norm_only_on_request(make):
 
 
 def test_default_models_have_the_documented_number_of_parameters():
-    """About 100,000 parameters in the CNN; the usual 11,173,962 of ResNet-18 with a small stem."""
+    """The CNN has about 100,000 parameters, and ResNet-18 with a small stem the usual
+    11,173,962.
+    """
     small = cnn(input_shape=(1, 28, 28), num_classes=10, seed=0)
     large = resnet18(input_shape=(3, 32, 32), num_classes=10, seed=0)
     assert 80_000 < sum(p.numel() for p in small.parameters()) < 120_000

@@ -1,6 +1,4 @@
-"""The cosine head: its formula, what it does not see, every builder, and its gradients record by
-record.
-"""
+"""The cosine head: formula, invariances, model builders, and per-record gradients."""
 
 import math
 
@@ -139,7 +137,7 @@ def test_clipped_cosine_head_sums_equal_a_loop_over_records(toy_stream, bound):
 
 
 def test_book_keeping_refuses_head_weights_used_outside_the_head(toy_stream):
-    """As LUCIR uses them: the tape would miss that part."""
+    """LUCIR uses the weights this way, and book-keeping would miss that part."""
     stream = toy_stream()
     model = mlp(input_shape=(5,), num_classes=4, hidden=(6,), seed=0, head="cosine")
     params = dict(model.named_parameters())

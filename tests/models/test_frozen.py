@@ -1,5 +1,5 @@
-"""Frozen bodies: nothing trains, moves, travels or is stored, and a backbone computes what it
-did.
+"""Frozen bodies: their parameters are neither trained nor stored, and outputs equal the
+backbone's.
 """
 
 import pytest
@@ -25,7 +25,7 @@ def images(n=5, seed=0):
 
 
 def backbone():
-    """A network with BatchNorm that has seen other data, and dropout."""
+    """Return a network with dropout and with BatchNorm statistics of other data."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
         model = resnet18(input_shape=SHAPE, num_classes=4, seed=0, norm="batch", width=4).body

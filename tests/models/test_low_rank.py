@@ -23,7 +23,7 @@ def net():
 
 
 def moved(model):
-    """The model with B away from 0, so that A has a gradient."""
+    """Return the model with B different from 0, so that A has a gradient."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, value in model.named_parameters():

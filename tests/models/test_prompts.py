@@ -1,6 +1,4 @@
-"""Prompts: which are picked and what they weigh, against loops over single records, and how they
-start.
-"""
+"""Prompts: selection and weights against loops over single records, and initial values."""
 
 import pytest
 import torch
@@ -41,7 +39,9 @@ def cos(a, b):
 
 @torch.no_grad()
 def by_hand(model, x, length, chosen):
-    """One record: the query, the nearest keys, and the mean of the prompts' last states."""
+    """Return, for one record, the query, the nearest keys, and the mean of the prompts' last
+    states.
+    """
     body = model.body
     plain = backbone()
     keys = body.keys.weight

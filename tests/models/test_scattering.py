@@ -1,5 +1,5 @@
-"""Scattering and random convolutions: brute-force references, properties, one record at a time,
-what is refused.
+"""Scattering and random convolutions: brute-force references, properties, independence and
+refusals.
 """
 
 import math
@@ -18,15 +18,13 @@ def images(n=3, channels=1, side=28, seed=0):
 
 
 def stripes(angle, side=28):
-    """(1, 1, side, side): a wave of the finest wavelet's frequency that runs in direction
-    `angle`.
-    """
+    """Return (1, 1, side, side) waves of the finest wavelet's frequency in direction `angle`."""
     y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
     return torch.cos(3 * math.pi / 4 * (x * math.cos(angle) + y * math.sin(angle)))[None, None]
 
 
 def plain_wavelet(scale, direction, orientations):
-    """The formula of `morlet`, entry by entry."""
+    """Return the formula of `morlet`, entry by entry."""
     sigma = 0.8 * 2**scale
     slant = 4 / orientations
     xi = 0.75 * math.pi / 2**scale
@@ -50,7 +48,7 @@ def plain_wavelet(scale, direction, orientations):
 
 
 def plain_modulus(plane, wavelet, step):
-    """|convolution| on a ring, by Fourier transforms, at every step-th pixel."""
+    """Return |convolution| with periodic borders, by Fourier transforms, at every step-th pixel."""
     ring = torch.zeros(plane.shape, dtype=torch.complex128)
     for (y, x), value in wavelet.items():
         ring[y % len(ring), x % len(ring)] += value
@@ -58,7 +56,7 @@ def plain_modulus(plane, wavelet, step):
 
 
 def plain_average(plane, resolution, scales):
-    """Gaussian means of what lies around every 2^J-th pixel inside the margin."""
+    """Return Gaussian means around every 2^J-th pixel inside the margin."""
     margin = 2**scales
     step = 2**resolution
     sigma = 0.8 * 2 ** (scales - 1)

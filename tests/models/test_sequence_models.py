@@ -1,4 +1,4 @@
-"""LSTM, GRU and decoder: equal to torch where it has them, causal, and trained by every hook."""
+"""LSTM, GRU and decoder: equal to torch, causal, and trained by every hook."""
 
 from dataclasses import replace
 from functools import partial

@@ -1,5 +1,5 @@
-"""The transformer: equal to PyTorch's own layers and to torchvision's model, row by row, and ready
-for book-keeping.
+"""The transformer: equal to PyTorch's layers and torchvision's model, per row, and with clipping
+rules.
 """
 
 import pytest
@@ -46,7 +46,9 @@ def model(**changes):
 
 
 def moved(module, scale=0.3):
-    """The module with weights that are nowhere 0 or 1, so that nothing hides."""
+    """Return the module with weights that are nowhere 0 or 1, so that every weight has an
+    effect.
+    """
     place = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for value in module.parameters():
@@ -69,7 +71,7 @@ every = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS.keys())
 
 
 def multihead(own):
-    """PyTorch's attention with the same weights."""
+    """Return PyTorch's attention with the same weights."""
     theirs = nn.MultiheadAttention(own.query.in_features, own.heads, batch_first=True)
     parts = [own.query, own.key, own.value]
     theirs.load_state_dict(
@@ -147,7 +149,7 @@ def test_patches_equal_the_patches_of_a_convolution():
 
 
 def torchvision_weights():
-    """A small model of torchvision, and its weights by timm's names."""
+    """Return a small model of torchvision and its weights under timm's names."""
     from torchvision.models import VisionTransformer
 
     theirs = moved(

@@ -1,4 +1,6 @@
-"""Models of any library behind one tensor in and one tensor out, with features of one pass."""
+"""Models of any library behind one input and one output tensor, with features from the same
+pass.
+"""
 
 from collections import OrderedDict, namedtuple
 from functools import partial
@@ -22,7 +24,7 @@ Answer = namedtuple("Answer", ["logits", "hidden"])
 
 
 class Net(nn.Module):
-    """Two layers, with an answer of any kind, that writes into its features afterwards."""
+    """Two layers that return any kind of value and then write into their features."""
 
     def __init__(self, answer=lambda logits, hidden: logits):
         super().__init__()
@@ -44,7 +46,7 @@ class Written(Net):
 
 
 class Masked(nn.Module):
-    """Mean of the embeddings where the mask is 1."""
+    """The mean of embeddings where the mask is 1."""
 
     def __init__(self):
         super().__init__()
@@ -203,7 +205,7 @@ def test_an_unwrapped_hugging_face_model_gives_a_hint_to_wrap(toy_stream, answer
 
 
 def pair():
-    """A classifier, and the same layers behind `wrap`."""
+    """Return a classifier, and the same layers behind `wrap`."""
     own = mlp(input_shape=(5,), num_classes=4, hidden=(6,), seed=0)
     layers = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 4))
     layers.load_state_dict(

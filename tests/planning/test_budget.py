@@ -1,5 +1,5 @@
-"""What a run will cost, planned from public facts: horizons, caps, budgets by experience, what was
-spent elsewhere.
+"""Privacy budgets planned from public facts: horizons, caps, budgets per experience, and spent
+charges.
 """
 
 from dataclasses import replace
@@ -27,7 +27,7 @@ DELTA = 1e-5
 
 @pytest.fixture
 def stream(toy_data):
-    """Four experiences of 12 records, one class each."""
+    """Return a stream of four experiences with 12 records of one class each."""
     return split(toy_data, scenario="class", experiences=4)
 
 
@@ -115,8 +115,8 @@ def test_a_stream_longer_than_the_horizon_is_refused(learner_of, stream):
 
 
 def test_a_run_continues_within_the_horizon_with_new_records(learner_of, stream, tmp_path):
-    """The same folder, a stream that grew: the old charges stand and the grant of the whole horizon
-    still holds.
+    """The folder is the same and the stream grew: old charges stay and the grant of the whole
+    horizon holds.
     """
     privacy = Privacy(epsilon=3, horizon=4, seed=0)
     early = replace(stream, experiences=stream.experiences[:2])
@@ -255,8 +255,8 @@ def test_equal_charges_given_as_spent_are_each_counted(learner_of, stream):
 
 
 def test_the_budget_of_an_experience_holds_if_a_run_is_extended(learner_of, stream, tmp_path):
-    """Another plan in the same folder: what the first one spent counts against each experience's
-    own budget.
+    """With another plan in the same folder, charges of the first plan count against each
+    experience's budget.
     """
     stream = replace(stream, experiences=stream.experiences[:2])
     privacy = Privacy(epsilon=(1.0, 8.0), seed=0)

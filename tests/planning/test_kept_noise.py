@@ -1,4 +1,4 @@
-"""Noise that a folder keeps for a plan: found once, and never trusted."""
+"""Noise multipliers stored in a folder: computed once, and checked before use."""
 
 import json
 from dataclasses import replace
@@ -27,7 +27,7 @@ def stream(toy_data):
 
 @pytest.fixture
 def calls(toy_model, stream, tmp_path):
-    """Prepare a learner as in a process of its own; its PLD calls and its noise."""
+    """Prepare a learner as a new process does; return its PLD calls and its noise multipliers."""
 
     def prepare(privacy=BUDGET, strategy=None, folder=tmp_path / "run", of=stream, **changes):
         options = {"optimizer": partial(torch.optim.SGD, lr=0.5), "epochs": 3, "batch_size": 4}
@@ -49,7 +49,7 @@ def calls(toy_model, stream, tmp_path):
 
 
 def change(folder, noise):
-    """Put other noise in the place of what is kept."""
+    """Replace the stored noise multipliers."""
     path = folder / FILE
     kept = json.loads(path.read_text())
     kept["plans"] = dict.fromkeys(kept["plans"], noise)
@@ -62,7 +62,7 @@ def change(folder, noise):
         (BUDGET, Replay(memory_size=4)),
         (Privacy(epsilon=(1.0, 2.0, 3.0, 1.0), delta=1e-3, seed=0), Naive()),
     ],
-    ids=["one budget", "one budget an experience"],
+    ids=["one budget", "one budget per experience"],
 )
 def test_a_second_learner_reuses_the_stored_noise_multiplier(calls, privacy, strategy):
     first, noise = calls(privacy, strategy)

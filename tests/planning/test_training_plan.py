@@ -1,4 +1,4 @@
-"""What a plan is made from: public facts."""
+"""A training plan is made from public facts only."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -16,7 +16,7 @@ PRIVATE = Privacy(noise_multiplier=1.0, seed=0)
 
 @dataclass(frozen=True, kw_only=True)
 class Looking(Naive):
-    """Keeps the experiences that it plans."""
+    """A strategy that keeps the experiences that it plans."""
 
     kept: ClassVar[list] = []
 

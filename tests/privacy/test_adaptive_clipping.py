@@ -69,8 +69,8 @@ def test_adaptive_clipping_refuses_too_little_count_noise():
 @pytest.mark.statistical
 @pytest.mark.parametrize("quantile", [0.2, 0.5, 0.8])
 def test_the_adaptive_clip_norm_converges_to_the_quantile(quantile):
-    """Norms 1 to 256 of the 256 records of every step; the count's noise moves the share by 0.05,
-    averaged out.
+    """The 256 records of every step have norms 1 to 256; the count's noise moves the share by 0.05
+    on average.
     """
     made = private_sum(noise_multiplier=0.5, quantile=quantile)
     norms = torch.arange(1.0, 257.0)
@@ -87,7 +87,7 @@ def test_the_adaptive_clip_norm_converges_to_the_quantile(quantile):
 
 @pytest.mark.statistical
 def test_adaptive_noise_follows_the_changing_clip_norm():
-    """Standard deviations of 20,000 draws: 0.5 % off on average, 3 % never."""
+    """The standard deviation of 20,000 draws is off by 0.5 % on average and never by 3 %."""
     made = private_sum(count_noise=0.05, expected=20.0)
     of_gradient = Adaptive().gradient_noise(1.0, 20.0)
     assert of_gradient > 1.15

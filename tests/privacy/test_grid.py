@@ -1,4 +1,4 @@
-"""Sums on the grid: exact addition, a bounded change, and the cost of what is not exact."""
+"""Sums on the grid: exact addition, bounded changes, and the cost of rounding."""
 
 import math
 from functools import partial
@@ -62,8 +62,8 @@ def test_a_sum_beyond_exact_integers_is_refused():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_compiled_grid_conversions_give_the_same_numbers(dtype):
-    """Halves of a step go to the even integer, and what is too large or no number is refused."""
+def test_compiled_grid_conversions_equal_those_of_numpy(dtype):
+    """Halves of a step round to the even integer, and too large or NaN values are refused."""
     steps = 2.0**20
     values = torch.randn(50_000, dtype=dtype, generator=torch.Generator().manual_seed(0))
     values[:1000] = (torch.arange(1000) + 0.5) / steps
@@ -85,7 +85,7 @@ def test_the_compiled_grid_conversions_give_the_same_numbers(dtype):
 
 
 def change(rows, index, clip):
-    """Norm of the change of the sum on the grid when one row is left out, in clip norms."""
+    """Return the norm of the change of the grid sum without one row, in clip norms."""
     grid = Grid(numbers=rows.shape[1], steps=clip.steps)
     shapes = {"a": rows.shape[1:]}
     kept = torch.arange(len(rows)) != index
@@ -104,7 +104,7 @@ def change(rows, index, clip):
     ],
 )
 def test_one_of_many_rows_changes_the_grid_sum_by_its_clip_norm(n):
-    """In float32 it moved by 1.013 C at 60,000 rows and by 1.549 C at 600,000."""
+    """In float32 the change was 1.013 C at 60,000 rows and 1.549 C at 600,000."""
     rows = torch.full((n, 8), 3.0) + torch.arange(8) / 7
     clip = Clip(norm=0.7, steps=Grid.of(8, 1.0).steps)
     for index in (0, n // 2, n - 1):
@@ -220,7 +220,7 @@ TOO_MUCH = {
 
 
 @pytest.mark.parametrize("kind", TOO_MUCH)
-def test_noise_beyond_the_sampler_tables_is_refused_uncharged(toy_stream, kind):
+def test_noise_beyond_the_tables_is_refused_before_any_charge(toy_stream, kind):
     stream = toy_stream()
     learner = Learner(
         model=mlp(input_shape=(5,), num_classes=4, hidden=(64, 2048), seed=0),
@@ -241,7 +241,7 @@ def test_noise_beyond_the_sampler_tables_is_refused_uncharged(toy_stream, kind):
 
 
 def long_rows(n=20):
-    """Rows of three parameters in two layers, of all lengths, one of them not a number."""
+    """Return rows of three parameters in two layers, of all lengths, one of them NaN."""
     draw = torch.Generator().manual_seed(0)
     lengths = torch.logspace(-3, 3, n).view(-1, 1, 1)
     weight = torch.randn(n, 90, 100, generator=draw) * lengths
@@ -264,7 +264,7 @@ def test_compiled_sums_of_long_rows_equal_sums_by_torch(per_layer, steps, monkey
 
 
 class Unclipped(Clip):
-    """Scales no row: a fault that the check of integer norms is for."""
+    """A clip that scales no row, as a fault for the check of integer norms."""
 
     def factors(self, squares):
         return {layer: torch.ones_like(square) for layer, square in squares.items()}
@@ -287,7 +287,7 @@ def test_short_or_float64_rows_are_summed_by_torch():
 
 
 class Passes(TorchDispatchMode):
-    """Counts operations of torch on tensors of some size."""
+    """Count torch operations on tensors of some size."""
 
     def __init__(self, numbers):
         super().__init__()

@@ -28,21 +28,21 @@ NOISE = 4.0
 
 
 def pairs(z):
-    """Coordinates that one pair of words gave: i and i + half."""
+    """Return the coordinates of one pair of words: i and i + half."""
     half = (len(z) + 1) // 2
     y = z[half:].double()
     return z[: len(y)].double(), y
 
 
 def angles(z):
-    """Mean distance of the angles of pairs to float32 numbers, as which they were drawn."""
+    """Return the mean distance of pair angles to float32 numbers, as which they were drawn."""
     x, y = pairs(z)
     turn = torch.atan2(y, x) % (2 * math.pi)
     return float((turn - turn.float().double()).abs().mean())
 
 
 def radii(z):
-    """Mean distance of the uniforms behind the radii to multiples of 2^-53, far out."""
+    """Return the mean distance of the uniforms behind large radii to multiples of 2^-53."""
     x, y = pairs(z)
     square = x.square() + y.square()
     far = square.topk(min(20, len(square))).values
@@ -54,12 +54,12 @@ STATISTICS = {"32-bit angles": angles, "53-bit radii": radii}
 
 
 def guessed(statistic, output, without, with_record, sigma):
-    """True where the statistic says that the record was there."""
+    """True if the statistic says that the record was present."""
     return statistic((output - with_record) / sigma) < statistic((output - without) / sigma)
 
 
 def judge(right):
-    """A guesser without knowledge is right in 160 to 240 of 400, but for one try in 10^4."""
+    """Assert 160 to 240 right guesses of 400, which a blind guesser misses once in 10^4 runs."""
     assert len(right) == TRIALS
     assert 0.4 <= sum(right) / TRIALS <= 0.6, f"{sum(right)} of {TRIALS} right"
 
@@ -90,8 +90,8 @@ def test_the_noise_of_a_release_does_not_reveal_membership(toy_stream, toy_model
 
 @pytest.fixture(scope="module")
 def steps(toy_data):
-    """Gradients and momenta of 400 steps that do not move the model, half of them without one
-    record, and the two clipped sums that an attacker knows.
+    """Return gradients and momenta of 400 steps that do not change the model, half without one
+    record, and both clipped sums.
     """
     from perdure.data.scenarios import split
 

@@ -1,4 +1,4 @@
-"""Steps that are executed again: an equal sum is replayed, another one is charged again."""
+"""Repeated steps: an equal sum gets the same noise, another sum is charged again."""
 
 import json
 import stat
@@ -22,7 +22,7 @@ RECORDS = torch.stack([torch.arange(1000), torch.zeros(1000, dtype=torch.int64)]
 
 
 class Process:
-    """A private sum on the files of one folder, as a process of its own would open it."""
+    """A private sum on the files of one folder, opened as by a separate process."""
 
     def __init__(self, folder, *, boot="boot 1", key=None, **changes):
         self.key = key or NoiseKey.from_os(folder / "private" / "key")
@@ -54,7 +54,7 @@ class Process:
         )
 
     def step(self, step, value=1.0):
-        """Gradient of a step; None where it was charged again."""
+        """Return the gradient of a step, or None if it was charged again."""
         try:
             return self.sum.gradient(partial(clipped, value), PARAMS, step=step)["w"]
         except ChangedSumError:
@@ -75,7 +75,7 @@ class Process:
         )["w"]
 
     def ask(self, asked, value):
-        """Answer of a kind of release."""
+        """Return the answer of one kind of release."""
         if asked == "release":
             return self.release(value)
         if asked == "count":
@@ -114,7 +114,7 @@ def test_an_equal_block_is_repeated_at_no_privacy_cost(process):
 
 
 def test_a_changed_sum_is_charged_again_before_it_is_drawn(process):
-    """Six draws of one step for one charge were had before: 12.9 stated, 42.8 spent."""
+    """Six draws of one step were once possible for one charge: epsilon 12.9 stated, 42.8 spent."""
     first = process()
     first.reserve()
     drawn = [first.step(step) for step in STEPS]
@@ -147,7 +147,7 @@ def test_a_changed_step_samples_other_records(process):
     assert not torch.equal(again.sum.coins(RECORDS, 0), coins)
 
 
-def test_a_second_repeat_of_a_changed_run_costs_nothing(process):
+def test_repeating_a_changed_run_again_has_no_privacy_cost(process):
     first = process()
     first.reserve()
     first.step(0)
@@ -161,8 +161,8 @@ def test_a_second_repeat_of_a_changed_run_costs_nothing(process):
     assert len(again.sum.ledger.entries) == 2
 
 
-def test_a_step_that_was_not_drawn_costs_nothing_on_restart(process):
-    """Killed between charge and draw, or between steps, on the same boot."""
+def test_a_step_that_was_not_drawn_has_no_cost_on_restart(process):
+    """The process is killed between charge and draw, or between steps, on the same boot."""
     first = process()
     first.reserve()
     first.step(0)
@@ -174,7 +174,7 @@ def test_a_step_that_was_not_drawn_costs_nothing_on_restart(process):
 
 
 @pytest.mark.parametrize(("boot", "entries"), [("boot 1", 1), ("boot 2", 2), ("", 2)])
-def test_an_open_block_is_charged_again_after_another_boot(process, boot, entries):
+def test_an_unfinished_block_is_charged_again_after_a_reboot(process, boot, entries):
     first = process()
     first.reserve()
     first.step(0)
@@ -184,7 +184,7 @@ def test_an_open_block_is_charged_again_after_another_boot(process, boot, entrie
     assert len(again.sum.ledger.entries) == entries
 
 
-def test_a_closed_block_is_repeated_after_another_boot(process):
+def test_a_finished_block_is_not_charged_again_after_a_reboot(process):
     first = process()
     first.reserve()
     drawn = [first.step(step) for step in STEPS]
@@ -226,7 +226,7 @@ ASKED = ["release", "count", "select"]
 @pytest.mark.parametrize("asked", ASKED)
 @pytest.mark.parametrize("value", [1.0, 0.5], ids=["equal", "changed"])
 def test_a_stored_release_is_returned_again_unchanged(process, asked, value):
-    """An entry more, or another answer, once said whether two exact sums are equal."""
+    """An additional entry, or another answer, would reveal if two exact sums are equal."""
     first = process()
     answer = first.ask(asked, 1.0)
     again = process()
@@ -261,7 +261,7 @@ def test_a_release_without_a_stored_answer_is_charged_again(process, tmp_path, a
 @pytest.mark.parametrize("point", ["ledger.head-written", "noise.drawn"])
 @pytest.mark.parametrize("value", [1.0, 0.5], ids=["equal", "changed"])
 def test_a_release_stopped_before_its_answer_is_charged_once(process, tmp_path, value, point):
-    """Stopped between charge and answer: the ledger shows the same, whatever the sums are."""
+    """The process stops between charge and answer; the ledger looks the same for all sums."""
     made = process()
 
     def stop(here):
@@ -301,7 +301,7 @@ def test_the_ledger_does_not_reveal_if_two_answers_are_equal(process):
 
 @pytest.mark.parametrize(("value", "entries"), [(1.0, 1), (0.5, 2)])
 def test_a_simulated_release_is_computed_again(tmp_path, value, entries):
-    """So a simulated run ends in the same bits wherever it was stopped."""
+    """So a simulated run ends with the same bits wherever it was stopped."""
     first = Process(tmp_path, key=NoiseKey.from_seed(0))
     answer = first.release()
     again = Process(tmp_path, key=NoiseKey.from_seed(0))
@@ -323,13 +323,15 @@ def test_correlated_noise_restarts_if_a_block_changed(process):
 
 
 class Stop(Exception):  # noqa: N818
-    """A callback that fails."""
+    """A callback that raises an error."""
 
 
 @pytest.mark.parametrize("changes", [{"bands": 3}, {"clipping": Adaptive(count_noise=0.5)}, {}])
 @pytest.mark.parametrize("stopped", [0, 1, 3])
 def test_a_step_repeated_after_a_failure_counts_once(process, tmp_path, changes, stopped):
-    """A record of such a step was once twice in the chain: 1.43 times its clip norm."""
+    """A record of such a step was once counted twice in the noise chain: 1.43 times its clip
+    norm.
+    """
     slots = {"rate": 1.0, "slots": 4} if "bands" in changes else {}
     made = process(**changes)
     made.reserve(**slots)

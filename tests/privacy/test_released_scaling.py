@@ -1,4 +1,4 @@
-"""Constants for scaling that are released: what they are, and that they are paid for."""
+"""Released constants for scaling: their values and their charges."""
 
 import math
 from dataclasses import replace
@@ -46,7 +46,7 @@ def test_each_image_channel_has_its_own_released_constants():
 
 @pytest.mark.statistical
 def test_the_noise_of_released_constants_has_the_right_scale():
-    """20 columns under 40 seeds: 800 draws, whose deviation is off by 10 % in 1 run of 10^4."""
+    """20 columns and 40 seeds give 800 draws, whose deviation is off by 10 % in 1 run of 10^4."""
     rows = np.full((100, 20), 30.0)
     means = []
     for seed in range(40):
@@ -94,7 +94,7 @@ def test_the_learner_charges_the_scaling_release_before_training(learner_of):  #
     without.close()
 
 
-def test_a_repeated_release_from_a_folder_costs_nothing_more(tmp_path):
+def test_a_repeated_scaling_release_has_no_further_cost(tmp_path):
     scaling = ReleasedScaling(noise_multiplier=20.0, folder=tmp_path / "scaling")
     one, two = (scaled(scaling) for _ in range(2))
     assert torch.equal(one.train.inputs, two.train.inputs)
@@ -105,7 +105,7 @@ def test_a_repeated_release_from_a_folder_costs_nothing_more(tmp_path):
 
 
 def test_a_scaling_folder_serves_one_release_at_a_time(tmp_path):
-    """Two at once would each write a ledger without the entry of the other."""
+    """Two at once would each write a ledger without the other's entry."""
     scaling = ReleasedScaling(noise_multiplier=20.0, folder=tmp_path / "scaling")
     with locked(tmp_path / "scaling"), pytest.raises(RunError, match="is in use"):
         scaled(scaling)

@@ -59,13 +59,13 @@ SAME = Privacy(noise_multiplier=1.0, seed=0)
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """EWC and Replay alone, with noise from the operating system."""
+    """Return a run of EWC and Replay with one learner and noise from the operating system."""
     return ran(tmp_path_factory.mktemp("alone"), CONFIG)
 
 
 @pytest.fixture(scope="module")
 def federated(tmp_path_factory):
-    """The same two over three clients."""
+    """Return a run of the same two strategies with three clients."""
     return ran(tmp_path_factory.mktemp("federated"), FEDERATED)
 
 
@@ -83,7 +83,9 @@ def test_the_outputs_of_a_run_contain_no_secret(either):
 
 
 def test_the_secret_search_covers_every_kind_of_output(alone, federated):
-    """Every kind of file and message; and the searcher does find the secrets where they belong."""
+    """Every kind of file and message is searched, and the search finds the secrets in private
+    folders.
+    """
     for one, curators in ((alone, 2), (federated, 6)):
         secrets = one.heard.secrets
         left = one.left
@@ -211,9 +213,7 @@ def test_the_secret_search_covers_printed_and_logged_text(federated):
 
 
 def test_the_secret_search_finds_secrets_in_a_client_message(toy_stream, toy_model):
-    """Memory rows as an array, a key as text and ids as numbers: what is recorded of a message
-    holds them all.
-    """
+    """The message contains memory rows as an array, a key as text and ids as numbers."""
     from flwr.app import ConfigRecord, Message, RecordDict
 
     from perdure.federated import client_app
@@ -249,7 +249,7 @@ def learner_of(model, privacy, strategy=None, **changes):
 
 
 def windows(noise):
-    """Every four neighbours among the values of each tensor, with how often they occur."""
+    """Return every four neighbouring values of each tensor, with counts."""
     return Counter(
         flat[i : i + WINDOW].tobytes()
         for value in noise
@@ -259,7 +259,7 @@ def windows(noise):
 
 
 def another_pixel(stream):
-    """The stream with another value in one input of its first record."""
+    """Return the stream with another value in one input of its first record."""
     first = stream[0]
     inputs = first.train.inputs.clone()
     inputs[0, 0] = 1 - inputs[0, 0]
@@ -268,7 +268,7 @@ def another_pixel(stream):
 
 
 def one_record_less(stream):
-    """The stream without its first record, under the declared size of before."""
+    """Return the stream without its first record, under the same declared size."""
     first = stream[0]
     rest = replace(
         first.train.take(torch.arange(1, len(first.train))), declared_size=first.train.declared_size
@@ -289,7 +289,7 @@ CHANGES = {
 )
 @pytest.mark.parametrize("name", ["nothing", *CHANGES])
 def test_different_runs_have_different_noise(toy_stream, toy_model, strategy, name):
-    """Four integers coincide by chance with probability below 1e-20: none of these do."""
+    """Four integers coincide by chance with probability below 1e-20, and none of these do."""
     drawn = []
     for changes in ({}, dict(CHANGES.get(name, {}))):
         stream = changes.pop("stream", lambda stream: stream)(toy_stream())

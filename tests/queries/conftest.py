@@ -1,3 +1,3 @@
-"""Fixtures of this folder's tests."""
+"""Fixtures of the tests in this folder."""
 
 from helpers.curator_harness import party  # noqa: F401

@@ -72,9 +72,7 @@ def test_each_model_pass_has_at_most_micro_batch_size_rows(problem):
 
 @pytest.mark.parametrize("private", [False, True])
 def test_micro_batches_change_neither_training_nor_charges(toy_stream, toy_model, private):
-    """Up to rounding, and up to noise: it is keyed by all that shapes a sum, down to its
-    rounding.
-    """
+    """Equal up to rounding and noise, because the noise depends on everything that shapes a sum."""
     ends = []
     charged = []
     nearly_silent = Privacy(noise_multiplier=1e-3, sampling_rate=1.0, seed=0)
@@ -99,7 +97,7 @@ def test_micro_batches_change_neither_training_nor_charges(toy_stream, toy_model
 
 
 def test_a_mask_of_ones_changes_no_bit_of_the_gradient(problem):
-    """Rows that are all valid are not multiplied by their mask; against the formula that does."""
+    """Valid rows are not multiplied by their mask; the reference multiplies them."""
     forward, params, batch = problem
     mean, loss = mean_gradient(forward, losses, params, batch, None)
     masked = (losses(forward, batch) * batch.valid).sum() / batch.valid.sum()
@@ -132,7 +130,7 @@ def test_model_passes_run_in_the_given_precision(toy_stream, toy_model, precisio
 
 
 def test_the_last_gradient_is_freed_before_the_next_one(toy_stream, toy_model):
-    """So that both never lie in memory at once."""
+    """So two gradients are never in memory at once."""
     stream = toy_stream()
     seen = []
 

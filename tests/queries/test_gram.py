@@ -1,5 +1,5 @@
-"""Gram matrices: bounded whatever a record holds, exact without privacy, with symmetric noise, and
-never as rows.
+"""Gram matrices: bounded per record, exact without privacy, symmetric noise, and no rows in
+memory.
 """
 
 import functools
@@ -48,8 +48,8 @@ entries = st.floats(width=32, allow_nan=True, allow_infinity=True)
     st.sampled_from([0.0, 2.0]),
 )
 def test_no_gram_row_exceeds_the_clip_norm(values, bound, weight, totals):
-    """Of one record, the clipped vector itself; of several, the difference that the last one
-    makes.
+    """The sum of one record is its clipped vector; of several records, the last one's difference is
+    compared.
     """
     table = torch.tensor(values, dtype=torch.float32)
     query = Gram(
@@ -70,9 +70,7 @@ def test_no_gram_row_exceeds_the_clip_norm(values, bound, weight, totals):
 @pytest.mark.parametrize("clip_norm", [0.4, 3.0, 100.0])
 @pytest.mark.parametrize("query", [Gram(features), Gram(features, one_hot), JOINT])
 def test_the_fast_gram_sum_equals_the_sum_of_clipped_rows(toy_stream, toy_model, query, clip_norm):
-    """Against rows of all d (d + 1) / 2 + d c + c numbers, clipped by the function that clips
-    everything.
-    """
+    """The reference is the sum of clipped rows of all d (d + 1) / 2 + d c + c numbers."""
     stream = toy_stream()
     model = toy_model(stream).eval()
     batch = Batch.current(stream[0].train, 0)
@@ -115,8 +113,8 @@ def wide(d):
 
 @pytest.mark.statistical
 def test_gram_noise_is_symmetric_and_has_the_stated_scales(party, toy_stream):
-    """On nobody's records, d = 300, C = 0.2, m = 3: 0.6 on the diagonal, 0.6 / sqrt(2) off it, 0.6
-    / w, 0.6 / v.
+    """Without records, d = 300, C = 0.2, m = 3: 0.6 on the diagonal, 0.6 / sqrt(2) off it, 0.6 / w,
+    0.6 / v.
     """
     test = party(nobody(toy_stream()), wide(300), **NOISY)
     query = Gram(features, lambda f, b: b.inputs.new_zeros(len(b), 500), weight=2.0, totals=0.5)
@@ -138,7 +136,9 @@ def test_gram_noise_is_symmetric_and_has_the_stated_scales(party, toy_stream):
 
 
 def test_private_gram_sums_use_clipped_feature_vectors(party):
-    """End to end, with next to no noise: features and targets of each record times its factor."""
+    """With nearly no noise, the sums are features and targets of each record times its clip
+    factor.
+    """
     test = party(**SILENT)
     records = test.stream[0].train
     rows = test.model.features(records.inputs).detach()
@@ -157,7 +157,7 @@ def test_private_gram_sums_use_clipped_feature_vectors(party):
 
 
 def test_ridge_weights_from_a_gram_release_equal_those_from_rows(party):
-    """What analytic heads do with it: exact without privacy."""
+    """Analytic heads use the release this way; without privacy it is exact."""
     test = party()
     records = test.stream[0].train
     sums = test.curator.release(Gram(features, one_hot), clip_norm=1.0, purpose="gram")
@@ -172,7 +172,7 @@ def test_ridge_weights_from_a_gram_release_equal_those_from_rows(party):
 
 
 class Widest(TorchDispatchMode):
-    """Remembers the greatest number of numbers in any tensor."""
+    """Record the largest size of any tensor."""
 
     most = 0
 
@@ -195,7 +195,7 @@ def test_a_gram_release_forms_no_matrix_per_record(party, privacy):
 
 
 def test_a_users_gram_subclass_cannot_change_the_clipping(party, toy_stream):
-    """Its rows are clipped like anyone's; only `Gram` itself takes the short way."""
+    """The subclass is clipped row by row; only `Gram` itself uses the fast sum."""
 
     class Loose(Gram):
         def clipped_sum(self, module, params, tensors, clip):
@@ -212,7 +212,7 @@ def test_a_users_gram_subclass_cannot_change_the_clipping(party, toy_stream):
 
 
 class Named:
-    """A query of the user's that is no `SummedQuery` but has the names of one."""
+    """A user's query that is not a `SummedQuery` but has methods of the same names."""
 
     def __call__(self, forward, batch):
         return {"value": forward.features(batch.inputs)}
@@ -224,12 +224,12 @@ class Named:
 
 
 class Derived(Named, SummedQuery):
-    """The same below the library's base."""
+    """A user's query below the library's base class."""
 
 
 @functools.wraps(Gram, updated=())
 class Disguised(Named, SummedQuery):
-    """The same under the name and module of a class of the library."""
+    """A user's query with the name and module of a library class."""
 
 
 @pytest.mark.parametrize("kind", [Named, Derived, Disguised])
@@ -259,7 +259,9 @@ def test_an_attribute_cannot_replace_the_clipping_of_a_query(toy_stream, toy_mod
 
 
 class OneShape(Derived):
-    """Says that its rows are single numbers, so that all numbers of the sum would share one."""
+    """A query that claims rows of single numbers, so that one noise value would cover the whole
+    sum.
+    """
 
     def shapes(self, forward, batch):
         return {"value": torch.Size([1])}
@@ -273,7 +275,7 @@ def test_a_query_sum_with_other_shapes_than_its_rows_is_refused(party):
 
 
 class Doubled(Derived):
-    """Knows its exact sum, and hands out half of what is released."""
+    """A query with its own exact sum that returns half of the release."""
 
     def exact_sum(self, forward, batch, chunk):
         return {"value": 3 * forward.features(batch.inputs).detach().sum(0)}

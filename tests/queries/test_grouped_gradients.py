@@ -34,7 +34,7 @@ def query_of(terms=logit, group=by_label, groups=3):
 
 
 def by_hand(module, terms, data, group, groups):
-    """(n, groups, *parameter) rows, one backward pass for every record."""
+    """Return (n, groups, *parameter) rows, with one backward pass per record."""
     rows = {
         name: value.new_zeros(len(data), groups, *value.shape)
         for name, value in module.named_parameters()
@@ -140,7 +140,7 @@ def test_a_grouped_release_without_records_has_the_right_shape():
 
 @pytest.mark.parametrize("model", ["mlp", "cnn"])
 def test_grouped_gradients_form_no_rows_for_all_groups(model, monkeypatch):
-    """They would take 20 x 100,000 gradients here."""
+    """The rows would take 20 x 100,000 gradients."""
     module, data = problem(model)
     params = {name: value.detach() for name, value in module.named_parameters()}
     monkeypatch.setattr(GroupedGradient, "__call__", None)

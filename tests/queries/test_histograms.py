@@ -1,4 +1,4 @@
-"""Means, counts and choices: their scale, their noise, what lies nowhere, and what is refused."""
+"""Means, counts and selections: scale, noise, values outside of bins, and refusals."""
 
 import math
 from dataclasses import dataclass, replace
@@ -18,7 +18,7 @@ from perdure.queries import releases
 
 @pytest.mark.statistical
 def test_a_mean_and_its_noise_are_divided_by_the_declared_size(party, toy_stream):
-    """Declared 96 of 24: noise 3 x 0.2 / 96, two-sided (flakiness 4e-8)."""
+    """The declared size is 96 for 24 records: noise 3 x 0.2 / 96, two-sided (flakiness 4e-8)."""
     stream = toy_stream()
     first = stream[0]
     more = replace(
@@ -41,7 +41,7 @@ def test_a_mean_and_its_noise_are_divided_by_the_declared_size(party, toy_stream
 
 @pytest.mark.statistical
 def test_a_histogram_has_integer_noise_of_the_stated_scale(party):
-    """5,000 bins of which two are filled; m = 3, two-sided (flakiness 4e-8)."""
+    """Two of 5,000 bins are filled; m = 3, two-sided (flakiness 4e-8)."""
     counts = releases.histogram(party(**NOISY).curator, labels, bins=5000, purpose="labels")
     assert counts.dtype == torch.int64 and counts.shape == (5000,)
     noise = counts[2:].double()
@@ -51,7 +51,7 @@ def test_a_histogram_has_integer_noise_of_the_stated_scale(party):
 
 
 def test_a_record_outside_the_bins_is_skipped_only_under_privacy(party):
-    """With privacy an error would tell that there is such a record."""
+    """Under privacy an error would reveal that the record exists."""
 
     def beyond(batch):
         return 5 * batch.labels - 1
@@ -80,7 +80,7 @@ def test_a_quantile_counts_nan_above_all_only_under_privacy(party, toy_stream):
 
 @pytest.mark.parametrize("q", [0.05, 0.5, 0.9])
 def test_private_quantiles_of_many_records_are_accurate(q):
-    """1,000 numbers, epsilon 0.5: a rank 80 off has probability below 1e-6 (with 500
+    """1,000 numbers at epsilon 0.5: a rank error of 80 has probability below 1e-6 (with 500
     candidates).
     """
     place = torch.Generator().manual_seed(0)
@@ -148,7 +148,7 @@ def test_quantile_and_top_k_choices_depend_on_the_records(party):
         ),
     ],
 )
-def test_invalid_queries_are_refused_in_one_line_uncharged(party, ask, message, privacy):
+def test_invalid_queries_are_refused_before_any_charge(party, ask, message, privacy):
     test = party(**privacy)
     with pytest.raises(ConfigError, match=message) as error:
         ask(test.curator)

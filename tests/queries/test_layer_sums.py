@@ -11,7 +11,7 @@ from perdure.queries.squared_gradients import AbsoluteGradient, SquaredGradient
 
 
 class Tokens(nn.Module):
-    """A bare class token and positions, attention, a layer of positions, a head."""
+    """A class token and positions as parameters, attention, a layer of positions, and a head."""
 
     def __init__(self):
         super().__init__()
@@ -40,7 +40,9 @@ class Words(nn.Module):
 
 
 def convolutions():
-    """Grouped, dilated, strided, depthwise, to one place."""
+    """Return grouped, dilated, strided and depthwise convolutions, and one with a single output
+    position.
+    """
     return nn.Sequential(
         nn.Conv2d(2, 4, 3, padding=1, groups=2),
         nn.Tanh(),
@@ -52,7 +54,7 @@ def convolutions():
 
 
 def other_paddings():
-    """Convolutions whose rows are those of any parameter."""
+    """Return convolutions that form rows as any other parameter does."""
     return nn.Sequential(
         nn.Conv2d(2, 3, 3, padding="same"),
         nn.Tanh(),
@@ -63,7 +65,7 @@ def other_paddings():
 
 
 def normalised():
-    """BatchNorm by its running statistics, GroupNorm, and a residual written in place."""
+    """Return BatchNorm with running statistics, GroupNorm, and an in-place residual."""
     model = nn.Sequential(
         nn.Conv2d(2, 4, 3, padding=1, bias=False),
         nn.BatchNorm2d(4),
@@ -118,7 +120,7 @@ def test_layer_sums_equal_one_backward_pass_per_record_and_term(model, kind, mon
 
 
 def counted(monkeypatch, module, data, terms):
-    """Forward and backward passes of an exact sum, the run of the blank record among them."""
+    """Count forward and backward passes of an exact sum, with the run of the blank record."""
     forward = []
     backward = []
     grad = torch.autograd.grad
@@ -167,7 +169,7 @@ def test_layer_sums_keep_no_graph_of_second_derivatives(model):
 
 
 def test_layer_sums_of_a_linear_layer_form_no_record_gradients():
-    """The only numbers whose size is taken are inputs and gradients at outputs."""
+    """Only inputs and output gradients are squared."""
     largest = []
 
     class Watched(SquaredGradient):
@@ -202,7 +204,7 @@ def test_layers_with_a_shared_weight_are_not_summed_separately():
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_layer_sums_are_right_for_a_torch_transformer_layer():
-    """It has a way without gradients, which it takes where it does not see that they are wanted."""
+    """The layer has a fast path without gradients, which it uses if gradients seem unneeded."""
     layer = nn.TransformerEncoderLayer(2, 1, 4, dropout=0.0, batch_first=True)
     module = nn.Sequential(layer, nn.Flatten(), nn.Linear(8, 3)).eval()
     data = batch(shape=(4, 2))

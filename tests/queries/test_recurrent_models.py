@@ -1,4 +1,4 @@
-"""Squared, absolute and grouped gradients of models that torch.func.vmap cannot run as they are."""
+"""Squared, absolute and grouped gradients of models that torch.func.vmap cannot run."""
 
 from functools import partial
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections")
 
 
 class Recurrent(nn.Module):
-    """Reads the numbers of a record one by one."""
+    """A model that reads the numbers of a record one by one."""
 
     def __init__(self, layer, classes=4):
         super().__init__()
@@ -32,7 +32,7 @@ class Recurrent(nn.Module):
 
 
 class Branching(nn.Module):
-    """Branches on a value, which no rule of vmap allows."""
+    """A model that branches on a value, which vmap does not support."""
 
     def __init__(self):
         super().__init__()
@@ -72,7 +72,7 @@ def terms(forward, batch):
 
 
 def one_by_one(model, batch, size, groups):
-    """Plain autograd, one record and one term at a time."""
+    """Return plain autograd rows, one record and one term at a time."""
     params = dict(model.named_parameters())
     total = {
         n: torch.zeros(groups, *p.shape) if groups else torch.zeros_like(p)

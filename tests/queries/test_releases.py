@@ -1,5 +1,5 @@
-"""What may be asked of private records: exact without privacy, bounded, charged and noised with
-it.
+"""Releases about private records: exact without privacy; bounded, charged and noisy under
+privacy.
 """
 
 import math
@@ -107,7 +107,7 @@ def test_a_release_without_privacy_is_exact(party, asked):
 
 @every
 def test_a_release_with_very_small_noise_is_the_clipped_sum(party, asked):
-    """Noise of 1e-6; the same as without privacy where nothing is clipped."""
+    """The noise is 1e-6; without clipping the result equals that without privacy."""
     test = party(**SILENT)
     exact = party()
     ask = {
@@ -157,9 +157,7 @@ def test_equal_releases_have_own_noise_and_repeat_on_restart(party, asked):
 
 @pytest.mark.parametrize("asked", ["histogram", "top-k", "quantile"])
 def test_a_changed_release_after_a_restart_is_a_new_entry(party, asked):
-    """Under one name and number, but of other records' values: never the same noise on another
-    answer.
-    """
+    """The name and number are the same, but the values differ, so the noise must differ."""
     other = {
         "histogram": lambda c: releases.histogram(
             c, lambda b: 3 - b.labels, bins=4, purpose="labels"
@@ -279,7 +277,7 @@ def test_an_error_of_user_code_in_a_query_is_raised_unchanged(party):
 
 @dataclass(frozen=True, kw_only=True)
 class Curious(Strategy):
-    """Asks for one of everything after every experience, and for `more` besides."""
+    """A strategy that asks for one release of each kind, and for `more`, after every experience."""
 
     more: str = ""
     privacy_cost: ClassVar[PrivacyCost] = PrivacyCost(releases=2, histograms=1, selections=3)

@@ -1,4 +1,4 @@
-"""Rows that are not finite count as zero in every private sum, and nothing tells of them."""
+"""Rows with NaN or infinity count as zero in every private sum, without any sign of them."""
 
 import math
 from functools import partial
@@ -27,7 +27,7 @@ POISONS = [math.nan, math.inf, -math.inf, 1e30]
 
 
 class Picky(nn.Module):
-    """Its forward pass does not run under torch.func.vmap."""
+    """A model whose forward pass does not run under torch.func.vmap."""
 
     def __init__(self):
         super().__init__()
@@ -52,7 +52,7 @@ class Series(nn.Module):
 
 
 class Own(nn.Module):
-    """A parameter of its own, so that every record goes alone."""
+    """A model with a parameter of its own, so that records run one by one."""
 
     def __init__(self):
         super().__init__()
@@ -155,7 +155,7 @@ def test_the_query_row_of_a_nan_record_counts_as_zero(kind, query, poison):
 
 
 class Asking(Strategy):
-    """Asks every kind of question at the end of an experience."""
+    """A strategy that asks for every kind of release at the end of an experience."""
 
     def after_experience(self, curator, params, state):
         curator.release(QUERIES["rows"], clip_norm=1.0, purpose="rows")

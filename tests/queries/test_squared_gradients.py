@@ -62,7 +62,9 @@ def test_squared_gradients_equal_one_backward_pass_per_record(model, terms, kind
 @pytest.mark.reference
 @pytest.mark.parametrize("fisher", ["exact", "empirical"])
 def test_fisher_information_of_ewc_equals_a_written_out_loop(fisher, toy_stream, toy_model):
-    """Over the classes that may be predicted; not the square of the batch's mean gradient."""
+    """The sum is over the classes that may be predicted; it is not the squared mean gradient of the
+    batch.
+    """
     stream = toy_stream()
     module = toy_model(stream).eval()
     params = {name: value.detach().clone() for name, value in module.named_parameters()}
@@ -88,7 +90,7 @@ def test_fisher_information_of_ewc_equals_a_written_out_loop(fisher, toy_stream,
 
 @both
 @pytest.mark.parametrize("make", [Twice, Sequence, *BY_ROWS, *ESCAPING[:1]])
-def test_the_fast_squared_sum_is_skipped_for_unusual_layers(make, kind):
+def test_unusual_layers_get_no_fast_sum_of_squared_gradients(make, kind):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         module = make()
@@ -103,7 +105,7 @@ def test_the_fast_squared_sum_is_skipped_for_unusual_layers(make, kind):
 
 @both
 @pytest.mark.parametrize("make", FAST)
-def test_the_fast_squared_sum_includes_the_effects_of_hooks(make, kind):
+def test_the_fast_sum_of_squared_gradients_includes_hooks(make, kind):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         module = make()
@@ -129,7 +131,7 @@ def test_private_squared_sums_equal_sums_of_clipped_rows(make, kind):
 
 
 def test_two_rows_of_a_record_in_one_layer_call_are_clipped_once():
-    """A layer that is called on a matrix: its gradient is no outer product."""
+    """A layer that is called on a matrix has a gradient that is not an outer product."""
 
     class Pairs(nn.Module):
         def __init__(self):
@@ -150,7 +152,7 @@ def test_two_rows_of_a_record_in_one_layer_call_are_clipped_once():
     assert_same(bounded_sum(query, module, params, data.tensors(), Clip(norm=0.05)), expected)
 
 
-def test_a_hook_for_all_modules_stops_the_fast_squared_sum():
+def test_squared_gradients_with_a_global_hook_get_no_fast_sum():
     def triple(module, args, output):
         return 3 * output if isinstance(module, nn.Linear) else output
 
@@ -215,7 +217,7 @@ def test_squared_gradient_sums_use_the_given_parameters():
     )
 
 
-def test_the_fast_squared_sum_removes_its_hooks_after_an_error():
+def test_a_failed_sum_of_squared_gradients_leaves_no_hooks():
     module = small()
 
     def failing(forward, batch):

@@ -139,7 +139,7 @@ def _result() -> dict[str, Any]:
 
 @pytest.fixture
 def result(_result: dict[str, Any]) -> dict[str, Any]:
-    """A result of its own for each test to change."""
+    """Return a separate result for each test to change."""
     return copy.deepcopy(_result)
 
 
@@ -158,7 +158,7 @@ def run(tmp_path: Path, result: dict[str, Any]) -> Path:
 
 @pytest.fixture(scope="session")
 def written(tmp_path_factory: pytest.TempPathFactory, _result: dict[str, Any]) -> Path:
-    """The run with its page, for tests that only read."""
+    """Return the run with its page, for tests that only read."""
     folder = tmp_path_factory.mktemp("written")
     write(folder, _result)
     save_file(explanations(), folder / "explanations.safetensors")
@@ -171,7 +171,7 @@ def write(folder: Path, result: dict[str, Any]) -> None:
 
 
 def explanations() -> dict[str, Tensor]:
-    """Digits 0 and 1 with attributions that fade: real inputs, since a report shows real ones."""
+    """Return digits 0 and 1 with attributions that fade, because a report shows real inputs."""
     from sklearn.datasets import load_digits
 
     pixels, labels = load_digits(return_X_y=True)

@@ -1,6 +1,4 @@
-"""The page: complete, self-contained, accessible, escaped, and the same bytes for the same
-result.
-"""
+"""The report page: complete, self-contained, accessible, escaped, and reproducible to the byte."""
 
 import copy
 import json
@@ -30,9 +28,7 @@ VOID = {"meta", "link", "br"}
 
 
 class Page(HTMLParser):
-    """Elements with attributes and text, and a check that every tag is closed where it should
-    be.
-    """
+    """The elements of a page with attributes and text, and a check that every tag is closed."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -72,7 +68,7 @@ def page(written: Path) -> Page:
 
 
 def words_of(result: dict[str, Any], config: str | None = None) -> str:
-    """The page without pictures, which is quick."""
+    """Return the text of the page without pictures, which is fast."""
     return Page(html(checked(result), [], config)).text
 
 

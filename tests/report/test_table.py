@@ -1,4 +1,4 @@
-"""The terminal table: every arm, every term of its epsilon, in 100 columns."""
+"""The terminal table: every arm and all parts of its epsilon, in 100 columns."""
 
 import math
 from dataclasses import MISSING, fields

@@ -45,7 +45,7 @@ LEFT_OUT = shutil.ignore_patterns("*.pytest-*.pyc")
 
 
 def shown(page: str, part: str) -> str:
-    """The one Python block of a page that contains `part`."""
+    """Return the one Python block of a page that contains `part`."""
     [block] = [block for block in blocks(ROOT / page, "python") if part in block]
     return block
 
@@ -105,7 +105,7 @@ every_addition = pytest.mark.parametrize("addition", ADDITIONS.values(), ids=ADD
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
-    """A copy of the project, with the added files."""
+    """Return a copy of the project with the added files."""
     folder = tmp_path_factory.mktemp("project")
     for name in COPIED:
         if (ROOT / name).is_dir():
@@ -119,7 +119,7 @@ def project(tmp_path_factory):
 
 
 def python(project, *words):
-    """Run the interpreter in the copy, which comes before the installed package."""
+    """Run Python in the copy, which comes before the installed package."""
     done = subprocess.run(
         [sys.executable, *words],
         cwd=project,
@@ -194,7 +194,7 @@ def test_the_project_with_added_files_passes_lint_and_mypy(project):
 
 
 def run_tests(project, *words):
-    """Run tests of the copy, deep ones apart; pytest fails where it finds none."""
+    """Run the short tests of the copy; pytest fails if it finds none."""
     python(project, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not deep", *words)
 
 

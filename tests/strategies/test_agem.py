@@ -59,8 +59,8 @@ def test_agem_with_a_missing_or_zero_reference_changes_nothing():
     "privacy", [None, Privacy(noise_multiplier=1.0, seed=0)], ids=["plain", "private"]
 )
 def test_an_agem_step_uses_the_projected_gradient(toy_stream, toy_model, privacy):
-    """Plain gradient descent at rate 0.5; what leaves the curator points with and against the
-    reference in turn.
+    """Plain gradient descent at rate 0.5; the gradients point with and against the reference in
+    turn.
     """
     stream = toy_stream()
     model = toy_model(toy_stream())

@@ -24,7 +24,7 @@ from perdure.strategies.bic import ONE_IN, PRIOR, ROUNDS, Curvature, corrected, 
 
 @dataclass(frozen=True, kw_only=True)
 class Uncorrected(BiC):
-    """The same without its second stage."""
+    """BiC without its second stage."""
 
     def after_experience(self, curator, params, state):
         new = super().after_experience(curator, params, state)

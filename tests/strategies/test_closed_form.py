@@ -1,6 +1,4 @@
-"""Solved heads: sums in float64, the mathematics against scikit-learn and brute force, and what is
-made of noise.
-"""
+"""Closed-form heads: sums in float64, comparisons with scikit-learn and brute force, and noise."""
 
 import math
 
@@ -36,7 +34,7 @@ from perdure.strategies._closed_form import (
 
 
 def rows(n=60, d=5, classes=3, seed=0):
-    """(features, labels) with correlated features."""
+    """Return (features, labels) with correlated features."""
     place = torch.Generator().manual_seed(seed)
     mixed = torch.randn(n, d, generator=place) @ torch.randn(d, d, generator=place)
     labels = torch.arange(n) % classes
@@ -174,7 +172,7 @@ def test_covariance_shrinkage_equals_scikit_learn(shrinkage):
 
 
 def test_a_closed_form_head_without_records_is_zero():
-    """A federation derives before the first record was seen."""
+    """A federation derives the head before the first record."""
     empty = within_covariance(torch.zeros(3, 3), torch.zeros(3, 2), torch.zeros(2))
     weight, bias = discriminant_head(
         shrunk(empty, 0.1, scaled=True), class_means(torch.zeros(3, 2), torch.zeros(2))
@@ -205,7 +203,7 @@ def test_normalised_rows_have_norm_1_and_zero_rows_stay_0():
 
 
 def noise(d, scale, seed):
-    """As a release of `Gram` holds it: `scale` on the diagonal, scale / sqrt(2) off it."""
+    """Return noise as in a release of `Gram`: `scale` on the diagonal, scale / sqrt(2) off it."""
     drawn = torch.randn(
         d * (d + 1) // 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
     )
@@ -220,8 +218,8 @@ def test_denoising_keeps_a_matrix_without_negative_eigenvalues():
 @pytest.mark.statistical
 @pytest.mark.parametrize("seed", range(3))
 def test_denoising_adds_the_noise_level_of_weak_directions(seed):
-    """Wigner: the least eigenvalue is near -s sqrt(2 d); at d = 200 within 5 % but for one matrix
-    in a million.
+    """By Wigner's law the least eigenvalue is near -s sqrt(2 d); at d = 200 within 5 % except for
+    one matrix in a million.
     """
     strong = torch.zeros(200, 200, dtype=torch.float64)
     strong[:3, :3] = 1e4 * torch.eye(3)
@@ -231,8 +229,8 @@ def test_denoising_adds_the_noise_level_of_weak_directions(seed):
 
 @pytest.mark.statistical
 def test_denoising_improves_the_accuracy_of_a_noisy_head():
-    """Squared error of the ridge head against the true one, over ten draws; the worse way is off by
-    orders.
+    """The squared error of the ridge head is compared over ten draws; the worse head is off by
+    orders of magnitude.
     """
     f = torch.randn(2000, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     f[:, 10:] *= 0.01
@@ -255,7 +253,7 @@ def test_denoising_improves_the_accuracy_of_a_noisy_head():
 
 
 class Scaled(torch.nn.Module):
-    """Frozen features of a norm of at most k."""
+    """Frozen features of norm k at most."""
 
     def __init__(self, inner, k):
         super().__init__()
@@ -296,7 +294,7 @@ def accuracy_of(strategy, k, privacy):
 
 @pytest.mark.parametrize("name", BOUNDED)
 def test_private_accuracy_does_not_depend_on_the_feature_scale(name):
-    """A power of 2 changes no digit, so that the noise is the same in units of the bound."""
+    """A power of 2 changes no digit, so the noise is the same in units of the bound."""
     privacy = Privacy(noise_multiplier=0.5, release_noise=1.0, seed=1)
     base, plain = accuracy_of(BOUNDED[name](1.0), 1.0, privacy)
     assert base > 0.4

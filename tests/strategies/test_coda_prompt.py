@@ -42,7 +42,7 @@ def state_of(done):
 @pytest.mark.parametrize("done", [0, 1, 2])
 @torch.no_grad()
 def test_the_coda_prompt_penalty_equals_the_formula(toy_stream, done):
-    """Over what is known: later components count neither with others nor by themselves."""
+    """The sum covers known components only; later components do not count."""
     model = moved(model_of(toy_stream(), experiences=3))
     expected = 0.0
     known = [model.body.components[t][0] for t in range(done + 1)]

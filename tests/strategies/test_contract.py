@@ -1,4 +1,4 @@
-"""Promises of every strategy in strategies/, found from the files."""
+"""Properties of every strategy in strategies/, found from the files."""
 
 import dataclasses
 from functools import partial

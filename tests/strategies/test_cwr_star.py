@@ -36,7 +36,7 @@ def learner_of(strategy, stream, seed=0, **changes):
 
 
 def step(params, trained, batch, allowed):
-    """Plain SGD on what is trained."""
+    """Take one step of plain SGD on the trained parameters."""
     leaves = {name: params[name].clone().requires_grad_() for name in trained}
     every = {**params, **leaves}
     hidden = torch.relu(batch.inputs.flatten(1) @ every["body.1.weight"].T + every["body.1.bias"])
@@ -49,7 +49,7 @@ def step(params, trained, batch, allowed):
 
 
 def by_hand(stream, experiences, seed=0):
-    """The algorithm as it is printed: a head that is written to at the start of every
+    """Return the head by the printed algorithm, which writes to the head at the start of every
     experience.
     """
     sampler = learner_of(Naive(), stream, seed)
@@ -120,8 +120,8 @@ def test_cwr_star_keeps_the_body_and_weights_of_old_classes():
 
 @pytest.mark.reference
 def test_cwr_star_client_counts_add_up_to_all_records():
-    """Clients with other shares of the classes: the weights of past and present are those of all of
-    them together.
+    """Clients have other shares of the classes; the weights of past and present are those of all
+    clients.
     """
     stream = split(digits(), scenario="domain", experiences=2)
     parts = dirichlet(stream, clients=3, alpha=0.5)

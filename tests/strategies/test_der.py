@@ -23,9 +23,7 @@ def learner_of(model, strategy, **changes):
 
 
 class Watch:
-    """The logits that a record had whenever it was in a step as a new one, in order; and the
-    batches.
-    """
+    """Record the logits of each record in the steps that drew it as new, and the batches."""
 
     def __init__(self):
         self.logits = {}
@@ -48,7 +46,7 @@ class Watch:
 
 
 def by_hand(logits, batch, allowed, alpha, beta):
-    """Equation 6 with one batch of stored rows, in plain loops."""
+    """Return equation 6 with one batch of stored rows, in plain loops."""
     new = []
     apart = []
     entropy = []
@@ -100,7 +98,7 @@ def test_the_der_loss_without_stored_rows_is_cross_entropy(toy_stream, toy_model
 
 @pytest.mark.parametrize("selected", [1, 2])
 def test_der_stores_the_logits_of_a_step_that_used_the_record(toy_stream, toy_model, selected):
-    """In one epoch of the one; with two epochs, of one of the two."""
+    """With one epoch it is that epoch's step; with two epochs, one of two steps."""
     stream = toy_stream()
     watch = Watch()
     model = toy_model(stream)
@@ -202,7 +200,9 @@ def test_private_der_stores_the_logits_of_a_records_last_step(toy_stream, toy_mo
 
 
 def test_the_der_logit_distance_covers_all_classes(toy_stream, toy_model):
-    """A stored row pulls the logits of unseen classes as well: the paper's heads are full-width."""
+    """A stored row changes the logits of unseen classes too, because the paper's heads have all
+    classes.
+    """
     stream = toy_stream()
     model = toy_model(stream)
     rows = Batch.current(stream[0].train, 0)

@@ -15,14 +15,14 @@ from perdure.strategies import ERACE
 
 
 def entropy(logits, classes, label):
-    """-log of the softmax over `classes`, in plain Python."""
+    """Return -log of the softmax over `classes`, in plain Python."""
     return -logits[label] + math.log(sum(math.exp(logits[c]) for c in classes))
 
 
 @pytest.fixture
 def mixed(toy_stream):
-    """From a scenario to a stream and a batch of 6 new rows of the second experience and 3 stored
-    ones of the first.
+    """Return a stream and a batch of 6 new rows of the second experience and 3 stored rows of the
+    first.
     """
 
     def make(scenario):
@@ -82,7 +82,7 @@ def test_er_ace_gives_new_rows_no_gradient_for_old_classes(mixed, toy_model):
 
 
 def test_er_ace_masks_use_declared_classes_not_those_in_a_batch():
-    """A batch with one class of the two: the other competes all the same."""
+    """The batch has one of the two classes, and the other one still competes."""
     table = torch.tensor([[1, 1, 0, 0], [0, 0, 1, 1]]).bool()
     at = Context(scenario="class", experience=1, task_classes=table, seen=table.any(0))
     logits = torch.tensor([[5.0, 5.0, 1.0, 1.0]] * 2)

@@ -22,9 +22,7 @@ from perdure.utils.seeding import derive, generator
 
 
 class Past:
-    """Three times consolidated at three unrelated points, every Fisher matrix kept beside the
-    strategy's state.
-    """
+    """Three consolidations at unrelated points, with every Fisher matrix kept beside the state."""
 
     def __init__(self, strategy, stream):
         self.strategy = strategy
@@ -122,8 +120,8 @@ def test_ewc_has_no_penalty_in_the_first_experience(toy_stream):
 def test_private_ewc_makes_one_clipped_fisher_release(
     toy_stream,
 ):
-    """The share of zeros is over 16 models: that of one, 64 numbers, hangs on the noise that is
-    drawn.
+    """The share of zeros is over 16 models, because that of one model, 64 numbers, varies with the
+    noise.
     """
     stream = toy_stream()
     values = []
@@ -151,7 +149,7 @@ def test_private_ewc_makes_one_clipped_fisher_release(
 
 
 class Listening(LocalCurator):
-    """Keeps the query that it was asked last."""
+    """A curator that keeps the last query."""
 
     def release(self, query, **options):
         self.query = query
@@ -159,7 +157,7 @@ class Listening(LocalCurator):
 
 
 def query_of(strategy, stream, model, experience=0):
-    """The query that the strategy asks at the end of an experience."""
+    """Return the query that the strategy asks at the end of an experience."""
     params = {name: value.detach().clone() for name, value in model.named_parameters()}
     spec = Spec(
         params=params,
@@ -175,7 +173,7 @@ def query_of(strategy, stream, model, experience=0):
 
 
 def test_a_fisher_row_is_at_most_the_squared_clip_norm(toy_stream):
-    """|g * g| <= |g|^2, weights that add up to 1: so no record is clipped whose gradients lie
+    """|g * g| <= |g|^2 and the weights add up to 1, so no record is clipped whose gradients lie
     within C.
     """
     stream = toy_stream()
@@ -198,7 +196,7 @@ def test_a_fisher_row_is_at_most_the_squared_clip_norm(toy_stream):
 
 
 def rows_of(fisher, stream, experience, batch):
-    """Squared gradients of the rows of a batch at one model, as the strategy asks for them."""
+    """Return squared gradients of a batch's rows, as the strategy asks for them."""
     model = mlp(input_shape=(5,), num_classes=stream.num_classes, hidden=(6,), seed=0).eval()
     query = query_of(EWC(strength=1.0, fisher=fisher), stream, model, experience)
     rows = query(Forward(model), batch)
@@ -210,8 +208,8 @@ def rows_of(fisher, stream, experience, batch):
     ("scenario", "experience"), [("class", 0), ("class", 1), ("task", 1), ("domain", 1)]
 )
 def test_sampled_fisher_is_close_to_exact_fisher_over_many_ids(toy_stream, scenario, experience):
-    """Four standard errors of each of at most 64 numbers, by a fixed hash: it always passes, or the
-    draw is wrong.
+    """Four standard errors of each of at most 64 numbers, by a fixed hash: the test passes always,
+    or the draw is wrong.
     """
     stream = toy_stream(scenario)
     n = 4000
@@ -249,7 +247,7 @@ def test_fisher_labels_are_drawn_by_class_probability():
 
 
 def wide_stream(classes):
-    """One experience of a few records, of a domain with many classes."""
+    """Return one experience of a few records in a domain with many classes."""
     labels = torch.arange(6) * (classes // 6)
     records = Records(inputs=torch.rand(6, 5, generator=generator(0, "wide")), labels=labels)
     experience = Experience(index=0, train=records, test=records, classes=tuple(range(classes)))
@@ -264,7 +262,7 @@ def wide_stream(classes):
 
 
 def terms_of(strategy, classes):
-    """Terms that a record's row adds up, one backward pass each."""
+    """Return the number of terms in a record's row, with one backward pass each."""
     model = mlp(input_shape=(5,), num_classes=classes, hidden=(6,), seed=0).eval()
     stream = wide_stream(classes)
     losses, _ = query_of(strategy, stream, model).terms(
@@ -309,8 +307,8 @@ def test_the_ewc_anchor_is_the_fisher_weighted_mean():
 
 
 def test_averaged_ewc_clients_equal_one_client_with_all_records():
-    """Two experiences, two clients of sizes 1 and 3: the combined penalty is the sum of the global
-    ones.
+    """Two experiences and two clients of sizes 1 and 3: the combined penalty is the sum of the
+    global penalties.
     """
     fishers = torch.tensor([[[2.0], [1.0]], [[6.0], [5.0]]])  # client, experience
     points = torch.tensor([[1.0], [-2.0]])

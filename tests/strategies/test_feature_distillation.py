@@ -79,8 +79,8 @@ def test_feature_distance_has_no_gradient_for_head_or_teacher(problem):
 
 def test_feature_distillation_reduces_the_change_of_features(toy_stream, toy_model):
     def drift(strategy):
-        """Mean squared distance over the second experience between the features before and after
-        it.
+        """Return the mean squared distance over the second experience between the features before
+        and after it.
         """
         stream = toy_stream()
         seen = []

@@ -22,7 +22,7 @@ EITHER = pytest.mark.parametrize(
 
 @pytest.fixture
 def four(toy_data):
-    """Four experiences of 12 records, one class each."""
+    """Return a stream of four experiences with 12 records of one class each."""
     return split(toy_data, scenario="class", experiences=4)
 
 

@@ -18,7 +18,7 @@ from perdure.strategies.gem import RIDGE, dual, flat
 
 
 def problem(seed, references, width=7):
-    """A gradient and its references, all pointing about the same way or not."""
+    """Return a gradient and references that point in similar or random directions."""
     place = torch.Generator().manual_seed(seed)
     draw = lambda: {  # noqa: E731
         "a": torch.randn(width - 3, generator=place),
@@ -37,8 +37,8 @@ def matrices(gradient, references):
 @settings(deadline=None, max_examples=60)
 @given(st.integers(0, 10_000), st.integers(1, 5), st.sampled_from([0.0, 0.5, 2.0]))
 def test_the_gem_dual_variables_solve_their_quadratic_program(seed, k, margin):
-    """Against bounded least squares, |A v + b|^2 / 2 with A^T A = R R^T + ridge |r_k|^2, and the
-    conditions of optimality.
+    """The reference is bounded least squares, |A v + b|^2 / 2 with A^T A = R R^T + ridge |r_k|^2,
+    and optimality.
     """
     g, rows = matrices(*problem(seed, k))
     gram = rows @ rows.T + RIDGE * np.diag((rows**2).sum(1))
@@ -56,8 +56,8 @@ def test_the_gem_dual_variables_solve_their_quadratic_program(seed, k, margin):
 @settings(deadline=None, max_examples=25)
 @given(st.integers(0, 10_000), st.integers(1, 3))
 def test_gem_with_margin_0_projects_to_the_nearest_gradient(seed, k):
-    """The primal program by SciPy; the ridge moves constraints by at most itself times the dual
-    variables.
+    """SciPy solves the primal program; the ridge moves constraints by itself times the dual
+    variables at most.
     """
     gradient, references = problem(seed, k)
     g, rows = matrices(gradient, references)
@@ -80,7 +80,7 @@ def test_gem_with_margin_0_projects_to_the_nearest_gradient(seed, k):
 
 
 def test_a_grid_search_finds_no_better_gem_dual_solution():
-    """Two references and all dual variables from 0 to 4 in steps of 1/50."""
+    """The grid has two references and all dual variables from 0 to 4 in steps of 1/50."""
     g = np.array([1.0, -2.0, 0.5])
     rows = np.array([[0.0, 1.0, 0.3], [-1.0, 0.4, 0.0]])
     axis = np.linspace(0, 4, 201)
@@ -96,7 +96,7 @@ def test_a_grid_search_finds_no_better_gem_dual_solution():
 @settings(deadline=None)
 @given(st.integers(0, 10_000))
 def test_gem_with_one_reference_and_margin_0_equals_agem(seed):
-    """Up to the ridge: v = -<g, r> / (<r, r> (1 + ridge))."""
+    """Equal up to the ridge: v = -<g, r> / (<r, r> (1 + ridge))."""
     gradient, (reference,) = problem(seed, 1)
     mine = GEM(memory_size=5, margin=0.0).project(gradient, (reference,), State())
     apart = float((flat(mine) - flat(against(gradient, reference))).norm())

@@ -40,9 +40,7 @@ def with_generator(classifier, stream, **changes):
 
 
 class Scene:
-    """The second experience of a stream, a model, a teacher that answers otherwise, and a state in
-    between.
-    """
+    """The second experience of a stream, a model, a different teacher, and a state with steps."""
 
     def __init__(self, stream, classifier, temperature=None):
         self.stream = stream
@@ -67,7 +65,7 @@ class Scene:
         return self.strategy.losses(forward, batch, self.at, state or self.state)
 
     def made(self):
-        """Latent noise of the rows, the rows that are made up, and the latent noise of those."""
+        """Return latent noise of the rows, the generated rows, and their latent noise."""
         e, z, e_made = drawn(self.batch.ids, torch.tensor(11), 3 * LATENT, 4).chunk(3, dim=1)
         old = Forward(self.model, self.teacher)
         return e, torch.sigmoid(old.method("decode")(z)).detach(), e_made
@@ -86,7 +84,7 @@ def scene(toy_stream, toy_model):
 
 
 def vae_by_hand(model, x, noise):
-    """The autoencoder's loss of one row, in plain Python."""
+    """Return the autoencoder's loss of one row, in plain Python."""
     mean, log_variance = (part[0].tolist() for part in model.encode(x[None]))
     z = [
         m + math.exp(v / 2) * e for m, v, e in zip(mean, log_variance, noise.tolist(), strict=True)
@@ -103,7 +101,7 @@ def vae_by_hand(model, x, noise):
 
 
 def answer_by_hand(scenario, temperature, new, old):
-    """Distillation of one made-up row; classes 0, 1 came before, 2, 3 are new."""
+    """Return the distillation of one generated row; classes 0, 1 are old and 2, 3 are new."""
     width = len(new)
     asked = [0, 1] if scenario != "domain" else list(range(width))
     answering = {"task": [0, 1], "class": list(range(width)), "domain": asked}[scenario]
@@ -155,7 +153,8 @@ def test_the_distillation_loss_averages_over_earlier_tasks():
 
 @pytest.mark.reference
 def test_the_vae_loss_is_minus_the_evidence_lower_bound(toy_stream, toy_model):
-    """One latent number, so that p(x) is an integral over a line.
+    """With one latent number, p(x) is an integral over a line. Means are over 4,000 draws; the gap
+    is far above them.
 
     Means over 4,000 draws; the gap is far above them.
     """
@@ -321,9 +320,7 @@ def test_private_generative_replay_releases_only_gradients(toy_stream, toy_model
 
 
 def test_generative_replay_can_be_audited(toy_stream, toy_model):
-    """The audit puts a probe beside the model, through which `encode` and `decode` must still be
-    reached.
-    """
+    """The audit adds a probe to the model, which must still offer `encode` and `decode`."""
     stream = toy_stream()
     learner = Learner(
         model=with_generator(toy_model(stream), stream),

@@ -50,7 +50,7 @@ def sigmoid(value):
 @pytest.mark.parametrize("scenario", ["class", "task"])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_the_icarl_loss_equals_its_formula(toy_stream, toy_model, scenario, temperature):
-    """Rows of both experiences in the second: teacher's answers for classes 0 and 1, labels for 2
+    """The second experience has rows of both: the teacher answers for classes 0 and 1, labels for 2
     and 3.
     """
     stream = toy_stream(scenario)
@@ -128,7 +128,7 @@ def test_the_icarl_teacher_is_the_model_of_the_last_experience(toy_stream, toy_m
 
 
 def herded_by_hand(features, most):
-    """Algorithm 4 in plain loops: rows and their mean at norm 1, one row after another."""
+    """Return Algorithm 4 in plain loops: rows and their mean at norm 1, one row after another."""
     rows = [row / row.norm() for row in features.double()]
     mean = sum(rows) / len(rows)
     mean = mean / mean.norm()
@@ -151,8 +151,8 @@ def herded_by_hand(features, most):
 
 @pytest.mark.reference
 def test_icarl_exemplars_approximate_the_class_mean(toy_stream, toy_model):
-    """Eight exemplars after the first experience; the best four of each two stay after the
-    second.
+    """Eight exemplars are kept after the first experience, and the best four of each of two classes
+    after the second.
     """
     stream = toy_stream()
     learner = finished(learner_of(toy_model(stream), ICaRL(memory_size=16)), stream, 1)
@@ -240,7 +240,7 @@ def test_icarl_predicts_no_class_that_is_not_allowed(toy_stream, toy_model, scen
 
 @pytest.mark.parametrize("stretch", [1e-3, 1.0, 1e3])
 def test_one_exemplar_changes_icarl_sums_by_at_most_clip_norm(toy_stream, toy_model, stretch):
-    """Features of any length: a row is a unit vector."""
+    """A row is a unit vector for features of any length."""
     stream = toy_stream()
     asked = {}
     learner = learner_of(toy_model(stream), ICaRL(memory_size=16))

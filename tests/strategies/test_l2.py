@@ -27,7 +27,7 @@ def test_the_l2_penalty_is_0_in_the_first_experience():
 
 
 def ends(strategy, stream, model):
-    """Parameters after each experience."""
+    """Return the parameters after each experience."""
     found = []
 
     def look(point, learner):

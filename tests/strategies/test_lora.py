@@ -57,7 +57,7 @@ def bits(model):
 
 @pytest.mark.parametrize("done", [0, 1, 2])
 def test_the_lora_penalty_equals_the_formula_of_the_paper(toy_stream, done):
-    """By single rows of A: those of the present set against those of every earlier one, in every
+    """The reference is a loop over rows of A: the present set against every earlier set, in every
     projection.
     """
     model = moved(model_of(toy_stream(), experiences=3))

@@ -31,7 +31,7 @@ MARGIN = 0.4
 
 @dataclass(frozen=True, kw_only=True)
 class Pooled(Strategy):
-    """Cross entropy over the same pool, and nothing else."""
+    """Cross entropy over the same pool, without other terms."""
 
     memory_size: int
     privacy_cost = PrivacyCost(reuses_past_records=True)
@@ -71,9 +71,7 @@ def spec_of(model, scenario="class", classes=6):
 
 
 def scene(experience, strategy):
-    """A model, another one that was its teacher, embeddings held from before, and rows of all
-    classes so far.
-    """
+    """Return a model, a different teacher, stored embeddings, and rows of all classes so far."""
     stream = small_stream("class")
     model = model_of(stream).eval()
     teacher = model_of(stream, seed=4)
@@ -98,7 +96,7 @@ def dot(one, other):
 
 
 def by_hand(features, then, weight, scale, label, experience, negatives, rate):
-    """One record's loss in plain Python, with two classes an experience."""
+    """Return one record's loss in plain Python, with two classes per experience."""
     seen = range(2 * experience + 2)
     old = range(2 * experience)
     cosines = [dot(unit(features), unit(row)) for row in weight]
@@ -159,7 +157,7 @@ def test_lucir_is_cross_entropy_in_the_first_experience():
 
 @pytest.mark.parametrize(("stored", "rate"), [(24.0, 20 / 8), (4.0, 16 / 4), (0.0, 13.0)])
 def test_lucir_weighs_the_ranking_loss_by_declared_memory_share(stored, rate):
-    """Memory holds 8 records, or all that there have been."""
+    """Memory holds 8 records, or all records so far."""
     strategy = LUCIR(memory_size=8, less_forget=0.0)
     model, _, state, batch, at = scene(1, strategy)
     state = state.replace({"records": torch.tensor(stored)})
@@ -212,8 +210,8 @@ def test_lucir_gives_teacher_and_old_class_weights_no_gradient():
 
 @pytest.mark.parametrize("privacy", [None, Privacy(noise_multiplier=1.0, seed=0)])
 def test_old_class_weights_of_lucir_do_not_change_in_training(privacy):
-    """Momentum, weight decay and noise move the model's own rows; what is predicted with does not
-    move.
+    """Momentum, weight decay and noise change the model's own rows, but not the rows used for
+    predictions.
     """
     stream = small_stream("class")
     optimizer = partial(torch.optim.SGD, lr=0.2, momentum=0.9, weight_decay=0.1)
@@ -248,8 +246,8 @@ def test_old_class_weights_of_lucir_do_not_change_in_training(privacy):
 
 
 def answered_as_new(learner, stream):
-    """Share of the earlier experiences' test records that are answered by a class of the last
-    one.
+    """Return the share of earlier test records that are predicted as a class of the last
+    experience.
     """
     predict = learner.predictor(0, after=len(stream) - 1)
     newest = list(stream[-1].classes)

@@ -21,8 +21,8 @@ def softmax(logits, classes, temperature):
 
 
 def by_hand(scenario, student, teacher, label, strength):
-    """One record's loss in the second experience, in plain Python; classes 0, 1 came before, 2, 3
-    are new.
+    """Return one record's loss in the second experience, in plain Python; classes 0, 1 are old and
+    2, 3 are new.
     """
     before = [0, 1]
     new = [2, 3]
@@ -77,7 +77,7 @@ def test_the_lwf_loss_equals_its_formula(problem, scenario):
 
 
 def third_by_hand(scenario, weighting, student, teacher, label, strength):
-    """One record's loss in the third experience of two classes each, in plain Python."""
+    """Return one record's loss in the third experience of two classes each, in plain Python."""
     heads = [[0, 1], [2, 3], [4, 5]]
     width = len(student)
     compete = {"task": heads[2], "class": range(width), "domain": range(width)}[scenario]

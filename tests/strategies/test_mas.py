@@ -26,8 +26,8 @@ def consolidated(strategy, stream, model, index, state=None):
 
 
 def by_hand(model, records, classes):
-    """Mean over records of |gradient of the squared norm of the logits of `classes`|, one backward
-    pass a record.
+    """Return the mean over records of |gradient of the squared norm of the logits of `classes`|,
+    one backward pass per record.
     """
     sums = {name: torch.zeros_like(value) for name, value in model.named_parameters()}
     for x in records.inputs:
@@ -57,9 +57,7 @@ def test_the_mas_importance_equals_a_written_out_loop(toy_stream, toy_model, sce
 
 
 def test_the_mas_importance_differs_from_the_mean_gradient(toy_stream, toy_model):
-    """Records that pull in opposite directions both count; in the gradient of the mean they would
-    cancel.
-    """
+    """Records with opposite gradients both count; in the gradient of the mean they would cancel."""
     stream = toy_stream()
     records = stream[0].train
     opposed = replace(
@@ -97,7 +95,7 @@ def test_the_mas_importance_is_added_up_over_experiences(toy_stream, toy_model):
 
 
 def test_private_mas_makes_one_clipped_importance_release(toy_stream, toy_model):
-    """The share of zeros is over 16 keys: that of one, 64 numbers, hangs on the noise that is drawn
+    """The share of zeros is over 16 keys, because that of one, 64 numbers, varies with the noise
     (0.14 +- 0.04).
     """
     stream = toy_stream()

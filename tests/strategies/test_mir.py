@@ -22,8 +22,8 @@ SHARE = OLD / (NEW + OLD)
 
 @pytest.fixture
 def mixed(toy_stream):
-    """From a scenario to a stream and a batch of new rows of the second experience and stored ones
-    of the first.
+    """Return a stream and a batch of new rows of the second experience and stored rows of the
+    first.
     """
 
     def make(scenario="class"):
@@ -47,7 +47,7 @@ CLASSES = {
 
 
 def entropies(model, params, batch, scenario):
-    """Cross entropy of each row over its own classes, by hand."""
+    """Return the cross entropy of each row over its own classes, by hand."""
     found = []
     for x, y, stored in zip(
         batch.inputs, batch.labels.tolist(), batch.from_memory.tolist(), strict=True
@@ -59,7 +59,7 @@ def entropies(model, params, batch, scenario):
 
 
 def by_hand(model, batch, scenario, rate, wanted):
-    """The loss of the paper, and which of the stored rows are chosen, best first."""
+    """Return the loss of the paper, and the chosen stored rows, best first."""
     params = dict(model.named_parameters())
     now = entropies(model, params, batch, scenario)
     slope = torch.autograd.grad(now[:NEW].mean(), list(params.values()), retain_graph=True)
@@ -183,7 +183,9 @@ def test_mir_chooses_the_first_of_rows_with_equal_scores(mixed, toy_model):
 
 
 def test_a_mir_step_passes_each_row_only_as_often_as_needed(mixed, toy_model):
-    """New rows for the virtual step, candidates before and after it, new and chosen rows."""
+    """The passes are new rows for the virtual step, candidates before and after it, and new and
+    chosen rows.
+    """
     batch, at, stream = mixed()
     model = toy_model(stream)
     passes = []
@@ -204,8 +206,8 @@ def learner_of(strategy, model, **changes):
 
 
 def test_mir_equals_replay_when_every_candidate_is_chosen(toy_stream, toy_model):
-    """Replay gives all rows the same weight: half of the sum of both means, so it steps alike at
-    twice the rate.
+    """Replay weighs all rows equally, half of the sum of both means, so it equals MIR at twice the
+    rate.
     """
     ends = []
     stream = toy_stream()

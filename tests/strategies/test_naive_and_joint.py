@@ -23,7 +23,7 @@ def weights(model):
 
 
 def test_naive_equals_a_written_out_training_loop(toy_stream, toy_model):
-    """The bare PyTorch loop over the same batches gives the same bits."""
+    """A plain PyTorch loop over the same batches gives the same bits."""
     stream = toy_stream()
     batches = []
 

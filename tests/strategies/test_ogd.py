@@ -31,7 +31,7 @@ def flat(params):
 
 
 def gram_schmidt(rows):
-    """The paper's algorithm 1: every row less its part along the ones kept before it."""
+    """Return the paper's algorithm 1: every row minus its part along the rows kept before."""
     kept = []
     for row in rows.double():
         for unit in kept:
@@ -42,7 +42,9 @@ def gram_schmidt(rows):
 
 
 def state_of(rows, experiences=2):
-    """The state of a strategy that has these directions (K, 10), K a multiple of `experiences`."""
+    """Return the state of a strategy with these directions (K, 10), K a multiple of
+    `experiences`.
+    """
     strategy = OGD(directions=len(rows) // experiences)
     params = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
     spec = Spec(
@@ -64,7 +66,7 @@ KINDS = {
     "independent": lambda rows: rows,
     "not yet there": lambda rows: torch.cat([rows[:2], torch.zeros_like(rows[2:])]),
     "twice": lambda rows: torch.cat([rows[:2], rows[:2]]),
-    "a mean of others": lambda rows: torch.cat([rows[:3], rows[:3].mean(0, keepdim=True)]),
+    "a mean of other records": lambda rows: torch.cat([rows[:3], rows[:3].mean(0, keepdim=True)]),
     "of all lengths": lambda rows: rows * torch.tensor([1e-6, 1.0, 1e3, 1e-3])[:, None],
 }
 
@@ -123,7 +125,9 @@ def test_ogd_reads_no_direction_in_the_first_experience():
 
 
 def consolidated(strategy, stream, model, index, train=None):
-    """State after experience `index` at the model's parameters; `train` in place of its records."""
+    """Return the state after experience `index` at the model's parameters; `train` replaces its
+    records.
+    """
     params = {name: value.detach().clone() for name, value in model.named_parameters()}
     spec = Spec(
         params=params,
@@ -221,8 +225,8 @@ def test_averaged_ogd_directions_equal_those_of_all_records(toy_stream, toy_mode
 
 
 def moved(strategy, state, model, stream, rate):
-    """Length of the change of the groups' mean true logits of the first experience, by one step on
-    the second.
+    """Return the change of the groups' mean true logits of the first experience, by one step on the
+    second.
     """
     params = {name: value.detach() for name, value in model.named_parameters()}
     new = Batch.current(stream[1].train, 1)

@@ -194,7 +194,7 @@ def test_the_packnet_gradient_is_0_outside_trained_weights():
 
 
 def by_masks(name, live, state, task, head):
-    """The formula of the module by masks, one after another."""
+    """Return the formula of the module by boolean masks."""
     owner = state[f"owner/{name}"]
     held = state[f"held/{name}"]
     prunable = live.dim() > 1 and not name.startswith(head)

@@ -1,4 +1,4 @@
-"""Rows that pass through the body of a model in one step: what each method needs, and no more."""
+"""The number of rows that pass through the body of a model in one step of each method."""
 
 from functools import partial
 
@@ -42,7 +42,7 @@ NEEDED = {
 
 
 def passes_of(strategy, stream, model, experience):
-    """Rows of every pass through the body in one step of an experience."""
+    """Return the rows of every pass through the body in one step of an experience."""
     learner = Learner(
         model=model,
         strategy=strategy,

@@ -55,7 +55,9 @@ def test_the_ranpac_bias_is_a_constant_column_of_features():
 
 @pytest.mark.reference
 def test_ranpac_equals_recursive_least_squares_of_acil():
-    """Woodbury, one experience after another, from the inverse of the ridge alone."""
+    """The reference uses the Woodbury identity, one experience after another, from the inverse of
+    the ridge alone.
+    """
     learner = learner_of(RAW)
     d = learner.model.feature_size
     inverse = torch.eye(d, dtype=torch.float64) / 0.5
@@ -76,14 +78,12 @@ def test_ranpac_equals_recursive_least_squares_of_acil():
     ids=repr,
 )
 def test_ranpac_logits_do_not_depend_on_order_or_client_split(strategy):
-    """Features are float32, and rounded by the shape of their batch; a small ridge makes more of
-    that.
-    """
+    """Features are float32 and rounded by the shape of their batch; a small ridge amplifies it."""
     assert difference(strategy) < (1e-5 if strategy.ridge >= 1e-3 else 1e-3)
 
 
 def test_ranpac_without_the_last_experience_has_other_logits():
-    """What the comparison above could not miss: a head of fewer records."""
+    """The comparison of orders cannot miss a head of fewer records."""
     few = learner_of(RAW)
     base = logits(alone(RAW))
     few.prepare(stream_of())
@@ -137,7 +137,7 @@ def test_private_ranpac_makes_one_release_per_experience():
 
 
 def test_ranpac_does_not_clip_normalised_features():
-    """With noise of nearly nothing the released sums are the exact ones."""
+    """With nearly no noise the released sums are the exact sums."""
     exact = alone(RanPAC(bias=0.5)).state
     noised = alone(
         RanPAC(bias=0.5), privacy=Privacy(noise_multiplier=1e-3, release_noise=1e-3, seed=0)
@@ -147,7 +147,7 @@ def test_ranpac_does_not_clip_normalised_features():
 
 
 def test_private_ranpac_still_classifies_digits():
-    """178 records a class bear a budget of 8 with few features."""
+    """178 records per class allow a budget of 8 with few features."""
     assert accuracy(alone(RanPAC(projection=24), privacy=SIMULATED)) > 0.5
 
 

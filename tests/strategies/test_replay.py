@@ -17,7 +17,7 @@ def learner_of(model, strategy, **changes):
 
 
 def batches(stream, learner):
-    """(batch, context, gradient) of every step of a run."""
+    """Return (batch, context, gradient) of every step of a run."""
     seen = []
     gradient = {}
 
@@ -41,7 +41,7 @@ def batches(stream, learner):
     ("stored", "weights"), [(6, (0.5, 0.5)), (3, (0.5, 0.5)), (12, (0.5, 0.5))]
 )
 def test_replay_weights_do_not_depend_on_the_batch_size(toy_stream, toy_model, stored, weights):
-    """Losses of a batch by hand: mean over new rows / t + mean over stored rows * (1 - 1/t)."""
+    """The losses of a batch by hand: mean over new rows / t + mean over stored rows * (1 - 1/t)."""
     stream = toy_stream()
     model = toy_model(stream)
     learner = learner_of(model, Replay(memory_size=12, batch_size=stored))

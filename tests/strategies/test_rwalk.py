@@ -20,9 +20,7 @@ def copied(tensors):
 
 
 class Walk:
-    """A run of two experiences of ten steps, with every step and both Fisher matrices kept beside
-    it.
-    """
+    """A run of two experiences of ten steps, with every step and both Fisher matrices recorded."""
 
     def __init__(self, stream, model):
         self.steps = [[], []]
@@ -69,7 +67,7 @@ class Walk:
             self.ends.append(copied(learner.params))
 
     def walked(self, name, experience):
-        """Sum of the scores of the windows of 4, 4 and 2 steps, by hand."""
+        """Return the sum of the scores of the windows of 4, 4 and 2 steps, by hand."""
         metric = torch.zeros_like(self.ends[0][name])
         metrics = []
         for _, _, gradient in [step for steps in self.steps[: experience + 1] for step in steps]:

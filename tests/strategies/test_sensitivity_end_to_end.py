@@ -32,8 +32,8 @@ ROUNDING = 1 + 1e-4
 
 
 class Silent:
-    """A noise key that draws no noise, and whose coins are those of the step, whatever bits led to
-    it.
+    """A noise key without noise, whose coins depend only on the step, so that all machines draw
+    alike.
 
     So all machines draw alike; all else is the key's.
     """
@@ -56,7 +56,7 @@ class Silent:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Chosen(PrivateSampler):
-    """Draws the rows at these places, whatever the coins."""
+    """A sampler that draws the rows at these places, whatever the coins."""
 
     places: torch.Tensor
 
@@ -71,7 +71,7 @@ class Chosen(PrivateSampler):
 
 
 def without_record(stream, record):
-    """The same stream with one record less; what is declared stays."""
+    """Return the stream with one record less and the same declared facts."""
     parts = [
         replace(
             e,
@@ -118,7 +118,7 @@ def pair(toy_stream, toy_model):
 
 @pytest.fixture
 def pair_of(pair, toy_model):
-    """The same for an example, by its name."""
+    """Return the pair of learners for the example of a strategy name."""
     return lambda name, **changes: pair(
         example(name), lambda stream: model_of(name, stream, toy_model), **changes
     )
@@ -135,20 +135,20 @@ def distance(here, there):
 
 
 def follow(whole, fewer):
-    """The neighbour at the same parameters, state and clip norm."""
+    """Set the neighbour to the same parameters, state and clip norm."""
     fewer.model.load_state_dict(whole.model.state_dict())
     fewer.session.state = whole.state
     fewer.private_sum.clip_norm = whole.private_sum.clip_norm
 
 
 def clipped_sum_of(learner, losses, params, batch, clip):
-    """Sum of the clipped gradients of a batch, as the learner's curator takes it before noise."""
+    """Return the clipped gradients of a batch, summed as by the learner's curator before noise."""
     return clipped_gradient(learner.session.forward, losses, params, batch, clip, None)
 
 
 def same_rows(pool, batch):
-    """Places in the neighbour's pool of the records in `batch`: where a record has several rows, of
-    the same one.
+    """Return the places in the neighbour's pool of the records in `batch`, with the same row of
+    each record.
     """
     keys = {
         key: i for i, key in enumerate(zip(pool.ids.tolist(), pool.tasks.tolist(), strict=True))
@@ -158,17 +158,13 @@ def same_rows(pool, batch):
 
 
 def compared(whole, fewer):
-    """Run both; yields (what, bound, how far the record moved it) for everything that is
-    released.
-    """
+    """Run both; yield (release, bound, change by the record) for everything that is released."""
     found = []
     here = []
     there = []
 
     def beside(clipped, what, step, losses=None):
-        """The clipped sum of one, which notes how far it is from the other's over the same
-        records.
-        """
+        """Return the clipped sum of one learner, and record its distance from the other's."""
         own, trained, batch = clipped.args
         follow(whole, fewer)
         held = fewer.session.held
@@ -261,7 +257,9 @@ def test_one_record_changes_banded_sums_within_their_bound(pair_of, name):
 
 
 def test_removing_a_record_changes_no_other_memory_member(pair):
-    """Membership goes by each record's own coin: one record less evicts and admits nobody."""
+    """Membership depends on each record's own coin, so removing a record removes and admits no
+    other.
+    """
     whole, fewer = pair(example("replay"))
     compared(whole, fewer)
     kept = [set(learner.session.held.memory.rows.ids.tolist()) for learner in (whole, fewer)]
@@ -269,7 +267,7 @@ def test_removing_a_record_changes_no_other_memory_member(pair):
 
 
 class Masked(Naive):
-    """Masks by the classes present in the batch, as ER-ACE was published."""
+    """A loss that masks by the classes present in the batch, as ER-ACE was published."""
 
     def losses(self, forward, batch, context, state):
         present = torch.zeros(context.seen.shape, dtype=torch.bool)

@@ -12,7 +12,7 @@ from perdure.strategies.si import add_progress
 
 
 class Path:
-    """A run whose every step is kept beside it: parameters around it, and its released gradient."""
+    """A run with every step recorded: parameters before and after, and the released gradient."""
 
     def __init__(self, strategy, stream, model, **options):
         self.steps = [[], []]
@@ -53,7 +53,7 @@ class Path:
             self.states.append(learner.state)
 
     def importance(self, name, damping, experiences=2):
-        """By hand, from what was kept."""
+        """Return the importance by hand, from the recorded steps."""
         total = 0.0
         anchor = self.start[name]
         for steps, end in list(zip(self.steps, self.ends, strict=True))[:experiences]:
@@ -75,7 +75,7 @@ OPTIMIZERS = {
 @pytest.mark.reference
 @pytest.mark.parametrize("optimizer", list(OPTIMIZERS))
 def test_the_si_importance_is_path_over_squared_distance(toy_stream, toy_model, optimizer):
-    """Whatever the optimiser makes of the gradient: the path is that of the parameters."""
+    """This holds for every optimiser, because the path is that of the parameters."""
     stream = toy_stream()
     run = Path(
         SI(strength=0.5, damping=0.01), stream, toy_model(stream), optimizer=OPTIMIZERS[optimizer]
@@ -90,9 +90,7 @@ def test_the_si_importance_is_path_over_squared_distance(toy_stream, toy_model, 
 
 
 def test_the_si_path_excludes_the_gradient_of_the_penalty(toy_stream, toy_model):
-    """A penalty so strong that it alone moves the parameters does not enter the path as a
-    gradient.
-    """
+    """A very strong penalty moves the parameters, but is not in the path as a gradient."""
     stream = toy_stream()
     run = Path(SI(strength=1e-3), stream, toy_model(stream))
     before, after, gradient = run.steps[1][3]
@@ -130,7 +128,7 @@ def test_the_si_penalty_equals_its_formula_and_is_never_below_0():
 
 
 def test_averaged_si_clients_have_importance_of_the_mean_path():
-    """Two clients, of sizes 1 and 3, consolidate at the same global parameters."""
+    """Two clients of sizes 1 and 3 consolidate at the same global parameters."""
     start = {"w": torch.tensor([0.0, 1.0])}
     end = {"w": torch.tensor([0.5, -1.0])}
     spec = Spec(params=start, num_classes=2, num_experiences=2, feature_size=1, scenario="class")
@@ -177,8 +175,8 @@ def progress(before, after, gradient, noise_variance=0.0):
 
 
 def noisy_walk(optimizer, variance, told, steps=400):
-    """Path of a walk on a slope of 0.1 in every second coordinate, with noise of `variance` on the
-    gradient.
+    """Return the path of a walk on a slope of 0.1 in every second coordinate, with noise of
+    `variance` on the gradient.
     """
     place = torch.Generator().manual_seed(5)
     point = torch.zeros(2000, requires_grad=True)
@@ -196,8 +194,8 @@ def noisy_walk(optimizer, variance, told, steps=400):
 
 @pytest.mark.parametrize("optimizer", ["sgd", "momentum"])
 def test_private_si_subtracts_the_known_noise_from_the_path(optimizer):
-    """Standard error of a mean over 1,000 coordinates and 400 steps of r v (chi-squared): 0.2 % of
-    the noise's part.
+    """The mean over 1,000 coordinates and 400 steps of r v (chi-squared) has a standard error of
+    0.2 %.
     """
     make = OPTIMIZERS[optimizer]
     rate = {"sgd": 0.2, "momentum": 0.1}[optimizer]

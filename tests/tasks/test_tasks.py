@@ -1,4 +1,4 @@
-"""Every task: its loss, distillation, predictions and metric, and the targets it refuses."""
+"""Every task: loss, distillation, predictions, metric, and refused targets."""
 
 import math
 from dataclasses import replace
@@ -33,7 +33,7 @@ def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def tokens() -> torch.Tensor:
-    """(N, L) tokens below 4, the last ones of some sequences padding."""
+    """Return (N, L) tokens below 4; some sequences end with padding."""
     made = torch.arange(N * L).view(N, L) % 4
     made[1, 2:] = PAD
     made[4, 3:] = PAD
@@ -54,7 +54,7 @@ def outputs_of(task: Task, seed: int = 5) -> torch.Tensor:
 
 
 def losses_by_hand(task: Task, outputs, targets, mask) -> list[float]:
-    """Losses by the formulas of the files, number by number."""
+    """Return losses by the formulas of the files, number by number."""
     found = []
     for z, y in zip(outputs.double(), targets, strict=True):
         if isinstance(task, SingleLabel):

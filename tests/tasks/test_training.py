@@ -1,4 +1,6 @@
-"""Every task end to end: alone, in a federation and under privacy; strategies by task."""
+"""Every task end to end: alone, in a federation and under privacy, with strategies that support
+it.
+"""
 
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -203,7 +205,7 @@ def test_attacks_refuse_unsupported_inputs_and_tasks():
 
 
 def with_task(stream, task: Task):
-    """The same stream, its records of another task."""
+    """Return the same stream with records of another task."""
     parts = []
     for experience in stream:
         train = replace(experience.train, task=task)
@@ -214,7 +216,7 @@ def with_task(stream, task: Task):
 
 @dataclass(frozen=True, kw_only=True)
 class Ordinal(Regression):
-    """A task of a user's own: levels 0 to 3 as numbers, measured as regression."""
+    """A user's own task: levels 0 to 3 as numbers, measured as regression."""
 
     name: ClassVar[str] = "ordinal"
 
@@ -269,7 +271,7 @@ SELDOM = [
 
 @dataclass(frozen=True, kw_only=True)
 class CouplesBySeldomTargets(Naive):
-    """Losses that count twice where a record of the batch has a target that few records have."""
+    """Losses that are doubled if a record of the batch has a rare target."""
 
     def losses(self, forward, batch, context, state):
         seldom = next(rule for task, rule in SELDOM if task == context.task)

@@ -1,6 +1,4 @@
-"""The conformance suite: what keeps the contract passes, and every check finds the strategy that
-breaks it.
-"""
+"""`check_strategy`: valid strategies pass, and every check finds the strategy that breaks it."""
 
 from dataclasses import dataclass
 from operator import attrgetter
@@ -138,7 +136,7 @@ SIGHTS = []
 
 @broken("private", "state seen changes with the records although every release is the same")
 class Smuggling(Remembering):
-    """Keeps rows where nobody looks for them."""
+    """A strategy that hides rows outside of its state."""
 
     def losses(self, forward, batch, context, state):
         SIGHTS[:] = [batch.inputs.detach().sum(0)[:2]]
@@ -150,9 +148,7 @@ class Smuggling(Remembering):
 
 @broken("private", "GuardError: the forward of", "CouplingInTraining.losses() couples records")
 class CouplingInTraining(Strategy):
-    """Couples records only while the model trains, where nothing but the guard of a private run
-    looks.
-    """
+    """A strategy that couples records only in training mode, where only the guard looks."""
 
     def losses(self, forward, batch, context, state):
         each = task_losses(forward, batch, context)
@@ -166,7 +162,9 @@ ANCHORS = {}
 
 @broken("resume", "stopped and resumed without privacy", "State")
 class Elsewhere(Strategy):
-    """Remembers outside the State, cleanly: begun anew by `init`, so that whole runs repeat."""
+    """A strategy that stores values outside of the State, reset by `init`, so that whole runs
+    repeat.
+    """
 
     def init(self, spec):
         ANCHORS.clear()
@@ -234,7 +232,7 @@ def test_valid_strategies_pass_check_strategy_in_every_scenario(scenario):
 
 @dataclass(frozen=True, kw_only=True)
 class Honest(Centred):
-    """Couples records, and says so."""
+    """A strategy that couples records and declares it."""
 
     couples_records: ClassVar[bool] = True
     not_vmappable_because: ClassVar[str | None] = "it was never tried"
@@ -242,16 +240,14 @@ class Honest(Centred):
 
 @dataclass(frozen=True, kw_only=True)
 class ByIdentity(Strategy):
-    """Weighs a record by its id, as one that is held out is weighed by nothing."""
+    """A strategy that weighs a record by its id, as for records held out."""
 
     def losses(self, forward, batch, context, state):
         return task_losses(forward, batch, context) * (1 + (batch.ids * 2654435761 >> 8) % 7)
 
 
 def test_check_strategy_accepts_a_loss_that_uses_record_ids():
-    """It is the record's own; the guard of a private run, which leaves records out, must not
-    renumber those left.
-    """
+    """The id is the record's own; the guard leaves records out and must not renumber the others."""
     assert check_strategy(ByIdentity()).passed[: len(CHECKS)] == tuple(CHECKS)
 
 
@@ -265,7 +261,7 @@ def test_check_strategy_reports_checks_that_do_not_apply():
 
 
 class Gated(Classifier):
-    """A classifier with a part more than others have."""
+    """A classifier with an additional part."""
 
     def __init__(self, plain):
         super().__init__(plain.body, plain.feature_size, plain.head.out_features)
@@ -285,7 +281,7 @@ def gated(stream, hidden=(3,)):
 
 @dataclass(frozen=True, kw_only=True)
 class Gating(Strategy):
-    """Needs that part."""
+    """A strategy that needs the additional part."""
 
     def init(self, spec):
         if "gate.weight" not in spec.params:
@@ -295,7 +291,7 @@ class Gating(Strategy):
 
 @dataclass(frozen=True, kw_only=True)
 class GatingAtHome(Gating):
-    """Brings a model of its own, of four hidden units."""
+    """A strategy that brings its own model of four hidden units."""
 
     def small_model(self, *, input_shape, num_classes):
         return Gated(mlp(input_shape=input_shape, num_classes=num_classes, hidden=(4,), seed=0))

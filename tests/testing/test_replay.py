@@ -1,7 +1,6 @@
-"""Every strategy, clipping and place on two data sets that differ in one record, with frozen
-answers.
+"""Replays of every strategy, clipping and place without one record, with fixed answers.
 
-No exact sum moves by more than was charged, and nothing else differs.
+No exact sum changes by more than its charge, and nothing else differs.
 """
 
 from dataclasses import replace
@@ -41,7 +40,7 @@ SHORT = {
 
 
 def combinations():
-    """All of them; those that are not in the short suite are deep."""
+    """Yield all combinations; those outside the short suite are marked deep."""
     for name in private():
         for clipping in CLIPPINGS:
             for place in PLACES:
@@ -71,7 +70,7 @@ def test_a_record_changes_no_sum_by_more_than_its_charge(
     assert any(row.startswith("release:") for row in names) == bool(once)
 
 
-def test_every_strategy_can_be_replayed_or_has_a_reason():
+def test_every_strategy_can_be_replayed_or_gives_a_reason():
     assert set(private()) | set(REFUSED) == set(strategies.names())
 
 
@@ -127,7 +126,7 @@ def test_replay_refuses_views_adversaries_and_dropout(changes, name, toy_stream,
 
 
 class ByShape(nn.Module):
-    """Fails without rows, as models do that leave one size to `view`."""
+    """A model that fails without rows, as models do that leave one size to `view`."""
 
     def __init__(self):
         super().__init__()
@@ -153,7 +152,9 @@ BESIDE = {
 
 @pytest.mark.parametrize("beside", BESIDE)
 def test_replay_with_alone_compares_one_record_with_no_record(beside, toy_stream):
-    """Beside an empty partition nothing fails that runs beside one record, draws included."""
+    """A run that works with one record also works with an empty partition, random draws
+    included.
+    """
     make = maker(toy_stream(), Naive(), **({"model": lambda stream: ByShape()} | BESIDE[beside]))
     record = int(toy_stream()[0].train.ids[3])
     found = replay(make, [toy_stream()], record=record, alone=True)
@@ -183,7 +184,7 @@ def test_replay_with_alone_passes_for_each_strategy(name, place, toy_stream, toy
 
 
 def test_replay_finds_an_error_that_occurs_without_records(toy_stream, toy_model):
-    """Whatever its class: a raw error of torch tells as much as one of ours."""
+    """A raw torch error reveals as much as an error of perdure."""
 
     class Failing(Learner):
         def train(self, steps):
@@ -234,7 +235,7 @@ def test_replay_compares_the_outputs_that_the_user_names(toy_stream, toy_model):
 
 
 def test_replay_reports_an_error_that_depends_on_a_record(toy_stream, toy_model):
-    """Here before anything is charged: the neighbour lies outside its declared domain."""
+    """The error comes before any charge, because the neighbour lies outside its declared domain."""
 
     def declared(high):
         stream = toy_stream()
@@ -248,7 +249,7 @@ def test_replay_reports_an_error_that_depends_on_a_record(toy_stream, toy_model)
 
 
 def test_replay_compares_the_messages_of_a_federation(toy_stream, toy_model, monkeypatch):
-    """A client that reports its realised size is found out by its reply."""
+    """A client that reports its real size is found by its reply."""
     parts = experiment(toy_stream(), "naive", "flat", "federated", toy_model)
     realised = property(lambda plan: lambda index: len(plan.stream[index].train))
     monkeypatch.setattr("perdure.planning.training_plan.TrainingPlan.declared_pool_size", realised)

@@ -1,4 +1,4 @@
-"""Users' mistakes with attacks and explainers that a type checker must see."""
+"""Mistakes of users with attacks and explainers that a type checker must report."""
 
 from typing import reveal_type
 

@@ -1,4 +1,4 @@
-"""Users' mistakes with the classes of `perdure` that a type checker must see."""
+"""Mistakes of users with the classes of `perdure` that a type checker must report."""
 
 from functools import partial
 from typing import reveal_type
@@ -21,7 +21,7 @@ Privacy(epsilon="8")  # E[arg-type]: "epsilon"
 
 
 class Mine(Strategy):
-    """A strategy of one's own: its hooks are checked too."""
+    """A user's strategy, whose hooks are checked too."""
 
     def init(self, spec: str) -> State:  # E[override]: as "Spec"
         """Lay out nothing."""

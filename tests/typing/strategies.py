@@ -1,4 +1,6 @@
-"""Users' mistakes with strategies that a type checker must see, and what it must accept."""
+"""Mistakes of users with strategies that a type checker must report, and code that it must
+accept.
+"""
 
 from typing import reveal_type
 

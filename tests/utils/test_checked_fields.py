@@ -1,4 +1,4 @@
-"""Fields of settings are checked against their annotations; what fits is kept as it was given."""
+"""Fields of settings are checked against their annotations; valid values are kept unchanged."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -50,7 +50,7 @@ class Failing(CheckedFields):
 
 @dataclass(frozen=True, kw_only=True)
 class Unread(CheckedFields):
-    """Settings whose annotation names nothing."""
+    """Settings with an annotation that names nothing."""
 
     size: "Nowhere" = 1  # noqa: F821
 

@@ -1,6 +1,4 @@
-"""Numbers that have lost their mantissa are 0 while training, and what a caller had set holds
-afterwards.
-"""
+"""Denormal numbers are 0 during training, and the caller's mode is restored afterwards."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -15,7 +13,7 @@ from perdure.utils.denormals import flushed
 
 @pytest.fixture(autouse=True)
 def restored() -> Iterator[None]:
-    """One thread, and denormals kept, as torch begins."""
+    """Use one thread and keep denormals, as torch does by default."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -27,26 +25,26 @@ def denormal() -> float:
     return float(torch.tensor(1e-30) * 1e-10)
 
 
-def test_denormal_numbers_are_0_only_inside_flushed() -> None:
+def test_denormal_numbers_are_0_only_inside_the_flushed_block() -> None:
     with flushed():
         assert denormal() == 0.0
     assert denormal() > 0.0
 
 
-def test_flushed_ends_even_after_an_error() -> None:
+def test_the_flushed_block_ends_even_after_an_error() -> None:
     with pytest.raises(KeyError), flushed():
         raise KeyError
     assert denormal() > 0.0
 
 
-def test_flushed_restores_the_mode_of_the_caller() -> None:
+def test_the_flushed_block_restores_the_mode_of_the_caller() -> None:
     torch.set_flush_denormal(True)
     with flushed():
         assert denormal() == 0.0
     assert denormal() == 0.0
 
 
-def test_flushed_changes_nothing_with_several_threads() -> None:
+def test_the_flushed_block_changes_nothing_with_several_threads() -> None:
     torch.set_num_threads(2)
     with flushed():
         assert denormal() > 0.0

@@ -66,7 +66,7 @@ OUTSIDE = """
 
 
 class Shapes:
-    """A package of its own for every test, its registry, and a folder for other distributions."""
+    """A separate package for every test, with its registry and a folder for other distributions."""
 
     def __init__(self, folder, number):
         self.folder = folder
@@ -80,7 +80,7 @@ class Shapes:
         return dedent(text).replace("PACKAGE", self.package)
 
     def add(self, name, entries, text=OUTSIDE):
-        """One more distribution, of one module, on the path."""
+        """Add a distribution with one module to the path."""
         modules = {f"{self.outside}.py": self.own(text)}
         distribution(self.folder / name, name, modules, {self.group: entries})
         sys.path.insert(0, str(self.folder / name))

@@ -1,4 +1,4 @@
-"""One holder at a time, in this process and in every other one, and no longer than it lives."""
+"""Folder locks: one holder at a time, in all processes, until the holder ends."""
 
 import multiprocessing
 import signal

@@ -1,4 +1,4 @@
-"""A forked child has a name of its own, also where its number is that of its parent."""
+"""A forked child has a process name of its own, even with its parent's process id."""
 
 import os
 
@@ -11,7 +11,7 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="without fork th
 
 
 def in_child(answer):
-    """Whether `answer()` is true in a forked child."""
+    """True if `answer()` is true in a forked child."""
     child = os.fork()
     if child == 0:
         os._exit(0 if answer() else 1)
@@ -25,7 +25,7 @@ def test_a_forked_child_has_another_process_name():
 
 
 def test_a_child_with_an_equal_pid_has_another_process_name(monkeypatch):
-    """In two process namespaces both may be process 1."""
+    """Both processes may have id 1 in two process namespaces."""
     monkeypatch.setattr(os, "getpid", lambda: 1)
     mine = present_process()
     assert in_child(lambda: os.getpid() == 1 and present_process() != mine)

@@ -1,5 +1,5 @@
-"""Numbers that belong to records: the published mixing function, uniform, normal, apart, and the
-same under vmap.
+"""Numbers computed from record ids: mixing function, uniform, normal, independent, and equal under
+vmap.
 """
 
 import pytest
@@ -13,7 +13,7 @@ MANY = torch.arange(100_000)
 
 
 def mixed(word):
-    """SplitMix64's next word after the state `word`, in Python's whole numbers."""
+    """Return SplitMix64's next word after the state `word`, in Python integers."""
     word = (word + 0x9E3779B97F4A7C15) % 2**64
     word = (word ^ word >> 30) * 0xBF58476D1CE4E5B9 % 2**64
     word = (word ^ word >> 27) * 0x94D049BB133111EB % 2**64
@@ -39,7 +39,8 @@ def test_the_public_number_has_the_upper_bits_of_the_hash():
 
 
 def test_hashed_uniform_numbers_are_uniform():
-    """No flakiness: a fixed hash.
+    """A fixed hash has no flakiness. The gap to the uniform distribution exceeds 1.36 / sqrt(n) in
+    one of 20 samples.
 
     The gap to the uniform distribution is 1.36 / sqrt(n) in one of 20 samples.
     """
@@ -51,7 +52,7 @@ def test_hashed_uniform_numbers_are_uniform():
 
 
 def unmixed(word):
-    """Inverse of `mixed`: every step of it can be undone."""
+    """Return the inverse of `mixed`, each step of which can be undone."""
     word ^= word >> 31 ^ word >> 62
     word = word * pow(0x94D049BB133111EB, -1, 2**64) % 2**64
     word ^= word >> 27 ^ word >> 54
@@ -61,8 +62,8 @@ def unmixed(word):
 
 
 def test_hashed_uniform_numbers_are_never_0_or_1():
-    """By the ids whose words are the smallest and the largest; the inverse of a distribution
-    function is finite.
+    """The ids have the smallest and the largest hash words; the inverse distribution function is
+    finite there.
     """
     ids = [unmixed(unmixed(word)) for word in (0, 2**64 - 1)]
     ends = torch.tensor([i - 2**64 if i >= 2**63 else i for i in ids])
@@ -72,7 +73,8 @@ def test_hashed_uniform_numbers_are_never_0_or_1():
 
 
 def test_hashed_normal_numbers_are_normal():
-    """No flakiness: a fixed hash.
+    """A fixed hash has no flakiness. The bounds are four standard errors of the moments of 100,000
+    numbers.
 
     Bounds are four standard errors of the moments of 100,000 numbers.
     """

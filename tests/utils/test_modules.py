@@ -1,4 +1,4 @@
-"""Tensors that are compared to the bit, and the modes of modules."""
+"""Bit comparison of tensors, and training modes of modules."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def test_same_bits_separates_signed_zeros_and_accepts_equal_nan():
 
 
 class HalfFrozen(nn.Module):
-    """A model whose normalisation never goes into training mode, counting how often it is asked."""
+    """A model whose normalisation never enters training mode, and counts the calls."""
 
     def __init__(self):
         super().__init__()

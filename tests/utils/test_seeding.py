@@ -24,13 +24,13 @@ def test_generator_from_uses_every_bit_of_a_secret():
 
 
 def test_generator_from_secret_bytes_has_more_than_32_bits():
-    """torch keeps 32 bits of a number: two that agree in them draw the same."""
+    """torch keeps 32 bits of a number, so two numbers that agree in them draw the same."""
     assert drawn(5) == drawn(5 + 2**32)
     assert drawn(SECRET) != drawn(SECRET[:4] + bytes(28)) != drawn(bytes(28) + SECRET[-4:])
 
 
 def test_generator_from_fills_the_whole_state_of_the_generator():
-    """NumPy's Mersenne twister, given the same words, draws the same: no word was lost."""
+    """NumPy's Mersenne twister with the same words draws the same numbers, so no word was lost."""
     generator = generator_from(SECRET)
     wide = generator.get_state()[24 : 24 + 8 * 624].view(624, 8)
     assert not wide[:, 4:].any()

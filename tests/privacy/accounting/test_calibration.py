@@ -18,7 +18,7 @@ Q = 256 / 12_000
 
 
 def library_epsilon(accountant, charges):
-    """dp-accounting's own composition, event by event."""
+    """Return dp-accounting's own composition, event by event."""
     for charge in charges:
         event = dp_accounting.GaussianDpEvent(charge.noise_multiplier)
         if charge.sampling_rate < 1:
@@ -88,7 +88,7 @@ def test_one_gaussian_step_has_the_analytic_epsilon(noise):
 
 
 def test_epsilon_is_above_the_central_limit_approximation():
-    """The central-limit value for the first row, 1.079, is below what was spent."""
+    """The central-limit value of the first row, 1.079, is below the spent epsilon."""
     assert epsilon([Charge(0.00427, 1.1, 3525)], delta=DELTA) > 1.13
 
 
@@ -97,8 +97,8 @@ def test_epsilon_is_above_the_central_limit_approximation():
 
 @pytest.mark.reference
 def test_the_replace_one_bound_covers_every_pair_of_vectors():
-    """One Poisson-sampled step in two dimensions, by quadrature: v = -v' is worst at every order
-    tried.
+    """One Poisson-sampled step in two dimensions, by quadrature: v = -v' is the worst pair at every
+    tested order.
     """
     q = 0.3
     s = 0.9
@@ -133,9 +133,7 @@ def test_replace_one_epsilon_lies_above_add_remove_epsilon():
 
 
 def test_rdp_under_replace_one_halves_the_noise_or_refuses():
-    """The library's RDP accountant ignores the relation of an unsampled Gaussian: 1.5 would count
-    as 1.5.
-    """
+    """The RDP accountant of the library ignores the relation of an unsampled Gaussian."""
     unsampled = epsilon(
         [Charge(1.0, 1.5, 3)], delta=DELTA, accountant="rdp", relation="replace-one"
     )
@@ -171,7 +169,7 @@ def test_epsilon_is_0_without_steps_and_infinite_without_noise():
 
 @pytest.mark.parametrize("noise", [0.2, 0.05, 0.01])
 def test_epsilon_stays_an_upper_bound_with_very_little_noise(noise):
-    """Compared with the exact epsilon of one Gaussian of ten steps."""
+    """The reference is the exact epsilon of one Gaussian of ten steps."""
     s = noise / math.sqrt(10)
     spent = epsilon([Charge(1.0, noise, 10)], delta=DELTA)
     log_delta = stats.norm.logcdf(0.5 / s - spent * s)  # the second term only lowers it
@@ -266,8 +264,8 @@ def test_calibrated_noise_is_the_smallest_within_the_target(target, rate, steps)
 
 
 def test_calibration_holds_for_the_partition_with_most_charges():
-    """Replay makes the first experience worst; the small client's release is worst among the
-    rest.
+    """Replay makes the first experience worst; among the others, the release of the small client is
+    worst.
     """
 
     def charges_at(noise):
@@ -321,7 +319,9 @@ def test_calibration_refuses_an_invalid_target(wrong):
 
 
 def revisited(noise):
-    """Histories of five experiences with a memory, and of one whose records are used once."""
+    """Return histories of five experiences with a memory, and of one whose records are used
+    once.
+    """
     own = Charge(0.02, noise, 300, "grid-gaussian")
     back = [Charge(0.02 / (1 + j), noise, 300, "grid-gaussian") for j in range(5)]
     return [[own, *back[i + 1 :]] for i in range(5)] + [[Charge(0.01, noise, 1000)]]
@@ -335,7 +335,9 @@ def used_once(noise):
     ("charges_at", "target"), [(revisited, 0.1), (used_once, 1e-3), (used_once, 3.0)]
 )
 def test_calibration_computes_at_most_40_loss_distributions(charges_at, target):
-    """It took 1,100 at a target of 0.01, and failed at 1e-4; a second one takes none."""
+    """Calibration once took 1,100 distributions at a target of 0.01 and failed at 1e-4; a repeat
+    takes none.
+    """
     before = pld_epsilon.cache_info().misses
     noise = calibrate(charges_at, epsilon=target, delta=1e-5)
     needed = pld_epsilon.cache_info().misses - before
@@ -348,7 +350,9 @@ def test_calibration_computes_at_most_40_loss_distributions(charges_at, target):
 
 @pytest.mark.reference
 def test_epsilon_is_accurate_for_very_small_privacy_losses():
-    """A Gaussian without sampling at epsilon 1e-3, by its closed form (Balle and Wang 2018)."""
+    """The reference is the closed form of an unsampled Gaussian at epsilon 1e-3 (Balle and Wang
+    2018).
+    """
     charge = Charge(1.0, 2000.0, 1)
     spent = epsilon([charge], delta=1e-5)
     mu = 1 / 2000.0

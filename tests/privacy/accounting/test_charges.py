@@ -1,4 +1,4 @@
-"""Histories of charges: which covers which, and one that bounds several."""
+"""Charge histories: one history that covers another, and one that bounds several."""
 
 import pytest
 from hypothesis import given, settings
@@ -28,7 +28,9 @@ def test_bounding_returns_the_history_that_covers_all_others():
 
 
 def test_bounding_joins_histories_that_do_not_cover_each_other():
-    """One is worse alone, the other after more is added; their bound is worse than both."""
+    """One history is worse alone and the other after more charges; their bound is worse than
+    both.
+    """
     once, often = [Charge(1.0, 1.45, 1)], [Charge(0.01, 0.5, 40)]
     more = [Charge(0.01, 0.5, 400)]
     bound = bounding([once, often])

@@ -1,4 +1,4 @@
-"""Loss distributions of one Gaussian step beside those that dp-accounting makes itself."""
+"""Loss distributions of one Gaussian step against those of dp-accounting."""
 
 import pytest
 from dp_accounting import NeighboringRelation
@@ -27,7 +27,7 @@ RELATIONS = {
     ],
 )
 def test_a_gaussian_step_equals_the_step_of_dp_accounting(relation, rate, noise, interval, steps):
-    """One step and many, on both sides of the neighbouring relation."""
+    """One step and many steps, on both sides of the neighbouring relation."""
     mine = gaussian_step(rate, noise, relation, interval)
     theirs = privacy_loss_distribution.from_gaussian_mechanism(
         noise,

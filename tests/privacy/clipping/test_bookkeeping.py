@@ -1,6 +1,4 @@
-"""Clipped sums by the tape: every layer with a rule against records one by one, and the bound in
-half precision.
-"""
+"""Book-keeping: every layer with a rule against single records, and the bound in half precision."""
 
 import gc
 import weakref
@@ -74,8 +72,8 @@ def test_gradient_rows_that_are_not_stored_are_computed_again(name, monkeypatch)
     "name", ["conv1d", "conv1d, dilated", "conv2d, settings", "conv2d, by lines"]
 )
 def test_convolution_gradients_by_patches_equal_those_by_groups(name):
-    """Patches are the way on accelerators, where convolutions may round to fewer digits than
-    products of matrices.
+    """Accelerators use patches, because their convolutions may be less accurate than matrix
+    products.
     """
     module, x, _ = made(name)
     y = module.layer(x)
@@ -103,7 +101,7 @@ def test_book_keeping_sums_are_right_with_few_records(records):
 
 
 class Products(TorchDispatchMode):
-    """Counts the products of matrices, and convolutions' gradients by what is asked of them."""
+    """Count matrix products, and the convolution gradients by the requested outputs."""
 
     def __init__(self):
         super().__init__()
@@ -151,8 +149,8 @@ def test_activations_are_freed_after_the_clipped_sum(name):
 
 @pytest.mark.parametrize("kind", [LinearGhost, ConvGhost])
 def test_ghost_norms_are_not_too_small_if_positions_cancel(kind):
-    """Positions t and t + 1 cancel but for a share of 2e-4, which is at the end of float32's digits
-    in a square.
+    """Positions t and t + 1 cancel except for a share of 2e-4, the last digits of a float32
+    square.
     """
     place = torch.Generator().manual_seed(0)
     a = torch.randn(64, 1, 40, generator=place).repeat(1, 2, 1) * 100
@@ -200,8 +198,8 @@ def half_losses(forward, batch):
 
 
 def test_autocast_sums_use_the_rounded_half_precision_values():
-    """For a linear layer: the outer products of what came back and of the input as it was rounded
-    to bfloat16.
+    """The reference is the outer product of the gradient and the input rounded to bfloat16, for a
+    linear layer.
     """
     layer = nn.Linear(30, 20)
     x = floats(30)

@@ -1,4 +1,4 @@
-"""Clipped sums by the tape of whatever models do: right, or left to the gradients of records."""
+"""Book-keeping of unusual models: the right sum, or none, so that per-record gradients are used."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ from perdure.privacy.clipping.rules.convolution import Geometry
 
 
 class Tied(nn.Module):
-    """Two layers, and ways to use the first one's weight once more."""
+    """Two layers, and several second uses of the first layer's weight."""
 
     def __init__(self, way):
         super().__init__()
@@ -63,7 +63,7 @@ def test_a_layer_with_two_names_counts_both_uses(way):
 
 
 class Quirk(nn.Module):
-    """Things that models do between two layers."""
+    """Unusual operations of a model between two layers."""
 
     def __init__(self, way):
         super().__init__()
@@ -163,7 +163,7 @@ OTHERS = {
     "sparse": lambda: (nn.Embedding(WORDS, 4, sparse=True), words(3)),
     "weight norm": lambda: (normed(nn.Linear(6, 5)), floats(6)),
     "no rule": lambda: (nn.Bilinear(6, 6, 5), floats(6)),
-    "a layer of one's own": lambda: (type("Mine", (nn.Linear,), {})(6, 5), floats(6)),
+    "a layer of the user": lambda: (type("Mine", (nn.Linear,), {})(6, 5), floats(6)),
 }
 
 
@@ -192,7 +192,7 @@ def test_book_keeping_refuses_a_partly_trained_layer(part):
     )
 
 
-def test_convolution_by_lines_equals_the_convolution():
+def test_a_convolution_over_image_lines_equals_the_convolution():
     layer = nn.Conv2d(1, 4, 8, stride=2, padding=3, bias=False)
     x = floats(1, 13, 12)
     geometry = Geometry.of(layer)
@@ -205,9 +205,7 @@ def test_convolution_by_lines_equals_the_convolution():
 
 
 def test_book_keeping_refuses_weights_computed_from_parameters():
-    """A layer that runs with twice its weight: the tape would give the gradient of the doubled
-    weight, half of it.
-    """
+    """A layer runs with twice its weight; book-keeping would give half of the right gradient."""
     layer = nn.Linear(3, 2)
     inputs = torch.rand(4, 3)
     params = dict(layer.named_parameters())

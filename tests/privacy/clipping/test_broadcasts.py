@@ -1,6 +1,6 @@
-"""Parameters outside of layers: clipped by the tape where each record's row gets them, else left.
+"""Parameters outside of layers: clipped by book-keeping if each row gets them, else refused.
 
-Batches hold as many records as other axes are long, so that a length proves nothing.
+Batches have as many records as other axes are long, so that a length proves nothing.
 """
 
 import copy
@@ -29,7 +29,7 @@ LENGTH = N
 
 
 class Tokens(nn.Module):
-    """Linear tokens of (n, LENGTH, 4), what `use` does with parameters of its own, and a head."""
+    """Linear tokens of (n, LENGTH, 4), parameters used by `use`, and a head."""
 
     def __init__(self, use, **shapes):
         super().__init__()
@@ -56,13 +56,13 @@ def in_place(m, t):
 
 
 def several(m, t):
-    """One parameter in several places, and two under one another."""
+    """Add one parameter in several places, and two parameters together."""
     t = torch.tanh(t + m.pos[:, :1]) + m.pos
     return torch.cat([t, m.cls.repeat(len(t), 1, 1)], -2) + m.pos[0].mT.mT[:1]
 
 
 def norm(m, t):
-    """A root mean square norm, written out, and a scale of a branch."""
+    """Apply a written-out root mean square norm and a scaled branch."""
     t = t * torch.rsqrt(t.square().mean(-1, keepdim=True) + 1e-3) * m.gain
     return t + m.gamma * m.body(t)
 
@@ -130,7 +130,7 @@ def test_gradients_of_two_passes_are_added_before_the_norm(name):
     assert gap_to_loop(model, floats(LENGTH, 4), twice) < TOLERANCE
 
 
-def test_a_bare_parameter_that_no_loss_uses_gets_zero_gradients():
+def test_an_unused_parameter_outside_layers_gets_zero_gradients():
     model = Tokens(shift, pos=(LENGTH, WIDTH), spare=(1, WIDTH))
     total = by_tape(model, floats(LENGTH, 4), Clip(norm=1.0))
     assert not total["spare"].any() and total["pos"].any()
@@ -140,8 +140,8 @@ def test_a_bare_parameter_that_no_loss_uses_gets_zero_gradients():
     assert not nothing["pos"].any() and nothing["embed.weight"].any()
 
 
-def test_a_transformer_with_bare_parameters_runs_in_one_pass(monkeypatch):
-    """In a batch, not record by record, and in one pass forwards, once it was rehearsed."""
+def test_parameters_outside_layers_need_one_forward_pass(monkeypatch):
+    """After one test run the whole batch takes one forward pass."""
 
     class Vit(nn.Module):
         def __init__(self):
@@ -174,7 +174,7 @@ def test_a_transformer_with_bare_parameters_runs_in_one_pass(monkeypatch):
 
 @pytest.mark.parametrize("long", [1e23, 1.5e19, 1.5e-19, 1e-23])
 def test_an_extreme_record_changes_broadcast_sums_by_clip_norm(long):
-    """A scale of long numbers with short gradients, or the reverse."""
+    """A scale with long inputs and short gradients, or the reverse."""
     torch.manual_seed(0)
 
     class Scaled(nn.Module):
@@ -227,7 +227,7 @@ def test_one_record_changes_micro_batch_sums_by_the_clip_norm(name):
 
 
 def delta(m, t):
-    """A weight of as many rows as records, computed from a constant and a parameter."""
+    """Add a weight of as many rows as records, computed from a constant and a parameter."""
     return F.linear(t, m.base + m.row)[..., :WIDTH]
 
 
@@ -248,13 +248,13 @@ def part_in_place(m, t):
 
 
 def mixed_copies(m, t):
-    """The copies of all records meet before the records do."""
+    """Mix the copies of a parameter of all records before they meet the records."""
     copies = m.row.expand(len(t), WIDTH)
     return torch.cat([copies.mean(0).expand(len(t), 1, WIDTH), t], 1)
 
 
 def rows_as_tokens(m, t):
-    """A latent table of as many rows as records, into a layer."""
+    """Pass a table of as many rows as records into a layer."""
     return t + m.body(m.table)[None]
 
 
@@ -295,7 +295,7 @@ LEFT = {
 
 
 @pytest.mark.parametrize("name", LEFT)
-def test_book_keeping_refuses_other_uses_of_a_bare_parameter(name):
+def test_book_keeping_refuses_other_parameters_outside_layers(name):
     model = LEFT[name]()
     assert by_tape(model, floats(LENGTH, 4), Clip(norm=1.0)) is None
     if name not in ("a row for every record", "into a layer", "copies beside the records"):
@@ -303,7 +303,7 @@ def test_book_keeping_refuses_other_uses_of_a_bare_parameter(name):
 
 
 def test_book_keeping_refuses_a_parameter_added_to_raw_inputs():
-    """Nothing says that the first axis of an input is that of the records."""
+    """Nothing shows that the first axis of an input is the axis of records."""
     torch.manual_seed(0)
     model = Tokens(lambda m, t: t, row=(4,))
     model.embed.register_forward_pre_hook(lambda layer, args: (args[0] + model.row,))
@@ -311,7 +311,7 @@ def test_book_keeping_refuses_a_parameter_added_to_raw_inputs():
     assert gap_to_loop(model, floats(LENGTH, 4)) < TOLERANCE
 
 
-def test_book_keeping_refuses_a_penalty_on_a_bare_parameter():
+def test_book_keeping_refuses_a_parameter_penalty_outside_layers():
     model = Tokens(shift, pos=(LENGTH, WIDTH))
 
     def penalised(forward, batch):
@@ -320,7 +320,7 @@ def test_book_keeping_refuses_a_penalty_on_a_bare_parameter():
     assert by_tape(model, floats(LENGTH, 4), Clip(norm=1.0), of=penalised) is None
 
 
-def test_book_keeping_refuses_a_half_precision_bare_parameter():
+def test_book_keeping_refuses_half_precision_outside_layers():
     model = Tokens(shift, pos=(LENGTH, WIDTH)).bfloat16()
     assert by_tape(model, floats(LENGTH, 4).bfloat16(), Clip(norm=1.0)) is None
 
@@ -332,13 +332,13 @@ def test_unsupported_layers_are_found_without_a_forward_pass():
 
 
 def pooled_token(m, t):
-    """The token of all records, of which each has an equal one; gradients meet in it."""
+    """Mix equal tokens of all records, so that their gradients mix too."""
     tokens = torch.cat([m.cls.expand(len(t), -1, -1), t], 1)
     return torch.cat([tokens[:, :1].mean(0, keepdim=True).expand(len(t), -1, -1), tokens], 1)
 
 
 def test_the_guard_refuses_gradients_shared_between_records():
-    """Values do not show it: all copies are equal."""
+    """Outputs do not show the mixing, because all copies are equal."""
     model = Tokens(pooled_token, cls=(1, 1, WIDTH))
     quiet_training(model)
     params = dict(model.named_parameters())
@@ -363,7 +363,7 @@ def test_the_guard_refuses_gradients_shared_between_records():
         check_gradients(case, "the model")
 
 
-def test_the_search_for_bare_parameters_stops_at_layers():
+def test_the_search_for_parameters_outside_layers_skips_layers():
     model = Tokens(vision, cls=(1, 1, WIDTH), pos=(1, LENGTH + 1, WIDTH))
     found = broadcasts.bare_parameters(model, {"pos": model.pos}, 10**6)
     assert found and not broadcasts.bare_parameters(nn.PReLU(), {"weight": model.pos}, 10**6)

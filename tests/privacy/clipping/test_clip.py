@@ -144,9 +144,7 @@ BOUNDS = {"mlp": 1.06, "cnn": 1.65, "resnet18": 28.0}
 
 
 def problem(name):
-    """A small model in double precision, so that rounding is not what is tested, and its input
-    shape.
-    """
+    """Return a small model in double precision, to exclude rounding, and its input shape."""
     shape = {"mlp": (5,), "cnn": (1, 8, 8), "resnet18": (3, 16, 16)}[name]
     options = {"input_shape": shape, "num_classes": 3, "seed": 1}
     make = {
@@ -170,7 +168,7 @@ def records(shape):
 
 
 def loop(module, batch, bound):
-    """Sum of clipped gradients, one backward pass a record."""
+    """Return the sum of clipped gradients, with one backward pass per record."""
     sums = [torch.zeros_like(value) for value in module.parameters()]
     lengths = []
     for i in range(len(batch)):
@@ -232,7 +230,9 @@ def test_one_record_changes_the_gradient_sum_by_the_clip_norm(name, how):
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_a_record_with_nan_adds_nothing_to_the_gradient_sum(poison):
-    """NaN or infinite pixels: one record, so at most C, here nothing."""
+    """NaN or infinite pixels are in one record, which may change the sum by C at most, and here by
+    0.
+    """
     module, shape = problem("mlp")
     batch = records(shape)
     expected, _ = loop(module, batch.take(slice(1, None)), 1.0)
@@ -264,8 +264,8 @@ def test_clipping_some_parameters_ignores_the_other_parameters():
 
 @pytest.mark.parametrize("how", [by_rows, by_bookkeeping])
 def test_per_layer_clipping_bounds_every_layer_by_its_share(how):
-    """With a bound so small that every layer of every record is clipped, one record is C / sqrt(L)
-    in each layer.
+    """With a bound that clips every layer of every record, one record has norm C / sqrt(L) in each
+    layer.
     """
     module, shape = problem("mlp")
     batch = records(shape)

@@ -153,7 +153,7 @@ def test_clipped_sums_are_right_for_a_transposed_input(layer):
 
 @pytest.mark.parametrize("layer", LAYERS)
 def test_a_later_write_into_a_layer_input_gives_no_wrong_sum(layer):
-    """Autograd refuses most such models; those that it takes have right sums."""
+    """Autograd refuses most such models; the sums of the others are right."""
     make, shape = LAYERS[layer]
     model = Network(make, shape, later=lambda h: h.mul_(3.0))
     x = inputs(shape)

@@ -37,7 +37,7 @@ EXTREME = N // 2
 
 @pytest.fixture(autouse=True)
 def flushed_as_while_training():
-    """Denormal numbers count as 0, as while a learner trains with one thread."""
+    """Flush denormal numbers to 0, as a learner with one thread does during training."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
@@ -104,7 +104,7 @@ def test_ghost_norms_use_float64_only_for_extreme_records():
 
 
 class Recurrent(nn.Module):
-    """Outputs of a recurrent layer, without its last state."""
+    """The outputs of a recurrent layer without its last state."""
 
     def __init__(self, kind):
         super().__init__()
@@ -131,7 +131,7 @@ ELSEWHERE = ("norm", "LSTM", "GRU", "cosine")
 
 
 def extreme(name, long):
-    """A layer, inputs and gradients at its output; one record has a product of about 1 of them."""
+    """Return a layer, inputs and output gradients, whose product is about 1 for one record."""
     make, shape, dtype = CASES[name]
     torch.manual_seed(1)
     model = make()
@@ -167,7 +167,7 @@ def test_an_extreme_record_changes_the_sum_by_the_clip_norm(name, flush):
 
 @pytest.mark.parametrize("name", ["linear, few positions", "linear, many positions"])
 def test_a_record_of_opposite_extremes_is_clipped_to_the_norm(name):
-    """In one record, short gradients of long inputs and the reverse."""
+    """One record has short gradients of long inputs, and the reverse."""
     model, x, backs = extreme(name, 1.0)
     x[EXTREME].view(-1, x.shape[-1])[::2] *= 1e19
     backs[EXTREME].view(-1, backs.shape[-1])[::2] *= 1e-19
@@ -226,7 +226,7 @@ NETWORKS = {
 
 
 def sums_of_one(model, x, y, clip):
-    """Clipped sums of one record, by rules where each layer has one, or by samplers."""
+    """Return clipped sums of one record, by rules if each layer has one, else by samplers."""
     params = {name: value for name, value in model.named_parameters() if value.requires_grad}
 
     def losses():
@@ -280,7 +280,7 @@ def with_a_frozen_head():
 
 
 def test_one_huge_record_changes_a_run_within_its_charge():
-    """It moved by 43 times that."""
+    """The change was once 43 times the charged one."""
     labels = torch.arange(40) % 10
     stream = stream_with_a_missing_date(labels)
     labels[0] = with_a_frozen_head()(stream[0].train.inputs[:1]).argmin()
@@ -300,6 +300,6 @@ def test_one_huge_record_changes_a_run_within_its_charge():
 
 
 def test_the_longest_allowed_norm_is_far_from_float32_limits():
-    """So that a denormal number times such a row, and a clip factor, do not matter."""
+    """A denormal number times such a row, and a clip factor, then stay negligible."""
     assert 2.0**-126 * LONGEST < 1e-13
     assert torch.finfo(torch.float32).tiny < 1e-12 / LONGEST

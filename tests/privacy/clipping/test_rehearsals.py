@@ -1,4 +1,4 @@
-"""First axes that are as long as the batch by chance: positions of as many places as records."""
+"""First axes that have the batch's length by chance, with as many positions as records."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ WIDTH = 6
 
 
 class Sequences(nn.Module):
-    """Tokens of (n, places, 4) and a head; positions are added by `place`."""
+    """Tokens (n, places, 4) with positions added by `place`, and a head."""
 
     def __init__(self, place, **parts):
         super().__init__()
@@ -31,7 +31,7 @@ class Sequences(nn.Module):
 
 
 def looked_up_once(m, t):
-    """Positions as in GPT: one lookup for all records."""
+    """Look the positions up once for all records, as GPT does."""
     return t + m.pos(torch.arange(t.shape[1]))
 
 
@@ -40,7 +40,7 @@ def length_first(m, t):
 
 
 def rows_of_the_table(m, t):
-    """A layer on a table of its own, such as stored means of classes."""
+    """Apply a layer to a table of its own, such as stored class means."""
     return t + m.mix(m.pos.weight[: t.shape[1]].detach()).mean(0)
 
 

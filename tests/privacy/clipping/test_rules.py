@@ -1,4 +1,4 @@
-"""Clipping rules of the user's own layers: the path they take, the sums they give, and refusals."""
+"""Clipping rules for the user's own layers: their use, their sums, and refusals."""
 
 import subprocess
 import sys
@@ -29,7 +29,7 @@ from perdure.strategies import Replay
 
 
 class Gain(nn.Module):
-    """Scale and power of every feature."""
+    """A scale and a power for every feature."""
 
     def __init__(self, width):
         super().__init__()
@@ -93,7 +93,7 @@ def test_a_users_clipping_rule_gives_the_sum_of_single_records(shape, times):
 
 
 class ExpGain(Gain):
-    """The gain is a function of the parameter, and there is no rule."""
+    """A layer whose gain is a function of the parameter, without a rule."""
 
     def forward(self, x):
         return x * self.gain.exp() + self.shift
@@ -115,7 +115,7 @@ def test_a_clipping_rule_holds_for_its_type_and_no_subclass():
 
 
 def counted_calls(monkeypatch):
-    """Calls that `GainRule` was asked about, layer by layer."""
+    """Count the calls that `GainRule` gets, layer by layer."""
     calls = []
     rule = GainRule.gradients
 
@@ -179,14 +179,14 @@ def test_a_private_run_uses_the_registered_rule(toy_stream, monkeypatch):
 
 
 class Pair(Gain):
-    """Takes two tensors."""
+    """A layer with two input tensors."""
 
     def forward(self, x, other):
         return x * self.gain + other + self.shift
 
 
 class WithPart(Gain):
-    """Has a layer with parameters inside."""
+    """A layer that contains a layer with parameters."""
 
     def __init__(self, width):
         super().__init__(width)
@@ -197,7 +197,7 @@ class WithPart(Gain):
 
 
 class Switched(nn.Module):
-    """Gives the layer all records as one row."""
+    """A model that passes all records as one row."""
 
     def __init__(self, layer):
         super().__init__()

@@ -34,7 +34,7 @@ OPTIONS = {
 
 
 def network(name, **options):
-    """In evaluation mode: the random depth of some differs from record to record."""
+    """Return a network in evaluation mode, because some have random depth per record."""
     torch.manual_seed(0)
     model = torchvision.models.get_model(name, weights=None, num_classes=3, **options)
     return fix(model).eval().double()

@@ -1,4 +1,4 @@
-"""The self test before a private run: clipped gradients against a loop of autograd."""
+"""Gradient checks before a private run: clipped gradients against a loop of autograd."""
 
 import copy
 import types
@@ -45,7 +45,7 @@ def case_of(model, x):
 
 
 def checked(model, x, per_layer=False):
-    """Run the check on a model by itself, with three records."""
+    """Run the check on a model alone, with three records."""
     check_gradients(case_of(model, x), "mine", per_layer=per_layer)
 
 
@@ -111,7 +111,7 @@ def test_clipped_sums_are_right_with_global_module_hooks(kind):
 
 @pytest.mark.parametrize("grouped", [False, True], ids=["by rules", "by samplers"])
 def test_clipped_sums_are_right_if_a_layer_runs_with_two_weights(grouped):
-    """A copy of the weights without gradients, on inputs that have some."""
+    """The second weights are a copy without gradients, on inputs with gradients."""
     torch.manual_seed(0)
     layer = nn.Linear(8, 8)
     norm = nn.RMSNorm(8) if grouped else nn.LayerNorm(8)
@@ -135,7 +135,7 @@ def test_clipped_sums_are_right_if_a_layer_runs_with_two_weights(grouped):
 
 @pytest.mark.parametrize("way", ["by itself", "by forward"])
 def test_clipped_sums_are_right_if_a_weight_has_another_use(way):
-    """Beside a layer that goes by a sampler."""
+    """The other layer is clipped by a sampler."""
 
     class Reusing(nn.Module):
         def __init__(self):
@@ -165,7 +165,7 @@ class Gain(nn.Module):
 
 
 class ForgetfulRule(ClippingRule):
-    """Forgets that the gain is multiplied by the input."""
+    """A rule that forgets to multiply the gain's gradient by the input."""
 
     layers = (Gain,)
     parameters = frozenset({"gain"})
@@ -182,7 +182,7 @@ def forgetful(monkeypatch):
 
 
 def test_the_guard_refuses_a_method_replaced_in_a_layer_class(monkeypatch):
-    """The tape does not see it, since the layer's type and its object are as they were."""
+    """Book-keeping does not see the change, because the layer's type and object are unchanged."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3))
     plain = nn.Linear.forward
@@ -209,7 +209,7 @@ def test_the_gradient_check_accepts_right_gradients():
 
 
 class Magnifying(nn.Module):
-    """Makes much of rounding, as ReLUs do in a deep network."""
+    """A model that amplifies rounding, as ReLUs do in a deep network."""
 
     def __init__(self):
         super().__init__()
@@ -254,7 +254,7 @@ def test_losses_without_parameters_pass_the_gradient_check():
 
 
 class Measuring(nn.Module):
-    """Computes the lengths of sequences, and packs them."""
+    """A model that computes the lengths of sequences and packs them."""
 
     def __init__(self):
         super().__init__()
@@ -273,7 +273,7 @@ class Measuring(nn.Module):
 
 
 class Bagging(nn.Module):
-    """Leaves padding out, and computes the offsets of bags of words."""
+    """A model that leaves padding out and computes the offsets of bags of words."""
 
     def __init__(self):
         super().__init__()
@@ -288,7 +288,7 @@ class Bagging(nn.Module):
 
 
 class Branching(nn.Module):
-    """Goes another way where a value is large, past the tape."""
+    """A model that branches on values without layers that book-keeping sees."""
 
     def __init__(self):
         super().__init__()
@@ -303,7 +303,7 @@ LENGTHS = {"packed sequences": Measuring, "offsets": Bagging, "branches": Branch
 
 @pytest.fixture
 def rows_in_three_classes():
-    """A stream of one experience: 60 rows of eight numbers."""
+    """Return a stream of one experience with 60 rows of eight numbers."""
     inputs = torch.rand(60, 8, generator=torch.Generator().manual_seed(0))
     records = Records(inputs=inputs, labels=torch.arange(60) % 3)
     data = Dataset(name="rows", train=records, test=records, num_classes=3, input_shape=(8,))
@@ -345,7 +345,7 @@ def test_a_wrong_gradient_is_refused_before_any_charge(tmp_path, rows_in_three_c
 
 
 class Unmapped(nn.Module):
-    """Reads a number out of a tensor, which vmap does not do; book-keeping never asks it to."""
+    """A model that reads a number out of a tensor, which vmap does not support."""
 
     def __init__(self):
         super().__init__()
@@ -357,7 +357,7 @@ class Unmapped(nn.Module):
 
 
 def test_a_nan_row_adds_nothing_to_the_sum_without_vmap():
-    """An error after the charge would tell that there was such a row."""
+    """An error after the charge would reveal that the row exists."""
     model = Unmapped()
     params = dict(model.named_parameters())
     x = rows(8)
@@ -378,7 +378,7 @@ class Outer(nn.Linear):
 
 
 class Hasty:
-    """Multiplies squares in float32, of which one may be 0 and the other still finite."""
+    """A rule that multiplies squares in float32, where one may be 0 and the other finite."""
 
     def __init__(self, call):
         self.entered, self.back = call.flowed()
@@ -456,7 +456,7 @@ def test_the_bound_check_skips_inputs_that_the_model_refuses():
 
 
 def test_the_bound_check_continues_after_a_failing_record():
-    """The first of both records raises; the second has a gradient that is too long."""
+    """The first record raises an error; the second has a gradient that is too long."""
     honest = case_of(Picky(), rows(8))
     asked = []
 

@@ -1,4 +1,4 @@
-"""The guard's test of every layer, and of the optimiser."""
+"""The guard's checks of layers and of the optimiser."""
 
 from functools import partial
 
@@ -21,7 +21,7 @@ LABELS = torch.tensor([0, 1, 2, 0, 1, 2])
 
 
 class Reading(nn.Module):
-    """Embeds a sequence (n, length, 5) with positions given in one of several ways."""
+    """A model that embeds sequences (n, length, 5) with positions in one of several forms."""
 
     def __init__(self, way):
         super().__init__()
@@ -138,9 +138,7 @@ def test_a_backward_pass_that_mixes_records_is_refused(function):
 
 
 class Centred(Backwards):
-    """What enters the layer is centred over the batch and what that changes is undone: the loss
-    does not show it.
-    """
+    """A model that centres a layer's input over the batch and undoes the effect in the loss."""
 
     def forward(self, x):
         x = x.mean(1)
@@ -172,7 +170,7 @@ def out_of_order(plain, x, y):
 
 
 def exchanged(plain, x, y):
-    """The first two records in each other's place, which leaving out the last one does not show."""
+    """Exchange the first two records, which leaving out the last record does not show."""
     order = torch.arange(len(x))
     order[:2] = torch.tensor([1, 0])
     return plain(x[order], y[order])[order]
@@ -226,7 +224,7 @@ def test_built_in_models_pass_the_row_check(make):
 
 
 class SharpnessAware(torch.optim.Optimizer):
-    """As published: step() wants a closure, although its signature does not say so."""
+    """A sharpness-aware optimiser whose step() needs a closure that its signature does not show."""
 
     def __init__(self, params, lr=0.1):
         super().__init__(params, {"lr": lr})
@@ -237,7 +235,7 @@ class SharpnessAware(torch.optim.Optimizer):
 
 class TwoSteps(SharpnessAware):
     def first_step(self):
-        """Climb."""
+        """Move the parameters uphill."""
 
 
 LINEAR = nn.Linear(5, 3)

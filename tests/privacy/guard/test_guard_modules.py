@@ -1,4 +1,4 @@
-"""Which modules the guard refuses, and that the reasons it gives hold."""
+"""Modules that the guard refuses, and tests of the reasons."""
 
 import copy
 from functools import partial
@@ -21,7 +21,7 @@ CELLS = {"LSTMCell": nn.LSTMCell(5, 6), "GRUCell": nn.GRUCell(5, 6), "RNNCell": 
 
 
 @pytest.mark.parametrize("kind", [*RECURRENT, *CELLS])
-def test_recurrent_layers_of_torch_are_refused_with_a_fix(kind):
+def test_the_error_for_torch_recurrent_layers_names_the_fix(kind):
     ending = r", or call perdure.privacy.fix\(model\)$" if kind in RECURRENT else "$"
     with pytest.raises(
         GuardError, match=rf"^1 is {kind}: .*no gradients per record.*opacus\..*\.DP{kind}{ending}"
@@ -49,9 +49,7 @@ def test_an_lstm_with_projection_is_refused_without_a_fix():
 
 
 class Attending(nn.Module):
-    """Attention over (n, length, 8); `rearrange` hands torch's other layout the right
-    dimensions.
-    """
+    """Attention over (n, length, 8); `rearrange` gives torch's other layout the right axes."""
 
     def __init__(self, batch_first, rearrange=True, **options):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Independence by construction or by test, and models that go record by record."""
+"""Independence of records by construction or by test, and record-by-record mode."""
 
 import math
 from dataclasses import dataclass
@@ -74,7 +74,7 @@ def patched():
 
 
 class Posing(nn.Linear):
-    """A subclass that claims to be one of the library's models."""
+    """A subclass that claims to be a class of the library."""
 
     def forward(self, x):
         return super().forward(x - x.mean(0))
@@ -189,7 +189,7 @@ def test_the_statement_names_the_independence_of_records(
 
 
 class Coupled(Custom):
-    """Centres its input over the batch, of which one record alone leaves nothing."""
+    """A model that centres its input over the batch, so that one record alone becomes 0."""
 
     def forward(self, x):
         return self.head(x - 0.5 * x.mean(0))
@@ -261,7 +261,7 @@ def test_a_listed_model_stays_independent_by_construction(learner_of, toy_stream
     assert learner.private_sum.independence == "by construction"
 
 
-def test_a_model_that_fails_on_one_record_is_refused_uncharged(learner_of, toy_stream, tmp_path):
+def test_a_model_failing_on_one_record_is_refused_before_charges(learner_of, toy_stream, tmp_path):
     learner = learner_of(model=Branching(), privacy=ALONE, folder=tmp_path)
     with pytest.raises(
         GuardError, match=r"Naive.losses\(\), record by record, fails on synth.*vmap"

@@ -1,4 +1,4 @@
-"""Models that mix records for some inputs only, and the domain over which the guard looks."""
+"""Models that mix records only for some inputs, and the domain that the guard tests."""
 
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,7 +22,7 @@ TOKENS = InputDomain(shape=(12,), dtype=torch.int64, vocabulary=20, padding=0, s
 
 
 class Mixing(nn.Module):
-    """A linear model of inputs that `mix` has changed."""
+    """A linear model of inputs changed by `mix`."""
 
     def __init__(self, mix):
         super().__init__()
@@ -62,7 +62,7 @@ def joined_where_alone(x):
 
 
 class Reading(nn.Module):
-    """Mean of the tokens' embeddings up to the longest sequence of the batch."""
+    """A mean of token embeddings up to the longest sequence of the batch."""
 
     def __init__(self, whole=False):
         super().__init__()
@@ -150,7 +150,7 @@ def declared(size):
 
 @pytest.mark.parametrize("above", [1030, 1500])
 def test_the_guard_tests_batches_up_to_the_largest_drawn_size(above):
-    """1,400 are expected in a step, and 1,550 may come."""
+    """A step draws 1,400 records on average and up to 1,550."""
     mix = lambda x: x - 0.5 * x.mean(0) if len(x) > above else x  # noqa: E731
     with pytest.raises(GuardError, match=r"couples records: changing .* in a batch of 1550"):
         private(Mixing(mix), declared(5_000), batch_size=1_400)
@@ -166,7 +166,7 @@ def test_batches_too_large_for_the_guard_are_refused():
 
 
 def test_the_guard_tests_a_model_only_on_its_declared_domain():
-    """Within [0, 1] nothing is below zero."""
+    """The declared range [0, 1] has no value below 0."""
     mix = lambda x: x - torch.where(x < 0, x, 0.0).mean(0)  # noqa: E731
     stream = stream_of(InputDomain(shape=(5,), range=(0.0, 1.0)))
     assert private(Mixing(mix), stream).private_sum is not None
@@ -217,7 +217,7 @@ def test_records_outside_the_domain_are_refused_before_training():
 
 @dataclass(frozen=True, kw_only=True)
 class Ranked(Strategy):
-    """Weighs a loss by whether an input far out is in the batch."""
+    """A loss that depends on an extreme input in the batch."""
 
     def losses(self, forward, batch, context, state):
         losses = super().losses(forward, batch, context, state)
@@ -258,7 +258,7 @@ def test_gradients_that_depend_on_extreme_records_are_refused():
 
 
 class Featured(nn.Module):
-    """Its features mix records where the classifier does not use them."""
+    """A model whose features mix records, but whose outputs do not use them."""
 
     feature_size = 5
 

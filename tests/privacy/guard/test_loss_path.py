@@ -1,4 +1,4 @@
-"""What a row meets on its way to its loss: roles, experiences, stored values, attacks and views."""
+"""The loss path of a row: roles, experiences, stored values, attacks and views."""
 
 from dataclasses import dataclass, replace
 
@@ -29,7 +29,7 @@ def word(learner, stream):
 
 
 def refused(learner, stream, folder, message):
-    """The learner is refused, before anything is charged."""
+    """Assert that the learner is refused before anything is charged."""
     learner = replace(learner, folder=folder)
     with pytest.raises(GuardError, match=message):
         learner.prepare(stream)
@@ -45,7 +45,7 @@ def entropy(logits, batch):
 
 @dataclass(frozen=True, kw_only=True)
 class NewToStored(Replay):
-    """Predictions of new rows stay close to the mean one of the stored rows in the batch."""
+    """A loss that keeps predictions of new rows close to the mean of stored rows in the batch."""
 
     def losses(self, forward, batch, context, state):
         z = forward(batch.inputs)
@@ -58,7 +58,7 @@ class NewToStored(Replay):
 
 @dataclass(frozen=True, kw_only=True)
 class StoredToNew(Replay):
-    """The reverse: stored rows stay close to the new ones."""
+    """A loss that keeps stored rows close to the new rows."""
 
     def losses(self, forward, batch, context, state):
         z = forward(batch.inputs)
@@ -71,7 +71,7 @@ class StoredToNew(Replay):
 
 @dataclass(frozen=True, kw_only=True)
 class Balanced(Replay):
-    """New and stored rows weigh the same, however many of each were drawn."""
+    """A loss that weighs new and stored rows equally, for any number of each."""
 
     def losses(self, forward, batch, context, state):
         back = batch.from_memory.sum().clamp(min=1)
@@ -82,7 +82,7 @@ class Balanced(Replay):
 
 @dataclass(frozen=True, kw_only=True)
 class AmongStored(Replay):
-    """Stored rows are centred where all rows of a batch are stored ones."""
+    """A loss that centres stored rows if all rows of a batch are stored."""
 
     def losses(self, forward, batch, context, state):
         z = forward(batch.inputs)
@@ -91,7 +91,7 @@ class AmongStored(Replay):
 
 @dataclass(frozen=True, kw_only=True)
 class ByExperience(Strategy):
-    """Rows of all experiences, each experience as heavy as the others."""
+    """A loss that gives each experience in the batch equal weight."""
 
     def plan(self, experience):
         return Plan(pool="all")
@@ -103,7 +103,7 @@ class ByExperience(Strategy):
 
 @dataclass(frozen=True, kw_only=True)
 class Scaled(DER):
-    """Distances to stored logits over the largest one of the batch."""
+    """A loss that divides distances to stored logits by the largest of the batch."""
 
     def losses(self, forward, batch, context, state):
         z = forward(batch.inputs)
@@ -133,7 +133,7 @@ def test_losses_that_couple_new_and_stored_rows_are_refused(learner_of, toy_stre
 
 @dataclass(frozen=True, kw_only=True)
 class Noting(DER):
-    """A strategy of the user's own that notes the batches it is shown."""
+    """A user's strategy that records the batches it gets."""
 
     def losses(self, forward, batch, context, state):
         SHOWN.append((context.experience, batch))
@@ -161,7 +161,7 @@ def test_guard_batches_mix_new_and_stored_rows_as_in_training(learner_of, toy_st
 
 @dataclass(frozen=True, kw_only=True)
 class Taught(Strategy):
-    """Centres its predictions once there is something to distil."""
+    """A strategy that centres its predictions once it has a teacher."""
 
     def init(self, spec):
         return State().declare("ready", torch.zeros(()), "local")
@@ -189,7 +189,7 @@ def test_losses_that_couple_rows_by_a_later_state_are_refused(learner_of, toy_st
 
 @dataclass(frozen=True, kw_only=True)
 class Referring(AGEM):
-    """Stored rows of an experience weigh less, the more of them there are."""
+    """A reference loss that weighs stored rows less, the more there are of an experience."""
 
     def references(self, curator, params, state):
         def losses(forward, batch):
@@ -212,7 +212,7 @@ def test_references_that_couple_experiences_are_refused(learner_of, toy_data):
 
 @dataclass(frozen=True, kw_only=True)
 class Universal(Attack):
-    """One change for the whole batch (Shafahi et al. 2020)."""
+    """An attack with one change for the whole batch (Shafahi et al. 2020)."""
 
     def perturb(self, losses, inputs, *, generator=None):
         shift = input_gradient(losses, inputs).mean(0, keepdim=True).sign()
@@ -221,7 +221,7 @@ class Universal(Attack):
 
 @dataclass(frozen=True, kw_only=True)
 class OverLargest(Attack):
-    """A step of each row, over the largest one of the batch."""
+    """An attack that divides each row's step by the largest one."""
 
     def perturb(self, losses, inputs, *, generator=None):
         gradient = input_gradient(losses, inputs)
@@ -230,7 +230,7 @@ class OverLargest(Attack):
 
 @dataclass(frozen=True, kw_only=True)
 class OverNumber(Attack):
-    """A step that is shorter in larger batches, without a look at other rows."""
+    """An attack whose step is shorter in larger batches."""
 
     def perturb(self, losses, inputs, *, generator=None):
         return inputs + 10 * self.epsilon * input_gradient(losses, inputs).sign() / len(inputs)
@@ -238,7 +238,7 @@ class OverNumber(Attack):
 
 @dataclass(frozen=True, kw_only=True)
 class Honest(Attack):
-    """A step of each row by itself, from a random start."""
+    """An attack with a separate step for each row, from a random start."""
 
     def perturb(self, losses, inputs, *, generator=None):
         start = inputs + self.epsilon * torch.rand(inputs.shape, generator=generator)
@@ -246,7 +246,7 @@ class Honest(Attack):
 
 
 class Batchwise(Views):
-    """Views that centre a row among the others."""
+    """Views that centre a row over the other rows."""
 
     def attach(self, batch, seed):
         batch = super().attach(batch, seed)
@@ -363,7 +363,7 @@ def test_the_statement_shows_that_losses_were_replaced(learner_of, toy_stream, m
     assert word(learner_of(Naive(), privacy=SIMULATED), toy_stream()) == "tested"
 
 
-def test_code_replaced_during_a_run_is_refused_uncharged(learner_of, toy_stream):
+def test_code_replaced_during_a_run_is_refused_before_charges(learner_of, toy_stream):
     charged = []
 
     def hook(point, learner):

@@ -89,7 +89,7 @@ def test_layer_norm_and_group_norm_are_accepted():
 
 
 class Centring(nn.Module):
-    """Subtracts a running mean that every forward pass in training mode moves."""
+    """A layer that subtracts a running mean, updated by every pass in training mode."""
 
     def __init__(self, grows=False):
         super().__init__()
@@ -128,7 +128,7 @@ def test_a_constant_buffer_is_accepted_without_random_draws():
 
 
 class Keeping(nn.Module):
-    """Keeps what `what` makes of its inputs as an attribute, not as a buffer."""
+    """A layer that keeps a function of its inputs as an attribute, not as a buffer."""
 
     def __init__(self, what):
         super().__init__()
@@ -202,12 +202,14 @@ def each(inputs, labels):
 
 
 def class_weighted_mean(inputs, labels):
-    """What CrossEntropyLoss(weight=...) does: divide by the weights that are in the batch."""
+    """Return losses divided by the sum of class weights in the batch, as
+    CrossEntropyLoss(weight=...) does.
+    """
     return len(labels) * WEIGHTS[labels] * each(inputs, labels) / WEIGHTS[labels].sum()
 
 
 def in_batch_masking(inputs, labels):
-    """ER-ACE as published: only the classes present in the batch compete."""
+    """Return ER-ACE losses as published, over the classes present in the batch."""
     present = torch.isin(torch.arange(3), labels)
     return F.cross_entropy(torch.where(present, MODEL(inputs), -1e9), labels, reduction="none")
 
@@ -225,7 +227,7 @@ COUPLED = [class_weighted_mean, in_batch_masking, in_batch_negatives, batch_cent
 
 
 @pytest.mark.parametrize("losses", COUPLED)
-def test_losses_that_couple_records_are_refused_with_a_fix(losses):
+def test_the_error_for_losses_that_couple_records_names_a_fix(losses):
     with pytest.raises(
         GuardError,
         match=r"Mine.losses\(\) couples records: removing one.*compute each row from that row",
@@ -244,7 +246,7 @@ def test_a_nan_loss_is_refused():
 
 
 @pytest.mark.parametrize("losses", [F.cross_entropy, partial(F.cross_entropy, weight=WEIGHTS)])
-def test_a_mean_loss_is_refused_with_the_fix(losses):
+def test_the_error_for_a_mean_loss_names_the_fix(losses):
     with pytest.raises(GuardError, match=r"gives shape \(\) for 6 records.*reduction='none'"):
         check_losses(
             lambda inputs, labels: losses(MODEL(inputs), labels), INPUTS, LABELS, "Mine.losses()"
@@ -277,7 +279,7 @@ class Contrastive(Strategy):
 
 @dataclass(frozen=True, kw_only=True)
 class Secretly(Strategy):
-    """Couples records without saying so."""
+    """A strategy that couples records without declaring it."""
 
     def losses(self, forward, batch, context, state):
         losses = super().losses(forward, batch, context, state)
@@ -400,8 +402,10 @@ def test_an_exact_split_over_clients_is_refused(toy_stream, toy_model):
     private(toy_model(stream)).prepare(hashed)
 
 
-def test_a_client_split_by_row_position_is_refused_with_the_fix(toy_data, toy_model):
-    """Also after a split by class: which client a record goes to follows from its id."""
+def test_the_error_for_a_split_by_row_position_names_the_fix(toy_data, toy_model):
+    """This also holds after a split by class, because the client of a record follows from its
+    id.
+    """
     train = Records(inputs=toy_data.train.inputs, labels=toy_data.train.labels)
     stream = split(replace(toy_data, train=train), scenario="class", experiences=2)
     client, _ = iid(stream, clients=2, exact=False)

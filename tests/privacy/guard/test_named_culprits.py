@@ -1,4 +1,4 @@
-"""A refusal names the model and the losses, either of which may be at fault, and the cure."""
+"""Errors for coupled records name the model, the losses and the fix."""
 
 from functools import partial
 
@@ -16,7 +16,7 @@ CURE = r"give Privacy\(custom_forward=\"record-by-record\"\)$"
 
 
 class Mixing(nn.Module):
-    """Subtracts a mean, or calls another layer for batches of an odd size."""
+    """A model that subtracts a mean, or calls another layer for batches of odd size."""
 
     def __init__(self, how):
         super().__init__()

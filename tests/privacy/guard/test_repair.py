@@ -13,7 +13,9 @@ from perdure.privacy.guard.repair import RepairedAttention, replacements
 
 
 def randomised(module, seed=0):
-    """Every parameter drawn anew, so that scales of 1 and shifts of 0 do not hide what is lost."""
+    """Return the module with all parameters drawn again, so that scales differ from 1 and shifts
+    from 0.
+    """
     place = torch.Generator().manual_seed(seed)
     for param in module.parameters():
         param.data.normal_(generator=place)

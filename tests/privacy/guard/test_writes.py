@@ -1,4 +1,4 @@
-"""Writes during private passes: embeddings, losses and modules that keep what records put there."""
+"""Writes during private passes: embeddings, losses and modules that store record values."""
 
 from dataclasses import dataclass, replace
 
@@ -33,7 +33,7 @@ def test_an_embedding_that_writes_weights_or_counts_is_refused(kind, options, re
 
 
 class Renormalising(nn.Module):
-    """Looks up a frozen table with max_norm by the function, which no module says."""
+    """A model that looks up a frozen table with max_norm by the function, which no module shows."""
 
     def __init__(self):
         super().__init__()
@@ -56,7 +56,7 @@ def test_a_forward_that_renormalises_a_table_is_refused_by_name(learner_of, toy_
 
 @dataclass(frozen=True, kw_only=True)
 class Writing(Strategy):
-    """Adds the sum of the batch to a tensor that is kept."""
+    """A strategy that adds the sum of the batch to a stored tensor."""
 
     where: str
     through_data: bool = False
@@ -106,7 +106,7 @@ def test_losses_that_store_batch_sums_are_refused(learner_of, toy_stream, where,
 
 @dataclass(frozen=True, kw_only=True)
 class Late(Writing):
-    """Writes about real records only: their ids are not those of synthetic ones."""
+    """A strategy that writes only for real records, whose ids differ from synthetic ones."""
 
     def writes(self, batch):
         return bool(((batch.ids >= 5000) & (batch.ids < 6000)).any())
@@ -134,7 +134,7 @@ def test_writes_missed_by_the_guard_are_refused_in_the_step(
 
 
 class Renewing(nn.Module):
-    """Puts a new tensor in the place of its buffer where a batch is large."""
+    """A model that replaces its buffer for large batches."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Entries are added up as they come, and give what adding them all up anew gives."""
+"""The ledger index: incremental sums of entries equal sums over all entries."""
 
 from copy import copy
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from perdure.privacy.accounting.charges import Charge, merged
 
 @dataclass(frozen=True, kw_only=True)
 class Counted(Entry):
-    """An entry that counts how often any is asked what it costs."""
+    """An entry that counts how often its cost is read."""
 
     def charge(self, partitions):
         asked.append(self)

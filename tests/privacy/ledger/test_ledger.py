@@ -1,6 +1,4 @@
-"""The account: published values, what a statement says, what may be charged, and what a grant lets
-through.
-"""
+"""The privacy ledger: published values, statements, valid charges, and grants."""
 
 import math
 from dataclasses import replace
@@ -192,7 +190,7 @@ def test_the_printed_statement_names_all_assumptions():
     ],
 )
 def test_the_statement_says_no_sampling_at_rate_1(scopes, sampling):
-    """The coins of a Poisson sample at rate 1 leave nobody out."""
+    """A Poisson sample at rate 1 contains every record."""
     ledger = opened()
     for number, scope in enumerate(scopes):
         ledger.charge(entry(scope, steps=1 + number))
@@ -326,8 +324,8 @@ def test_a_grant_counts_charges_made_before():
 
 
 def test_a_grant_does_not_count_charged_steps_twice():
-    """A run that goes on with a new partition grants its whole plan anew; the part that is done is
-    done.
+    """A run that continues with a new partition grants its whole plan again, and finished steps
+    count once.
     """
     ledger = opened()
     ledger.grant({"e1": PLAN["e1"]}, epsilon=2.5, delta=DELTA)

@@ -1,5 +1,5 @@
-"""The file: damage is named by its line, a crash loses no drawn noise, no key is in it, merging
-keeps each chain.
+"""The ledger file: damaged lines are named, crashes lose no charge, no key is stored, and merging
+keeps chains.
 """
 
 import base64
@@ -118,7 +118,7 @@ def test_the_ledger_refuses_a_second_writing_process(path):
 )
 @given(data=st.data())
 def test_any_changed_byte_of_ledger_or_head_is_refused(path, data):
-    """In the file or in its head; both are covered to the last byte."""
+    """Ledger and head are both protected to the last byte."""
     victim = data.draw(st.sampled_from([path, path.with_suffix(".head.json")]))
     original = victim.read_bytes()
     position = data.draw(st.integers(0, len(original) - 1))
@@ -137,7 +137,7 @@ def test_any_changed_byte_of_ledger_or_head_is_refused(path, data):
     max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(tail=st.binary(min_size=1, max_size=300))
-def test_ledger_lines_after_the_sealed_ones_are_dropped(path, tail):
+def test_unsealed_ledger_lines_at_the_end_are_dropped(path, tail):
     original = path.read_bytes()
     path.write_bytes(original + tail)
     assert len(Ledger.open(path, key=KEY).entries) == 3

@@ -1,4 +1,4 @@
-"""Noise drawn before it is asked for: the same integers, or none of them."""
+"""Noise drawn before it is requested: the same integers, or none."""
 
 import os
 import threading
@@ -34,7 +34,7 @@ def added(key, **changes):
     ],
 )
 def test_noise_drawn_ahead_equals_noise_drawn_on_request(changes):
-    """Whatever is asked for next, it is what a key without a draw ahead gives."""
+    """Whatever is requested next equals the answer of a key without a draw ahead."""
     key = NoiseKey.from_seed(0)
     key.draw_ahead(N, SCALE, **PLACE)
     assert torch.equal(added(key, **changes), added(NoiseKey.from_seed(0), **changes))
@@ -83,7 +83,7 @@ def test_small_noise_draws_start_no_thread():
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="without fork there is nothing to test")
 def test_a_forked_process_draws_its_own_noise():
-    """The thread is not in the child, and what it was writing is not whole there."""
+    """The child has no copy of the thread, and the array it was writing is incomplete."""
     key = NoiseKey.from_seed(0)
     key.draw_ahead(N, SCALE, **PLACE)
     reading, writing = os.pipe()

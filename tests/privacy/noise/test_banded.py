@@ -19,7 +19,7 @@ STEPS = 9
 
 
 def strategy_matrix(steps, bands):
-    """C: lower-triangular Toeplitz with the coefficients of the square root of the matrix of
+    """Return C: lower-triangular Toeplitz with the coefficients of the square root of the matrix of
     ones.
     """
     matrix = torch.zeros(steps, steps, dtype=torch.float64)
@@ -72,8 +72,8 @@ def test_banded_sums_are_exact_beyond_the_digits_of_float64():
 
 @pytest.mark.parametrize("bands", [1, 2, 3, 4])
 def test_k_banded_steps_of_a_record_cost_k_gaussian_steps(bands):
-    """All ways to take part at least `bands` steps apart: the norm of what a record adds to C x,
-    over the gain.
+    """All sets of steps at least `bands` apart: the norm of a record's part of C x, over the
+    gain.
     """
     matrix = strategy_matrix(STEPS, bands)
     gain = BandedNoise(bands).gain
@@ -122,7 +122,7 @@ def learner_of(toy_stream, toy_model):
 
 
 def batches(learner, index=0):
-    """Ids of every step of an experience."""
+    """Return the record ids of every step of an experience."""
     learner.begin(index)
     seen = []
     for block in learner.training.remaining_blocks(index, 0):

@@ -28,9 +28,7 @@ def stream(step=0, seed=0):
 
 
 def words(*values):
-    """A stream whose 64-bit words come out as `values`, again and again (a buffer is read from its
-    end).
-    """
+    """Return a stream of the 64-bit words `values`, repeated (a buffer is read from its end)."""
     return lambda n: np.resize(np.array(values, dtype="<u8"), n // 8)[::-1].tobytes()
 
 
@@ -54,7 +52,7 @@ def test_random_integers_wider_than_a_word_join_words():
 @pytest.mark.statistical
 @pytest.mark.parametrize("n", [2, 3, 7, 10, 3 * 2**70])
 def test_random_integers_are_uniform(n):
-    """Flakiness 1e-6 each; a tenth more of the lower half is rejected."""
+    """Each has flakiness 1e-6; a lower half that is a tenth more likely is rejected."""
     draws = 20_000
     source = Integers(stream(seed=n % 97))
     bins = min(n, 12)
@@ -70,7 +68,7 @@ def test_random_integers_are_uniform(n):
     "rate", [Fraction(0), Fraction(1, 7), Fraction(1), Fraction(5, 2), Fraction(10**38, 3**80)]
 )
 def test_bernoulli_exp_is_true_with_the_exact_probability(rate):
-    """Flakiness 1e-6 each; a fifth more or less often is rejected."""
+    """Each has flakiness 1e-6; a probability a fifth higher or lower is rejected."""
     n = 20_000
     source = Integers(stream(seed=1))
     hits = sum(bernoulli_exp(rate.numerator, rate.denominator, source) for _ in range(n))
@@ -84,7 +82,7 @@ def test_bernoulli_exp_is_true_with_the_exact_probability(rate):
 
 
 def mass(sigma, reach=None):
-    """Support and exact probabilities, far beyond what ever comes up."""
+    """Return the support and the exact probabilities, far beyond possible draws."""
     reach = reach or math.ceil(40 * sigma) + 2
     z = np.arange(-reach, reach + 1)
     weights = np.exp(-((z / sigma) ** 2) / 2)
@@ -92,7 +90,7 @@ def mass(sigma, reach=None):
 
 
 def fit(draws, sigma):
-    """p-value of the draws under the exact law, rare values pooled into the tails."""
+    """Return the p-value of the draws under the exact law, with rare values pooled."""
     z, p = mass(sigma, math.ceil(40 * max(sigma, 1)))
     limit = int(z[p * len(draws) > 5].max())
     got = np.bincount(np.clip(draws, -limit - 1, limit + 1) + limit + 1, minlength=2 * limit + 3)
@@ -107,7 +105,7 @@ def fit(draws, sigma):
 @pytest.mark.statistical
 @pytest.mark.parametrize("sigma", [0.4, 1.0, 4.4, 30.0])
 def test_discrete_gaussian_draws_follow_the_exact_distribution(sigma):
-    """Chi-square, flakiness 1e-6 each; the wrong scales are rejected at 1e-12."""
+    """Chi-square with flakiness 1e-6 each; the wrong scales are rejected at 1e-12."""
     draws = discrete_gaussian(10_000, sigma, stream(seed=3)).numpy()
     assert draws.dtype == np.int64
     assert fit(draws, sigma) > 1e-6
@@ -116,8 +114,8 @@ def test_discrete_gaussian_draws_follow_the_exact_distribution(sigma):
 
 @pytest.mark.statistical
 def test_the_discrete_gaussian_is_not_a_rounded_gaussian():
-    """At s = 0.4 the discrete law has 0 in 92 of 100 draws, a rounded normal in 79; rejected at
-    1e-12.
+    """At s = 0.4 the discrete law gives 0 in 92 of 100 draws and a rounded normal in 79; rejected
+    at 1e-12.
     """
     zeros = int((discrete_gaussian(10_000, 0.4, stream(seed=4)) == 0).sum())
     z, p = mass(0.4)
@@ -128,8 +126,8 @@ def test_the_discrete_gaussian_is_not_a_rounded_gaussian():
 @pytest.mark.statistical
 @pytest.mark.parametrize(("sigma", "n"), [(0.7, 40_000), (4.4, 40_000)])
 def test_discrete_gaussian_has_the_right_parities_and_tails(sigma, n):
-    """Each share is binomial, flakiness 1e-6 each; a fifth more or less (in the tail, half as many)
-    is rejected.
+    """Each share is binomial with flakiness 1e-6; a share a fifth higher or lower (in the tail,
+    half) is rejected.
     """
     draws = discrete_gaussian(n, sigma, stream(seed=5)).numpy()
     z, p = mass(sigma)
@@ -178,8 +176,8 @@ def test_the_discrete_gaussian_refuses_an_invalid_sigma(sigma):
         discrete_gaussian(1, sigma, stream())
 
 
-def test_stream_bytes_continue_and_differ_between_requests():
-    """Two calls continue one keystream, which is not that of coins, normals or another place."""
+def test_the_random_stream_continues_and_differs_by_request():
+    """Two calls continue one keystream, which differs from coins, normals and other places."""
     key = NoiseKey.from_seed(0)
     whole = stream()(96)
     parts = stream()
@@ -195,8 +193,8 @@ def test_stream_bytes_continue_and_differ_between_requests():
 
 
 def hockey_stick(sigma, times, eps):
-    """delta of `times` counts with noise, by summing max(0, P - exp(eps) Q) over the lattice of
-    joint losses.
+    """Return delta of `times` counts with noise, by summing max(0, P - exp(eps) Q) over all joint
+    losses.
     """
     z, p = mass(sigma, math.ceil(12 * sigma) + 4)
     up = np.exp(((z - 1) / sigma) ** 2 / -2) / np.exp(-((z / sigma) ** 2) / 2).sum()
@@ -213,8 +211,8 @@ def hockey_stick(sigma, times, eps):
 @pytest.mark.reference
 @pytest.mark.parametrize(("sigma", "times"), [(1.0, 1), (1.0, 3), (4.4, 1), (4.4, 5), (20.0, 2)])
 def test_epsilon_of_noisy_counts_equals_the_exact_law(sigma, times):
-    """PLD is an upper bound and tight to half a percent; RDP lies above it; 2/3 of the noise would
-    cost more.
+    """PLD is an upper bound within half a percent, and RDP lies above it; 2/3 of the noise costs
+    more.
     """
     delta = 1e-5
     low = 0.0

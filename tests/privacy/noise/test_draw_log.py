@@ -1,4 +1,4 @@
-"""Sums that noise was drawn for: what is replayed, what is charged again."""
+"""The log of noise draws: equal sums get the same noise, other sums are charged again."""
 
 import os
 import stat
@@ -58,7 +58,7 @@ def test_a_draw_is_logged_before_its_nonce_is_given(tmp_path, key):
         ("boot 2", True, False),  # closed: all lines were synced
     ],
 )
-def test_an_open_entry_counts_as_drawn_after_another_boot(tmp_path, key, boot, closed, seen):
+def test_an_open_log_entry_counts_as_drawn_after_a_reboot(tmp_path, key, boot, closed, seen):
     log = DrawLog(tmp_path / "draws.jsonl", key, "boot 1")
     log.open("e")
     assert not log.seen("e")
@@ -68,7 +68,7 @@ def test_an_open_entry_counts_as_drawn_after_another_boot(tmp_path, key, boot, c
 
 
 def test_an_entry_missing_in_the_draw_log_counts_as_drawn(tmp_path, key):
-    """A deleted log must not make a second look free."""
+    """A deleted log must not make a second draw free."""
     assert DrawLog(tmp_path / "draws.jsonl", key, "boot 1").seen("e")
 
 
@@ -86,7 +86,7 @@ def test_a_forked_process_has_a_nonce_of_its_own(key):
 
 
 def refused_in_child(log):
-    """Message of the refusal of a draw in a forked child; "" where it is drawn."""
+    """Return the refusal message of a draw in a forked child, or ""."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
@@ -104,7 +104,7 @@ def refused_in_child(log):
 
 @pytest.mark.parametrize("where", ["disk", "memory"])
 def test_a_forked_child_with_an_equal_process_id_draws_nothing(tmp_path, key, monkeypatch, where):
-    """Two sums once met one noise where the child's number was that of its parent."""
+    """Two sums once got the same noise because the child had its parent's process id."""
     monkeypatch.setattr(os, "getpid", lambda: 1)
     log = DrawLog(tmp_path / "draws.jsonl" if where == "disk" else None, key, "boot 1")
     log.open("e")
@@ -120,7 +120,7 @@ def test_a_simulation_in_memory_continues_in_a_child_process():
 
 
 def test_a_closed_log_entry_gives_no_nonce_for_a_new_sum(tmp_path, key):
-    """So no line of it can be missing from a log that was put back."""
+    """So a restored log cannot lack a line of this entry."""
     log = DrawLog(tmp_path / "draws.jsonl", key, "boot 1")
     log.open("e")
     first = log.nonce_for("gradient", "e", 0, SUM)
@@ -135,7 +135,9 @@ def test_a_log_entry_that_was_not_opened_gives_no_nonce(tmp_path, key):
 
 @pytest.fixture
 def written(tmp_path, key):
-    """A log with a closed and an open entry; its path, and the copy of its head outside."""
+    """Return the path of a log with a closed and an open entry, and of the outside copy of its
+    head.
+    """
     path = tmp_path / "private" / "draws.jsonl"
     copy = tmp_path / "state" / "draws.head"
     log = DrawLog(path, key, "boot 1", copies=[copy])
@@ -230,7 +232,7 @@ def test_an_edited_draw_log_is_refused(written, key, how):
 
 
 def test_a_noise_draw_opens_no_file_and_does_no_sync(written, key, monkeypatch):
-    """One look at the file a draw; a sync once a block."""
+    """The file is read once per draw and synced once per block."""
     path, copy = written
     log = DrawLog(path, key, "boot 1", copies=[copy])
     calls = []

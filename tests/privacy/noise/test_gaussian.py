@@ -1,4 +1,4 @@
-"""The sampler of rounded Gaussian noise: its tables, its two paths, and what it draws."""
+"""The sampler of rounded Gaussian noise: tables, both code paths, and draws."""
 
 import math
 from fractions import Fraction
@@ -36,7 +36,7 @@ mpmath.mp.prec = 300
 
 
 def words(seed):
-    """First words and further words of a draw, from a public generator."""
+    """Return first and further words of a draw, from a public generator."""
     rng = np.random.default_rng(seed)
 
     def stream(n_bytes):
@@ -61,7 +61,7 @@ def drawn(n, scale, seed=0):
 
 
 def probability(k, scale):
-    """P(k) of the rounded Gaussian, by the complementary error function in 300 bits."""
+    """Return P(k) of the rounded Gaussian, by the complementary error function in 300 bits."""
     s = mpmath.mpf(scale) * mpmath.sqrt(2)
     k = abs(int(k))
     return (mpmath.erfc((2 * k - 1) / (2 * s)) - mpmath.erfc((2 * k + 1) / (2 * s))) / 2
@@ -71,7 +71,7 @@ def probability(k, scale):
 
 
 def outcome_probabilities(table):
-    """Exact probability of every cell, through all tables, as fractions."""
+    """Return the exact probability of every cell, through all tables, as fractions."""
     capacity = 2**CUT_BITS
     first = [0] * (table.tail + 1)
     for column in range(2**COLUMN_BITS):
@@ -94,7 +94,7 @@ def outcome_probabilities(table):
 @pytest.mark.reference
 @pytest.mark.parametrize("scale", SCALES)
 def test_noise_table_probabilities_have_the_stated_error(scale):
-    """Of the first integer of 200 cells, near and far, against 300 bits."""
+    """The first integers of 200 cells, near and far, are compared with 300-bit values."""
     table = gaussian_table(scale)
     cells = outcome_probabilities(table)
     assert sum(cells) == 1
@@ -115,7 +115,7 @@ def test_noise_table_probabilities_have_the_stated_error(scale):
 
 @pytest.mark.reference
 @pytest.mark.parametrize("scale", [700.0, 1.1 * 2**21, 2.0**38])
-def test_noise_integers_are_kept_with_the_right_probability(scale):
+def test_the_sampler_keeps_integers_with_the_right_probability(scale):
     table = gaussian_table(scale)
     width = 2**table.offset_bits
     cells = np.repeat([0, 1, 300, 2000, len(table.slope) - 1], 5)
@@ -127,8 +127,10 @@ def test_noise_integers_are_kept_with_the_right_probability(scale):
         assert abs(int(value) / mpmath.mpf(2) ** 63 / exact - 1) < mpmath.mpf(2) ** -47
 
 
-def test_early_gaussian_decisions_agree_with_exact_decisions():
-    """What is kept at once would be kept by the exact comparison, at every place of the cell."""
+def test_early_acceptance_agrees_with_the_exact_comparison():
+    """An integer that is kept early would be kept by the exact comparison, at every place of the
+    cell.
+    """
     for scale in SCALES[2:]:
         table = gaussian_table(scale)
         cells = np.arange(table.tail)
@@ -158,7 +160,7 @@ def test_a_noise_scale_outside_the_tables_is_refused(scale):
 
 @pytest.mark.parametrize("scale", [64.0, 700.0, 1.1 * 2**21, 2.0**38])
 def test_the_compiled_sampler_draws_the_integers_of_numpy(scale):
-    """Also of words that are all zeros, all ones, and ties of thresholds."""
+    """The words include all zeros, all ones, and ties of thresholds."""
     table = gaussian_table(scale)
     small = (table.cut >> np.uint64(CUT_BITS - table.cut_bits), table.alias, table.early)
     own = np.random.default_rng(1).integers(0, 2**64, 5000, dtype=np.uint64)
@@ -178,7 +180,9 @@ def test_the_compiled_sampler_draws_the_integers_of_numpy(scale):
 
 @pytest.mark.parametrize("scale", [64.0, 700.0, 1.1 * 2**21, 2.0**38])
 def test_the_compiled_rejection_step_equals_the_numpy_step(scale):
-    """Of coordinates that the first words left open: half of them are lost in both paths."""
+    """Only coordinates left open by the first words are drawn, and both paths reject half of
+    them.
+    """
     table = gaussian_table(scale)
     first, second, third = np.random.default_rng(3).integers(0, 2**64, (3, 9000), dtype=np.uint64)
     first[:3000] |= np.uint64((2**EARLY_BITS - 1) << (COLUMN_BITS + 1))  # the largest numbers
@@ -198,7 +202,7 @@ def test_the_compiled_rejection_step_equals_the_numpy_step(scale):
     assert len(open_) > 0 or scale == 64.0
 
 
-def test_noise_drawn_in_pieces_has_the_same_integers(monkeypatch):
+def test_noise_drawn_in_pieces_equals_noise_drawn_at_once(monkeypatch):
     n = COMPILED_FROM - 1
     whole = drawn(n, 1.1 * 2**21)
     monkeypatch.setattr(gaussian, "PIECE", 100)
@@ -228,7 +232,7 @@ def test_every_noise_integer_has_the_gaussian_frequency(scale, bins):
 
 @pytest.mark.statistical
 def test_noise_moments_and_tails_equal_the_gaussian():
-    """A scale off by 1 % or a tail off by a tenth would be rejected."""
+    """A scale off by 1 % or a tail off by a tenth is rejected."""
     z = drawn(1_000_000, 1.1 * 2**21) / (1.1 * 2**21)
     assert abs(z.mean()) < 5e-3 and z.std() == pytest.approx(1, abs=4e-3)
     assert stats.kstest(z[:200_000], "norm").pvalue > 1e-6

@@ -95,12 +95,12 @@ def test_simulated_keys_are_marked_and_depend_on_every_seed_part():
     assert NoiseKey.from_seed(0, "a").mac(b"x") == keys[3].mac(b"x")
 
 
-def test_a_simulated_key_of_an_unnamed_object_is_refused():
+def test_from_seed_refuses_an_object_without_a_stable_name():
     with pytest.raises(ConfigError):
         NoiseKey.from_seed(object())
 
 
-def test_the_mac_uses_a_key_of_its_own_apart_from_noise_streams():
+def test_the_mac_key_differs_from_every_noise_stream_key():
     key = NoiseKey(bytes(32), simulated=False)
     assert key.mac(b"m") != hmac.new(bytes(32), b"m", hashlib.sha256).hexdigest()
     assert key.mac(b"m") != key.mac(b"n")
@@ -121,8 +121,8 @@ def test_the_mac_uses_a_key_of_its_own_apart_from_noise_streams():
 
 @pytest.mark.reference
 def test_the_keystream_equals_aes_256_ctr():
-    """NIST SP 800-38A uses another counter; encrypting counters block by block is the
-    definition.
+    """The reference encrypts counters block by block, because NIST SP 800-38A uses another
+    counter.
     """
     from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
@@ -142,7 +142,7 @@ def test_a_keystream_reader_continues_at_the_last_position():
 
 
 def test_equal_noise_requests_give_equal_and_pinned_values():
-    """Pinned: a simulated run stays reproducible from one version to the next."""
+    """Pinned values keep simulated runs reproducible from one version to the next."""
     assert torch.equal(draw(), draw())
     key = NoiseKey.from_seed(0, "client 3")
     u = key.uniform(2, **STREAM)
@@ -169,7 +169,7 @@ def test_equal_noise_requests_give_equal_and_pinned_values():
         {"scale": SCALE * (1 + 2**-30)},
     ],
 )
-def test_a_changed_noise_request_shares_no_value(change):
+def test_changed_noise_requests_give_different_values(change):
     base = draw()
     other = draw(**change)
     m = min(len(base), len(other))
@@ -221,7 +221,7 @@ def test_tags_of_records_depend_only_on_the_record_id():
 
 
 def scale_p_value(z, scale):
-    """Two-sided p-value of variance = scale^2 under normality."""
+    """Return the two-sided p-value of variance = scale^2 under normality."""
     chi2 = (z**2).sum().item() / scale**2
     return 2 * min(stats.chi2.cdf(chi2, len(z)), stats.chi2.sf(chi2, len(z)))
 
@@ -229,7 +229,7 @@ def scale_p_value(z, scale):
 @pytest.mark.statistical
 @pytest.mark.parametrize("seed", range(5))
 def test_the_noise_scale_is_1_and_not_two_thirds_or_three_halves(seed):
-    """Flakiness 1e-6 per seed; the wrong scales are rejected with power 1 - 1e-100."""
+    """Flakiness is 1e-6 per seed; the wrong scales are rejected with power 1 - 1e-100."""
     z = draw(NoiseKey.from_seed(seed), n=4001)
     assert scale_p_value(z, 1) > 1e-6
     assert scale_p_value(z, 2 / 3) < 1e-12 and scale_p_value(z, 3 / 2) < 1e-12
@@ -238,7 +238,7 @@ def test_the_noise_scale_is_1_and_not_two_thirds_or_three_halves(seed):
 @pytest.mark.statistical
 @pytest.mark.parametrize("seed", [0])
 def test_noise_of_the_key_is_normally_distributed(seed):
-    """Flakiness 1e-6; a scale of 1.02 or a mean of 0.02 is rejected at n = 400,000."""
+    """Flakiness is 1e-6; a scale of 1.02 or a mean of 0.02 is rejected at n = 400,000."""
     z = draw(NoiseKey.from_seed(seed), n=400_000).numpy()
     assert stats.kstest(z, "norm").pvalue > 1e-6
     assert (
@@ -252,7 +252,7 @@ def test_noise_of_the_key_is_normally_distributed(seed):
 @pytest.mark.statistical
 @pytest.mark.parametrize("source", ["uniform", "tags"])
 def test_uniform_numbers_of_the_key_are_uniform(source):
-    """Flakiness 1e-6; a coin that is 1 % too likely is rejected at n = 200,000."""
+    """Flakiness is 1e-6; a probability that is 1 % too high is rejected at n = 200,000."""
     key = NoiseKey.from_seed(1)
     n = 200_000
     u = (
@@ -282,7 +282,8 @@ def test_noise_streams_are_independent_of_shifted_streams():
 
 @pytest.mark.statistical
 def test_sampling_of_a_record_is_independent_over_steps():
-    """Rate 0.1, 2,000 records, 100 steps: each record's count is binomial.
+    """Rate 0.1, 2,000 records, 100 steps: each record's count is binomial. Flakiness is 1e-6 per
+    comparison.
 
     Flakiness 1e-6 per comparison.
     """

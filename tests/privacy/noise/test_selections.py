@@ -16,9 +16,7 @@ PLACE = {"purpose": "release:test", "entry": "e0"}
 
 
 def chances(scores, k, noise_multiplier):
-    """Exact probability of every ordered choice of k: one after another, without those chosen
-    before.
-    """
+    """Return the exact probability of every ordered choice of k without repetition."""
     weights = torch.softmax(scores / noise_multiplier, 0).tolist()
     found = {}
     for order in itertools.permutations(range(len(weights)), k):
@@ -32,7 +30,9 @@ def chances(scores, k, noise_multiplier):
 
 
 def neighbours(universe, largest):
-    """All data sets of up to `largest` records, each with one record more; in order, as tuples."""
+    """Return all data sets of up to `largest` records, each with one record more, as ordered
+    tuples.
+    """
     for n in range(largest + 1):
         for values in itertools.combinations_with_replacement(universe, n):
             for more in universe:
@@ -40,12 +40,14 @@ def neighbours(universe, largest):
 
 
 def of_tuples(scores):
-    """The scores of each data set once, from its tuple."""
+    """Cache the scores of each data set by its tuple."""
     return functools.cache(lambda values: scores(torch.tensor(values, dtype=torch.float64)))
 
 
 def worst_ratio(pairs, scores, k, noise_multiplier):
-    """Largest |log P(output | D) / P(output | D')|, in units of epsilon = 1 / noise multiplier."""
+    """Return the largest |log P(output | D) / P(output | D')|, in units of epsilon = 1 / noise
+    multiplier.
+    """
     likely = functools.cache(lambda data: chances(scores(data), k, noise_multiplier))
     worst = 0.0
     for without, within in pairs:
@@ -57,8 +59,8 @@ def worst_ratio(pairs, scores, k, noise_multiplier):
 @pytest.mark.parametrize("noise_multiplier", [0.4, 2.0])
 @pytest.mark.parametrize("k", [1, 2, 3])
 def test_one_record_changes_top_k_likelihood_by_k_epsilon(k, noise_multiplier):
-    """Exact, over all data sets of up to 4 records, some of them in no bin; a whole epsilon is
-    nearly used.
+    """Exact over all data sets of up to 4 records, some of them in no bin; nearly a whole epsilon
+    is used.
     """
 
     @of_tuples
@@ -77,7 +79,7 @@ def test_one_record_changes_top_k_likelihood_by_k_epsilon(k, noise_multiplier):
 @pytest.mark.parametrize("noise_multiplier", [0.3, 2.0])
 @pytest.mark.parametrize("q", [0.1, 0.5, 0.75])
 def test_one_record_changes_quantile_likelihood_by_epsilon(q, noise_multiplier):
-    """Exact, over all data sets of up to 5 records, on candidates, between them, beyond them and
+    """Exact over all data sets of up to 5 records: on candidates, between them, beyond them and
     NaN.
     """
     universe = (-1.0, 1.0, 2.0, 2.5, 9.0, math.nan)
@@ -125,7 +127,7 @@ def test_a_quantile_score_is_the_distance_from_the_rank():
 
 
 def test_quantile_finds_a_value_shared_by_many_records():
-    """100 records at 5: the median is 5, which #{x < c} alone would not say."""
+    """100 records are at 5, so the median is 5, which #{x < c} alone would not show."""
     utility = Quantile(q=0.5, candidates=torch.arange(11.0))
     scores = utility.scores(torch.full((100,), 5.0), strict=True)
     assert scores.tolist() == [-50.0] * 5 + [0.0] + [-50.0] * 5
@@ -180,7 +182,9 @@ def test_best_returns_the_highest_scores_in_order():
 @pytest.mark.statistical
 @pytest.mark.parametrize("k", [1, 2])
 def test_selections_have_exponential_mechanism_probabilities(k):
-    """Chi-square over 10,000 draws, flakiness 1e-6; noise of 2/3 and 3/2 is rejected at 1e-6."""
+    """Chi-square over 10,000 draws with flakiness 1e-6; noise of 2/3 and 3/2 is rejected at
+    1e-6.
+    """
     key = NoiseKey.from_seed(8)
     n = 10_000
     scores = torch.tensor([0.0, 2.0, 3.0, 1.0], dtype=torch.float64)

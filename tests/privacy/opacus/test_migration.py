@@ -1,6 +1,4 @@
-"""The way over from Opacus: what a PrivacyEngine spent, its settings, its model; and back into its
-accountants.
-"""
+"""Migration from Opacus: spent privacy, settings and model; and export to its accountants."""
 
 import subprocess
 import sys
@@ -52,7 +50,7 @@ def small():
 
 
 def engine_for(model, *, kind="rdp", noise=1.3, steps=5, clip=0.7, **options):
-    """A PrivacyEngine that trained the model for some steps, with its model, optimiser and
+    """Return a PrivacyEngine that trained the model for some steps, with its model, optimiser and
     loader.
     """
     place = torch.Generator().manual_seed(0)
@@ -334,7 +332,7 @@ HISTORIES = [
 @pytest.mark.reference
 @pytest.mark.parametrize("ours", HISTORIES)
 @pytest.mark.parametrize("delta", [1e-5, 1e-3])
-def test_an_exported_history_has_the_same_epsilon_in_opacus(ours, delta):
+def test_an_exported_history_has_equal_epsilon_in_opacus(ours, delta):
     theirs = accountant(ours, ["one"])
     assert isinstance(theirs, IAccountant) and theirs.mechanism() == "rdp"
     assert theirs.get_epsilon(delta) == pytest.approx(

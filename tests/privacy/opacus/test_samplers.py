@@ -1,4 +1,4 @@
-"""Clipped sums with Opacus's samplers, against one backward pass a record."""
+"""Clipped sums with Opacus's samplers, against one backward pass per record."""
 
 import pytest
 import torch
@@ -23,8 +23,8 @@ COUNTED = Clip(norm=0.5, per_layer=True, counted=True)
 
 
 class Around(nn.Module):
-    """(n, 4, 5) through `inner`, the mean over positions, and a head; what a recurrent layer gives
-    beside is left.
+    """A model of (n, 4, 5) through `inner`, the mean over positions, and a head; other outputs are
+    ignored.
     """
 
     def __init__(self, inner, size, call=None, positions=1):
@@ -127,7 +127,7 @@ def plain(model, x, y):
 
 
 def by_loop(model, params, x, y, clip, losses=plain):
-    """One backward pass a record, the record alone."""
+    """Return the sum with one backward pass per record, each alone."""
     rows = [
         torch.autograd.grad(losses(model, x[i : i + 1], y[i : i + 1]).sum(), list(params.values()))
         for i in range(len(x))
@@ -337,7 +337,7 @@ LEFT = {
     "a weight of two layers": shared,
     "a layer without a sampler": lambda: Around(nn.PReLU(), 5),
     "attention of torch": lambda: Around(Block(nn.MultiheadAttention(8, 2, batch_first=True)), 8),
-    "linear layers that see the length first": lambda: Around(
+    "linear layers with the length axis first": lambda: Around(
         Block(DPMultiheadAttention(8, 2)), 8, lambda m, x: m(x.transpose(0, 1)), 0
     ),
     "padding that the sampler ignores": lambda: Around(
@@ -368,7 +368,7 @@ def test_samplers_refuse_unsupported_models(name):
 
 def test_samplers_refuse_layers_whose_rows_are_positions():
     torch.manual_seed(0)
-    model = LEFT["linear layers that see the length first"]()
+    model = LEFT["linear layers with the length axis first"]()
     x = torch.randn(LENGTH, LENGTH, 5)
     y = torch.randint(3, (LENGTH,))
     assert by_bridge(model, dict(model.named_parameters()), x, y, CLIP) is None
@@ -472,9 +472,7 @@ class Product(Scale):
 
 
 def register(undone, kind, sampler):
-    """Opacus's own `register_grad_sampler`, in its own registry; undone after the test, as other
-    tests read it too.
-    """
+    """Register a sampler in Opacus's own registry, and remove it after the test."""
     undone.setitem(GradSampleModule.GRAD_SAMPLERS, kind, None)
     register_grad_sampler(kind)(sampler)
 
