@@ -66,15 +66,15 @@ OPEN: dict[str, Strategy] = {"ncm": NCM(), "slda": SLDA(), "ranpac": RIDGE}
 
 
 def private(seed: int) -> dict[str, Strategy]:
-    """Strategies under privacy, on scattering features."""
+    """Build the strategies for the private rows, which use scattering features."""
     return {"ncm": NCM(), "ranpac": RanPAC(projection=PROJECTION, seed=seed)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """One seed: accuracy and forgetting in percent, and the privacy cost.
+    """Result of one seed: accuracy and forgetting in percent, and the privacy cost.
 
-    The cost is the releases charged, and epsilon and noise multiplier of a release.
+    The cost is the number of charged releases, and the epsilon and noise multiplier of a release.
     """
 
     accuracy: float
@@ -86,9 +86,9 @@ class Outcome:
 
 
 def through(data: Dataset, features: Callable[[Tensor], Tensor]) -> Dataset:
-    """Every image replaced by its features, once for all strategies.
+    """Replace every image by its features, once for all strategies.
 
-    They are functions of one record.
+    The features of an image depend on this image only.
     """
     parts = []
     for records in (data.train, data.test):
@@ -102,14 +102,14 @@ def through(data: Dataset, features: Callable[[Tensor], Tensor]) -> Dataset:
 
 
 def scattered(images: Tensor) -> Tensor:
-    """Scattering features, every record normalised by itself."""
+    """Compute the scattering features of images, each normalised by itself."""
     return F.group_norm(Scattering()(images), GROUPS)
 
 
 def learner_of(
     stream: Stream, strategy: Strategy, seed: int, epsilon: float | None = None
 ) -> Learner:
-    """A learner on features that are there already."""
+    """Make a learner for features that are already computed."""
     return Learner(
         model=frozen(nn.Identity(), input_shape=stream.input_shape, num_classes=stream.num_classes),
         strategy=strategy,
@@ -121,7 +121,7 @@ def learner_of(
 
 
 def run(stream: Stream, strategy: Strategy, seed: int, epsilon: float | None = None) -> Outcome:
-    """One seed of one strategy."""
+    """Run one strategy with one seed."""
     start = time.perf_counter()
     learner = learner_of(stream, strategy, seed, epsilon)
     matrix = learner.fit(stream)
@@ -144,7 +144,7 @@ def run(stream: Stream, strategy: Strategy, seed: int, epsilon: float | None = N
 def row(
     name: str, strategy: Strategy, epsilon: float | None, outcomes: list[Outcome], preparing: float
 ) -> dict[str, Any]:
-    """One stored row: means over the seeds with the standard error of the accuracy."""
+    """Build one row to store: means over the seeds, with the standard error of the accuracy."""
     accuracies = [outcome.accuracy for outcome in outcomes]
     mean, error = spread(accuracies)
     return {
@@ -171,13 +171,13 @@ def row(
 
 
 def logits(learner: Learner, data: Dataset) -> Tensor:
-    """Of all test records, after the last experience."""
+    """Compute the logits of all test records after the last experience."""
     with torch.no_grad():
         return learner.predictor(0, after=len(learner.stream) - 1)(data.test.inputs)
 
 
 def alone(data: Dataset, experiences: int, seed: int | None) -> Tensor:
-    """Logits of one learner that saw the classes in the order of the seed."""
+    """Compute the logits of a single learner, with the classes in the order of the seed."""
     stream = split(data, scenario="class", experiences=experiences, seed=seed)
     learner = learner_of(stream, RIDGE, 0)
     learner.prepare(stream)
@@ -188,7 +188,7 @@ def alone(data: Dataset, experiences: int, seed: int | None) -> Tensor:
 
 
 def federated(data: Dataset) -> Tensor:
-    """Logits of a federation of clients with different shares of the labels."""
+    """Compute the logits of a federation of clients with different shares of the labels."""
     from perdure.data import dirichlet
     from perdure.federated import Federation, run_federation
 
@@ -201,7 +201,7 @@ def federated(data: Dataset) -> Tensor:
 
 
 def invariance(data: Dataset) -> dict[str, Any]:
-    """One stored row: relative differences of the logits."""
+    """Build one row to store: relative differences of the logits."""
     start = time.perf_counter()
     base = alone(data, 5, None)
     others = {
@@ -235,7 +235,7 @@ Runs = dict[Arm, list[tuple[Strategy, Outcome, float]]]
 
 
 def timed(data: Dataset, features: Callable[[Tensor], Tensor]) -> tuple[Dataset, float]:
-    """`through`, and the seconds that it took."""
+    """Compute the features by `through`; also return the seconds that this took."""
     start = time.perf_counter()
     return through(data, features), time.perf_counter() - start
 
@@ -249,7 +249,7 @@ def add(
     seconds: float,
     console: Console,
 ) -> None:
-    """Run the strategies on the features, which took so many seconds, and say how each did."""
+    """Add rows of all strategies on the given features, and print the result of each."""
     stream = split(features, scenario="class", experiences=5, seed=seed or None)
     for name, strategy in strategies.items():
         outcome = run(stream, strategy, seed, epsilon)
@@ -264,7 +264,7 @@ def add(
 def measured(
     data: Dataset, seeds: int, epsilons: list[float], progress: Progress, *, orders: bool
 ) -> list[dict[str, Any]]:
-    """Rows of all strategies and, where `orders`, of the invariance."""
+    """Compute the rows of all strategies and, if `orders` is True, the row of the invariance."""
     runs: Runs = {}
     extra: list[dict[str, Any]] = []
     task = progress.add_task("scattering", total=seeds * (1 + len(epsilons)) + orders)
@@ -291,7 +291,7 @@ def measured(
 
 
 def shown(rows: list[Row]) -> None:
-    """Print the rows as a table, and the differences above it."""
+    """Print the rows as a table, after the differences of the logits."""
     console = Console(width=140)
     for entry in rows:
         if "difference" in entry:
@@ -303,7 +303,7 @@ def shown(rows: list[Row]) -> None:
 
 
 def main() -> None:
-    """Run what the command line asks for."""
+    """Run the benchmark with the options of the command line."""
     parser = options(__doc__ or "", seeds=3)
     parser.add_argument(
         "--epsilon", type=float, nargs="+", default=list(EPSILONS), help="targets (default 1, 3, 8)"

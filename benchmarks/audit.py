@@ -45,20 +45,20 @@ LEARNING_RATE = 0.5
 
 
 class HalfKey(NoiseKey):
-    """A broken key: its noise has half the standard deviation."""
+    """Broken key, whose noise has half the standard deviation."""
 
     def add_noise(
         self, total: Tensor, scale: float, *, purpose: str, entry: str, step: int, nonce: str = ""
     ) -> None:
-        """Add half of what was asked for."""
+        """Add noise of half the standard deviation."""
         super().add_noise(total, scale / 2, purpose=purpose, entry=entry, step=step, nonce=nonce)
 
 
 class HalfNoise(Learner):
-    """A learner that claims what an honest one claims, and draws half the noise."""
+    """Learner that claims the epsilon of a correct learner, but draws half of the noise."""
 
     def prepare(self, stream: Stream) -> None:
-        """Exchange the key of the mechanism for a broken one."""
+        """Replace the key of the mechanism by the broken key."""
         super().prepare(stream)
         honest = self.private_sum
         assert honest is not None
@@ -120,7 +120,7 @@ def show(rows: list[dict[str, object]], method: str, seconds: float) -> None:
 
 
 def main() -> None:
-    """Run what the command line asks for."""
+    """Run the benchmark with the options of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -63,20 +63,20 @@ if TYPE_CHECKING:
 
 @cache
 def small_mnist(train: int, test: int) -> Dataset:
-    """The first so many training and test records of every class of MNIST, at 14 x 14 pixels."""
+    """Return the first records of every class of MNIST, at 14 x 14 pixels."""
     whole = mnist()
     parts = (shrunk(whole.train, train), shrunk(whole.test, test))
     return replace(whole, train=parts[0], test=parts[1], input_shape=(1, 14, 14))
 
 
 def shrunk(records: Records, count: int) -> Records:
-    """The first `count` records of every class, each square of four pixels averaged."""
+    """Return the first `count` records of every class, with squares of four pixels averaged."""
     kept = first(records, count)
     return replace(kept, inputs=F.avg_pool2d(kept.inputs, 2), domain=None)
 
 
 def first(records: Records, count: int) -> Records:
-    """The first `count` records of every class."""
+    """Return the first `count` records of every class."""
     labels = records.labels
     places = [
         torch.nonzero(labels == label).flatten()[:count] for label in range(int(labels.max()) + 1)
@@ -86,14 +86,14 @@ def first(records: Records, count: int) -> Records:
 
 @cache
 def first_mnist(train: int, test: int) -> Dataset:
-    """The first so many records of every class of MNIST as they are."""
+    """Return the first records of every class of MNIST, at 28 x 28 pixels."""
     whole = mnist()
     return replace(whole, train=first(whole.train, train), test=first(whole.test, test))
 
 
 @cache
 def fixed_features(train: int, test: int) -> Dataset:
-    """The same records as 1,152 features of random convolutions, which nobody has trained."""
+    """Return the records of `small_mnist` as 1,152 features of untrained random convolutions."""
     data = small_mnist(train, test)
     features = RandomConvolutions(filters=64, size=5, pool=4, root=True)
     parts = [
@@ -113,27 +113,27 @@ def split_mnist(
     train: int = 300,
     test: int = 200,
 ) -> Stream:
-    """Five experiences of two digits, in an order that is the seed's."""
+    """Split MNIST into five experiences of two digits, in an order that the seed decides."""
     return split(source(train, test), scenario=scenario, experiences=5, seed=seed)
 
 
 def rotated_mnist(
     seed: int, *, angles: tuple[float, ...], train: int = 200, test: int = 100
 ) -> Stream:
-    """The same images turned by one angle after another, in an order that is the seed's."""
+    """Rotate MNIST by one angle per experience, in an order that the seed decides."""
     order = torch.randperm(len(angles), generator=torch.Generator().manual_seed(seed)).tolist()
     return rotated(small_mnist(train, test), angles=[angles[place] for place in order])
 
 
 def wide(stream: Stream, seed: int) -> nn.Module:
-    """2 x 400 units."""
+    """Make a perceptron with two hidden layers of 400 units."""
     return mlp(
         input_shape=stream.input_shape, num_classes=stream.num_classes, hidden=(400, 400), seed=seed
     )
 
 
 def linear(stream: Stream, seed: int) -> nn.Module:
-    """A head over the inputs, which are features."""
+    """Make a linear head on inputs that are features."""
     return mlp(input_shape=stream.input_shape, num_classes=stream.num_classes, hidden=(), seed=seed)
 
 
@@ -159,7 +159,7 @@ RATES = {RATE: (0.01, 1.0)}
 
 
 def er(memory_size: int) -> Arm:
-    """Rehearsal of ten records a step from a reservoir: ER."""
+    """Make the strategy ER: rehearsal of ten records per step from a reservoir."""
     strategy = partial(
         Replay,
         memory_size=memory_size,
@@ -172,18 +172,18 @@ def er(memory_size: int) -> Arm:
 
 
 def rehearsing(kind: Callable[..., Strategy], memory_size: int, **values: float) -> Strategy:
-    """The regulariser beside rehearsal."""
+    """Combine a regulariser with rehearsal."""
     return Combine(kind(**values), Replay(memory_size=memory_size))
 
 
 @dataclass(frozen=True, kw_only=True)
 class PooledReplay(Replay):
-    """Rehearsal with new and stored records in one pool, every record as likely."""
+    """Rehearsal with new and stored records in one pool, all equally likely to be drawn."""
 
     weighting: Literal["experiences", "equal"] = "equal"
 
     def plan(self, experience: Experience) -> Plan:
-        """Keep a memory."""
+        """Plan a memory whose records are in the pool of the new ones."""
         plan = super().plan(experience)
         assert plan.memory
         return replace(plan, memory=replace(plan.memory, use="pooled"))
@@ -191,10 +191,10 @@ class PooledReplay(Replay):
 
 @dataclass(frozen=True, kw_only=True)
 class Uncorrected(BiC):
-    """BiC with its loss and its held-out records, but without its correction."""
+    """BiC with its loss and its held-out records, but without the correction of logits."""
 
     def after_experience(self, curator: "Curator", params: Params, state: State) -> State:
-        """Take the present model as the next teacher."""
+        """Store the present model as the next teacher."""
         return state.replace_group("teacher", params)
 
 

@@ -1,4 +1,4 @@
-"""Claims on scikit-learn's digits, most of methods that bring a model of their own.
+"""Claims on scikit-learn's digits, most of them for methods that need a special model.
 
 See `claims.py`.
 
@@ -57,12 +57,12 @@ TURNS = 4
 
 
 def split_digits(seed: int, *, experiences: int) -> Stream:
-    """Digits in an order that is the seed's."""
+    """Split the digits into experiences, in an order that the seed decides."""
     return split(digits(), scenario="class", experiences=experiences, seed=seed)
 
 
 def turned(_: int) -> Stream:
-    """All digits at four angles, in that order."""
+    """Rotate all digits by one of four angles per experience, in an order that the seed decides."""
     return rotated(digits(), angles=(0.0, 15.0, 30.0, 45.0))
 
 
@@ -71,7 +71,7 @@ TWO = partial(split_digits, experiences=2)
 
 
 def perceptron(stream: Stream, seed: int, *, cosine: bool = False) -> Classifier:
-    """100 units, with a linear or a cosine head."""
+    """Make a perceptron with 100 hidden units and a linear or cosine head."""
     return mlp(
         input_shape=stream.input_shape,
         num_classes=stream.num_classes,
@@ -82,7 +82,7 @@ def perceptron(stream: Stream, seed: int, *, cosine: bool = False) -> Classifier
 
 
 def with_generator(stream: Stream, seed: int) -> nn.Module:
-    """The perceptron with a generator beside it."""
+    """Make the perceptron together with a generator."""
     shape = stream.input_shape
     return generative(
         perceptron(stream, seed), input_shape=shape, latent=20, hidden=(100,), seed=seed
@@ -94,7 +94,7 @@ def with_generator(stream: Stream, seed: int) -> nn.Module:
 
 @cache
 def pretrained() -> Transformer:
-    """The body, without its head; the same in every process."""
+    """Pre-train the transformer body; the result is the same in every process."""
     train = mnist().train
     places = torch.Generator().manual_seed(0)
     x = F.avg_pool2d(F.pad(train.inputs[:IMAGES], (2, 2, 2, 2)), 4)
@@ -118,28 +118,28 @@ def pretrained() -> Transformer:
 
 
 def opened(stream: Stream, seed: int) -> nn.Module:
-    """The transformer, all of it trained."""
+    """Make the transformer with all parameters trained."""
     with seeded(seed):
         body = copy.deepcopy(pretrained())
         return Classifier(body, body.width, stream.num_classes)
 
 
 def closed(stream: Stream, seed: int) -> nn.Module:
-    """Frozen, with a trained head."""
+    """Make the frozen transformer with a trained head."""
     return frozen(
         pretrained(), input_shape=stream.input_shape, num_classes=stream.num_classes, seed=seed
     )
 
 
 def with_pool(stream: Stream, seed: int) -> nn.Module:
-    """Frozen, with a pool of prompts."""
+    """Make the frozen transformer with a pool of prompts."""
     return prompted(
         pretrained(), num_classes=stream.num_classes, pool=10, length=2, chosen=3, seed=seed
     )
 
 
 def with_components(stream: Stream, seed: int) -> nn.Module:
-    """Frozen, with components of prompts for every experience."""
+    """Make the frozen transformer with components of prompts for every experience."""
     return composed(
         pretrained(),
         num_classes=stream.num_classes,
@@ -151,7 +151,7 @@ def with_components(stream: Stream, seed: int) -> nn.Module:
 
 
 def with_adapters(stream: Stream, seed: int, *, one: bool = False) -> nn.Module:
-    """Frozen, with low-rank adapters for every experience, or with one set for all."""
+    """Make the frozen transformer with adapters for every experience, or with one set for all."""
     sets = 1 if one else len(stream)
     return adapted(
         pretrained(), num_classes=stream.num_classes, experiences=sets, rank=4, seed=seed
@@ -160,10 +160,10 @@ def with_adapters(stream: Stream, seed: int, *, one: bool = False) -> nn.Module:
 
 @dataclass(frozen=True, kw_only=True)
 class OwnClasses(Strategy):
-    """Fine-tuning with the loss of the three: over the classes of the record's own experience."""
+    """Fine-tuning with the loss of L2P, CODA-Prompt and LoRA: over the experience's classes."""
 
     def losses(self, forward: Forward, batch: Batch, context: Context, state: State) -> Tensor:
-        """Cross entropy of each row."""
+        """Compute the (n,) cross entropy of each row."""
         own = context.task_classes[batch.tasks]
         return cross_entropy_of(torch.where(own, forward(batch.inputs), MASKED), batch.labels)
 
@@ -172,7 +172,7 @@ class OwnClasses(Strategy):
 
 
 def replayed(name: str, *, cosine: bool = False) -> Arm:
-    """Rehearsal of as little as LUCIR has, all rows alike."""
+    """Make a rehearsal strategy with the small memory of LUCIR and equal weights of all rows."""
     model = partial(perceptron, cosine=cosine)
     return Arm(
         name=name,

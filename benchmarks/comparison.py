@@ -48,9 +48,9 @@ RATE = "learning_rate"
 
 
 def old_and_new_apart(matrix: Tensor) -> float:
-    """Difference of final accuracy between the last experience and the mean of earlier ones.
+    """Compute the final accuracy on the last experience minus the mean over earlier ones.
 
-    It shows bias either way.
+    A bias towards new or towards old classes shows in it.
     """
     last = matrix[-1]
     return float((last[-1] - last[:-1].mean()).abs())
@@ -68,7 +68,7 @@ LOWER = ("forgetting", "old_and_new_apart")
 
 
 def small(stream: Stream, seed: int) -> nn.Module:
-    """Perceptron of 2 x 100 units."""
+    """Make a perceptron with two hidden layers of 100 units."""
     return mlp(
         input_shape=stream.input_shape, num_classes=stream.num_classes, hidden=(100, 100), seed=seed
     )
@@ -79,18 +79,17 @@ ADAM = partial(torch.optim.Adam, lr=1e-3, fused=True)
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
-    """One way of learning the stream.
+    """One way to learn the stream: a strategy with its model, optimiser and options.
 
     Args:
-        name: in the table.
-        strategy: makes it, from the values of `search`.
+        name: name in the table.
+        strategy: function that makes the strategy from the values of `search`.
         search: lowest and highest value of each hyper-parameter that is tuned.
-        chosen: where the others are from.
-        model: from stream and seed.
-        optimizer: from parameters.
-        training: of the learner; empty for the claim's.
-        beside: whether it is no part of the claim: compared and stored, but the claim does not hang
-            on it.
+        chosen: source of the other hyper-parameters.
+        model: function that makes the model from stream and seed.
+        optimizer: function that makes the optimiser from parameters.
+        training: options of the learner; empty for the claim's options.
+        beside: True if the arm is compared and stored, but does not decide the claim.
     """
 
     name: str
@@ -105,20 +104,20 @@ class Arm:
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """A paper's sentence on its method, and a comparison that would show it.
+    """Claim of a paper about its method, with a comparison that can show it.
 
     Args:
-        name: of the strategy's file.
+        name: name of the strategy's file.
         sentence: the claim.
-        paper: author, venue and year, and where in it.
-        stream: from seed.
-        training: of the learner; all that is no arm's own.
-        arms: the method first, then what it is compared with.
-        note: what a reader of the row must know of its setting.
-        measures: in which the method is to be better than every other arm; names of `MEASURES`.
-        exactly: a value that the method's first measure has to have in every seed, or None.
-        tuned_on: first experiences that searches may see.
-        trials: of each search.
+        paper: author, venue, year, and section of the paper.
+        stream: function that makes the stream from a seed.
+        training: options of the learner that all arms share.
+        arms: the method first, then the arms that it is compared with.
+        note: facts about the setting that a reader of the row must know.
+        measures: names of `MEASURES` in which the method must be better than every other arm.
+        exactly: value of the method's first measure that is required in every seed, or None.
+        tuned_on: number of first experiences that a search may use.
+        trials: number of trials of each search.
     """
 
     name: str
@@ -138,7 +137,7 @@ class Claim:
 
 
 def learner(claim: Claim, arm: Arm, values: Values, stream: Stream, seed: int) -> Learner:
-    """A fresh learner of the arm."""
+    """Make an untrained learner of the arm."""
     own = {name: value for name, value in values.items() if name != RATE}
     optimizer = partial(arm.optimizer, lr=values[RATE]) if RATE in values else arm.optimizer
     return Learner(
@@ -151,7 +150,7 @@ def learner(claim: Claim, arm: Arm, values: Values, stream: Stream, seed: int) -
 
 
 def search(claim: Claim, arm: Arm) -> Tuned:
-    """Tune the arm on the beginning of the stream of seed 0."""
+    """Tune the arm on the first experiences of the stream of seed 0."""
     torch.set_num_threads(1)
     stream = claim.stream(0)
 
@@ -164,7 +163,7 @@ def search(claim: Claim, arm: Arm) -> Tuned:
 
 
 def run(claim: Claim, arm: Arm, values: Values, seed: int) -> dict[str, float]:
-    """Every measure of one seed, in percent, and its seconds; in a process of its own."""
+    """Run one seed in a process of its own; return every measure in percent, and the seconds."""
     torch.set_num_threads(1)
     stream = claim.stream(seed)
     start = time.perf_counter()
@@ -180,7 +179,7 @@ def run(claim: Claim, arm: Arm, values: Values, seed: int) -> dict[str, float]:
 def arm_row(
     arm: Arm, tuned: Tuned | None, results: Sequence[Mapping[str, float]]
 ) -> dict[str, Any]:
-    """Row that is stored of one arm."""
+    """Build the part of a row that describes one arm."""
     values = tuned.values if tuned else {}
     own = {name: value for name, value in values.items() if name != RATE}
     mean, error = spread([result["average_accuracy"] for result in results])
@@ -198,7 +197,7 @@ def arm_row(
 
 
 def chosen(arm: Arm, tuned: Tuned | None) -> str:
-    """Where the hyper-parameters are from."""
+    """Describe the source of the hyper-parameters."""
     if not tuned:
         return arm.chosen
     return f"{', '.join(tuned.values)}: tuned on {tuned.row()['tuned_on']}; the rest: {arm.chosen}"
@@ -207,9 +206,9 @@ def chosen(arm: Arm, tuned: Tuned | None) -> str:
 def compared(
     measure: str, other: Arm, arms: Mapping[str, dict[str, Any]], method: str
 ) -> dict[str, Any]:
-    """The method against another arm in one measure.
+    """Compare the method with another arm by one measure.
 
-    A positive difference speaks for the method.
+    A positive difference means that the method is better.
     """
     sign = -1 if measure in LOWER else 1
     pairs = zip(arms[method]["by_seed"][measure], arms[other.name]["by_seed"][measure], strict=True)
@@ -230,7 +229,7 @@ def compared(
 def row(
     claim: Claim, tuned: Mapping[str, Tuned], results: Mapping[str, Sequence[Mapping[str, float]]]
 ) -> dict[str, Any]:
-    """Row that is stored of a claim."""
+    """Build the row to store for a claim."""
     arms = {arm.name: arm_row(arm, tuned.get(arm.name), results[arm.name]) for arm in claim.arms}
     method = claim.arms[0].name
     found = [
@@ -257,12 +256,12 @@ def row(
 
 
 def words(claim: Claim) -> dict[str, str]:
-    """Words about a claim; they may be put better without a run."""
+    """Return the texts of a claim, which may be reworded without a new run."""
     return {"sentence": claim.sentence, "paper": claim.paper, "note": claim.note}
 
 
 def options(claim: Claim) -> dict[str, Any]:
-    """All that a row depends on, in words: with other options it is run again."""
+    """Describe everything that a row depends on; if it differs, the claim is run again."""
     arms = {
         arm.name: {
             "strategy": described(arm.strategy),
@@ -286,7 +285,7 @@ def options(claim: Claim) -> dict[str, Any]:
 
 
 def described(thing: object) -> str:
-    """Text of a callable, or of an argument that is bound to it; never by an address."""
+    """Describe a function, or an argument that is bound to it, by text without addresses."""
     if not isinstance(thing, partial):
         return str(getattr(thing, "__qualname__", repr(thing)))
     named = [f"{name}={described(value)}" for name, value in thing.keywords.items()]
@@ -294,7 +293,7 @@ def described(thing: object) -> str:
 
 
 def show(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Print one line a comparison."""
+    """Print one line per comparison."""
     table = Table(
         title="Claims of papers, in percent; a positive difference speaks for the method",
         caption=RULE,
@@ -327,7 +326,7 @@ def show(rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def tested(claim: Claim, seeds: int, submit: Callable[..., Future[Any]]) -> dict[str, Any]:
-    """The row of a claim: all searches, then all seeds of all arms."""
+    """Run all searches and all seeds of all arms, and build the row of the claim."""
     searches: dict[str, Future[Tuned]] = {
         arm.name: submit(search, claim, arm) for arm in claim.arms if arm.search
     }
@@ -345,18 +344,18 @@ def tested(claim: Claim, seeds: int, submit: Callable[..., Future[Any]]) -> dict
 
 
 def same(entry: dict[str, Any], claim: Claim, seeds: int) -> bool:
-    """Return whether the stored row is this claim with these settings and seeds."""
+    """Return True if the stored row is this claim with these settings and seeds."""
     return (entry["claim"], entry["options"], entry["seeds"]) == (claim.name, options(claim), seeds)
 
 
 def said_now(rows: Sequence[Row], claims: Sequence[Claim]) -> list[Row]:
-    """The rows, with what is said of their claims now."""
+    """Return the stored rows with the present texts of their claims."""
     said = {claim.name: words(claim) for claim in claims}
     return [{**entry, **said.get(entry["claim"], {})} for entry in rows]
 
 
 def main(claims: Sequence[Claim], text: str) -> None:
-    """Run what the command line asks for, of these claims; `text` explains them."""
+    """Run the claims with the options of the command line; `text` explains the claims."""
     names = [claim.name for claim in claims]
     parser = command_line(text, seeds=5, resumed=True)
     parser.add_argument(

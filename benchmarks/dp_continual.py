@@ -76,12 +76,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def fitting() -> list[str]:
-    """Strategies that any model will do for, and that privacy does not refuse."""
+    """Return the strategies that run on any model and are allowed under privacy."""
     return [name for name in catalogue.names() if fits(catalogue.find(name).example())]
 
 
 def fits(strategy: Strategy) -> bool:
-    """Return whether rows have losses of their own, and no model of its own is brought."""
+    """Return True if a strategy has a loss per row and needs no special model."""
     return (
         not strategy.couples_records
         and strategy.small_model(input_shape=(8,), num_classes=2) is None
@@ -90,7 +90,7 @@ def fits(strategy: Strategy) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """One seed: accuracy and forgetting in percent, worst record's epsilon, and its causes."""
+    """Result of one seed: accuracy, forgetting, epsilon of the worst record, and its charges."""
 
     accuracy: float
     forgetting: float
@@ -101,7 +101,7 @@ class Outcome:
 
 
 def scattered(data: Dataset) -> Dataset:
-    """Every image replaced by its features (81, 7, 7), normalised by itself."""
+    """Replace every image by its scattering features (81, 7, 7), normalised by itself."""
     train, test = (features(records) for records in (data.train, data.test))
     return replace(
         data,
@@ -113,7 +113,7 @@ def scattered(data: Dataset) -> Dataset:
 
 
 def features(records: Records) -> Records:
-    """Return the same records, their images seen through the scattering transform."""
+    """Return the same records with scattering features instead of images."""
     rows = F.group_norm(Scattering()(records.inputs), GROUPS)
     return replace(records, inputs=rows, domain=None)
 
@@ -147,7 +147,7 @@ def run(stream: Stream, strategy: Strategy, epsilon: float, seed: int) -> Outcom
 
 
 def row(name: str, strategy: Strategy, epsilon: float, outcomes: list[Outcome]) -> Row:
-    """One stored row: means over the seeds with the standard error of the accuracy."""
+    """Build one row to store: means over the seeds, with the standard error of the accuracy."""
     accuracies = [outcome.accuracy for outcome in outcomes]
     mean, error = spread(accuracies)
     return {
@@ -168,7 +168,7 @@ def row(name: str, strategy: Strategy, epsilon: float, outcomes: list[Outcome]) 
 
 
 def paid(spent: Sequence[Mapping[str, Any]]) -> str:
-    """Charges of the worst record, in few words."""
+    """Describe the charges of the worst record in few words."""
     counts: dict[str, int] = {}
     for charge in spent:
         counts[charge["purpose"]] = counts.get(charge["purpose"], 0) + charge["steps"]
@@ -176,7 +176,7 @@ def paid(spent: Sequence[Mapping[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Run what the command line asks for."""
+    """Run the benchmark with the options of the command line."""
     parser = options(__doc__ or "", seeds=3)
     parser.add_argument(
         "--epsilon", type=float, nargs="+", default=list(EPSILONS), help="targets (default 1, 3, 8)"

@@ -62,7 +62,7 @@ PUBLISHED = {3.0: 98.7}
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """One seed: test accuracy in percent, noise multiplier, ledger epsilon, `clocks` passed."""
+    """Result of one seed: test accuracy in percent, noise multiplier, epsilon, and seconds."""
 
     accuracy: float
     noise_multiplier: float
@@ -71,12 +71,12 @@ class Outcome:
 
 
 def clocks() -> Tensor:
-    """(2,) seconds by the wall clock and by the processors (all threads together)."""
+    """Return the seconds (2,) by the wall clock, and of processor time over all threads."""
     return torch.tensor([time.perf_counter(), time.process_time()], dtype=torch.float64)
 
 
 def scattered(data: Dataset) -> Stream:
-    """One experience of all classes, of images' features (81, 7, 7).
+    """Make a stream of one experience with all classes, of scattering features (81, 7, 7).
 
     Each image is normalised by itself.
     """
@@ -93,7 +93,7 @@ def scattered(data: Dataset) -> Stream:
 
 
 def features(records: Records) -> Records:
-    """Return the same records, their images seen through the scattering transform."""
+    """Return the same records with scattering features instead of images."""
     seen: Tensor = F.group_norm(Scattering()(records.inputs), GROUPS)
     return Records(inputs=seen, labels=records.labels, ids=records.ids, partition=records.partition)
 
@@ -123,7 +123,7 @@ def run(stream: Stream, epsilon: float, seed: int) -> Outcome:
 
 
 def row(epsilon: float, outcomes: list[Outcome], preparing: Tensor) -> dict[str, object]:
-    """One stored row; a seed's seconds hold the features too, as if it ran alone."""
+    """Build one row to store; the seconds of a seed include those of the features."""
     accuracies = [outcome.accuracy for outcome in outcomes]
     seconds, processor = (
         preparing + sum(outcome.times for outcome in outcomes) / len(outcomes)
@@ -147,7 +147,7 @@ def row(epsilon: float, outcomes: list[Outcome], preparing: Tensor) -> dict[str,
 
 
 def main() -> None:
-    """Run what the command line asks for."""
+    """Run the benchmark with the options of the command line."""
     parser = options(__doc__ or "", seeds=3)
     parser.add_argument(
         "--epsilon", type=float, nargs="+", default=[3.0, 1.0], help="targets (default 3 and 1)"

@@ -100,7 +100,7 @@ FEW = 20
 
 
 def text_of(series: str) -> str:
-    """Return the config of a series."""
+    """Return the config of a series of runs."""
     seed = SEEDS[series]
     return CONFIG.format(seed="" if seed is None else f"seed = {seed}")
 
@@ -112,7 +112,7 @@ class Journal:
     """Callback that appends a line to a file at every point, each in one system call.
 
     Args:
-        path: the file.
+        path: path of the file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -120,7 +120,7 @@ class Journal:
         self.drawn = ""
 
     def __call__(self, point: str, learner: Learner) -> None:
-        """Write the point, and what was drawn."""
+        """Write the point, and the last draw of noise."""
         self.write(point, self.drawn if point == "noise.drawn" else "")
 
     def write(self, point: str, more: str = "") -> None:
@@ -129,7 +129,7 @@ class Journal:
 
 
 def overhear(journal: Journal) -> None:
-    """Let the journal know what was drawn last.
+    """Record the last draw of noise in the journal.
 
     Entry, purpose, step, and a digest of the values.
     """
@@ -154,7 +154,7 @@ def overhear(journal: Journal) -> None:
 
 
 def child(series: str, folder: Path) -> None:
-    """Run, or go on with, the run in `folder`, and keep its journal."""
+    """Start or continue the run in `folder`, with a journal of its points."""
     journal = Journal(journal_of(folder))
     text = text_of(series)
     journal.write(START)
@@ -168,7 +168,7 @@ def child(series: str, folder: Path) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Draw:
-    """Noise that was drawn for one step of an entry of the ledger."""
+    """One draw of noise, for one step of an entry of the ledger."""
 
     entry: str
     step: int
@@ -176,12 +176,12 @@ class Draw:
 
 
 def journal_of(folder: Path) -> Path:
-    """Return the journal of a run; it lies outside the run's folder."""
+    """Return the path of a run's journal, which is outside the run's folder."""
     return folder.with_suffix(".journal")
 
 
 def points(folder: Path, start: int = 0) -> list[list[str]]:
-    """Lines of the journal from byte `start` on, each as its words."""
+    """Return the lines of the journal from byte `start` on, each split into words."""
     if not journal_of(folder).exists():
         return []
     with journal_of(folder).open("rb") as file:
@@ -190,7 +190,7 @@ def points(folder: Path, start: int = 0) -> list[list[str]]:
 
 
 def draws(folder: Path) -> list[Draw]:
-    """All draws that the journal knows of, in order."""
+    """Return all draws in the journal, in order."""
     found = [words for words in points(folder) if words[0] == "noise.drawn"]
     return [
         Draw(entry=entry, step=int(step), digest=digest) for _, _, entry, _, step, digest in found
@@ -198,7 +198,7 @@ def draws(folder: Path) -> list[Draw]:
 
 
 def entries(folder: Path, series: str) -> dict[str, Entry]:
-    """Entries of all ledgers by digest, chains and keyed heads verified."""
+    """Return the entries of all ledgers by digest, after chains and keyed heads are verified."""
     found = {}
     for path in folder.glob("arms/*/ledger.jsonl"):
         if head_path(path).exists():
@@ -211,7 +211,7 @@ def entries(folder: Path, series: str) -> dict[str, Entry]:
 
 
 def uncharged(drawn: Sequence[Draw], ledger: Mapping[str, Entry]) -> list[Draw]:
-    """Draws that no entry of the ledger pays for."""
+    """Return the draws that no entry of the ledger pays for."""
 
     def paid(draw: Draw) -> bool:
         entry = ledger.get(draw.entry)
@@ -221,7 +221,7 @@ def uncharged(drawn: Sequence[Draw], ledger: Mapping[str, Entry]) -> list[Draw]:
 
 
 def outputs(folder: Path) -> dict[str, object]:
-    """All that a run gives away, timings aside, and the ledgers of its arms."""
+    """Return all results of a run, without timings, and the ledgers of its arms."""
     patterns = ("metrics.jsonl", "ledger.jsonl", "config.toml", "checkpoint/*/*", "arms/*/ledger*")
     files = [path for pattern in patterns for path in sorted(folder.glob(pattern))]
     result = untimed(json.loads((folder / "result.json").read_text()))
@@ -235,9 +235,9 @@ def outputs(folder: Path) -> dict[str, object]:
 
 @dataclass(kw_only=True)
 class Tally:
-    """Findings of the kills of one series.
+    """Findings after the kills of one series.
 
-    `different` names the files that an undisturbed run writes otherwise.
+    `different` lists the files that differ from those of an undisturbed run.
     """
 
     series: str
@@ -258,7 +258,7 @@ class Tally:
 
     @property
     def sound(self) -> bool:
-        """True where nothing is wrong."""
+        """Return True if no fault was found."""
         return not (
             self.undercharged or self.redrawn_differently or self.failed_starts or self.different
         )
@@ -266,20 +266,20 @@ class Tally:
 
 @dataclass(kw_only=True)
 class Pace:
-    """Present pace of the processes: other work on the machine changes it.
+    """Present speed of the processes, which changes with other work on the machine.
 
     Args:
         start: seconds until the loop begins.
-        draw: seconds from draw to draw, all that lies between them included.
+        draw: seconds from one draw to the next, with everything in between.
     """
 
     start: float = 0.0
     draw: float = 0.0
 
     def moment(self, left: int, seeded: torch.Generator) -> tuple[bool, float]:
-        """Choose whether to kill a process only in its loop, and after how many seconds.
+        """Choose the moment of a kill: in the loop only or not, and after how many seconds.
 
-        The seconds count from the loop's begin, or from the start of the process.
+        The seconds count from the start of the loop, or from the start of the process.
         """
         early, where = (float(value) for value in torch.rand(2, generator=seeded))
         return (
@@ -289,7 +289,7 @@ class Pace:
         )
 
     def observe(self, begun: float, lines: Sequence[Sequence[str]]) -> None:
-        """Learn from the journal of a process that began at this time."""
+        """Update the speed from the journal of a process that started at this time."""
         times = [(words[0], float(words[1])) for words in lines]
         loop = next((when for point, when in times if point == BEGUN), None)
         count = sum(point == "noise.drawn" for point, _ in times)
@@ -299,7 +299,7 @@ class Pace:
 
 @dataclass(frozen=True, kw_only=True)
 class Undisturbed:
-    """A run that nobody killed: what it gives away, how much it drew, and at which pace."""
+    """Results of a run that was not killed, with its number of draws and its speed."""
 
     outputs: Mapping[str, object]
     charged: int
@@ -307,14 +307,14 @@ class Undisturbed:
 
 
 def started(series: str, folder: Path) -> "subprocess.Popen[bytes]":
-    """Start the run in `folder`, or go on with it, as a process."""
+    """Start or continue the run in `folder` as a process."""
     words = [sys.executable, __file__, "--child", series, "--folder", str(folder)]
     with folder.with_suffix(".stderr").open("wb") as errors:
         return subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=errors)
 
 
 def undisturbed(series: str, folder: Path) -> Undisturbed:
-    """Run one to its end."""
+    """Run one experiment to its end, without a kill."""
     begun = time.time()
     pace = Pace()
     if started(series, folder).wait():
@@ -327,9 +327,9 @@ def undisturbed(series: str, folder: Path) -> Undisturbed:
 
 
 def one_life(tally: Tally, folder: Path, pace: Pace, in_loop: bool, seconds: float | None) -> bool:
-    """Start the process and kill it after so many seconds, in its loop or before.
+    """Start the process, and kill it after a number of seconds, in its loop or before.
 
-    Returns whether the run came to its end.
+    Returns True if the run came to its end.
     """
     before = journal_of(folder).stat().st_size if journal_of(folder).exists() else 0
     begun = time.time()
@@ -359,7 +359,7 @@ def one_life(tally: Tally, folder: Path, pace: Pace, in_loop: bool, seconds: flo
 def one_run(
     tally: Tally, folder: Path, kills: int, reference: Undisturbed, seeded: torch.Generator
 ) -> None:
-    """Kill a run over and over until it comes to its end, or `kills` are done; then let it end."""
+    """Kill a run again and again until it ends or `kills` are done; then let it end."""
     ended = False
     while not ended and not tally.failed_starts:
         left = reference.charged - len({(draw.entry, draw.step) for draw in draws(folder)})
@@ -374,7 +374,7 @@ def one_run(
 
 
 def finish(tally: Tally, folder: Path, reference: Undisturbed) -> None:
-    """Count what a finished run drew and charged.
+    """Count the draws and charges of a finished run.
 
     A simulated run is compared with the undisturbed one.
     """
@@ -397,7 +397,7 @@ def finish(tally: Tally, folder: Path, reference: Undisturbed) -> None:
 
 
 def kill_all(kills: int, seed: int, folder: Path) -> list[Tally]:
-    """Both series, half of the kills each."""
+    """Run both series, with half of the kills each."""
     seeded = generator(seed, "kills")
     tallies = [Tally(series=series) for series in SEEDS]
     with Progress(console=Console(stderr=True)) as progress:
@@ -421,7 +421,7 @@ def kill_all(kills: int, seed: int, folder: Path) -> list[Tally]:
 
 
 def show(rows: Sequence[Mapping[str, object]]) -> None:
-    """Print the rows, a series a column."""
+    """Print the rows, one column per series."""
     table = Table(title="real kills (SIGKILL) of private runs")
     for name in ("", *(str(row["series"]) for row in rows)):
         table.add_column(name)
@@ -433,7 +433,7 @@ def show(rows: Sequence[Mapping[str, object]]) -> None:
 
 
 def main() -> int:
-    """Run what the command line asks for."""
+    """Run the benchmark with the options of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

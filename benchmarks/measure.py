@@ -79,7 +79,7 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 @dataclass(frozen=True)
 class Source:
-    """One file.
+    """Text of one file.
 
     Args:
         name: path below the root of the checkout.
@@ -91,12 +91,12 @@ class Source:
 
     @cached_property
     def nodes(self) -> tuple[ast.AST, ...]:
-        """Every node of the syntax tree."""
+        """Return every node of the syntax tree."""
         return tuple(ast.walk(ast.parse(self.text)))
 
     @cached_property
     def comments(self) -> list[tuple[int, str]]:
-        """Every comment with its line."""
+        """Return every comment with its line."""
         words = tokenize.generate_tokens(io.StringIO(self.text).readline)
         return [(word.start[0], word.string) for word in words if word.type == tokenize.COMMENT]
 
@@ -116,7 +116,7 @@ def sources(folders: Iterable[str], root: Path = ROOT) -> list[Source]:
 
 
 def functions(source: Source) -> dict[str, int]:
-    """Lines of every function, docstring not counted, by file, line and name."""
+    """Return the lines of every function without its docstring, by file, line and name."""
     found = {}
     for node in source.nodes:
         if isinstance(node, Function):
@@ -129,25 +129,25 @@ def functions(source: Source) -> dict[str, int]:
 
 
 def comments(source: Source) -> list[str]:
-    """Comments, without rulers and without settings of a tool."""
+    """Return the comments, without rulers and without settings of a tool."""
     tool = re.compile(r"#\s*(noqa|fmt:|type:|pragma:|mypy:|ruff:)")
     return [text for _, text in source.comments if not tool.match(text) and not RULER.match(text)]
 
 
 def unformatted(source: Source) -> list[str]:
-    """Places where ruff's formatter is switched off."""
+    """Return the places where ruff's formatter is switched off."""
     if not FORMATTER_OFF.search(source.text):
         return []
     return [f"{source.name}:{line}" for line, text in source.comments if FORMATTER_OFF.search(text)]
 
 
 def assignments(source: Source) -> list[ast.Assign]:
-    """Every assignment, without annotated and augmented ones."""
+    """Return every assignment, without annotated and augmented ones."""
     return [node for node in source.nodes if isinstance(node, ast.Assign)]
 
 
 def packed(source: Source) -> list[str]:
-    """Assignments of a tuple of values to a tuple of as many targets, such as `a, b = 1, 2`."""
+    """Find assignments of a tuple of values to a tuple of names, such as `a, b = 1, 2`."""
     found = []
     for node in assignments(source):
         sizes = [len(part.elts) for part in node.targets if isinstance(part, ast.Tuple)]
@@ -157,14 +157,14 @@ def packed(source: Source) -> list[str]:
 
 
 def docstrings(source: Source) -> list[str]:
-    """Docstrings of the module, its classes and its functions."""
+    """Return the docstrings of the module, its classes and its functions."""
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     nodes = [node for node in source.nodes if isinstance(node, kinds)]
     return [text for node in nodes if (text := ast.get_docstring(node))]
 
 
 def public_functions(source: Source) -> list[Function]:
-    """Functions and methods whose names do not begin with an underscore."""
+    """Return the functions and methods whose names do not begin with an underscore."""
     nodes = [node for node in source.nodes if isinstance(node, Function)]
     return [node for node in nodes if not node.name.startswith("_")]
 
@@ -173,10 +173,12 @@ def public_functions(source: Source) -> list[Function]:
 
 
 def private_accesses(source: Source, allowed: Mapping[str, str] = FOREIGN) -> list[str]:
-    """Uses of another module's private names: `from m import _x`, `obj._x`, `getattr(obj, "_x")`.
+    """Find uses of private names of other modules.
 
-    A name is the file's own where one of its classes defines it, in the body or through `self`;
-    what is reached through `self`, `cls` or `super()` is fine too.
+    Examples are `from m import _x`, `obj._x` and `getattr(obj, "_x")`.
+
+    A name is the file's own if one of its classes defines it, in the body or through `self`; what
+    is reached through `self`, `cls` or `super()` is fine too.
 
     Args:
         source: the file.
@@ -192,7 +194,7 @@ def private_accesses(source: Source, allowed: Mapping[str, str] = FOREIGN) -> li
 
 
 def private_names(node: ast.AST) -> Iterator[str]:
-    """Private names that the node itself takes from elsewhere, own names of the file included."""
+    """Return the private names that a node uses, including the file's own names."""
     if isinstance(node, ast.ImportFrom):
         yield from (alias.name for alias in node.names if is_private(alias.name))
     elif isinstance(node, ast.Attribute):
@@ -203,7 +205,7 @@ def private_names(node: ast.AST) -> Iterator[str]:
 
 
 def names_in_call(node: ast.Call) -> Iterator[str]:
-    """Private names given as text: the second argument, or a dotted path as the first."""
+    """Return the private names in texts: the second argument, or a dotted path as the first."""
     texts = [arg.value for arg in node.args[:2] if isinstance(arg, ast.Constant)]
     if not node.args or is_own(node.args[0]):
         return
@@ -213,7 +215,7 @@ def names_in_call(node: ast.Call) -> Iterator[str]:
 
 
 def called(function: ast.expr) -> str:
-    """Last name of what is called, as in `monkeypatch.setattr`."""
+    """Return the last part of the name of a called function, as in `monkeypatch.setattr`."""
     if isinstance(function, ast.Attribute):
         return function.attr
     return function.id if isinstance(function, ast.Name) else ""
@@ -232,7 +234,7 @@ def is_own(value: ast.expr) -> bool:
 
 
 def own_names(source: Source) -> set[str]:
-    """Names that the file's classes define, in their bodies or through `self`."""
+    """Return the names that the file's classes define, in their bodies or through `self`."""
     found: set[str] = set()
     for node in source.nodes:
         if isinstance(node, ast.ClassDef):
@@ -248,7 +250,7 @@ def own_names(source: Source) -> set[str]:
 
 
 def defined(part: ast.stmt) -> set[str]:
-    """Names that a statement of a class body defines."""
+    """Return the names that a statement of a class body defines."""
     if isinstance(part, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
         return {part.name}
     targets = part.targets if isinstance(part, ast.Assign) else [getattr(part, "target", None)]
@@ -260,7 +262,7 @@ def defined(part: ast.stmt) -> set[str]:
 
 
 def table(root: Path = ROOT) -> dict[str, str]:
-    """Every measure by its name, as it is printed."""
+    """Compute every measure, by the name under which it is printed."""
     whole = sources(EVERYTHING, root)
     library = [source for source in whole if source.name.startswith(LIBRARY)]
     tests = [source for source in whole if source.name.startswith("tests/")]
@@ -301,17 +303,17 @@ def table(root: Path = ROOT) -> dict[str, str]:
 
 
 def line_count(files: Iterable[Source]) -> int:
-    """Lines of all files together."""
+    """Return the number of lines of all files together."""
     return sum(source.text.count("\n") for source in files)
 
 
 def share(part: int, whole: int) -> str:
-    """Percentage with one decimal."""
+    """Compute a percentage, with one decimal."""
     return f"{100 * part / whole:.1f} %"
 
 
 def main() -> None:
-    """Print the table, or what `--private` asks for."""
+    """Print the table, or the private accesses with `--private`."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

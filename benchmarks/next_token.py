@@ -66,7 +66,7 @@ COLUMNS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """One seed: bits per character (T, T) on each speaker after each, epsilon and noise."""
+    """Result of one seed: bits per character (T, T) by speaker and time, epsilon and noise."""
 
     matrix: Tensor
     epsilon: float | None = None
@@ -75,7 +75,7 @@ class Outcome:
 
 
 def chosen(data: Dataset, *, private: bool) -> Dataset:
-    """Sequences of the five speakers with the most lines, or of all others."""
+    """Return the sequences of the five speakers with the most lines, or of all others."""
     train, test = (
         part.take((part.attributes["domain"] < SPEAKERS) == private)
         for part in (data.train, data.test)
@@ -84,7 +84,7 @@ def chosen(data: Dataset, *, private: bool) -> Dataset:
 
 
 def transformer(vocabulary: int, seed: int) -> GPT2LMHeadModel:
-    """A small GPT-2 that draws nothing at random once it is made."""
+    """Make a small GPT-2 without dropout."""
     torch.manual_seed(seed)
     return GPT2LMHeadModel(
         GPT2Config(
@@ -128,7 +128,7 @@ def trained_base(public: Dataset, seed: int) -> GPT2LMHeadModel:
 
 
 def adapted(base: GPT2LMHeadModel, seed: int) -> Wrapped:
-    """Copy of the frozen base with adapters on its linear layers."""
+    """Copy the frozen base, with adapters on its linear layers."""
     # bare weights: the history of the base, which is public, need not come along
     fresh = transformer(base.config.vocab_size, seed)
     fresh.load_state_dict(base.state_dict())
@@ -136,7 +136,7 @@ def adapted(base: GPT2LMHeadModel, seed: int) -> Wrapped:
 
 
 def learner_for(model: nn.Module, setting: Setting, seed: int) -> Learner:
-    """Learner of the adapters."""
+    """Make a learner that trains the adapters."""
     batch = {"alone": BATCH, "federated": CLIENT_BATCH, "private": PRIVATE_BATCH}
     privacy = Privacy(epsilon=EPSILON, delta=DELTA, clip_norm=CLIP_NORM, seed=seed)
     return Learner(
@@ -151,7 +151,7 @@ def learner_for(model: nn.Module, setting: Setting, seed: int) -> Learner:
 
 
 def run(base: GPT2LMHeadModel, stream: Stream, setting: Setting, seed: int) -> Outcome:
-    """Learn the speakers in turn."""
+    """Learn the speakers one after another."""
     start = time.perf_counter()
     if setting == "federated":
         matrix = fit_federated(
@@ -174,19 +174,19 @@ def run(base: GPT2LMHeadModel, stream: Stream, setting: Setting, seed: int) -> O
 
 
 def untrained(base: GPT2LMHeadModel, stream: Stream, seed: int) -> Outcome:
-    """Bits per character of the base on each speaker."""
+    """Compute the bits per character of the base on each speaker."""
     learner = learner_for(adapted(base, seed), "alone", seed)
     learner.prepare(stream)
     return Outcome(matrix=torch.tensor([learner.evaluate(stream)] * len(stream)))
 
 
 def forgetting(matrix: Tensor) -> float:
-    """Rise of the bits on earlier speakers above their least, in the mean, at the end."""
+    """Compute the mean rise of the bits on earlier speakers, from their lowest value to the end."""
     return float((matrix[-1, :-1] - matrix[:, :-1].min(0).values).mean())
 
 
 def row(setting: str, outcomes: Sequence[Outcome]) -> Row:
-    """One stored row: means over the seeds with the standard error of the bits."""
+    """Build one row to store: means over the seeds, with the standard error of the bits."""
     bits, error = spread([float(outcome.matrix[-1].mean()) for outcome in outcomes])
     return {
         "benchmark": "next_token",
@@ -209,7 +209,7 @@ def row(setting: str, outcomes: Sequence[Outcome]) -> Row:
 
 
 def main() -> None:
-    """Run what the command line asks for."""
+    """Run the benchmark with the options of the command line."""
     parser = options(__doc__ or "", seeds=2)
     parser.add_argument("--setting", nargs="+", choices=SETTINGS, default=SETTINGS)
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""Cost of a number of private noise: exact noise with its cipher, and its parts.
+"""Cost of private noise per number: exact noise with its cipher, and its parts.
 
 Each draw is timed by itself, turn by turn, in processor time of one thread, which is what the clock
 would show on an idle machine. `exact, compiled` is what every private step draws; `exact, NumPy` is
@@ -51,7 +51,7 @@ def exact_small(total: Tensor, scale: float) -> None:
 
 
 def words(numbers: int) -> None:
-    """Draw one secret word a number, and no noise."""
+    """Draw one secret word per number, without noise."""
     cipher = Cipher(algorithms.AES(bytes(32)), modes.CTR(bytes(16))).encryptor()
     zeros = bytes(PIECE_BYTES)
     buffer = bytearray(PIECE_BYTES + 15)
@@ -60,7 +60,7 @@ def words(numbers: int) -> None:
 
 
 def contestants(numbers: int) -> dict[str, tuple[Callable[[], object], int]]:
-    """Name to a draw and how many numbers it has."""
+    """Return the draws to compare by name, each with how many numbers it draws."""
     total = torch.zeros(numbers, dtype=torch.int64)
     few = total[: min(numbers, PURE_LARGEST)]
     scale = NOISE * Grid.of(numbers, NOISE).steps
@@ -74,14 +74,14 @@ def contestants(numbers: int) -> dict[str, tuple[Callable[[], object], int]]:
 
 
 def seconds(draw: Callable[[], object]) -> float:
-    """Processor time of one draw."""
+    """Measure the processor time of one draw."""
     start = time.process_time()
     draw()
     return time.process_time() - start
 
 
 def measure(model: str, numbers: int, repeats: int) -> list[dict[str, object]]:
-    """Median nanoseconds a number of each contestant, turn by turn, after one warm-up each."""
+    """Measure the median nanoseconds per number of each draw, in turn, after one warm-up."""
     sides = contestants(numbers)
     for draw, _ in sides.values():
         draw()
@@ -121,7 +121,7 @@ def show(rows: list[dict[str, object]]) -> None:
 
 
 def main() -> None:
-    """Measure both sizes."""
+    """Measure draws of both sizes."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -66,12 +66,12 @@ COLUMNS = (
 
 
 def stream_of(root: Path | None, experiences: int, seed: int) -> Stream:
-    """The permutations of a seed."""
+    """Make the stream with the permutations of a seed."""
     return permuted(mnist(root), experiences=experiences, seed=seed, first_identity=False)
 
 
 def learner(stream: Stream, strategy: Strategy, seed: int, iterations: int) -> Learner:
-    """A fresh learner of the protocol."""
+    """Make an untrained learner with the settings of the benchmark."""
     return Learner(
         model=mlp(
             input_shape=stream.input_shape, num_classes=stream.num_classes, hidden=HIDDEN, seed=seed
@@ -86,9 +86,9 @@ def learner(stream: Stream, strategy: Strategy, seed: int, iterations: int) -> L
 
 
 def search(name: str, root: Path | None, iterations: int) -> Tuned | None:
-    """The best strength on held-out training records of the first experiences.
+    """Find the best strength on held-out training records of the first experiences.
 
-    None where there is none to find.
+    None if the strategy has no strength.
     """
     torch.set_num_threads(1)
     if name not in SPACE:
@@ -105,9 +105,9 @@ def search(name: str, root: Path | None, iterations: int) -> Tuned | None:
 def run(
     name: str, values: Values, seed: int, root: Path | None, experiences: int, iterations: int
 ) -> tuple[float, float, float]:
-    """Average accuracy and forgetting in percent, and seconds, of one seed.
+    """Run one seed in a process of its own.
 
-    In a process of its own.
+    Returns average accuracy and forgetting in percent, and the seconds.
     """
     torch.set_num_threads(1)
     stream = stream_of(root, experiences, seed)
@@ -119,9 +119,9 @@ def run(
 def row(
     name: str, tuned: Tuned | None, results: list[tuple[float, float, float]], asked: Values
 ) -> dict[str, Any]:
-    """One stored row: means over the seeds with the standard error of the accuracy.
+    """Build one row to store: means over the seeds, with the standard error of the accuracy.
 
-    It says too how the strength was found.
+    It also describes the search for the strength.
     """
     accuracies, forgettings, seconds = (list(column) for column in zip(*results, strict=True))
     mean, error = spread(accuracies)
@@ -146,14 +146,14 @@ def row(
 
 
 def same(entry: dict[str, Any], name: str, asked: Values) -> bool:
-    """Tell if the stored row has the strategy and values that are asked for."""
+    """Return True if the stored row has the given strategy and settings."""
     return entry["strategy"] == name and all(
         entry.get(key) == value for key, value in asked.items()
     )
 
 
 def main() -> None:
-    """Run what the command line asks for."""
+    """Run the benchmark with the options of the command line."""
     parser = options(__doc__ or "", seeds=1, resumed=True)
     parser.add_argument("--strategy", nargs="+", choices=(*MAKERS, "all"), default=["all"])
     parser.add_argument(

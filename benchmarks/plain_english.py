@@ -1,8 +1,8 @@
 """Plain English in docstrings, messages and names of tests: rules that a program can check.
 
-No sentence opens with What, Whether, How or Who; tests are named `test_<subject>_<behaviour>`, in
-at most 60 characters; public functions document their arguments, errors and shapes. The breaches
-are printed, and `tests/test_plain_english.py` asserts that there are none.
+No sentence opens with What, Whether, How or Who. Tests are named `test_<subject>_<behaviour>`, in
+at most 60 characters. Public functions document their arguments, errors and shapes. This program
+prints the breaches of these rules; `tests/test_plain_english.py` asserts that there are none.
 
     python benchmarks/plain_english.py
 """
@@ -30,7 +30,7 @@ SHAPE = re.compile(rf"\({FIRST},(?: {DIMENSION},?)*\)|\bshapes?\b|\bscalar\b|\bo
 
 
 def noun_clauses(source: Source) -> list[str]:
-    """Sentences that open with What, Whether, How or Who, in docstrings, texts and messages."""
+    """Find sentences that open with What, Whether, How or Who, in all texts and messages."""
     found = []
     for node in source.nodes:
         texts: list[tuple[ast.AST, re.Pattern[str]]] = (
@@ -47,7 +47,7 @@ def noun_clauses(source: Source) -> list[str]:
 
 
 def badly_named_tests(source: Source) -> list[str]:
-    """Tests whose names are longer than 60 characters or not `test_<subject>_<behaviour>`."""
+    """Find tests with names above 60 characters, or other than `test_<subject>_<behaviour>`."""
     names = [node.name for node in source.nodes if isinstance(node, Function)]
     tests = [name for name in names if name.startswith("test")]
     return [
@@ -56,7 +56,7 @@ def badly_named_tests(source: Source) -> list[str]:
 
 
 def shared_lines(source: Source) -> list[str]:
-    """Lines of a section Args that name several arguments, such as `a, b: ...`."""
+    """Find lines of a section Args that name several arguments, such as `a, b: ...`."""
     shared = re.compile(r"^ +\w+(?:, \w+)+: .*", re.MULTILINE)
     texts = [section(text, "Args") for text in docstrings(source)]
     return [f"{source.name} {line.strip()}" for text in texts for line in shared.findall(text)]
@@ -64,12 +64,12 @@ def shared_lines(source: Source) -> list[str]:
 
 @dataclass(frozen=True)
 class PublicFunction:
-    """A function that a package's `__all__` lists, or a public method of a class listed there.
+    """Public function, listed in a package's `__all__`, or public method of a class listed there.
 
     Args:
         place: file, line and name.
-        node: definition.
-        owner: class of a method.
+        node: definition of the function.
+        owner: class of a method; None for a function.
     """
 
     place: str
@@ -78,7 +78,7 @@ class PublicFunction:
 
     @property
     def arguments(self) -> list[str]:
-        """Names of all arguments but `self` and `cls`."""
+        """Names of all arguments except `self` and `cls`."""
         every = self.node.args
         named = [*every.posonlyargs, *every.args, *every.kwonlyargs]
         rest = [arg for arg in (every.vararg, every.kwarg) if arg]
@@ -86,7 +86,7 @@ class PublicFunction:
 
     @property
     def docstring(self) -> str:
-        """Docstring; of a constructor with the docstring of its class."""
+        """Docstring of the function; for a constructor together with the docstring of its class."""
         own = ast.get_docstring(self.node) or ""
         if self.owner is None or self.node.name != "__init__":
             return own
@@ -94,14 +94,17 @@ class PublicFunction:
 
     @property
     def undocumented(self) -> list[str]:
-        """Arguments without a line of their own in the section Args; less than three are free."""
+        """Arguments without a line of their own in the section Args.
+
+        Fewer than three need no line.
+        """
         named = re.findall(r"^ +\*{0,2}(\w+): ", section(self.docstring, "Args"), re.MULTILINE)
         missing = [name for name in self.arguments if name not in named]
         return missing if len(self.arguments) >= 3 else []
 
     @property
     def raises_unsaid(self) -> bool:
-        """True for a function that raises an error by itself and has no section Raises."""
+        """True if the function raises an error itself and its docstring has no section Raises."""
         errors = [each.exc for each in own_nodes(self.node) if isinstance(each, ast.Raise)]
         said = "NotImplementedError"
         named = [error for error in errors if error and not ast.unparse(error).startswith(said)]
@@ -109,7 +112,7 @@ class PublicFunction:
 
     @property
     def shapes_unsaid(self) -> bool:
-        """True for a function from or to tensors whose docstring names no shape."""
+        """True if the function takes or returns tensors and its docstring names no shape."""
         every = self.node.args
         hints = [arg.annotation for arg in [*every.posonlyargs, *every.args, *every.kwonlyargs]]
         names = {
@@ -129,7 +132,7 @@ def section(docstring: str, title: str) -> str:
 
 
 def own_nodes(function: ast.AST) -> Iterator[ast.AST]:
-    """Nodes of a function without the bodies of functions and classes inside."""
+    """Return the nodes of a function, without the bodies of functions and classes inside."""
     for child in ast.iter_child_nodes(function):
         if not isinstance(child, Function | ast.ClassDef | ast.Lambda):
             yield child
@@ -137,9 +140,9 @@ def own_nodes(function: ast.AST) -> Iterator[ast.AST]:
 
 
 def public_interface(files: Iterable[Source]) -> list[PublicFunction]:
-    """Public functions of the library and of its strategies.
+    """Return the public functions of the library and of its strategies.
 
-    A method that replaces one of a base class is left out: the base class documents it.
+    A method that overrides one of a base class is left out: the base class documents it.
     """
     files = [source for source in files if source.name.startswith(LIBRARY)]
     bodies = {source.name: ast.parse(source.text).body for source in files}
@@ -160,7 +163,7 @@ def public_interface(files: Iterable[Source]) -> list[PublicFunction]:
 
 
 def names_in_all(body: Iterable[ast.stmt]) -> set[str]:
-    """Texts of the assignments to `__all__`."""
+    """Return the texts in the assignments to `__all__`."""
     found = [
         node.value
         for node in body
@@ -171,14 +174,14 @@ def names_in_all(body: Iterable[ast.stmt]) -> set[str]:
 
 
 def is_public_class(node: ast.ClassDef, file: str, names: set[str]) -> bool:
-    """Tell if a class is listed, or a strategy: strategies are found from their files."""
+    """Return True if a class is in the given names, or is a public class in a strategy's file."""
     return node.name in names or (file.startswith("strategies") and not is_private(node.name))
 
 
 def methods(
     node: ast.ClassDef, place: str, classes: Mapping[str, ast.ClassDef]
 ) -> Iterator[PublicFunction]:
-    """Public methods and the constructor of a class, without those that a base class has too."""
+    """Yield public methods and constructor of a class, without those that a base class has, too."""
     above = {part.name for base in bases(node, classes) for part in base.body if is_def(part)}
     for part in node.body:
         if is_def(part) and part.name not in above:
@@ -188,12 +191,12 @@ def methods(
 
 
 def is_def(part: ast.stmt) -> TypeGuard[Function]:
-    """Tell if a statement defines a function."""
+    """Return True if a statement defines a function."""
     return isinstance(part, Function)
 
 
 def bases(node: ast.ClassDef, classes: Mapping[str, ast.ClassDef]) -> Iterator[ast.ClassDef]:
-    """Classes of this library above a class."""
+    """Yield the base classes of a class that are classes of this library."""
     for hint in node.bases:
         name = ast.unparse(hint).partition("[")[0].rpartition(".")[2]
         if name in classes and classes[name] is not node:
@@ -202,7 +205,7 @@ def bases(node: ast.ClassDef, classes: Mapping[str, ast.ClassDef]) -> Iterator[a
 
 
 def breaches(files: Iterable[Source]) -> dict[str, list[str]]:
-    """Collect the breaches of every rule, by the rule."""
+    """Collect the breaches of each rule, by rule."""
     files = list(files)
     code = [source for source in files if not source.name.startswith("tests/")]
     tests = [source for source in files if source.name.startswith("tests/")]

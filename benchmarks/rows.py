@@ -1,6 +1,6 @@
-"""Common parts of benchmarks.
+"""Shared functions of the benchmarks.
 
-Options of the command line, rows that are stored and taken up again, the table at the end.
+They are for options of the command line, stored rows that a later run keeps, and printed tables.
 """
 
 import argparse
@@ -19,12 +19,12 @@ Row = dict[str, Any]
 
 
 def options(text: str, *, seeds: int, resumed: bool = False) -> argparse.ArgumentParser:
-    """A command line with --seeds, --data and --json.
+    """Make a command line with --seeds, --data and --json.
 
     Args:
-        text: what the benchmark is.
-        seeds: how many by default.
-        resumed: whether rows that are stored are kept.
+        text: description of the benchmark.
+        seeds: default number of seeds.
+        resumed: True if rows that are already stored are kept.
     """
     parser = argparse.ArgumentParser(
         description=text, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -45,7 +45,7 @@ def options(text: str, *, seeds: int, resumed: bool = False) -> argparse.Argumen
 
 
 def stored(path: Path | None) -> list[Row]:
-    """Rows of an earlier run."""
+    """Read the rows of an earlier run."""
     return list(json.loads(path.read_text())["rows"]) if path and path.exists() else []
 
 
@@ -56,12 +56,12 @@ def store(path: Path | None, rows: Sequence[Mapping[str, object]]) -> None:
 
 
 def origin() -> Row:
-    """Command and machine of a row; a file may hold rows of several runs."""
+    """Return command and machine of a row; a file may contain rows of several runs."""
     return {"command": command(), "machine": machine()}
 
 
 def spread(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean and its standard error; None of one value."""
+    """Compute the mean and its standard error, which is None for a single value."""
     return statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5 if len(
         values
     ) > 1 else None
@@ -70,7 +70,7 @@ def spread(values: Sequence[float]) -> tuple[float, float | None]:
 def show(
     title: str, rows: Iterable[Mapping[str, Any]], columns: Sequence[str], *, digits: int = 2
 ) -> None:
-    """Print these columns of the rows."""
+    """Print the given columns of the rows."""
     table = Table(title=title)
     for column in columns:
         table.add_column(

@@ -1,6 +1,6 @@
 """Split CIFAR-10, class-incremental.
 
-DER++ against plain rehearsal (ER), five experiences of two classes.
+It compares DER++ with plain rehearsal (ER) on five experiences of two classes.
 
 The published comparison is that of Buzzega et al., Dark Experience for General Continual Learning,
 NeurIPS 2020, table 2: ResNet-18 with BatchNorm, 50 epochs, batches of 32 and 32 stored records,
@@ -55,12 +55,12 @@ COLUMNS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """Size of a run, beside the published set-up.
+    """Size of a run; one of them is the size in the publication.
 
     Args:
-        width: channels of the first stage.
-        epochs: of every experience.
-        records: of training a class; None for all.
+        width: number of channels of the first stage.
+        epochs: number of passes over the records of every experience.
+        records: number of training records per class; None for all.
     """
 
     width: int
@@ -75,7 +75,7 @@ SCALES = {
 
 
 def arms(buffer: int) -> dict[str, tuple[Strategy, float]]:
-    """Strategy and learning rate by name."""
+    """Return strategy and learning rate of each arm, by name."""
     alpha = 0.1 if buffer == 200 else 0.2
     er = Replay(
         memory_size=buffer,
@@ -101,7 +101,7 @@ def prepared(data: Dataset, scale: Scale) -> Dataset:
 
 
 def first(labels: torch.Tensor, count: int) -> torch.Tensor:
-    """Places of the first `count` records of every class, ascending."""
+    """Return the indices of the first `count` records of every class, ascending."""
     places = [
         torch.nonzero(labels == label).flatten()[:count] for label in range(int(labels.max()) + 1)
     ]
@@ -109,9 +109,9 @@ def first(labels: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def standard(records: Records) -> Records:
-    """Return the records with channels of mean 0 and deviation 1.
+    """Scale the channels of the records to mean 0 and deviation 1.
 
-    By the data set's declared moments.
+    The scaling uses the declared moments of the data set.
     """
     mean, deviation = (torch.tensor(values)[:, None, None] for values in (MEAN, DEVIATION))
     return replace(records, inputs=(records.inputs - mean) / deviation, domain=None)
@@ -120,7 +120,7 @@ def standard(records: Records) -> Records:
 def run(
     stream: Stream, strategy: Strategy, rate: float, scale: Scale, seed: int, device: str
 ) -> tuple[float, float]:
-    """Average accuracy and forgetting, in percent, of one seed."""
+    """Compute the average accuracy and forgetting of one seed, in percent."""
     model = resnet18(
         input_shape=stream.input_shape,
         num_classes=stream.num_classes,
@@ -145,7 +145,7 @@ def run(
 def row(
     name: str, buffer: int, scale: str, results: list[tuple[float, float]], seconds: float
 ) -> Row:
-    """One stored row; the published value stands beside runs of the published scale only."""
+    """Build one row to store; only rows of the published scale have the published value."""
     accuracies, forgettings = (list(column) for column in zip(*results, strict=True))
     mean, error = spread(accuracies)
     return {
@@ -166,7 +166,7 @@ def row(
 
 
 def settings(name: str, buffer: int, scale: str) -> Row:
-    """All that a row depends on but its seeds: with other settings it is run again."""
+    """Return all settings of a row except its seeds; a row with other settings is run again."""
     strategy, rate = arms(buffer)[name]
     return {
         "strategy": name,
@@ -178,12 +178,12 @@ def settings(name: str, buffer: int, scale: str) -> Row:
 
 
 def same(entry: Row, asked: Row) -> bool:
-    """Tell if a stored row has the values that are asked for."""
+    """Return True if a stored row has the given settings and seeds."""
     return all(entry.get(name) == value for name, value in asked.items())
 
 
 def main() -> None:
-    """Run what the command line asks for."""
+    """Run the benchmark with the options of the command line."""
     parser = options(__doc__ or "", seeds=1, resumed=True)
     parser.add_argument("--scale", choices=list(SCALES), default="small")
     parser.add_argument("--buffer", type=int, nargs="+", choices=BUFFERS, default=list(BUFFERS))

@@ -139,11 +139,12 @@ class Protocol:
     Args:
         iterations: steps of an experience; None where `epochs` is given.
         epochs: passes over the records of an experience; None where `iterations` is given.
-        padded: 32 x 32 pixels, standardised.
-        random_order: every seed but 0 takes the digits in an order of its own.
-        so_far: class-incremental, strategies that tell apart the classes met so far; None for all
-            of them. The others have all ten digits in their softmax from the start.
-        whole_batches: records of an experience that do not fill a last batch are left out.
+        padded: True for images padded to 32 x 32 pixels, and standardised.
+        random_order: True if every seed except 0 has its own order of the digits.
+        so_far: in class-incremental streams, names of strategies that distinguish only the classes
+            seen so far; None for all strategies. Others have all ten digits in their softmax from
+            the start.
+        whole_batches: True to leave out the records that do not fill a last batch of an experience.
     """
 
     iterations: int | None = None
@@ -154,7 +155,7 @@ class Protocol:
     whole_batches: bool = False
 
     def data(self, source: Dataset) -> Dataset:
-        """The images as the protocol shows them."""
+        """Return the images in the form that the protocol uses."""
         if not self.padded:
             return source
         return replace(
@@ -162,7 +163,7 @@ class Protocol:
         )
 
     def stream(self, source: Dataset, scenario: Scenario, name: str, seed: int) -> Stream:
-        """The five experiences as a strategy meets them."""
+        """Return the five experiences in the form that a strategy gets."""
         order = (seed or None) if self.random_order else None
         stream = split(self.data(source), scenario=scenario, experiences=5, seed=order)
         if self.whole_batches and name != "ranpac":  # it has no batches
@@ -178,7 +179,7 @@ class Protocol:
 
 
 def changed(stream: Stream, change: Callable[[Experience], Experience]) -> Stream:
-    """The stream with every experience changed."""
+    """Return the stream with a function applied to every experience."""
     return replace(stream, experiences=tuple(change(experience) for experience in stream))
 
 
@@ -192,14 +193,14 @@ PROTOCOLS: dict[str, Protocol] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
-    """One cell of a table.
+    """One cell of a table: a strategy with its model and optimiser.
 
     Args:
         key: protocol, scenario and strategy.
-        rules: of the protocol.
-        strategy: with its hyper-parameters.
-        optimizer: from parameters.
-        model: from stream and seed.
+        rules: settings of the protocol.
+        strategy: the strategy, with its hyper-parameters.
+        optimizer: function that makes the optimiser from parameters.
+        model: function that makes the model from stream and seed.
     """
 
     key: Key
@@ -210,7 +211,7 @@ class Arm:
 
 
 def strategies(protocol: str, scenario: Scenario) -> dict[str, Strategy]:
-    """Every strategy of the protocol's table, with its hyper-parameters for the scenario."""
+    """Return every strategy of the protocol's table, with its hyper-parameters for the scenario."""
     number = SCENARIOS.index(scenario)
     if protocol == "hsu":
         return {
@@ -241,9 +242,9 @@ RIDGE = RanPAC(ridge=0.1, bias=1.0, normalise=False)
 
 
 def arm(protocol: str, scenario: Scenario, name: str, iterations: int | None) -> Arm:
-    """The cell of that name.
+    """Return the cell of the given name.
 
-    With `iterations` an experience is that long instead of as the protocol has it.
+    With `iterations`, an experience has this number of steps instead of the protocol's.
     """
     rules = PROTOCOLS[protocol]
     rules = replace(rules, iterations=iterations, epochs=None) if iterations else rules
@@ -257,7 +258,7 @@ def arm(protocol: str, scenario: Scenario, name: str, iterations: int | None) ->
 
 
 def convolutions(stream: Stream, seed: int) -> Classifier:
-    """128 fixed random filters of 7 x 7, averaged over 7 x 7 pixels."""
+    """Make 128 fixed random filters of 7 x 7 pixels, averaged over squares of 7 x 7 pixels."""
     features = RandomConvolutions(root=True, seed=seed)
     return frozen(
         features, input_shape=stream.input_shape, num_classes=stream.num_classes, seed=seed
@@ -265,18 +266,18 @@ def convolutions(stream: Stream, seed: int) -> Classifier:
 
 
 def padded(records: Records) -> Records:
-    """Return the records padded by two black pixels and standardised.
+    """Pad the records' images by two black pixels, and standardise them.
 
-    By the data's declared moments.
+    The standardisation uses the declared moments of the data set.
     """
     rows = (F.pad(records.inputs, (2, 2, 2, 2)) - 0.1) / 0.2752
     return replace(records, inputs=rows, domain=None)
 
 
 def run(chosen: Arm, seed: int, root: Path | None) -> tuple[float, float, float]:
-    """Average accuracy and forgetting in percent, and seconds, of one seed.
+    """Run one seed in a process of its own.
 
-    In a process of its own.
+    Returns average accuracy and forgetting in percent, and the seconds.
     """
     torch.set_num_threads(1)
     _, scenario, name = chosen.key
@@ -303,9 +304,9 @@ def run(chosen: Arm, seed: int, root: Path | None) -> tuple[float, float, float]
 
 
 def row(chosen: Arm, results: list[tuple[float, float, float]]) -> Row:
-    """One stored row: mean over the seeds with its standard error.
+    """Build one row to store: mean over the seeds, with its standard error.
 
-    It gives the distance from the published value too.
+    It also has the distance from the published value.
     """
     accuracies, forgettings, seconds = (list(column) for column in zip(*results, strict=True))
     protocol, scenario, name = chosen.key
@@ -331,9 +332,9 @@ def row(chosen: Arm, results: list[tuple[float, float, float]]) -> Row:
 
 
 def judged(entry: Row) -> Row:
-    """A row beside the published value and the reference code's.
+    """Compare a row with the published value and with the result of the reference code.
 
-    Both are taken as they stand in this file now.
+    Both values are those in this file now.
     """
     protocol, _, name = key_of(entry)
     number = SCENARIOS.index(entry["scenario"])
@@ -356,7 +357,7 @@ def judged(entry: Row) -> Row:
 
 
 def asked(args: argparse.Namespace) -> Iterator[Arm]:
-    """The cells that the command line asks for."""
+    """Return the cells that the command line asks for."""
     for scenario in SCENARIOS if args.scenario == "all" else [args.scenario]:
         for name in strategies(args.protocol, scenario):
             if "all" in args.strategy or name in args.strategy:
@@ -364,12 +365,12 @@ def asked(args: argparse.Namespace) -> Iterator[Arm]:
 
 
 def key_of(entry: Row) -> Key:
-    """The cell that a stored row is of."""
+    """Return the key of the cell to which a stored row belongs."""
     return entry["protocol"], entry["scenario"], entry["strategy"]
 
 
 def same(entry: Row, chosen: Arm, seeds: int) -> bool:
-    """Tell if the stored row is this cell with these settings and seeds."""
+    """Return True if the stored row is this cell with these settings and seeds."""
     settings = {"options": repr(chosen.strategy), "rules": repr(chosen.rules), "seeds": seeds}
     return key_of(entry) == chosen.key and all(
         entry.get(name) == value for name, value in settings.items()
@@ -377,7 +378,7 @@ def same(entry: Row, chosen: Arm, seeds: int) -> bool:
 
 
 def main() -> None:
-    """Run what the command line asks for."""
+    """Run the benchmark with the options of the command line."""
     parser = options(__doc__ or "", seeds=1, resumed=True)
     parser.add_argument("--protocol", choices=list(PROTOCOLS), default="vandeven")
     parser.add_argument("--scenario", choices=(*SCENARIOS, "all"), default="class")

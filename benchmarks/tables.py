@@ -30,7 +30,10 @@ ACCURACY = "{average_accuracy:.1f} ({standard_error:.1f})"
 
 
 class _Cell(string.Formatter):
-    """Fill a template from a row; what a row does not have, or has as None, is left out."""
+    """Fill a template from a row.
+
+    Fields that the row does not have, or has as None, are left out.
+    """
 
     def format_field(self, value: Any, spec: str) -> str:
         return "" if value is None else str(format(value, spec))
@@ -40,18 +43,18 @@ class _Cell(string.Formatter):
 
 
 def cell(template: str, row: Row) -> str:
-    """Text of a template such as `{ratio:.2f}`, without what is empty around it."""
+    """Fill a template such as `{ratio:.2f}`, and remove the empty brackets that are left."""
     text = _Cell().vformat(template, (), row)
     return text.removesuffix(", ").replace(" ()", "").strip()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Listing:
-    """A table with one line for each stored row.
+    """Table with one line for each stored row.
 
     Args:
-        file: of the rows, in benchmarks/results, without its ending.
-        columns: heading to template.
+        file: name of the file of rows in benchmarks/results, without its ending.
+        columns: heading to the template of its cells.
         only: values that a row must have to be in the table, by key; a tuple allows several.
     """
 
@@ -60,26 +63,26 @@ class Listing:
     only: Mapping[str, object] = field(default_factory=dict)
 
     def rows(self) -> list[Row]:
-        """Stored rows of the table, in the order of the file."""
+        """Read the stored rows of the table, in the order of the file."""
         stored = json.loads((RESULTS / f"{self.file}.json").read_text())["rows"]
         return [row for row in stored if all(_is(row.get(k), v) for k, v in self.only.items())]
 
     def lines(self) -> list[list[str]]:
-        """Heading and lines of the table, cell by cell."""
+        """Return the heading and the lines of the table, each as a list of cells."""
         body = [[cell(template, row) for template in self.columns.values()] for row in self.rows()]
         return [list(self.columns), *body]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pivot(Listing):
-    """A table with one line for each value of a key, and one column for each value of another.
+    """Table with one line for each value of a key, and one column for each value of another key.
 
     Args:
-        columns: of a line, before the others: heading to template, from its first row.
+        columns: heading to template of the first columns, which are filled from a line's first row.
         across: key whose values are columns, and the order of the values.
-        each: template of a cell.
-        line: keys that tell lines apart.
-        last: as `columns`, behind the others, from the last row.
+        each: template of the cells in the columns of `across`.
+        line: keys that distinguish the lines.
+        last: heading to template of the last columns, which are filled from a line's last row.
     """
 
     across: tuple[str, tuple[Any, ...]]
@@ -88,7 +91,7 @@ class Pivot(Listing):
     last: Mapping[str, str] = field(default_factory=dict)
 
     def lines(self) -> list[list[str]]:
-        """Heading and lines of the table, cell by cell."""
+        """Return the heading and the lines of the table, each as a list of cells."""
         key, values = self.across
         grouped: dict[tuple[Any, ...], list[Row]] = {}
         for row in self.rows():
@@ -107,10 +110,10 @@ class Pivot(Listing):
 
 @dataclass(frozen=True, kw_only=True)
 class Claims(Listing):
-    """A table with one line for each comparison of each claim."""
+    """Table with one line for each comparison of each claim."""
 
     def lines(self) -> list[list[str]]:
-        """Heading and lines of the table, cell by cell."""
+        """Return the heading and the lines of the table, each as a list of cells."""
         found = [list(self.columns)]
         for row in self.rows():
             for index, compared in enumerate(row["compared"]):
@@ -124,10 +127,10 @@ class Claims(Listing):
 
 @dataclass(frozen=True, kw_only=True)
 class Growth(Listing):
-    """A table of rows that have a list of sizes and a list of times."""
+    """Table of rows that have a list of sizes and a list of times."""
 
     def rows(self) -> list[Row]:
-        """Rows with lists, their numbers written one after the other."""
+        """Return the rows, with each list of numbers as one text."""
         return [
             row
             | {
@@ -366,7 +369,7 @@ TABLES: dict[str, Listing] = {
 
 
 def table(name: str) -> str:
-    """Markdown of a table, with a line on where its rows were measured."""
+    """Return the Markdown of a table, with a line about the machine that measured its rows."""
     spec = TABLES[name]
     lines = spec.lines()
     rule = ["---"] * len(lines[0])
@@ -375,7 +378,7 @@ def table(name: str) -> str:
 
 
 def origin(spec: Listing) -> str:
-    """Command, processor and versions of a table's rows, as one sentence in italics."""
+    """Describe command, processor and versions of a table's rows, as one sentence in italics."""
     head = json.loads((RESULTS / f"{spec.file}.json").read_text())
     command = re.sub(r" --json \S+", "", head["command"])
     processor = head["machine"]["processor"]
@@ -384,17 +387,17 @@ def origin(spec: Listing) -> str:
 
 
 def written(text: str) -> str:
-    """The page with every table as the rows have it now."""
+    """Return the page with every table made from the present rows."""
     return MARKED.sub(lambda found: f"{found[1]}{table(found[2])}{found[4]}", text)
 
 
 def stale(text: str) -> list[str]:
-    """Names of the page's tables that differ from the rows."""
+    """Return the names of the page's tables that differ from the rows."""
     return [name for _, name, body, _ in MARKED.findall(text) if body != table(name)]
 
 
 def main(arguments: Iterable[str] | None = None) -> int:
-    """Write the tables, or check them."""
+    """Write the tables, or check them with `--check`."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -68,7 +68,7 @@ EXIT_CODES = """
 `ledger project`: a ledger of the run is missing |
 | 2 | the command cannot be carried out: wrong option, config, folder or data; one line says why |
 | 3 | `ledger verify`: nothing is wrong, but a key is missing, so the history is not proved |
-| 130 | stopped by Ctrl-C; the same command goes on where it was |
+| 130 | stopped by Ctrl-C; give the same command again to continue |
 """
 
 

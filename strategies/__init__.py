@@ -102,14 +102,14 @@ def names() -> tuple[str, ...]:
 
 
 def find(name: str, *, field: str = "strategy") -> type[Strategy]:
-    """Return the class of a strategy.
+    """Return the class of the strategy with a name.
 
     Args:
         name: one of `names()`, or "my_package.my_module:MyMethod".
-        field: where the name was given, for the message.
+        field: name of the setting or argument with this value, for the error message.
 
     Raises:
-        ConfigError: when there is no such strategy, or it cannot be imported.
+        ConfigError: if there is no such strategy, or it cannot be imported.
     """
     return _EXTENSIONS.find(name, field=field)
 

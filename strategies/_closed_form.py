@@ -1,12 +1,12 @@
-"""Heads that are solved instead of trained.
+"""Mathematics and base class of strategies that solve for the head instead of training it.
 
-Shared mathematics, and what such strategies have in common.
+The head follows from sums over records.
 
-A head is a function of sums over records (Gram matrix, class sums, counts). Sums do not know in
-which order, experience or client their terms came, so neither does the head: up to rounding it is
-the one that a single party with all records at once would solve for. For that to hold to many
-digits, exact sums are made, kept and solved in float64: in float32 the weakest directions of a Gram
-matrix are lost in the rounding of the strongest. So the device must know float64.
+The sums (Gram matrix, class sums, counts) do not depend on the order, experience or client of a
+record, so the head does not either: up to rounding, it is the head that one party with all records
+would solve for. For many equal digits, exact sums are computed, kept and solved in float64: in
+float32 the small eigenvalues of a Gram matrix are lost in the rounding of the large ones. So the
+device must support float64.
 """
 
 import math
@@ -31,13 +31,13 @@ if TYPE_CHECKING:
     from perdure.data import Experience
 
 BLOCK = 512
-"""Rows of a Gram matrix that are added up at once; what lies below the diagonal is mirrored, not
+"""Rows of a Gram matrix that are added at once; entries below the diagonal are mirrored instead of
 computed.
 """
 SHARE = 0.5
-"""Of the noise that a matrix is seen to hold, the part that is added to it as a ridge."""
+"""Share of the detected noise of a matrix that is added to the matrix as a ridge."""
 PRESENT = 0.5
-"""A class with a (released) count below this is taken to have no record; it is never predicted."""
+"""Count below which a class is taken to have no records, so that it is never predicted."""
 
 # --------------------------------------------------------------------------- what is asked
 
@@ -45,14 +45,14 @@ PRESENT = 0.5
 class Float64Gram(Gram):
     """`Gram` with exact sums in float64 instead of float32.
 
-    For use without privacy: under privacy the curator does not know this class as its own, and
-    would clip its rows of d^2 numbers one by one.
+    Use it without privacy only: under privacy the curator does not know this class, and would clip
+    its rows of d^2 numbers one by one.
     """
 
     def exact_sum(self, forward: Forward, batch: Batch, chunk: int) -> Params:
         """Sums `gram` (d, d), `cross` (d, c) and `totals` (c,) in float64, not clipped.
 
-        `totals` is the sum of targets: with one-hot targets the number of records of each class.
+        `totals` is the sum of targets; with one-hot targets it is the number of records per class.
 
         Args:
             chunk: number of records whose features are computed at a time.
@@ -69,9 +69,9 @@ class Float64Gram(Gram):
 
 
 class ClassSums(Gram):
-    """`Gram` without its matrix.
+    """Query for class sums of features and counts: `Gram` without its matrix.
 
-    `cross` (d, c), the classes' sums of features, and `totals` (c,), their counts.
+    `cross` (d, c) has the sum of features of each class, `totals` (c,) the number of its records.
 
     A record's vector is (w f y^T, v y), of norm sqrt(w^2 |f|^2 + v^2) |y|. Exact sums are float64.
     """
@@ -81,14 +81,14 @@ class ClassSums(Gram):
         return math.sqrt((self.weight * length) ** 2 + self.totals**2)
 
     def __call__(self, forward: Forward, batch: Batch) -> Params:
-        """Each record's vector before it is clipped, (n, d, c) and (n, c)."""
+        """Each record's unclipped vector: tensors (n, d, c) and (n, c)."""
         parts = self.parts(forward, batch)
         f = parts["features"]
         y = parts["targets"]
         return self.packed({"cross": f[:, :, None] * y[:, None, :], "totals": y})
 
     def shapes(self, forward: Forward, batch: Batch) -> dict[str, torch.Size]:
-        """Shapes of one record's vector."""
+        """Shapes of the tensors for one record."""
         parts = self.parts(forward, batch)
         d = parts["features"].shape[1]
         c = parts["targets"].shape[1]
@@ -114,7 +114,7 @@ def float64_parts(query: Gram, forward: Forward, batch: Batch, chunk: int) -> It
 
 
 def _zero_class_sums(f: Tensor, y: Tensor) -> Params:
-    """Zeros to start `cross` (d, c) and `totals` (c,) from."""
+    """Zeros in the shapes of `cross` (d, c) and `totals` (c,)."""
     return {"cross": f.new_zeros(f.shape[1], y.shape[1]), "totals": f.new_zeros(y.shape[1])}
 
 
@@ -125,14 +125,14 @@ def _add_class_sums(sums: Params, f: Tensor, y: Tensor) -> None:
 
 
 def _add_upper_triangle(matrix: Tensor, f: Tensor) -> None:
-    """Add f^T f to the upper triangle of the matrix (d, d) in place; `mirrored` fills the other."""
+    """Add f^T f to the upper triangle of a matrix (d, d), in place; `mirrored` fills the rest."""
     for start in range(0, len(matrix), BLOCK):
         rows = slice(start, start + BLOCK)
         matrix[rows, start:].addmm_(f[:, rows].T, f[:, start:])
 
 
 def mirrored(matrix: Tensor) -> Tensor:
-    """Symmetric matrix (d, d) with the upper triangle of the one given."""
+    """Build the symmetric matrix (d, d) with the upper triangle of the given matrix."""
     return matrix.triu() + matrix.triu(1).T
 
 
@@ -140,13 +140,12 @@ def mirrored(matrix: Tensor) -> Tensor:
 
 
 def ridge_head(gram: Tensor, cross: Tensor, ridge: float) -> Tensor:
-    """(d, c) minimiser of sum_i |f_i^T W - y_i|^2 + ridge |W|^2, by Cholesky.
+    """(d, c) matrix W that minimises sum_i |f_i^T W - y_i|^2 + ridge |W|^2, by Cholesky.
 
         W = (gram + ridge I)^-1 cross
 
     Raises:
-        StrategyError: when the matrix is not positive definite in the precision that it is given
-            in.
+        StrategyError: if the matrix is not positive definite in its precision.
     """
     factor, failed = torch.linalg.cholesky_ex(shifted(gram, ridge))
     if bool(failed):
@@ -158,28 +157,29 @@ def ridge_head(gram: Tensor, cross: Tensor, ridge: float) -> Tensor:
 
 
 def shifted(matrix: Tensor, ridge: float | Tensor) -> Tensor:
-    """Matrix (d, d) plus ridge times the identity."""
+    """Return the matrix (d, d) plus ridge times the identity."""
     result = matrix.clone()
     result.diagonal().add_(ridge)
     return result
 
 
 def denoised(matrix: Tensor, share: float = SHARE) -> Tensor:
-    """Positive definite matrix (d, d) of a noisy one, as post-processing.
+    """Make a noisy symmetric matrix (d, d) positive definite, as post-processing.
 
     The true matrix must have no negative eigenvalue.
 
         V (max(values, 0) + share * floor) V^T,   floor = -(least eigenvalue)
 
     Symmetric noise of standard deviation s on the diagonal and s / sqrt(2) off it (see
-    `perdure.queries.Gram`) moves eigenvalues by up to about s sqrt(2 d). Where the true matrix
-    has a weak direction, and wide ones do, the least eigenvalue shows that bound: nothing else
-    takes it below 0. So the noise is read off the release itself, also where those of many
-    experiences and clients were added up. Without noise the matrix comes back as it is.
+    `perdure.queries.Gram`) changes eigenvalues by up to about s sqrt(2 d). If the true matrix has
+    eigenvalues near 0, as wide matrices do, the smallest noisy eigenvalue shows this size, because
+    only noise makes it negative. So the noise is estimated from the release itself, also for sums
+    of many experiences and clients. A matrix without noise is returned unchanged.
 
     Args:
-        share: of the floor that is added everywhere, as a ridge. Smaller follows the noise, larger
-            blurs the classes.
+        matrix: the noisy matrix.
+        share: share of the floor that is added to all eigenvalues, as a ridge. A smaller share
+            leaves more noise, a larger one makes classes more similar.
     """
     values, vectors = torch.linalg.eigh(matrix)
     floor = (-values[0]).clamp(min=0)
@@ -188,20 +188,20 @@ def denoised(matrix: Tensor, share: float = SHARE) -> Tensor:
 
 
 def class_means(cross: Tensor, totals: Tensor) -> Tensor:
-    """(d, c) mean of every class; 0 for one without records."""
+    """(d, c) mean of each class; 0 for a class without records."""
     return cross / totals.clamp(min=1.0)
 
 
 def absent(totals: Tensor) -> Tensor:
-    """(c,) bias that keeps classes without records from being predicted.
+    """(c,) bias of the logits: `MASKED` for classes without records, 0 for others.
 
-    `MASKED` for them, else 0.
+    With it, classes without records are never predicted.
     """
     return torch.where(totals < PRESENT, MASKED, 0.0).to(totals)
 
 
 def within_covariance(gram: Tensor, cross: Tensor, totals: Tensor) -> Tensor:
-    """(d, d) covariance of features around their class's mean, over the number of records.
+    """(d, d) covariance of the features around their class means, divided by the number of records.
 
     (gram - sum_c n_c mean_c mean_c^T) / n
     """
@@ -211,7 +211,7 @@ def within_covariance(gram: Tensor, cross: Tensor, totals: Tensor) -> Tensor:
 def shrunk(covariance: Tensor, shrinkage: float, *, scaled: bool) -> Tensor:
     """(1 - shrinkage) covariance + shrinkage m I.
 
-    m is the mean variance where `scaled`, else 1.
+    m is the mean variance if `scaled`, and 1 if not.
     """
     mean = covariance.diagonal().mean().clamp(min=1e-30) if scaled else 1.0
     return shifted((1 - shrinkage) * covariance, shrinkage * mean)
@@ -222,10 +222,10 @@ def discriminant_head(covariance: Tensor, means: Tensor) -> tuple[Tensor, Tensor
 
         weight = covariance^-1 means,   bias_c = -1/2 means_c^T covariance^-1 means_c
 
-    With the identity as covariance it is the nearest mean.
+    With the identity as covariance, this is the classifier of the nearest mean.
 
     Raises:
-        StrategyError: when the covariance is not positive definite.
+        StrategyError: if the covariance is not positive definite.
     """
     weight = ridge_head(covariance, means, 0.0)
     return weight, -0.5 * (weight * means).sum(0)
@@ -249,9 +249,9 @@ class Analytic(Strategy, ABC):
     and clients.
 
     Args:
-    normalise: divide the features of each record by their L2 norm.
-    bound: declared L2 norm that features almost never exceed, if they are not normalised; used
-    under privacy only, where longer features are scaled down. None if no bound is known.
+        normalise: divide the features of each record by their L2 norm.
+        bound: declared L2 norm that features almost never exceed, if they are not normalised; used
+            under privacy only, where longer features are scaled down. None if no bound is known.
     """
 
     normalise: bool = True
@@ -268,19 +268,19 @@ class Analytic(Strategy, ABC):
             )
 
     def plan(self, experience: "Experience") -> Plan:
-        """No gradient is taken."""
+        """Return a plan without gradient steps."""
         return Plan(train=False)
 
     def features(self, forward: Forward, x: Tensor, state: State) -> Tensor:
-        """Compute the features that the head is solved on.
+        """Compute the features for which the head is solved.
 
         Args:
             forward: the model.
             x: inputs (n, ...).
-            state: the present state.
+            state: the current state.
 
         Returns:
-            (n, d).
+            (n, d) features.
         """
         features = forward.features(x).flatten(1)
         return unit(features) if self.normalise else features
@@ -292,7 +292,7 @@ class Analytic(Strategy, ABC):
         return torch.where(context.allowed, logits.to(features.dtype), MASKED)
 
     def after_experience(self, curator: "Curator", params: Params, state: State) -> State:
-        """Release the sums over the experience's records and add them to the state."""
+        """Release the sums over the experience's records, and add them to the state."""
         query = self.query(curator, state)
         released = curator.release(
             query, clip_norm=query.norm(self.length(curator)), purpose="sums of features"
@@ -308,7 +308,7 @@ class Analytic(Strategy, ABC):
 
     @abstractmethod
     def query(self, curator: "Curator", state: State) -> Gram:
-        """Query whose sum over the records of an experience is released."""
+        """Return the query whose sum over the records of an experience is released."""
 
     def asking(
         self,
@@ -319,16 +319,16 @@ class Analytic(Strategy, ABC):
         weight: float = 1.0,
         totals: float = 0.0,
     ) -> Gram:
-        """Build a query over the head's features and one-hot targets.
+        """Build a query over the features of the head and one-hot targets.
 
         Features are divided by `scale`.
 
         Args:
-            curator: will answer it; it knows the scale.
-            state: the present state.
+            curator: curator that will answer the query; it decides the scale.
+            state: the current state.
             kind: class of the query.
-            weight: as in `Gram`.
-            totals: as in `Gram`.
+            weight: weight of the features in the query, as in `Gram`.
+            totals: weight of the counts in the query, as in `Gram`.
         """
         classes = torch.arange(len(state["bias"]), device=state["bias"].device)
         scale = self.scale(curator)
@@ -343,14 +343,14 @@ class Analytic(Strategy, ABC):
         return kind(features, targets, weight=weight, totals=totals)
 
     def scale(self, curator: "Curator") -> float:
-        """Number that features are divided by in the query, and sums multiplied by after it.
+        """Number by which the query divides features, and by which sums are multiplied afterwards.
 
-        Under privacy it is the declared bound: one noise covers matrix, products and counts, whose
-        sizes grow with the square of the features, with the features and not at all, so that in
-        other units than the bound the largest of them would drown the others in noise.
+        Under privacy it is the declared bound: matrix, products and counts get the same noise, and
+        their sizes grow with the square of the features, with the features, and not at all. In
+        other units than the bound, the noise would be too large for the smaller ones.
 
         Raises:
-            PrivacyError: under privacy, where features have no bound.
+            PrivacyError: under privacy, if features have no bound.
         """
         if not curator.private or self.normalise:
             return 1.0
@@ -362,18 +362,18 @@ class Analytic(Strategy, ABC):
         return self.bound
 
     def length(self, curator: "Curator") -> float:
-        """Largest norm of a record's features, over `scale`, at which it is not clipped."""
+        """Largest norm of a record's features, divided by `scale`, for which it is not clipped."""
         return 1.0
 
 
 def layout(spec: Spec, d: int, *, matrix: bool, counts: bool = True) -> State:
-    """Sums over records, and the head that is solved of them; all in float64.
+    """Create the state: sums over records, and the solved head, all in float64.
 
-    `gram` (d, d) where `matrix`, `cross` (d, C), `totals` (C,) where `counts` and `noisy` (), how
-    many of the releases hold noise, add up; `weight` (d, C) and `bias` (C,) are local.
+    Summed over clients are `gram` (d, d) if `matrix`, `cross` (d, C), `totals` (C,) if `counts`,
+    and `noisy` (), the number of releases with noise. `weight` (d, C) and `bias` (C,) are local.
 
     Raises:
-        StrategyError: for a model that does not say how long its features are.
+        StrategyError: if the model does not declare the number of its features.
     """
     spec.require_features()
     device = next((value.device for value in spec.params.values()), torch.device("cpu"))

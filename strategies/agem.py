@@ -63,7 +63,7 @@ class AGEM(Strategy):
         return cls(memory_size=16)
 
     def plan(self, experience: "Experience") -> Plan:
-        """Keep a memory that is not rehearsed."""
+        """Plan a memory for reference gradients, which is not rehearsed."""
         return Plan(
             memory=MemoryPlan(
                 capacity=records_in(self.memory_size, experience),
@@ -75,19 +75,19 @@ class AGEM(Strategy):
         )
 
     def references(self, curator: "Curator", params: Params, state: State) -> tuple[Params, ...]:
-        """Mean gradient of stored records; none in the first experience."""
+        """Return the mean gradient of stored records; none in the first experience."""
         if curator.context.experience == 0:
             return ()
         losses = lambda forward, batch: self.losses(forward, batch, curator.context, state)  # noqa: E731
         return (curator.reference(losses, params),)
 
     def project(self, gradient: Params, references: tuple[Params, ...], state: State) -> Params:
-        """Take away what points against the reference."""
+        """Remove the component of the gradient that points against the reference gradient."""
         return against(gradient, references[0]) if references else gradient
 
 
 def against(gradient: Params, reference: Params) -> Params:
-    """The gradient without its part along the reference, where they point apart."""
+    """Remove the part of a gradient along a reference, if their inner product is negative."""
     along = torch.stack([(gradient[name] * reference[name]).sum() for name in gradient]).sum()
     length = torch.stack([reference[name].square().sum() for name in gradient]).sum()
     part = along.clamp(max=0) / length.clamp(min=torch.finfo(length.dtype).tiny)

@@ -63,9 +63,9 @@ if TYPE_CHECKING:
 
 ROUNDS = 6
 PRIOR = 1.0
-"""Curvature that holds a fit at alpha = 1 and beta = 0: of the order of one record's."""
+"""Curvature of the prior around alpha = 1 and beta = 0, about as large as that from one record."""
 CLIP_NORM = 10.0
-"""Of one record's 5 numbers under privacy; with logits of a few units they stay below."""
+"""Clip norm of one record's 5 numbers under privacy; with usual logits they are shorter."""
 ONE_IN = 10
 
 
@@ -102,10 +102,10 @@ class BiC(Strategy):
         return cls(memory_size=16)
 
     def init(self, spec: Spec) -> State:
-        """Start without correction.
+        """Create a state without correction (alpha = 1, beta = 0).
 
         Raises:
-            StrategyError: where old and new classes are not told apart by one model.
+            StrategyError: if the stream is not class-incremental.
         """
         if spec.scenario != "class":
             raise StrategyError(
@@ -116,12 +116,12 @@ class BiC(Strategy):
         return state.declare("alpha", ones, "mean").declare("beta", torch.zeros_like(ones), "mean")
 
     def plan(self, experience: "Experience") -> Plan:
-        """Keep equally many records of every class, in one pool with the new ones."""
+        """Plan a memory with equally many records of every class, in one pool with new records."""
         capacity = records_in(self.memory_size, experience)
         return Plan(memory=MemoryPlan(capacity=capacity, per_class=self.per_class, use="pooled"))
 
     def losses(self, forward: Forward, batch: Batch, context: Context, state: State) -> Tensor:
-        """Cross entropy and distillation of corrected logits; 0 for records that are held out."""
+        """Cross entropy and distillation of corrected logits; 0 for held-out records."""
         logits = corrected(forward(batch.inputs), state)
         old = context.earlier
         losses = cross_entropy_of(context.mask(logits, batch), batch.labels)
@@ -132,7 +132,7 @@ class BiC(Strategy):
         return torch.where(held_out(batch.ids), 0.0, losses) * ONE_IN / (ONE_IN - 1)
 
     def after_experience(self, curator: "Curator", params: Params, state: State) -> State:
-        """Fit the correction of the new classes, and take the present model as the next teacher."""
+        """Fit the correction of the new classes; the current model becomes the next teacher."""
         context = curator.context
         fit = state["alpha"].new_tensor([1.0, 0.0])
         new = context.current & ~context.task_classes[: context.experience].any(0)
@@ -149,7 +149,7 @@ class BiC(Strategy):
         return state.replace({"alpha": alpha, "beta": beta})
 
     def predict(self, forward: Forward, x: Tensor, context: Context, state: State) -> Tensor:
-        """Corrected logits."""
+        """Compute the corrected logits (n, C)."""
         return torch.where(context.allowed, corrected(forward(x), state), MASKED)
 
     def _distil(self, logits: Tensor, teacher: Tensor, old: Tensor) -> Tensor:
@@ -160,15 +160,15 @@ class BiC(Strategy):
 
 @dataclass(frozen=True, eq=False)
 class Curvature:
-    """Query: derivatives of each held-out record's cross entropy by alpha and beta.
+    """Query for the derivatives of each held-out record's cross entropy by alpha and beta.
 
-    First and second derivatives.
+    They are the first and second derivatives.
 
     Args:
         state: corrections of the other classes.
-        context: of the experience.
+        context: context of the experience.
         new: (C,) bool, the classes that are corrected.
-        fit: alpha and beta now.
+        fit: current values of alpha and beta.
     """
 
     state: State

@@ -84,16 +84,16 @@ class CODAPrompt(Strategy):
             )
 
     def small_model(self, *, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
-        """One component for each of up to eight experiences, on a transformer of one block."""
+        """Build a transformer of one block with one component for each of 8 experiences."""
         return composed(
             tiny(input_shape), num_classes=num_classes, experiences=8, components=1, length=1
         )
 
     def init(self, spec: Spec) -> State:
-        """Start with no experience over.
+        """Create the state, with 0 finished experiences.
 
         Raises:
-            StrategyError: where the model has no components for every experience.
+            StrategyError: if the model does not have components for every experience.
         """
         wanted = {
             f"{COMPONENTS}{number}.0.attention.weight" for number in range(spec.num_experiences)
@@ -109,10 +109,10 @@ class CODAPrompt(Strategy):
         )
 
     def plan(self, experience: "Experience") -> Plan:
-        """Train the experience's own components, and the head.
+        """Plan to train the experience's own components, and the head.
 
         Raises:
-            StrategyError: for an experience of one class, which has nothing to be told from.
+            StrategyError: if the experience has one class, so that there is nothing to distinguish.
         """
         refuse_single_class(self.name, experience)
         return Plan(trainable=(f"{COMPONENTS}{experience.index}.", HEAD))
@@ -124,21 +124,21 @@ class CODAPrompt(Strategy):
         return context.task.losses(logits, batch.labels, own)
 
     def penalty(self, params: Params, state: State) -> Tensor:
-        """Strength times the distance of the components so far from orthonormal ones."""
+        """Strength times the deviation of the components so far from orthonormality, a scalar."""
         parts = [correlation(sets, state["done"]) for sets in rows(params)]
         return self.strength * torch.stack(parts).sum()
 
     def after_experience(self, curator: "Curator", params: Params, state: State) -> State:
-        """Count the experience."""
+        """Count the finished experience in the state."""
         return state.replace({"done": state["done"] + 1})
 
     def predict(self, forward: Forward, x: Tensor, context: Context, state: State) -> Tensor:
-        """Logits by the components up to the experience."""
+        """Compute logits (n, C) with the components up to the experience."""
         return torch.where(context.allowed, forward.method("upto")(x, context.experience), MASKED)
 
 
 def rows(params: Params) -> list[Tensor]:
-    """(experiences, components, size) each block's prompts, keys and attention vectors."""
+    """Prompts, keys and attention vectors of each block (experiences, components, size)."""
     found: dict[str, dict[int, Tensor]] = {}
     for name, value in params.items():
         if name.startswith(COMPONENTS):
@@ -150,10 +150,10 @@ def rows(params: Params) -> list[Tensor]:
 
 
 def correlation(sets: Tensor, now: Tensor) -> Tensor:
-    """|B B^T - I|^2 for the rows B of experiences 0 to t.
+    """Compute |B B^T - I|^2 for the rows B of experiences 0 to t.
 
     Args:
-        sets: (experiences, components, size), the rows of all experiences.
+        sets: (experiences, components, size) rows of all experiences.
         now: (), the number t.
     """
     known = (torch.arange(len(sets), device=sets.device) <= now).repeat_interleave(sets.shape[1])

@@ -67,10 +67,10 @@ class CWRStar(Strategy):
     tasks_because: ClassVar[str] = "it keeps one row of the head per class"
 
     def init(self, spec: Spec) -> State:
-        """Start with no class consolidated.
+        """Create a state in which no class is consolidated.
 
         Raises:
-            StrategyError: where the head is not one linear layer over the features.
+            StrategyError: if the head is not one linear layer over the features.
         """
         own = {name: value for name, value in spec.params.items() if name.startswith(self.head)}
         if {value.shape for value in own.values()} - {(spec.num_classes,)} != {
@@ -91,17 +91,18 @@ class CWRStar(Strategy):
         )
 
     def plan(self, experience: "Experience") -> Plan:
-        """Train everything in the first experience, and the head alone afterwards.
+        """Plan to train all parameters in the first experience, and only the head afterwards.
 
         Raises:
-            StrategyError: for a first experience of one class, on which no feature would be learnt.
+            StrategyError: if the first experience has one class, so that no feature would be
+                learnt.
         """
         if experience.index == 0:
             refuse_single_class(self.name, experience)
         return Plan(trainable=(self.head,) if experience.index else None)
 
     def losses(self, forward: Forward, batch: Batch, context: Context, state: State) -> Tensor:
-        """Cross entropy of the temporary head."""
+        """(n,) cross entropy of the temporary head."""
         shift = {
             n: start(value, context.current) - state[f"base/{n}"]
             for n, value in state.group("cw").items()
@@ -111,7 +112,7 @@ class CWRStar(Strategy):
         return cross_entropy_of(context.mask(logits, batch), batch.labels)
 
     def after_experience(self, curator: "Curator", params: Params, state: State) -> State:
-        """Take the mean off the classes just trained, and count their records."""
+        """Subtract the mean from the trained rows of the head, and count the records per class."""
         now = curator.count(
             lambda batch: batch.labels, bins=len(state["totals"]), purpose="class counts"
         )
@@ -139,7 +140,7 @@ class CWRStar(Strategy):
         )
 
     def derive(self, state: State) -> State:
-        """Consolidate the classes of the last experience."""
+        """Merge the temporary head into the consolidated head for the last classes."""
         now = (state["totals"] - state["before"]).clamp(min=1)
         before = state["before"].clamp(min=0)
         weight = (before / now).sqrt()
@@ -153,30 +154,30 @@ class CWRStar(Strategy):
         return state.replace_group("cw", cw)
 
     def predict(self, forward: Forward, x: Tensor, context: Context, state: State) -> Tensor:
-        """Logits of the consolidated head."""
+        """Compute logits (n, C) with the consolidated head."""
         return torch.where(context.allowed, linear(forward.features(x), state.group("cw")), MASKED)
 
 
 def linear(features: Tensor, head: Params) -> Tensor:
-    """(n, C) logits of a linear layer.
+    """Compute logits (n, C) of a linear layer, given by its parameters.
 
-    It is given as a weight (C, f) and, where it has one, a bias (C,).
+    The parameters are a weight (C, f) and, if there is one, a bias (C,).
     """
     by_dim = {value.dim(): value for value in head.values()}
     return F.linear(features, by_dim[2], by_dim.get(1))
 
 
 def by_row(values: Tensor, like: Tensor) -> Tensor:
-    """(C,) values in a shape that multiplies the rows of `like`."""
+    """Reshape values (C,) so that they multiply the rows of `like`."""
     return values.view(-1, *[1] * (like.dim() - 1))
 
 
 def start(value: Tensor, classes: Tensor) -> Tensor:
-    """The rows of `classes` (C,) bool, and 0 elsewhere."""
+    """Keep the rows for `classes` (C,) bool, and set all others to 0."""
     return torch.where(by_row(classes, value), value, 0.0)
 
 
 def merged(kept: Tensor, trained: Tensor, weight: Tensor) -> Tensor:
-    """Mean of both, the kept row weighted by `weight` (C,)."""
+    """Weighted mean of a kept and a trained head; the kept rows have the weight `weight` (C,)."""
     share = by_row(weight, kept).to(kept.dtype)
     return (share * kept + trained) / (share + 1)

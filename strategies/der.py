@@ -72,11 +72,11 @@ class DER(Strategy):
 
     @classmethod
     def example(cls) -> Self:
-        """Return a small instance: a memory of 16 records, and the loss on their labels (DER++)."""
+        """Return a small instance: a memory of 16 records and beta = 0.5 (DER++)."""
         return cls(memory_size=16, beta=0.5)
 
     def plan(self, experience: "Experience") -> Plan:
-        """Keep a reservoir that takes in the rows of every step."""
+        """Plan a reservoir that takes in the rows of every step."""
         capacity = records_in(self.memory_size, experience)
         memory = MemoryPlan(
             capacity=capacity, selection="reservoir", batch_size=self.batch_size, update="step"
@@ -84,13 +84,13 @@ class DER(Strategy):
         return Plan(memory=memory)
 
     def remember(self, forward: Forward, batch: Batch, state: State) -> dict[str, Tensor]:
-        """The logits of the moment, over all classes."""
+        """Compute the current logits over all classes, to store them with the rows."""
         return {"logits": forward(batch.inputs)}
 
     def losses(self, forward: Forward, batch: Batch, context: Context, state: State) -> Tensor:
-        """Cross entropy of new rows.
+        """(n,) losses: cross entropy of new rows, and the distance to stored logits of stored rows.
 
-        Of stored ones the distance to their logits, and `beta` times cross entropy.
+        Stored rows also have `beta` times their cross entropy.
         """
         logits = forward(batch.inputs)
         entropy = context.losses(logits, batch)

@@ -69,11 +69,11 @@ class ERACE(Strategy):
         return cls(memory_size=16)
 
     def plan(self, experience: "Experience") -> Plan:
-        """Keep a reservoir.
+        """Plan a reservoir memory.
 
         Raises:
-            StrategyError: for an experience of one class whose records come to memory at its end
-                only: new rows are told from the experience's own classes.
+            StrategyError: if the experience has one class and records enter the memory only at its
+                end, because the loss of new rows compares only the classes of the experience.
         """
         if self.update == "experience":
             refuse_single_class(self.name, experience)
@@ -87,7 +87,7 @@ class ERACE(Strategy):
         )
 
     def losses(self, forward: Forward, batch: Batch, context: Context, state: State) -> Tensor:
-        """Cross entropy: new rows over the experience's classes, stored ones over all seen."""
+        """(n,) cross entropy: new rows over the experience's classes, stored rows over all seen."""
         allowed = context.allowed_for(batch)
         own = context.current if allowed is None else context.current & allowed
         allowed = torch.ones_like(own) if allowed is None else allowed

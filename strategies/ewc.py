@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from perdure.data import Experience
 
 EXACT_CLASSES = 100
-"""Classes up to which `auto` is exact: 100 backward passes, ten times those of 10 classes."""
+"""Largest number of classes for which `auto` means `exact`, with one backward pass per class."""
 
 Fisher = Literal["auto", "exact", "sampled", "empirical"]
 
@@ -97,10 +97,10 @@ class EWC(QuadraticPenalty):
         return cls(strength=50.0)
 
     def refuse_task(self, task: Task) -> None:
-        """Refuse forms that need one class per record, for records of another task.
+        """Refuse forms of the Fisher information that need one class per record, for other tasks.
 
         Raises:
-            ConfigError: for `exact` and `sampled`.
+            ConfigError: if the form is `exact` or `sampled` and the task is not single-label.
         """
         super().refuse_task(task)
         if self.fisher in ("exact", "sampled") and not isinstance(task, SingleLabel):
@@ -108,22 +108,22 @@ class EWC(QuadraticPenalty):
             raise ConfigError.of("ewc.fisher", self.fisher, allowed)
 
     def init(self, spec: Spec) -> State:
-        """Start with no importance, and so with no pull."""
+        """Create a state in which all Fisher information is 0."""
         zeros = {name: torch.zeros_like(value) for name, value in spec.params.items()}
         state = State().declare_group("fisher", zeros, "mean").declare_group("pull", zeros, "mean")
         return state.declare_group("anchor", zeros, "local")
 
     def plan(self, experience: "Experience") -> Plan:
-        """There is nothing to hold on to in the first experience."""
+        """Plan the experience; in the first one the penalty is 0 and is not computed."""
         return Plan(applies_penalty=experience.index > 0)
 
     def weight(self, state: State, *groups: Tensor) -> Tensor:
-        """Strength times the Fisher information."""
+        """Weights of the penalty: strength times the Fisher information."""
         (fisher,) = groups
         return self.strength * fisher
 
     def after_experience(self, curator: "Curator", params: Params, state: State) -> State:
-        """Release the Fisher information of the experience and merge it into the penalty."""
+        """Release the Fisher information of the experience, and add it to the penalty."""
         context = curator.context
         form = self.form_for(context.task, int(context.allowed.sum()))
         query = SquaredGradient(lambda forward, batch: _terms(form, curator, forward, batch))
@@ -138,7 +138,7 @@ class EWC(QuadraticPenalty):
         return state.replace_group("fisher", fisher).replace_group("pull", pull)
 
     def derive(self, state: State) -> State:
-        """Find where every parameter is pulled to."""
+        """Compute the anchor of each parameter from the state."""
         return state.replace_group(
             "anchor", {name: anchor(state, name) for name in state.group("fisher")}
         )
@@ -152,7 +152,7 @@ class EWC(QuadraticPenalty):
         if classes <= EXACT_CLASSES:
             return "exact"
         log.info(
-            "ewc: %d classes may be predicted, so the Fisher information is of one sampled label a "
+            "ewc: %d classes may be predicted, so Fisher information uses one sampled label per "
             'record; fisher="exact" takes one backward pass per class',
             classes,
         )
@@ -162,7 +162,7 @@ class EWC(QuadraticPenalty):
 def _terms(
     fisher: Fisher, curator: "Curator", forward: Forward, batch: Batch
 ) -> tuple[Tensor, Tensor]:
-    """Losses and weights (n, k) of the terms c of every record."""
+    """Return the losses and weights (n, k) of the terms c of every record's Fisher information."""
     if not isinstance(curator.context.task, SingleLabel):
         losses = task_losses(forward, batch, curator.context)[:, None]
         return losses, torch.ones_like(losses)
@@ -180,18 +180,18 @@ def _terms(
 
 
 def anchor(state: State, name: str) -> Tensor:
-    """Where parameter `name` is pulled to.
+    """Compute the anchor of the parameter `name`.
 
-    The Fisher-weighted mean of the anchors, 0 where nothing pulls.
+    It is the Fisher-weighted mean of the anchors of all experiences; 0 if the weights are 0.
     """
     fisher = state[f"fisher/{name}"]
     return state[f"pull/{name}"] / fisher.clamp(min=torch.finfo(fisher.dtype).tiny)
 
 
 def drawn(p: Tensor, uniform: Tensor) -> Tensor:
-    """(n,) int64: a class of each row of p (n, C), by numbers (n,) uniform in (0, 1).
+    """(n,) int64 class for each row of p (n, C), drawn with numbers (n,) uniform in (0, 1).
 
-    Never one of probability 0.
+    A class of probability 0 is never drawn.
     """
     sums = p.detach().cumsum(1)
     return (sums <= uniform[:, None] * sums[:, -1:]).sum(1)

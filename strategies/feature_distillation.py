@@ -62,16 +62,16 @@ class FeatureDistillation(Strategy):
         return cls(strength=0.5)
 
     def init(self, spec: Spec) -> State:
-        """Lay out the teacher; it is used from the second experience on.
+        """Create the state with the teacher, which is used from the second experience on.
 
         Raises:
-            StrategyError: for a model without features.
+            StrategyError: if the model has no features.
         """
         spec.require_features()
         return State().declare_group("teacher", spec.teacher, "local")
 
     def losses(self, forward: Forward, batch: Batch, context: Context, state: State) -> Tensor:
-        """Cross entropy and half the squared distance of the features, per record."""
+        """(n,) cross entropy plus half the squared distance of the features from the teacher's."""
         if context.experience == 0:
             return task_losses(forward, batch, context)
         logits, features = forward.with_features(batch.inputs)
@@ -81,5 +81,5 @@ class FeatureDistillation(Strategy):
         return new + 0.5 * self.strength * distance
 
     def after_experience(self, curator: "Curator", params: Params, state: State) -> State:
-        """Take the present model as the next teacher."""
+        """Store the current model as the next teacher."""
         return state.replace_group("teacher", params | curator.statistics)

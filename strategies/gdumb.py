@@ -46,7 +46,7 @@ class GDumb(Strategy):
         return cls(memory_size=16)
 
     def plan(self, experience: "Experience") -> Plan:
-        """Offer the experience to memory first, then start afresh on the memory."""
+        """Plan to offer the experience to memory, and then to train a new model on the memory."""
         return Plan(
             pool="memory",
             restart=True,

@@ -44,10 +44,10 @@ if TYPE_CHECKING:
     from perdure.data import Experience
 
 RIDGE = 1e-3
-"""Added to the diagonal of the quadratic program, so that it has one solution.
+"""Number that is added to the diagonal of the quadratic program, so that it has one solution.
 
-It is the value of the authors' code, of references of length 1: so it counts as little for the
-small gradients of a model that is nearly trained.
+It is the value of the authors' code, but for reference gradients scaled to length 1, so its effect
+does not depend on the size of the gradients.
 """
 
 
@@ -88,7 +88,7 @@ class GEM(Strategy):
         return cls(memory_size=16)
 
     def plan(self, experience: "Experience") -> Plan:
-        """Keep a memory that is not rehearsed."""
+        """Plan a memory for reference gradients, which is not rehearsed."""
         return Plan(
             memory=MemoryPlan(
                 capacity=records_in(self.memory_size, experience),
@@ -100,14 +100,14 @@ class GEM(Strategy):
         )
 
     def references(self, curator: "Curator", params: Params, state: State) -> tuple[Params, ...]:
-        """Mean gradient of the stored records of every earlier experience."""
+        """Return the mean gradient of the stored records of each earlier experience."""
         losses = lambda forward, batch: self.losses(forward, batch, curator.context, state)  # noqa: E731
         return tuple(
             curator.reference(losses, params, of=k) for k in range(curator.context.experience)
         )
 
     def project(self, gradient: Params, references: tuple[Params, ...], state: State) -> Params:
-        """Solve the quadratic program, where any reference points against the gradient."""
+        """Solve the quadratic program if a reference gradient points against the gradient."""
         if not references:
             return gradient
         own = flat(gradient)
@@ -124,15 +124,15 @@ class GEM(Strategy):
 
 
 def flat(gradient: Params) -> Tensor:
-    """All parameters in one vector."""
+    """Concatenate all tensors of a gradient to one vector."""
     return torch.cat([value.flatten() for value in gradient.values()])
 
 
 def dual(gram: Tensor, along: Tensor, margin: float) -> Tensor:
-    """(k,) the dual variables, from R R^T (k, k) and R g (k,).
+    """(k,) dual variables of the quadratic program, from R R^T (k, k) and R g (k,).
 
-    The program is solved for references of length 1, and its numbers are brought to size 1: scaled
-    references or a scaled gradient are the same program.
+    The program is solved for references of length 1 and a scaled gradient; a common factor does not
+    change the solution.
     """
     import numpy as np
     import quadprog  # itself, because qpsolvers imports every solver it finds, JAX among them

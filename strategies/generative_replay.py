@@ -88,19 +88,19 @@ class GenerativeReplay(Strategy):
 
     @classmethod
     def example(cls) -> Self:
-        """Return a small instance: answers softened by a temperature of 2."""
+        """Return a small instance: distillation with a temperature of 2."""
         return cls(temperature=2.0)
 
     def small_model(self, *, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
-        """A perceptron with a generator of two latent numbers."""
+        """Build a perceptron and a generator with two latent numbers."""
         classifier = mlp(input_shape=input_shape, num_classes=num_classes, hidden=(8,), seed=1)
         return generative(classifier, input_shape=input_shape, latent=2, hidden=(6,), seed=1)
 
     def init(self, spec: Spec) -> State:
-        """Lay out the teacher, which is used from the second experience on.
+        """Create the state with the teacher, which is used from the second experience on.
 
         Raises:
-            StrategyError: for a model without a generator.
+            StrategyError: if the model has no generator.
         """
         if not all(any(part in name for name in spec.params) for part in ("encoder.", "decoder.")):
             raise StrategyError(
@@ -114,11 +114,10 @@ class GenerativeReplay(Strategy):
         )
 
     def plan(self, experience: "Experience") -> Plan:
-        """Train on the experience alone.
+        """Plan to train on the records of the experience only.
 
         Raises:
-            StrategyError: for inputs outside [0, 1], as the test records, which are public, show
-                them.
+            StrategyError: if test inputs, which are public, are outside [0, 1].
         """
         shown = experience.test.inputs
         lows = [float(shown[piece].amin()) for piece in row_slices(shown) if len(shown)]
@@ -132,9 +131,10 @@ class GenerativeReplay(Strategy):
         return Plan()
 
     def losses(self, forward: Forward, batch: Batch, context: Context, state: State) -> Tensor:
-        """Losses of the row and of the made-up one.
+        """(n,) losses of each row and of one generated row.
 
-        Cross entropy and reconstruction of the row, distillation and reconstruction of the other.
+        They are cross entropy and reconstruction of the row, and distillation and reconstruction of
+        the generated row.
         """
         latent: int = forward.module.latent  # type: ignore[assignment]
         e, z, e_made = drawn(batch.ids, state["steps"], 3 * latent, self.seed).chunk(3, dim=1)
@@ -155,24 +155,24 @@ class GenerativeReplay(Strategy):
         state: State,
         noise_variance: float = 0.0,
     ) -> State:
-        """Count, so that every step draws anew."""
+        """Count the step, so that every step draws other random numbers."""
         return state.replace({"steps": state["steps"] + 1})
 
     def after_experience(self, curator: "Curator", params: Params, state: State) -> State:
-        """Take the present model, generator and all, as the next teacher."""
+        """Store the current model, with its generator, as the next teacher."""
         return state.replace_group("teacher", params | curator.statistics)
 
 
 def distillation(
     logits: Tensor, teacher: Tensor, context: Context, temperature: float | None
 ) -> Tensor:
-    """(n,) distance of the answers from the teacher's, averaged over tasks.
+    """(n,) distance of the student's probabilities from the teacher's, averaged over tasks.
 
     Args:
-        logits: (n, C) of the student.
-        teacher: (n, C) logits.
-        context: says which classes each of them answers over.
-        temperature: both are divided by it; None for the teacher's best class alone.
+        logits: (n, C) logits of the student.
+        teacher: (n, C) logits of the teacher.
+        context: context with the classes that each of them predicts.
+        temperature: divisor of both logits; None for the most probable class of the teacher only.
     """
 
     def apart(logits: Tensor, teacher: Tensor) -> Tensor:
@@ -189,17 +189,18 @@ def distillation(
 
 
 def drawn(ids: Tensor, step: Tensor, count: int, seed: int) -> Tensor:
-    """(n, count) standard normal numbers of the records (n,) in a step ()."""
+    """(n, count) standard normal numbers for the records with ids (n,) in a step ()."""
     places = torch.arange(count, device=ids.device)
     return normals(ids[:, None], derive(seed, "generative replay"), step, places)
 
 
 def vae_loss(forward: Forward, x: Tensor, noise: Tensor) -> Tensor:
-    """(n,) minus the evidence lower bound of each row, in nats a pixel, by one sample.
+    """(n,) minus the evidence lower bound of each row, in nats per pixel, with one sample.
 
     Args:
-        x: (n, ...); what lies outside [0, 1] is cut off where it is to be made up.
-        noise: (n, latent) standard normal.
+        forward: model with a generator.
+        x: (n, ...) inputs; values outside [0, 1] are clamped where they are the target.
+        noise: (n, latent) standard normal numbers.
     """
     mean, log_variance = forward.method("encode")(x)
     logits = forward.method("decode")(mean + torch.exp(log_variance / 2) * noise)

@@ -82,11 +82,11 @@ class ICaRL(Strategy):
         return cls(memory_size=16)
 
     def init(self, spec: Spec) -> State:
-        """Lay out teacher and class means.
+        """Create the state with teacher and class means.
 
         Raises:
-            StrategyError: where all experiences have the same classes, and the teacher would know
-                every answer, or the model has no features.
+            StrategyError: if all experiences have the same classes, so that there is nothing to
+                distil, or if the model has no features.
         """
         if spec.scenario == "domain":
             raise StrategyError(
@@ -102,7 +102,7 @@ class ICaRL(Strategy):
         return state.declare("sums", sums, "mean")
 
     def plan(self, experience: "Experience") -> Plan:
-        """Keep exemplars in one pool with the new records."""
+        """Plan a memory of exemplars, in one pool with the new records."""
         capacity = records_in(self.memory_size, experience)
         memory = MemoryPlan(
             capacity=capacity, selection="herding", per_class=self.per_class, use="pooled"
@@ -122,7 +122,7 @@ class ICaRL(Strategy):
         return (each * context.seen).sum(1)
 
     def after_experience(self, curator: "Curator", params: Params, state: State) -> State:
-        """Take the present model as the next teacher, and its class means of the exemplars."""
+        """Store the current model as the next teacher, and release the class means of exemplars."""
 
         def query(forward: Forward, batch: Batch) -> Params:
             classes = one_hot(batch.labels, len(state["sums"]))
@@ -133,16 +133,16 @@ class ICaRL(Strategy):
         return state.replace_group("teacher", params | curator.statistics).replace(found)
 
     def derive(self, state: State) -> State:
-        """Normalised class means."""
+        """Normalise the class means in the state."""
         return state.replace({"means": F.normalize(state["sums"], dim=1)})
 
     def predict(self, forward: Forward, x: Tensor, context: Context, state: State) -> Tensor:
-        """Minus the squared distance of the normalised features from every class mean."""
+        """Compute (n, C): minus squared distances of normalised features from class means."""
         features = F.normalize(forward.features(x), dim=1)
         near = -(features[:, None, :] - state["means"]).square().sum(2)
         return torch.where(context.allowed, near, MASKED)
 
 
 def one_hot(labels: Tensor, classes: int) -> Tensor:
-    """(n, classes) float32; torch's own looks at values, which vmap does not allow."""
+    """(n, classes) float32 one-hot rows, computed without branches, so that vmap can run it."""
     return (labels[:, None] == torch.arange(classes, device=labels.device)).float()

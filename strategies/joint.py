@@ -24,5 +24,5 @@ class Joint(Strategy):
     tasks: ClassVar[tuple[type[Task], ...]] = (Task,)
 
     def plan(self, experience: "Experience") -> Plan:
-        """Pool all experiences and start afresh."""
+        """Plan to train from the initial parameters on the records of all experiences so far."""
         return Plan(pool="all", restart=True)

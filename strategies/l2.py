@@ -50,20 +50,20 @@ class L2(QuadraticPenalty):
         return cls(strength=0.05)
 
     def init(self, spec: Spec) -> State:
-        """Lay out the anchor; it pulls from the second experience on."""
+        """Create the state with the anchor, which is used from the second experience on."""
         held = torch.zeros((), device=next(iter(spec.params.values())).device)
         return State().declare_group("anchor", spec.params, "local").declare("held", held, "local")
 
     def plan(self, experience: "Experience") -> Plan:
-        """There is nothing to hold on to in the first experience."""
+        """Plan the experience; in the first one the penalty is 0 and is not computed."""
         return Plan(applies_penalty=experience.index > 0)
 
     def weight(self, state: State, *groups: Tensor) -> Tensor:
-        """Twice the strength, for every parameter alike: the penalty has no half."""
+        """Weight of the penalty: twice the strength, because the formula has no factor 1/2."""
         return 2 * self.strength * state["held"]
 
     def after_experience(self, curator: "Curator", params: Params, state: State) -> State:
-        """Take the present parameters as the next anchor."""
+        """Store the current parameters as the next anchor."""
         return state.replace_group("anchor", params).replace(
             {"held": torch.ones_like(state["held"])}
         )

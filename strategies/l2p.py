@@ -59,14 +59,14 @@ class L2P(Strategy):
             raise ConfigError.of("l2p.strength", self.strength, "a finite number, 0 or more")
 
     def small_model(self, *, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
-        """A pool of three prompts on a transformer of one block."""
+        """Build a transformer of one block with a pool of three prompts."""
         return prompted(tiny(input_shape), num_classes=num_classes, pool=3, length=2, chosen=2)
 
     def init(self, spec: Spec) -> State:
-        """Keep nothing.
+        """Check the model; the state is empty.
 
         Raises:
-            StrategyError: where the model has no pool of prompts.
+            StrategyError: if the model has no pool of prompts.
         """
         if not {"body.prompts.weight", "body.keys.weight"} <= spec.params.keys():
             raise StrategyError(
@@ -76,16 +76,16 @@ class L2P(Strategy):
         return State()
 
     def plan(self, experience: "Experience") -> Plan:
-        """Train the pool and the head.
+        """Plan to train the pool and the head.
 
         Raises:
-            StrategyError: for an experience of one class, which has nothing to be told from.
+            StrategyError: if the experience has one class, so that there is nothing to distinguish.
         """
         refuse_single_class(self.name, experience)
         return Plan()
 
     def losses(self, forward: Forward, batch: Batch, context: Context, state: State) -> Tensor:
-        """Cross entropy over the classes of the record's experience, plus key distance."""
+        """(n,) cross entropy over the classes of the record's experience, plus key distance."""
         logits, similarity = forward.method("matched")(batch.inputs)
         own = context.task_classes[batch.tasks]
         losses = context.task.losses(logits, batch.labels, own)

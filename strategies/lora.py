@@ -68,14 +68,14 @@ class LoRA(Strategy):
             raise ConfigError.of("lora.strength", self.strength, "a finite number, 0 or more")
 
     def small_model(self, *, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
-        """A set of rank 2 for each of up to eight experiences, on a transformer of one block."""
+        """Build a transformer of one block with adapters of rank 2 for up to eight experiences."""
         return adapted(tiny(input_shape), num_classes=num_classes, experiences=8, rank=2)
 
     def init(self, spec: Spec) -> State:
-        """Start with no experience over.
+        """Create the state, with 0 finished experiences.
 
         Raises:
-            StrategyError: where the model has no set of adapters for every experience.
+            StrategyError: if the model does not have adapters for every experience.
         """
         sets = spec.num_experiences
         builder = "perdure.models.adapted"
@@ -91,16 +91,16 @@ class LoRA(Strategy):
         )
 
     def plan(self, experience: "Experience") -> Plan:
-        """Train the experience's own set, and the head.
+        """Plan to train the experience's own adapters, and the head.
 
         Raises:
-            StrategyError: for an experience of one class, which has nothing to be told from.
+            StrategyError: if the experience has one class, so that there is nothing to distinguish.
         """
         refuse_single_class(self.name, experience)
         return Plan(trainable=(f"{self.adapters}{experience.index}.", self.head))
 
     def losses(self, forward: Forward, batch: Batch, context: Context, state: State) -> Tensor:
-        """Cross entropy over the classes of the record's experience."""
+        """(n,) cross entropy over the classes of the record's experience."""
         own = context.task_classes[batch.tasks]
         return context.task.losses(forward(batch.inputs), batch.labels, own)
 
@@ -112,11 +112,11 @@ class LoRA(Strategy):
         )
 
     def after_experience(self, curator: "Curator", params: Params, state: State) -> State:
-        """Count the experience."""
+        """Count the finished experience in the state."""
         return state.replace({"done": state["done"] + 1})
 
     def _downs(self, params: Params) -> list[Tensor]:
-        """(experiences, rank, width), the A of all experiences, for each projection."""
+        """Matrices A (experiences, rank, width) of all experiences, one tensor per projection."""
         found: dict[str, dict[int, Tensor]] = {}
         for name, value in params.items():
             if name.startswith(self.adapters) and name.endswith(".down.weight"):
@@ -126,10 +126,10 @@ class LoRA(Strategy):
 
 
 def overlap(sets: Tensor, now: Tensor) -> Tensor:
-    """Sum over i < t of |A_i A_t^T|^2.
+    """Compute the sum over i < t of |A_i A_t^T|^2.
 
     Args:
-        sets: (experiences, rank, width).
+        sets: (experiences, rank, width) matrices A of all experiences.
         now: (), the number t.
     """
     numbers = torch.arange(len(sets), device=sets.device)

@@ -109,7 +109,7 @@ class LUCIR(Strategy):
         return cls(memory_size=16)
 
     def small_model(self, *, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
-        """A perceptron with a cosine head."""
+        """Build a perceptron with a cosine head."""
         return mlp(
             input_shape=input_shape,
             num_classes=num_classes,
@@ -120,11 +120,10 @@ class LUCIR(Strategy):
         )
 
     def init(self, spec: Spec) -> State:
-        """Lay out teacher and embeddings.
+        """Create the state with teacher and embeddings.
 
         Raises:
-            StrategyError: where old and new classes are not told apart by one model, or its head is
-                no cosine head.
+            StrategyError: if the stream is not class-incremental, or the model has no cosine head.
         """
         if spec.scenario != "class":
             raise StrategyError(
@@ -142,11 +141,11 @@ class LUCIR(Strategy):
         return state.declare("records", held.new_zeros(()), "local")
 
     def plan(self, experience: "Experience") -> Plan:
-        """Keep exemplars in one pool with the new records."""
+        """Plan a memory of exemplars, in one pool with the new records."""
         return Plan(memory=MemoryPlan(capacity=self.memory_size, selection="herding", use="pooled"))
 
     def losses(self, forward: Forward, batch: Batch, context: Context, state: State) -> Tensor:
-        """Cross entropy of scaled cosines, less-forget constraint, and ranking loss of old rows."""
+        """(n,) cross entropy of scaled cosines, less-forget constraint, and ranking loss."""
         old = before(context)
         features = forward.features(batch.inputs)
         cosine, scale = self._scaled_cosines(forward, features, old, state)
@@ -163,9 +162,9 @@ class LUCIR(Strategy):
         return losses + strength * turned + rate * ranked
 
     def after_experience(self, curator: "Curator", params: Params, state: State) -> State:
-        """Take the present model as the next teacher.
+        """Store the current model as the next teacher.
 
-        The embeddings of its new classes are held from now on.
+        The embeddings of the experience's new classes are fixed from now on.
         """
         new = curator.context.current & ~before(curator.context)
         held = torch.where(new[:, None], params[WEIGHT], state["held"])
@@ -173,7 +172,10 @@ class LUCIR(Strategy):
         return state.replace_group("teacher", params | curator.statistics).replace(found)
 
     def predict(self, forward: Forward, x: Tensor, context: Context, state: State) -> Tensor:
-        """Scaled cosines with the embeddings; earlier experiences' embeddings stay as they were."""
+        """Compute scaled cosines (n, C) with the embeddings.
+
+        Embeddings of old classes are fixed.
+        """
         features = forward.features(x)
         cosine, scale = self._scaled_cosines(forward, features, before(context), state)
         return torch.where(context.allowed, scale * cosine, MASKED)
@@ -183,7 +185,7 @@ class LUCIR(Strategy):
     ) -> tuple[Tensor, Tensor]:
         """(n, C) cosines of features (n, f) with all class embeddings, and their scale eta.
 
-        Embeddings of the old classes, a mask (C,), are the held ones.
+        The embeddings of the old classes, a mask (C,), are the fixed ones.
         """
         live = {**dict(forward.module.named_parameters()), **(forward.params or {})}
         return cosines(features, torch.where(old[:, None], state["held"], live[WEIGHT])), live[
@@ -191,13 +193,13 @@ class LUCIR(Strategy):
         ]
 
     def _ranking_losses(self, cosine: Tensor, labels: Tensor, old: Tensor, new: Tensor) -> Tensor:
-        """(n,) margin ranking loss of records of old classes, 0 for others.
+        """(n,) margin ranking loss for records of old classes; 0 for other records.
 
         Args:
-            cosine: (n, C), of the features with every class embedding.
-            labels: (n,).
+            cosine: (n, C) cosines of the features with every class embedding.
+            labels: (n,) labels.
             old: (C,) bool, the classes of earlier experiences.
-            new: (C,) bool, the classes of this one.
+            new: (C,) bool, the classes of this experience.
         """
         count = min(self.negatives, len(new))
         rivals = torch.where(new, cosine, MASKED).topk(count, dim=1).values

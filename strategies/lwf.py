@@ -70,11 +70,11 @@ class LwF(Strategy):
         return cls(strength=0.5)
 
     def init(self, spec: Spec) -> State:
-        """Lay out the teacher; it is used from the second experience on."""
+        """Create the state with the teacher, which is used from the second experience on."""
         return State().declare_group("teacher", spec.teacher, "local")
 
     def losses(self, forward: Forward, batch: Batch, context: Context, state: State) -> Tensor:
-        """Cross entropy and distillation, per record."""
+        """(n,) cross entropy plus distillation."""
         logits = forward(batch.inputs)
         new = context.losses(logits, batch)
         if context.experience == 0:
@@ -100,12 +100,12 @@ class LwF(Strategy):
         return new + self.strength * times * old.sum(0)
 
     def after_experience(self, curator: "Curator", params: Params, state: State) -> State:
-        """Take the present model as the next teacher."""
+        """Store the current model as the next teacher."""
         return state.replace_group("teacher", params | curator.statistics)
 
 
 def answered(context: Context) -> list[tuple[Tensor, Tensor]]:
-    """Pairs of class masks (C,): the classes of the teacher's answer, and of the student's."""
+    """Return pairs of class masks (C,): classes of the teacher's and of the student's logits."""
     before = context.task_classes[: context.experience]
     if context.scenario == "task":
         return [(classes, classes) for classes in before]

@@ -62,7 +62,7 @@ class MAS(QuadraticPenalty):
         return cls(strength=0.1)
 
     def init(self, spec: Spec) -> State:
-        """Start with no importance, and so with no pull."""
+        """Create a state in which all importance is 0."""
         zeros = {name: torch.zeros_like(value) for name, value in spec.params.items()}
         return (
             State()
@@ -71,16 +71,16 @@ class MAS(QuadraticPenalty):
         )
 
     def plan(self, experience: "Experience") -> Plan:
-        """There is nothing to hold on to in the first experience."""
+        """Plan the experience; in the first one the penalty is 0 and is not computed."""
         return Plan(applies_penalty=experience.index > 0)
 
     def weight(self, state: State, *groups: Tensor) -> Tensor:
-        """Twice the strength times the importance: the penalty has no half."""
+        """Weights of the penalty: twice strength times importance, as the formula has no 1/2."""
         (importance,) = groups
         return 2 * self.strength * importance
 
     def after_experience(self, curator: "Curator", params: Params, state: State) -> State:
-        """Release the importance of the experience, add it to the past one, and anchor here."""
+        """Release the importance of the experience, add it up, and set the anchor."""
         query = AbsoluteGradient(lambda forward, batch: self._terms(curator, forward, batch))
         total = curator.release(query, clip_norm=curator.clip_norm, purpose="importance")
         new = {

@@ -81,16 +81,16 @@ class MIR(Strategy):
             raise ConfigError.of("mir.batch_size", self.batch_size, "1 or more records, or None")
         if self.candidates < (self.batch_size or 1):
             raise ConfigError.of(
-                "mir.candidates", self.candidates, "at least batch_size records, of which to choose"
+                "mir.candidates", self.candidates, "at least batch_size records to choose from"
             )
 
     @classmethod
     def example(cls) -> Self:
-        """Return a small instance: a memory of 16 records and 12 candidates a step."""
+        """Return a small instance: a memory of 16 records and 12 candidates per step."""
         return cls(memory_size=16, candidates=12)
 
     def plan(self, experience: "Experience") -> Plan:
-        """Keep a reservoir that takes in the rows of every step, and bring back the candidates."""
+        """Plan a reservoir that takes in the rows of each step and returns the candidates."""
         capacity = records_in(self.memory_size, experience)
         return Plan(
             memory=MemoryPlan(
@@ -99,11 +99,11 @@ class MIR(Strategy):
         )
 
     def losses(self, forward: Forward, batch: Batch, context: Context, state: State) -> Tensor:
-        """Cross entropy of new rows and of the chosen candidates; 0 for the other candidates.
+        """(n,) cross entropy of new rows and of the chosen candidates; 0 for other candidates.
 
         Raises:
-            StrategyError: where the batch was cut, or there are no more candidates than are
-                rehearsed.
+            StrategyError: if the batch was split into micro-batches, or there are no more
+                candidates than rehearsed rows.
         """
         if context.memory_share == 0:
             return task_losses(forward, batch, context)
@@ -130,7 +130,7 @@ class MIR(Strategy):
         return torch.zeros_like(batch.valid, dtype=losses.dtype).scatter(0, rows, weighted)
 
     def _scores(self, forward: Forward, new: Batch, old: Batch, context: Context) -> Tensor:
-        """(n,) by how much a virtual step on the `new` rows raises the loss of each old one."""
+        """(n,) increase of the loss of each `old` row by a virtual step on the `new` rows."""
 
         def loss(params: Params | None) -> Tensor:
             return task_losses(Forward(forward.module, params), new, context).mean()

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from perdure.contract import Curator
 
 COUNT_WEIGHT = 0.25
-"""v: a count of thousands bears four times the noise of a coordinate, and a sum of vectors then
-only 3 % more.
+"""Weight v of the counts. A count of thousands then gets four times the noise of a coordinate, and
+the sum of vectors only 3 % more noise.
 """
 
 
@@ -49,15 +49,15 @@ class NCM(Analytic):
     tasks_because: ClassVar[str] = "it predicts the class with the nearest mean"
 
     def init(self, spec: Spec) -> State:
-        """Start with no records."""
+        """Create the state, with 0 records."""
         return layout(spec, spec.feature_size, matrix=False)
 
     def query(self, curator: "Curator", state: State) -> Gram:
-        """Class sums and counts."""
+        """Build the query for class sums and counts."""
         return self.asking(curator, state, ClassSums, totals=COUNT_WEIGHT)
 
     def derive(self, state: State) -> State:
-        """Means, and the head that finds the nearest."""
+        """Compute the class means, and the linear head that finds the nearest mean."""
         means = class_means(state["cross"], state["totals"])
         means = unit(means.T).T if self.normalise else means
         return state.replace(

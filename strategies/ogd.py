@@ -55,8 +55,8 @@ if TYPE_CHECKING:
     from perdure.contract import Curator
 
 DEPENDENT = 1e-6
-"""Eigenvalue of the Gram matrix of unit directions below which it counts as 0: far above the
-rounding of float32.
+"""Eigenvalue of the Gram matrix of unit directions below which it counts as 0, far above the
+rounding errors of float32.
 """
 
 
@@ -84,11 +84,11 @@ class OGD(Strategy):
 
     @classmethod
     def example(cls) -> Self:
-        """Return a small instance: 4 directions an experience."""
+        """Return a small instance: 4 directions per experience."""
         return cls(directions=4)
 
     def init(self, spec: Spec) -> State:
-        """Start with no direction to keep clear of."""
+        """Create the state, with no directions."""
         rows = spec.num_experiences * self.directions
         zeros = {name: value.new_zeros(rows, *value.shape) for name, value in spec.params.items()}
         inverse = next(iter(zeros.values())).new_zeros(rows, rows, dtype=torch.float64)
@@ -97,10 +97,10 @@ class OGD(Strategy):
         return state.declare("filled", inverse.new_zeros((), dtype=torch.int64), "local")
 
     def project(self, gradient: Params, references: tuple[Params, ...], state: State) -> Params:
-        """Take away what lies in the span of the directions.
+        """Remove the part of the gradient in the span of the directions.
 
         Raises:
-            StrategyError: where only some of the parameters are trained.
+            StrategyError: if only some of the parameters are trained.
         """
         rows = filled_rows(state, state["filled"])
         if rows.keys() != gradient.keys():
@@ -120,7 +120,7 @@ class OGD(Strategy):
         }
 
     def after_experience(self, curator: "Curator", params: Params, state: State) -> State:
-        """Release the directions of the experience, in one sum over its records."""
+        """Release the directions of the experience, as one sum over its records."""
         at = curator.context
         k = self.directions
         query = GroupedGradient(
@@ -137,7 +137,7 @@ class OGD(Strategy):
         return state.replace_group("directions", changes)
 
     def derive(self, state: State) -> State:
-        """Pseudo-inverse of the directions' inner products, and how many rows are filled."""
+        """Compute the pseudo-inverse of the directions' inner products; count directions."""
         rows = [value.flatten(1) for value in state.group("directions").values()]
         present = torch.stack([torch.linalg.vector_norm(part, dim=1) for part in rows]).sum(0) != 0
         places = torch.arange(1, len(present) + 1, device=present.device)
@@ -158,9 +158,9 @@ class OGD(Strategy):
 
 
 def filled_rows(state: State, filled: Tensor) -> Params:
-    """Directions (k, numbers) by parameter: the first `filled` () of them, as the others are 0.
+    """Directions (k, numbers) by parameter: the first `filled` () ones, because others are 0.
 
-    All of them under vmap, where states with other numbers stand side by side.
+    Under vmap all rows are returned, because batched states may have different numbers.
     """
     count = number_unless_vmapped(filled)
     rows = {name: value.flatten(1) for name, value in state.group("directions").items()}
@@ -168,11 +168,11 @@ def filled_rows(state: State, filled: Tensor) -> Params:
 
 
 def group_of(batch: Batch, context: Context, groups: int) -> Tensor:
-    """(n,) group of each record, by its class and its id alone.
+    """(n,) group of each record, decided by its class and its id only.
 
-    Every class of the experience has an equal share.
+    Every class of the experience has an equal share of the groups.
 
-    Where there are fewer groups than classes, classes share.
+    If there are fewer groups than classes, classes share groups.
     """
     share = max(1, groups // len(torch.nonzero(context.current)))
     rank = context.current.cumsum(0)[batch.labels] - 1
@@ -180,14 +180,14 @@ def group_of(batch: Batch, context: Context, groups: int) -> Tensor:
 
 
 def scattered(ids: Tensor, into: int) -> Tensor:
-    """(n,) numbers from 0 to `into` - 1, by each record's id alone."""
+    """(n,) numbers from 0 to `into` - 1, each by a hash of the record's id."""
     return (uniforms(ids, derive("ogd")) * into).long()
 
 
 def inverse_of(products: Tensor) -> Tensor:
-    """(K, K) pseudo-inverse of inner products (K, K), found of unit directions.
+    """(K, K) pseudo-inverse of the inner products (K, K), computed with unit directions.
 
-    Those of length 0 stay out.
+    Directions of length 0 are left out.
     """
     lengths = products.diagonal().clamp(min=0).sqrt()
     scale = torch.where(lengths > 0, 1 / lengths.clamp(min=torch.finfo(lengths.dtype).tiny), 0.0)

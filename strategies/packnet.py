@@ -88,11 +88,11 @@ class PackNet(Strategy):
         return cls(pruned_share=0.5, dense_steps=4)
 
     def init(self, spec: Spec) -> State:
-        """Start with weights that nobody owns.
+        """Create a state in which no task owns any weight.
 
         Raises:
-            StrategyError: where all experiences have the same classes, the head is not found, or
-                the model has too few weights for as many tasks.
+            StrategyError: if all experiences have the same classes, the head is not found, or the
+                model has too few weights for the number of tasks.
         """
         if spec.scenario == "domain":
             raise StrategyError(
@@ -117,16 +117,16 @@ class PackNet(Strategy):
         )
 
     def plan(self, experience: "Experience") -> Plan:
-        """Train all weights; frozen ones are put back.
+        """Plan to train all weights; frozen weights are restored.
 
         Raises:
-            StrategyError: for an experience of one class, which has nothing to be told from.
+            StrategyError: if the experience has one class, so that there is nothing to distinguish.
         """
         refuse_single_class(self.name, experience)
         return Plan()
 
     def losses(self, forward: Forward, batch: Batch, context: Context, state: State) -> Tensor:
-        """Cross entropy of the task's network over the task's classes."""
+        """(n,) cross entropy of the task's network over the classes of the task."""
         logits = self._network(forward, state, context.experience)(batch.inputs)
         return context.task.losses(logits, batch.labels, context.current)
 
@@ -146,9 +146,9 @@ class PackNet(Strategy):
         state: State,
         noise_variance: float = 0.0,
     ) -> State:
-        """Prune once the dense steps are over, by the weights that the next step began with.
+        """Prune after the dense steps, with the weights before this step.
 
-        At the first step of a round these are the global ones, so that all clients prune alike.
+        At the first step of a round these are the global weights, so all clients prune the same.
         """
         if self.dense_steps is None:
             return state
@@ -156,7 +156,7 @@ class PackNet(Strategy):
         return self._prune(before, state) if int(state["steps"]) == self.dense_steps + 1 else state
 
     def after_experience(self, curator: "Curator", params: Params, state: State) -> State:
-        """Prune, if that was not done, and freeze the task's weights."""
+        """Prune if this was not done yet, and freeze the weights of the task."""
         state = state if bool(state["pruned"]) else self._prune(params, state)
         task = state["done"]
         classes = curator.context.current
@@ -177,10 +177,10 @@ class PackNet(Strategy):
         return state.replace_group("owner", owner).replace_group("held", held).replace(fresh)
 
     def derive(self, state: State) -> State:
-        """Check that all clients gave every weight to the same task.
+        """Check that all clients have assigned every weight to the same task.
 
         Raises:
-            StrategyError: where they did not.
+            StrategyError: if they have not.
         """
         if any(not torch.equal(owner, owner.round()) for owner in state.group("owner").values()):
             raise StrategyError(
@@ -191,7 +191,7 @@ class PackNet(Strategy):
         return state
 
     def predict(self, forward: Forward, x: Tensor, context: Context, state: State) -> Tensor:
-        """Logits of the task's network; without a task, of every network for its own classes."""
+        """Logits (n, C) of the task's network; without a task, each network for its own classes."""
         if context.scenario == "task":
             return torch.where(
                 context.current, self._network(forward, state, context.experience)(x), MASKED
@@ -204,7 +204,7 @@ class PackNet(Strategy):
         return torch.stack(answers).amax(0)
 
     def _refuse_full(self, spec: Spec) -> None:
-        """Refuse a model in which a task would get no weight."""
+        """Refuse a model in which some task would get no weight."""
         free = [v.numel() for n, v in spec.params.items() if prunable(n, v, self.head)]
         for task in range(spec.num_experiences if free else 0):
             kept = [weights_kept(count, self.pruned_share) for count in free]
@@ -216,7 +216,7 @@ class PackNet(Strategy):
             free = [count - own for count, own in zip(free, kept, strict=True)]
 
     def _network(self, forward: Forward, state: State, task: int) -> Forward:
-        """The model with the weights of the task's network."""
+        """Return the model with the weights of the task's network."""
         given = forward.params or {}
         live = {**dict(forward.module.named_parameters()), **given}
         own = {name: live[name] for name in state.group("owner")}
@@ -224,7 +224,7 @@ class PackNet(Strategy):
         return Forward(forward.module, {**given, **weights})
 
     def _prune(self, params: Params, state: State) -> State:
-        """Give the task the largest of the free weights in every layer."""
+        """Assign the largest free weights of every layer to the task."""
         weights = network_weights(params, state, state["done"], self.head)
         task = state["done"]
         owner = {
@@ -236,14 +236,14 @@ class PackNet(Strategy):
         return state.replace_group("owner", owner).replace({"pruned": torch.ones_like(task)})
 
     def _owner_after_task(self, name: str, owner: Tensor, task: Tensor, classes: Tensor) -> Tensor:
-        """Owner of every entry of one parameter, once the task is over.
+        """Compute the owner of every entry of one parameter, after the task.
 
         The task gets the free rows of its classes in the head, and all free entries of biases and
-        normalisation, which so belong to the first task. `_prune` gave it its weights before.
+        normalisation parameters, which so belong to the first task. `_prune` assigned its weights.
 
         Args:
-            name: of the parameter.
-            owner: shaped like it; 0 for nobody, else the number of the task from 1.
+            name: name of the parameter.
+            owner: owners, in the shape of the parameter; 0 for none, or a task's number from 1.
             task: (), number of the task from 0.
             classes: (C,) bool, the classes of the task.
         """
@@ -257,10 +257,10 @@ class PackNet(Strategy):
 
 
 def network_weights(params: Params, state: State, task: int | Tensor, head: str) -> Params:
-    """Weights w of the task's network at these parameters, by the formula of the module.
+    """Weights w of a task's network with the given parameters, by the formula of the module.
 
     Args:
-        params: theta, by name.
+        params: parameters theta, by name.
         state: owners and held values of every weight.
         task: number of the task from 0.
         head: prefix of the head's parameters.
@@ -279,24 +279,28 @@ def network_weights(params: Params, state: State, task: int | Tensor, head: str)
 
 
 def others(owner: Tensor, number: int) -> Tensor:
-    """1 for every entry that another than `number` owns, 0 for its own; shaped like `owner`.
+    """1 for each entry that another task than `number` owns, 0 for its own; shaped like `owner`.
 
-    Numbers and not a mask: with them a step is arithmetic, to the same bit, where comparing and
-    `torch.where` take ten times as long on a CPU.
+    It is a number and not a mask, because multiplication is ten times as fast on a CPU as comparing
+    and `torch.where`, with the same bits.
     """
     return (owner - number).abs_().clamp_(max=1)
 
 
 def held_up_to(last: int, state: State, name: str) -> Tensor:
-    """Held values of what belongs to the tasks 1 to `last`, 0 elsewhere; shaped like `name`."""
+    """Held values of entries that tasks 1 to `last` own, 0 for others.
+
+    Shaped like the parameter.
+    """
     owner = state[f"owner/{name}"]
     return torch.where((owner > 0) & (owner <= last), state[f"held/{name}"], 0.0)
 
 
 def trained_owners(state: State, head: str) -> dict[str, int]:
-    """Owner of the entries that the present task trains, by parameter.
+    """Owner of the entries that the current task trains, by parameter.
 
-    It is nobody (0) until the task has pruned, and for what is never pruned; then it is the task.
+    It is 0 (no task) until the task has pruned, and for parameters that are never pruned; after
+    pruning it is the number of the task.
     """
     number = int(state["done"]) + 1 if bool(state["pruned"]) else 0
     return {
@@ -306,23 +310,23 @@ def trained_owners(state: State, head: str) -> dict[str, int]:
 
 
 def prunable(name: str, value: Tensor, head: str) -> bool:
-    """Return True for a weight matrix or kernel that is not of the head: only these are pruned."""
+    """Return True for weight matrices and kernels outside of the head: only these are pruned."""
     return value.dim() > 1 and not name.startswith(head)
 
 
 def weights_kept(free: int, pruned_share: float) -> int:
-    """Number of a layer's free weights that a task takes; the others are left to later tasks."""
+    """Number of a layer's free weights that a task keeps; the others are left to later tasks."""
     return round((1 - pruned_share) * free)
 
 
 def largest(weight: Tensor, owner: Tensor, pruned_share: float, number: Tensor) -> Tensor:
-    """Owner of every weight, after the task takes the free weights of largest magnitude.
+    """Owner of every weight after the task takes the free weights of largest magnitude.
 
-    It takes all but the pruned share of the free weights, a rounded number.
+    It takes the rounded share 1 - pruned_share of the free weights.
 
     Args:
-        weight: of the task's network.
-        owner: shaped like it; 0 for nobody, else the number of the task from 1.
+        weight: weights of the task's network.
+        owner: owners, in the shape of the weights; 0 for none, or a task's number from 1.
         pruned_share: share of the free weights that is left to later tasks.
         number: (), number of the task from 1.
     """

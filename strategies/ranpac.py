@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from perdure.contract import Curator
 
 WEIGHT = 0.7
-"""w: the matrix, which is inverted, bears noise worse than the class sums."""
+"""Weight w of the class sums: the Gram matrix is inverted, so it tolerates less noise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +96,7 @@ class RanPAC(Analytic):
         return cls(ridge=0.01, bias=0.5, projection=12)
 
     def init(self, spec: Spec) -> State:
-        """Start with no records; draw the projection."""
+        """Create the state, with 0 records, and draw the projection."""
         d = (self.projection or spec.feature_size) * bool(spec.feature_size)
         state = layout(spec, d + bool(self.bias) * bool(d), matrix=True, counts=False)
         if not self.projection:
@@ -107,9 +107,9 @@ class RanPAC(Analytic):
         return state.declare("projection", drawn.to(state["bias"].device), "local")
 
     def features(self, forward: Forward, x: Tensor, state: State) -> Tensor:
-        """(n, d) features as the ridge sees them.
+        """(n, d) features for the ridge regression.
 
-        Projected, normalised, with the bias feature at the end.
+        They are projected and normalised, with the bias feature at the end.
         """
         features = forward.features(x).flatten(1)
         features = torch.relu(features @ state["projection"]) if self.projection else features
@@ -121,15 +121,15 @@ class RanPAC(Analytic):
         )
 
     def length(self, curator: "Curator") -> float:
-        """Norm of a record's features, bias feature included, that is just not clipped."""
+        """Largest norm of a record's features, bias feature included, that is not clipped."""
         return math.hypot(super().length(curator), self.bias / self.scale(curator))
 
     def query(self, curator: "Curator", state: State) -> Gram:
-        """Gram matrix and class sums."""
+        """Build the query for the Gram matrix and class sums."""
         kind = Gram if curator.private else Float64Gram
         return self.asking(curator, state, kind, weight=WEIGHT)
 
     def derive(self, state: State) -> State:
-        """Solve the ridge regression."""
+        """Solve the ridge regression for the head."""
         gram = denoised(state["gram"]) if bool(state["noisy"]) else state["gram"]
         return state.replace({"weight": ridge_head(gram, state["cross"], self.ridge)})

@@ -83,11 +83,11 @@ class Replay(Strategy):
         return cls(memory_size=16)
 
     def plan(self, experience: "Experience") -> Plan:
-        """Keep a memory."""
+        """Plan a memory for rehearsal."""
         return Plan(memory=self._memory(records_in(self.memory_size, experience)))
 
     def losses(self, forward: Forward, batch: Batch, context: Context, state: State) -> Tensor:
-        """Cross entropy, weighted by the role of the row."""
+        """(n,) cross entropy, with other weights for stored rows than for new rows."""
         losses = task_losses(forward, batch, context)
         if self.weighting == "equal" or context.memory_share == 0:
             return losses

@@ -93,7 +93,7 @@ class RWalk(QuadraticPenalty):
         return cls(strength=0.5, window=2)
 
     def init(self, spec: Spec) -> State:
-        """Start with no importance, at the beginning of a walk."""
+        """Create a state in which all importance is 0 and the path is empty."""
         zeros = {name: torch.zeros_like(value) for name, value in spec.params.items()}
         state = State().declare_group("fisher", zeros, "mean").declare_group("score", zeros, "mean")
         for group in ("metric", "won", "moved", "walked"):
@@ -105,11 +105,11 @@ class RWalk(QuadraticPenalty):
         return state.declare_group("anchor", spec.params, "local")
 
     def plan(self, experience: "Experience") -> Plan:
-        """There is nothing to hold on to in the first experience."""
+        """Plan the experience; in the first one the penalty is 0 and is not computed."""
         return Plan(applies_penalty=experience.index > 0)
 
     def weight(self, state: State, *groups: Tensor) -> Tensor:
-        """Twice the strength times the sum of both, scaled: the penalty has no half."""
+        """Weights: twice strength times the scaled sum of both, as the formula has no 1/2."""
         fisher, score = groups
         scaled = state["fisher_scale"] * fisher + state["score_scale"] * score
         return 2 * self.strength * scaled
@@ -122,7 +122,7 @@ class RWalk(QuadraticPenalty):
         state: State,
         noise_variance: float = 0.0,
     ) -> State:
-        """Walk on, and score the walk at the end of a window."""
+        """Add a step to the path, and compute scores at the end of a window."""
         # by the same arithmetic as in place: a run that was resumed ends in the same bits
         walk = [f"{group}/{name}" for group in ("metric", "won", "moved") for name in before]
         own = state.replace({name: state[name].clone() for name in ("steps", *walk)})
@@ -136,7 +136,7 @@ class RWalk(QuadraticPenalty):
         state: State,
         noise_variance: float = 0.0,
     ) -> State:
-        """Walk on in the tensors that hold the walk; its score, once a window, is made anew."""
+        """Add a step to the path in place; scores, computed once per window, are new tensors."""
         state["steps"].add_(1)
         for name, value in before.items():
             walk = (value, after[name], gradient[name])
@@ -152,7 +152,7 @@ class RWalk(QuadraticPenalty):
         return self._scored(state, before) if ended else state
 
     def after_experience(self, curator: "Curator", params: Params, state: State) -> State:
-        """Release the Fisher information, merge it and the scores with the past, and anchor."""
+        """Release the Fisher information, combine it and the scores with the past, and anchor."""
         query = SquaredGradient(lambda forward, batch: self._terms(curator, forward, batch))
         total = curator.release(query, clip_norm=curator.clip_norm**2, purpose="fisher")
         state = self._scored(state, params)
@@ -171,17 +171,18 @@ class RWalk(QuadraticPenalty):
         return state.replace(changes).replace_group("anchor", params)
 
     def derive(self, state: State) -> State:
-        """Find the scales that bring Fisher information and scores to at most 1."""
+        """Compute the scales that bring Fisher information and scores to at most 1."""
         return state.replace(
             {f"{group}_scale": scale(state.group(group)) for group in ("fisher", "score")}
         )
 
     def _scored(self, state: State, names: Params, now: Tensor | None = None) -> State:
-        """Add the score of the window that ends, and begin the next.
+        """Add the score of a window that ends, and begin the next window.
 
         Args:
-            names: of the parameters.
-            now: () bool, False where it does not end now; None where it does.
+            state: the current state.
+            names: parameters by name.
+            now: () bool, False if the window does not end in this step; None if it does.
         """
         changes = {}
         for name in names:
@@ -202,6 +203,6 @@ class RWalk(QuadraticPenalty):
 
 
 def scale(group: Params) -> Tensor:
-    """() one over the largest number of the group; 0 where all are 0."""
+    """() 1 / the largest number of a group of tensors; 0 if all numbers are 0."""
     largest = torch.stack([value.max() for value in group.values()]).max()
     return torch.where(largest > 0, 1 / largest.clamp(min=torch.finfo(largest.dtype).tiny), 0.0)

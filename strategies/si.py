@@ -74,7 +74,7 @@ class SI(QuadraticPenalty):
         return cls(strength=0.5)
 
     def init(self, spec: Spec) -> State:
-        """Start with no importance, at the beginning of a path."""
+        """Create a state in which all importance is 0 and the path is empty."""
         zeros = {name: torch.zeros_like(value) for name, value in spec.params.items()}
         state = (
             State().declare_group("importance", zeros, "mean").declare_group("path", zeros, "local")
@@ -82,11 +82,11 @@ class SI(QuadraticPenalty):
         return state.declare_group("anchor", spec.params, "local")
 
     def plan(self, experience: "Experience") -> Plan:
-        """There is nothing to hold on to in the first experience."""
+        """Plan the experience; in the first one the penalty is 0 and is not computed."""
         return Plan(applies_penalty=experience.index > 0)
 
     def weight(self, state: State, *groups: Tensor) -> Tensor:
-        """Twice the strength times the importance, where that is above 0."""
+        """Weights of the penalty: twice strength times importance, 0 for negative importance."""
         (importance,) = groups
         return 2 * self.strength * importance.clamp(min=0)
 
@@ -98,7 +98,7 @@ class SI(QuadraticPenalty):
         state: State,
         noise_variance: float = 0.0,
     ) -> State:
-        """Follow the path."""
+        """Add a step to the path of each parameter."""
         # by the same arithmetic as in place: a run that was resumed ends in the same bits
         own = state.replace_group("path", {name: state[f"path/{name}"].clone() for name in before})
         return self.after_step_in_place(before, after, gradient, own, noise_variance)
@@ -111,14 +111,14 @@ class SI(QuadraticPenalty):
         state: State,
         noise_variance: float = 0.0,
     ) -> State:
-        """Follow the path, in the tensors that hold it."""
+        """Add a step to the path of each parameter, in place."""
         for name, value in before.items():
             tensors = (state[f"path/{name}"], value, after[name], gradient[name])
             add_progress(*tensors, noise_variance)
         return state
 
     def after_experience(self, curator: "Curator", params: Params, state: State) -> State:
-        """Turn the path into importance, and begin another one here."""
+        """Compute importance from the path, and begin a new path at the current parameters."""
         new = {
             name: state[f"importance/{name}"]
             + state[f"path/{name}"] / ((value - state[f"anchor/{name}"]).square() + self.damping)
@@ -135,20 +135,20 @@ class SI(QuadraticPenalty):
 def add_progress(
     path: Tensor, before: Tensor, after: Tensor, gradient: Tensor, noise_variance: float = 0.0
 ) -> None:
-    """Add, in place, each number's part in a step's decrease of the loss, to first order.
+    """Add, in place, the part of each coordinate in a step's first-order decrease of the loss.
 
-    It is -g (after - before).
+    The part is -g (after - before).
 
-    Noise of variance s^2 in every coordinate of g moves the parameters along itself, which adds r
-    s^2 where the step is r g. It is taken off, with the rate r of each tensor read from the step: r
-    = -<g, after - before> / |g|^2. That is exact in expectation for SGD without a penalty, and an
-    average over the tensor for optimisers with a rate for each coordinate.
+    Noise of variance s^2 in every coordinate of g also moves the parameters, which adds r s^2 to
+    the part in a step of size r g. This is subtracted, with the rate r of each tensor estimated
+    from the step: r = -<g, after - before> / |g|^2. The estimate is exact in expectation for SGD
+    without a penalty, and an average over the tensor for optimisers with one rate per coordinate.
 
     Args:
-        path: of one parameter; it is written to.
+        path: path of one parameter; it is changed.
         before: the parameter before the step.
         after: the parameter after the step.
-        gradient: the released one.
+        gradient: the released gradient.
         noise_variance: s^2 of the mean gradient; 0 without privacy.
     """
     won = torch.zeros((), device=path.device)

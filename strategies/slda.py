@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 WEIGHT = 0.7
 COUNT_WEIGHT = 0.5
-"""w and v: the matrix, which is inverted, bears noise worst."""
+"""Weights w and v: the matrix is inverted, so it tolerates the least noise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,11 +79,11 @@ class SLDA(Analytic):
         return cls(shrinkage=0.01)
 
     def init(self, spec: Spec) -> State:
-        """Start with no records."""
+        """Create the state, with 0 records."""
         return layout(spec, spec.feature_size, matrix=True)
 
     def query(self, curator: "Curator", state: State) -> Gram:
-        """Gram matrix, class sums and counts."""
+        """Build the query for Gram matrix, class sums and counts."""
         return self.asking(
             curator,
             state,
@@ -93,7 +93,7 @@ class SLDA(Analytic):
         )
 
     def derive(self, state: State) -> State:
-        """Covariance, shrunk, and the head that is solved with it."""
+        """Compute the shrunk covariance, and solve for the head with it."""
         covariance = within_covariance(state["gram"], state["cross"], state["totals"])
         covariance = denoised(covariance) if bool(state["noisy"]) else covariance
         means = class_means(state["cross"], state["totals"])

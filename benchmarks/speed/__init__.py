@@ -1,1 +1,1 @@
-"""Benchmarks of speed: one program a question, run by its path."""
+"""Benchmarks of speed: one program per question, each run as a script."""

@@ -1,14 +1,15 @@
 """Cost of a private step.
 
-Plain SGD, perdure, Opacus ghost clipping and Opacus hooks, in one run, turn by turn.
+It compares plain SGD, perdure, Opacus ghost clipping and Opacus hooks in one run, in turn.
 
-perdure is timed whole: ledger, Poisson sampler, guard's checks at the start, clipping and
-secret-grade noise. Opacus is timed on a ready batch: forward, backward, clipping, noise, step; its
-sampler is not counted.
+perdure is timed with everything: ledger, Poisson sampler, checks of the guard at the start,
+clipping and secret noise. Opacus is timed on a ready batch, without its sampler: forward, backward,
+clipping, noise, step.
 
-`wall_ratio` is of what the clock showed, and what is aimed at: perdure draws the noise of the next
-step on a thread of its own, beside the one of torch. `time_ratio` is of processor time, both
-threads added up. Opacus's noise is in float32, perdure's an exact integer.
+`wall_ratio` is the ratio of elapsed times, and the aims are for it: perdure draws the noise of the
+next step on a thread of its own, beside the thread of torch. `time_ratio` is the ratio of processor
+times, added up over both threads. The noise of Opacus is in float32, that of perdure exact
+integers.
 
 Every contestant warms up first. perdure's batches differ in size, and torch compiles a convolution
 for every size that it meets (2 to 5 ms each, once in a process), so perdure warms up for longer;
@@ -65,7 +66,7 @@ Seconds = tuple[float, float]
 
 
 def mlp() -> nn.Module:
-    """784-256-256-10."""
+    """Make a perceptron of widths 784, 256, 256 and 10."""
     return nn.Sequential(
         nn.Flatten(),
         nn.Linear(PIXELS, 256),
@@ -77,7 +78,7 @@ def mlp() -> nn.Module:
 
 
 def cnn() -> nn.Module:
-    """The CNN of Opacus's MNIST example."""
+    """Make the CNN of Opacus's MNIST example."""
     return nn.Sequential(
         nn.Conv2d(1, 16, 8, 2, padding=3),
         nn.ReLU(),
@@ -96,14 +97,14 @@ MODELS: dict[str, Callable[[], nn.Module]] = {"mlp": mlp, "cnn": cnn}
 
 
 def records() -> tuple[Tensor, Tensor]:
-    """Synthetic digits: speed does not depend on what they show."""
+    """Make random records with the shape of digits; speed does not depend on values."""
     place = torch.Generator().manual_seed(0)
     inputs = torch.rand(POOL, 1, 28, 28, generator=place)
     return inputs, torch.randint(0, CLASSES, (POOL,), generator=place)
 
 
 def timed(block: Callable[[], None], steps: int) -> Seconds:
-    """Seconds a step of a block of steps."""
+    """Measure the seconds per step in a block of steps."""
     used = time.process_time()
     start = time.perf_counter()
     block()
@@ -111,7 +112,7 @@ def timed(block: Callable[[], None], steps: int) -> Seconds:
 
 
 def repeated(step: Callable[[], None], steps: int) -> Callable[[], None]:
-    """A block of equal steps."""
+    """Return a function that takes one step a number of times."""
 
     def block() -> None:
         for _ in range(steps):
@@ -121,7 +122,7 @@ def repeated(step: Callable[[], None], steps: int) -> Callable[[], None]:
 
 
 def plain(model: nn.Module, batch: int, steps: int) -> Callable[[], Seconds]:
-    """Plain SGD on shuffled batches of resident tensors."""
+    """Prepare plain SGD on shuffled batches, with all tensors in memory."""
     inputs, labels = records()
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
 
@@ -135,9 +136,9 @@ def plain(model: nn.Module, batch: int, steps: int) -> Callable[[], Seconds]:
 
 
 def perdure(model: nn.Module, batch: int, steps: int) -> Callable[[], Seconds]:
-    """perdure's learner under privacy.
+    """Prepare perdure's learner under privacy.
 
-    The time is that of blocks of its loop, ledger entry included.
+    The measured time is that of blocks of its loop, including the ledger entry.
     """
     inputs, labels = records()
     own = Records(inputs=inputs, labels=labels)
@@ -170,7 +171,7 @@ def perdure(model: nn.Module, batch: int, steps: int) -> Callable[[], Seconds]:
 
 
 def opacus(model: nn.Module, batch: int, steps: int, mode: str) -> Callable[[], Seconds]:
-    """Opacus's private step on ready batches."""
+    """Prepare Opacus's private step on ready batches."""
     from opacus import PrivacyEngine
     from torch.utils.data import DataLoader, TensorDataset
 
@@ -201,7 +202,7 @@ def opacus(model: nn.Module, batch: int, steps: int, mode: str) -> Callable[[], 
 
 
 def side(method: str, model: str, batch: int, steps: int) -> Callable[[], Seconds]:
-    """One contestant, ready to be timed again and again."""
+    """Prepare one method, so that it can be timed repeatedly."""
     torch.manual_seed(0)
     made = copy.deepcopy(MODELS[model]())
     if method == "plain":
@@ -212,9 +213,9 @@ def side(method: str, model: str, batch: int, steps: int) -> Callable[[], Second
 
 
 def peak_memory(method: str, model: str, batch: int) -> float:
-    """Peak memory in MiB of the steps alone, in fresh processes.
+    """Measure the peak memory of the steps in MiB, in new processes.
 
-    The peak during them, less what was there before.
+    It is the peak during the steps, minus the memory in use before.
     """
     script = Path(__file__)
     order = [sys.executable, str(script), "--peak", method, model, str(batch)]
@@ -225,7 +226,7 @@ def peak_memory(method: str, model: str, batch: int) -> float:
 
 
 def print_peak(method: str, model: str, batch: int) -> None:
-    """In the fresh process: run a few steps and print the growth of the peak."""
+    """In the new process: run a few steps, and print the growth of the peak."""
     torch.set_num_threads(1)
     if method == "perdure":
         perdure(nn.Sequential(nn.Flatten(), nn.Linear(PIXELS, 32), nn.Linear(32, CLASSES)), 8, 1)()
@@ -239,13 +240,13 @@ def print_peak(method: str, model: str, batch: int) -> None:
 
 
 def _status(field: str) -> float:
-    """One line of the process's status, in MiB."""
+    """Read one value of the process's status, in MiB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(float(line.split()[1]) for line in lines if line.startswith(field)) / 1024
 
 
 def measure(model: str, batch: int, repeats: int, steps: int) -> list[dict[str, object]]:
-    """Alternate the methods.
+    """Time the methods in turn.
 
     Every ratio is the median over rounds of method / plain in the same round.
     """
@@ -284,7 +285,7 @@ def measure(model: str, batch: int, repeats: int, steps: int) -> list[dict[str, 
 def judgement(
     model: str, batch: int, clock: dict[str, float], memory: dict[str, float]
 ) -> dict[str, object]:
-    """Compare aims with measurements; where an aim was missed, say where the time went."""
+    """Compare aims with measurements; if an aim was missed, describe where the time was spent."""
     aims = {
         "wall_ratio": (clock["perdure"], TIME_TARGETS[batch]),
         "memory_ratio": (memory["perdure"] / memory["plain"], MEMORY_TARGET),
@@ -304,14 +305,14 @@ def judgement(
 
 
 def numbers(model: str) -> int:
-    """Numbers in all parameters of a model."""
+    """Count the numbers in all parameters of a model."""
     return sum(value.numel() for value in MODELS[model]().parameters())
 
 
 def noise_seconds(model: str) -> float:
-    """Processor time of drawing one step's noise, median of 20.
+    """Measure the processor time of drawing the noise of one step, as the median of 20.
 
-    It is measured in between steps of plain SGD, as in a real run.
+    It is measured between steps of plain SGD, as in a real run.
     """
     key = NoiseKey.from_seed(0)
     between = side("plain", model, 256, 1)

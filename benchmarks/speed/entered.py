@@ -1,12 +1,12 @@
-"""Code that one step and one round enter: files and functions of perdure, counted in one run.
+"""Number of files and functions of perdure that run in one private step and in one round.
 
 A reader who follows a private step, or a federated round, has to look into each of them. The step
 is one of Replay with an MLP under privacy (flat clipping), in the middle of a block of the second
-experience. The round is the only one of the second experience of a private federation of two
-clients in this process (EWC), with the consolidation, evaluation and checkpoints that close it.
+experience. The round is the only one of the second experience, in a private federation of two
+clients in this process (EWC), with consolidation, evaluation and checkpoints at its end.
 
-`functions` are code objects: Python up to 3.11 makes one of every comprehension too, so compare
-rows of one Python. `named` are those of them that were written with `def`.
+`functions` are code objects: Python up to 3.11 makes one for every comprehension, too, so compare
+only rows of one version of Python. `named` counts the code objects written with `def`.
 
     python benchmarks/speed/entered.py --json benchmarks/results/entered.json --label before
 """
@@ -46,23 +46,23 @@ TARGETS = {"private step": (18, 100), "federated round": (25, 300)}
 
 @dataclass
 class Entered:
-    """Code objects that were entered while it watched, by file.
+    """Code objects that ran between `start` and `stop`, by file.
 
     Args:
         functions: file to its code objects.
-        known: every code object seen to its file; None where that is not perdure's.
+        known: every code object so far to its file; None if the file is not one of perdure's.
     """
 
     functions: dict[str, set[CodeType]] = field(default_factory=dict)
     known: dict[CodeType, str | None] = field(default_factory=dict)
 
     def start(self) -> None:
-        """Watch every call of this thread, and of those that begin from now on."""
+        """Record every call of this thread, and of threads that start from now on."""
         threading.setprofile(self._called)
         sys.setprofile(self._called)
 
     def stop(self) -> None:
-        """Watch no more."""
+        """Stop recording calls."""
         sys.setprofile(None)
         threading.setprofile(None)  # typeshed does not know that None is allowed
 
@@ -86,7 +86,7 @@ def place(code: CodeType) -> str | None:
 
 
 def names(codes: set[CodeType]) -> list[str]:
-    """Qualified names of those written with `def`."""
+    """Return the qualified names of the functions written with `def`."""
     return sorted(code.co_qualname for code in codes if not code.co_name.startswith("<"))
 
 
@@ -104,7 +104,7 @@ def learner_of(stream: Stream, strategy: Strategy, number: int = 0) -> Learner:
 
 
 def private_step() -> Entered:
-    """Watch one step of Replay, from the end of the step before to its own."""
+    """Record one step of Replay, from the end of the step before to its own end."""
     stream = split(digits(), scenario="class", experiences=5)
     entered = Entered()
 
@@ -128,7 +128,7 @@ def private_step() -> Entered:
 
 
 def federated_round() -> Entered:
-    """Watch the only round of the second experience of a federation, to its last checkpoint."""
+    """Record the only round of the second experience of a federation, up to its last checkpoint."""
     streams = iid(split(digits(), scenario="class", experiences=2), clients=2, exact=False)
     entered = Entered()
 
@@ -156,7 +156,7 @@ WATCHED: dict[str, Callable[[], Entered]] = {
 
 
 def measure(name: str, label: str) -> dict[str, object]:
-    """Row of one of `WATCHED`, with the functions by file."""
+    """Build the row for one entry of `WATCHED`, with its functions by file."""
     functions = WATCHED[name]().functions
     most_files, most_functions = TARGETS[name]
     return {
@@ -184,7 +184,7 @@ def commit() -> str | None:
 
 
 def show(rows: list[dict[str, object]], *, listed: bool) -> None:
-    """Print the counts, and with `listed` every function."""
+    """Print the counts and, if `listed` is True, every function."""
     columns = (
         "label",
         "entered_by",
@@ -210,7 +210,7 @@ def show(rows: list[dict[str, object]], *, listed: bool) -> None:
 
 
 def main() -> None:
-    """Count both, print them and store them beside the rows of other labels."""
+    """Count both, print the counts, and store them beside the rows of other labels."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,7 +1,7 @@
 """Costs that do not grow with the steps: guard, calibration, blocks, ledger, opening, start.
 
-Each row has what a thing costs at first and again, in processor time where it is time, as medians
-of alternating runs, and what is counted where it can be counted.
+Each row has the cost of an operation the first time and when repeated: medians of alternating runs,
+in processor time, or as a count of what is used.
 
     python benchmarks/speed/fixed_costs.py --repeats 5
     python benchmarks/speed/fixed_costs.py guard calibration --repeats 3
@@ -43,7 +43,7 @@ LENGTHS = (1, 5, 20)
 
 
 def stream_of(records: int, experiences: int = 1, features: int = 4) -> Stream:
-    """Random records of two classes; each experience has its own."""
+    """Make a stream of random records of two classes; no record is in two experiences."""
     draws = torch.Generator().manual_seed(0)
     found = []
     for index in range(experiences):
@@ -67,7 +67,7 @@ def stream_of(records: int, experiences: int = 1, features: int = 4) -> Stream:
 
 
 def learner_of(stream: Stream, strategy: Strategy, hidden: int = 16, **options: object) -> Learner:
-    """A learner of a small model on a stream."""
+    """Make a learner with a small model for a stream."""
     model = mlp(input_shape=stream.input_shape, num_classes=CLASSES, hidden=(hidden,), seed=0)
     given = {"privacy": SIMULATED, "iterations": 4, "batch_size": 64} | options
     optimizer = partial(torch.optim.SGD, lr=0.1)
@@ -75,14 +75,14 @@ def learner_of(stream: Stream, strategy: Strategy, hidden: int = 16, **options: 
 
 
 def spent(work: Callable[[], object]) -> float:
-    """Processor time of some work in milliseconds."""
+    """Measure the processor time of a function in milliseconds."""
     start = time.process_time()
     work()
     return 1e3 * (time.process_time() - start)
 
 
 def pair(first: list[float], again: list[float]) -> Row:
-    """Medians of what costs something at first and again, and of their ratios."""
+    """Return the medians of first and repeated times, and of their ratios."""
     ratios = [late / early for early, late in zip(first, again, strict=True)]
     return {
         "first_milliseconds": statistics.median(first),
@@ -93,7 +93,7 @@ def pair(first: list[float], again: list[float]) -> Row:
 
 
 def guard(repeats: int) -> Iterator[Row]:
-    """Preparing the first client of a structure, and one more; the seed makes structures differ."""
+    """Time the preparation of the first client of a model structure, and of a second client."""
     for hidden in (256, 4096):
         stream = stream_of(640, features=784)
         learner_of(stream, EWC(strength=1.0), hidden, seed=repeats).prepare(stream)
@@ -107,7 +107,7 @@ def guard(repeats: int) -> Iterator[Row]:
 
 
 def schedules(repeats: int) -> Iterator[Row]:
-    """2,000 private steps in 200 blocks, without and with a schedule."""
+    """Time 2,000 private steps in 200 blocks, without and with a learning-rate schedule."""
     stream = stream_of(640)
 
     def scheduler(optimizer: Optimizer, steps: int) -> CosineAnnealingLR:
@@ -134,7 +134,7 @@ def schedules(repeats: int) -> Iterator[Row]:
 
 
 def ledger(repeats: int) -> Iterator[Row]:
-    """Epsilon of a long ledger: first, again, and after one more entry."""
+    """Time the epsilon of a long ledger: first, again, and after one more entry."""
     first: list[float] = []
     again: list[float] = []
     grown: list[float] = []
@@ -156,7 +156,7 @@ def ledger(repeats: int) -> Iterator[Row]:
 
 
 def entry(number: int) -> Entry:
-    """One step of one partition."""
+    """Make a ledger entry for one step of one partition."""
     return Entry(
         purpose="gradient",
         mechanism="gaussian",
@@ -173,7 +173,7 @@ def entry(number: int) -> Entry:
 
 
 def begin(repeats: int) -> Iterator[Row]:
-    """Opening an experience of a million records, and opening it again for the next round."""
+    """Time the opening of an experience of a million records, and opening it again."""
     stream = stream_of(MILLION)
     first: list[float] = []
     again: list[float] = []
@@ -186,7 +186,7 @@ def begin(repeats: int) -> Iterator[Row]:
 
 
 def calibration(repeats: int) -> Iterator[Row]:
-    """Loss distributions that a plan with replay takes, at first and in its folder again."""
+    """Count the loss distributions of a calibration: first, and again in the same folder."""
     for experiences in LENGTHS:
         stream = stream_of(1000, experiences)
         for target in TARGETS:
@@ -212,7 +212,7 @@ def calibration(repeats: int) -> Iterator[Row]:
 
 
 def start(repeats: int) -> Iterator[Row]:
-    """Processor time of the command line's help, and of a program that imports torch alone."""
+    """Measure the processor time of the command line's help, and of importing torch alone."""
     commands = {
         "perdure --help": "from perdure.cli.main import main; main()",
         "perdure ledger show --help": "from perdure.cli.main import main; main()",
@@ -244,7 +244,7 @@ ROWS: dict[str, Callable[[int], Iterator[Row]]] = {
 
 
 def main() -> None:
-    """Measure the rows that were asked for, print them, and store them."""
+    """Measure the requested rows, print them, and store them."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -263,7 +263,7 @@ def main() -> None:
 
 
 def shown(value: object) -> str:
-    """A number with four digits, anything else as it is."""
+    """Format a number with four digits; return other values as text."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 

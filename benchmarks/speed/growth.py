@@ -1,16 +1,16 @@
-"""Growth of the costs of training, which stays flat.
+"""Growth of the cost of training with experiences, classes, parameters and records.
 
-Steps of a model with 28 million parameters: strategies beside Naive, and each beside a bare PyTorch
-loop that does the same arithmetic in place, without hooks and without a library.
+Steps: with a model of 28 million parameters, each strategy is compared with Naive, and with a bare
+PyTorch loop that does the same arithmetic in place, without hooks and without a library.
 
 Growth: the processor time of one unit of work (a step, or an experience) at growing numbers of
-experiences, classes, parameters, stored records and records. `exponent` is the slope of the last
-two sizes on logarithmic scales: 0 is flat, 1 is in proportion, more is superlinear. A row says what
-mathematics asks for. Evaluation at the end of every stage takes T^2 passes over test records for T
-stages, and GEM a reference gradient a step for every earlier experience; neither is in a row.
+experiences, classes, parameters, stored records and records. `exponent` is the slope between the
+last two sizes on logarithmic scales: 0 is constant, 1 is proportional, more is superlinear. Not
+measured: evaluation, which passes T^2 times over test records for T stages, and GEM, which computes
+a reference gradient per step for every earlier experience.
 
-Pieces: a stream of 5 experiences against the same steps in 5,000 pieces (`perdure.data.online`),
-each from the stream to the last measurement; both are measured on the test records of 5 stages.
+Pieces: a stream of 5 experiences is compared with the same steps in 5,000 pieces
+(`perdure.data.online`), including evaluation on the test records of 5 stages.
 
     python benchmarks/speed/growth.py --repeats 5
     python benchmarks/speed/growth.py --rows ewc si memory
@@ -66,7 +66,7 @@ WITH_BARE = ("naive", "ewc", "si")
 def stream_of(
     sizes: list[int], *, classes: int = 10, width: int = INPUTS, domain: bool = True
 ) -> Stream:
-    """Random records, the classes of an experience in turn; speed does not depend on values."""
+    """Make a stream of random records, with classes in turn; speed does not depend on values."""
     place = torch.Generator().manual_seed(0)
     experiences = []
     first = 0
@@ -94,7 +94,7 @@ def stream_of(
 
 
 def model_for(stream: Stream, hidden: tuple[int, ...]) -> nn.Module:
-    """The same model for both sides."""
+    """Make the same model for both methods."""
     return mlp(
         input_shape=stream.input_shape, num_classes=stream.num_classes, hidden=hidden, seed=0
     )
@@ -107,7 +107,7 @@ def learner_of(
     iterations: int,
     privacy: Privacy | None = None,
 ) -> Learner:
-    """A learner at its beginning."""
+    """Make a learner at the start of the stream."""
     learner = Learner(
         model=model_for(stream, hidden),
         strategy=strategy,
@@ -121,14 +121,14 @@ def learner_of(
 
 
 def seconds(block: Callable[[], object]) -> float:
-    """Processor time of a block; wall time on a shared machine says more of others."""
+    """Measure the processor time of a block; elapsed time would depend on other programs."""
     start = time.process_time()
     block()
     return time.process_time() - start
 
 
 def blocks(learner: Learner, steps: int) -> Clock:
-    """Blocks of steps of the open experience, one after the other."""
+    """Prepare the timing of blocks of steps in the open experience."""
     starts = itertools.count(0, steps)
 
     def block() -> float:
@@ -139,7 +139,7 @@ def blocks(learner: Learner, steps: int) -> Clock:
 
 
 def in_second(strategy: Strategy, hidden: tuple[int, ...], steps: int) -> Clock:
-    """Steps of the second experience, where a penalty pulls."""
+    """Prepare the timing of steps in the second experience, in which a penalty has an effect."""
     stream = stream_of([FIRST, 4 * BATCH])
     learner = learner_of(stream, strategy, hidden, iterations=1_000_000)
     learner.begin(0)
@@ -153,7 +153,7 @@ def in_second(strategy: Strategy, hidden: tuple[int, ...], steps: int) -> Clock:
 
 
 def bare(name: str, hidden: tuple[int, ...], steps: int) -> Clock:
-    """The same steps by hand: all copies and sums in place, in tensors that are kept."""
+    """Prepare the same steps in a bare loop, with all sums in place and in reused tensors."""
     stream = stream_of([FIRST, 4 * BATCH])
     model = model_for(stream, hidden)
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
@@ -203,7 +203,7 @@ def bare(name: str, hidden: tuple[int, ...], steps: int) -> Clock:
 
 
 def step_row(name: str, repeats: int) -> Row:
-    """Time of a strategy's step beside Naive's and its bare loop's, turn by turn."""
+    """Time the steps of a strategy, of Naive and of the bare loop, in turn."""
     strategy, target = STEP_ROWS[name]
     sides = {"ours": in_second(strategy, LARGE, STEPS)}
     sides["naive"] = in_second(Naive(), LARGE, STEPS)
@@ -227,13 +227,13 @@ def step_row(name: str, repeats: int) -> Row:
 
 
 def alternated(sides: dict[str, Clock], repeats: int) -> dict[str, list[float]]:
-    """Times of every side, turn by turn, after one turn that warms up."""
+    """Time all methods in turn, after one turn that is not counted."""
     turns = [{name: side() for name, side in sides.items()} for _ in range(repeats + 1)][1:]
     return {name: [turn[name] for turn in turns] for name in sides}
 
 
 def ratio(mine: list[float], others: list[float]) -> float:
-    """Median ratio of the pairs."""
+    """Return the median of the ratios of pairs."""
     return statistics.median(m / o for m, o in zip(mine, others, strict=True))
 
 
@@ -242,13 +242,13 @@ def ratio(mine: list[float], others: list[float]) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Growth:
-    """A cost that grows, and its largest allowed exponent.
+    """Cost that may grow with a size, and its largest allowed exponent.
 
     Args:
-        unit: of the time.
-        sizes: that are measured.
-        clock: from a size to the processor time of one unit.
-        most: largest allowed exponent, by mathematics: 0 is flat, 1 in proportion.
+        unit: unit of work of the time.
+        sizes: sizes at which the time is measured.
+        clock: function from a size to a function that measures the processor time of one unit.
+        most: largest allowed exponent, by mathematics: 0 is constant, 1 is proportional.
     """
 
     unit: str
@@ -262,7 +262,7 @@ SMALL = 64
 
 
 def steps_in_second(strategy: Strategy, records: int, steps: int = 50) -> Clock:
-    """Steps of the second of two experiences of so many records, of a small model."""
+    """Prepare the timing of steps in the second of two experiences, with a small model."""
     stream = stream_of([records, records], width=SMALL)
     learner = learner_of(stream, strategy, (SMALL,), iterations=1_000_000)
     learner.begin(0)
@@ -273,7 +273,7 @@ def steps_in_second(strategy: Strategy, records: int, steps: int = 50) -> Clock:
 
 
 def experiences(count: int, strategy: Strategy, privacy: Privacy | None = None) -> Clock:
-    """Whole experiences of a stream of so many, from preparing the learner on."""
+    """Prepare the timing of whole experiences, from the preparation of the learner on."""
     stream = stream_of([BATCH] * count, width=SMALL)
 
     def run() -> None:
@@ -287,7 +287,7 @@ def experiences(count: int, strategy: Strategy, privacy: Privacy | None = None) 
 
 
 def opened_and_closed(records: int) -> Clock:
-    """Opening and ending an experience of so many records, a memory beside it."""
+    """Prepare the timing of opening and ending an experience while a memory exists."""
     stream = stream_of([records], width=SMALL)
 
     def block() -> float:
@@ -304,7 +304,7 @@ def opened_and_closed(records: int) -> Clock:
 
 
 def classes(count: int) -> Clock:
-    """Steps of a class-incremental stream of so many classes, in its second half."""
+    """Prepare the timing of steps in the second half of a class-incremental stream."""
     stream = stream_of([2000, 2000], classes=count, width=SMALL, domain=False)
     learner = learner_of(stream, Replay(memory_size=2000), (SMALL,), iterations=1_000_000)
     learner.begin(0)
@@ -374,7 +374,7 @@ GROWTHS: dict[str, Growth] = {
 
 
 def growth_row(name: str, repeats: int) -> Row:
-    """Times of one unit at every size, turn by turn, and how they grow."""
+    """Measure the time of one unit at every size in turn, and compute the exponent."""
     growth = GROWTHS[name]
     sides = {str(size): growth.clock(size) for size in growth.sizes}
     times = [statistics.median(each) for each in alternated(sides, repeats).values()]
@@ -408,7 +408,7 @@ MOST_FOR_PIECES = 1.5
 
 
 def parents_of(count: int) -> Stream:
-    """Class-incremental experiences that `count` pieces fill, two classes each."""
+    """Make class-incremental experiences, of two classes each, to be cut into `count` pieces."""
     size = count * PIECE // PARENTS
     stream = stream_of([size] * PARENTS, domain=False)
     tested = (
@@ -418,7 +418,7 @@ def parents_of(count: int) -> Stream:
 
 
 def whole_run(stream: Stream, strategy: Strategy, cut: bool) -> Clock:
-    """A whole run on a stream, or on its pieces: one pass, in steps of the size of a piece."""
+    """Prepare a run in one pass on a stream, or on its pieces, with steps as large as a piece."""
 
     def run() -> None:
         met = online(stream, chunk=PIECE) if cut else stream
@@ -435,7 +435,7 @@ def whole_run(stream: Stream, strategy: Strategy, cut: bool) -> Clock:
 
 
 def piece_row(name: str, repeats: int, pieces: int = PIECES) -> Row:
-    """Processor time of a run in pieces over the same steps in whole experiences."""
+    """Compare the processor time of a run in pieces with the same steps in whole experiences."""
     stream = parents_of(pieces)
     strategy = PIECE_ROWS[name]
     sides = {
@@ -460,7 +460,7 @@ def piece_row(name: str, repeats: int, pieces: int = PIECES) -> Row:
 
 
 def main() -> None:
-    """Measure the rows that are named, or all, and print them."""
+    """Measure the given rows, or all, and print them."""
     known = [*STEP_ROWS, *GROWTHS, *PIECE_ROWS]
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -484,7 +484,7 @@ def main() -> None:
 
 
 def shown(row: Row) -> str:
-    """A row as one line."""
+    """Format a row as one line."""
     cells = [
         ", ".join(f"{each:.3g}" for each in value)
         if isinstance(value, list)

@@ -1,4 +1,4 @@
-"""Cost of importances at the end of an experience: Fisher information, memory aware synapses.
+"""Cost of importances at the end of an experience, for EWC (Fisher information) and MAS.
 
 Every row is a ratio of processor time, both sides in one process, turn by turn; the median over
 the repeats. No privacy: the sums are exact.
@@ -60,7 +60,7 @@ Job = Callable[[], object]
 
 
 def stream_of(shape: tuple[int, ...], classes: int) -> Stream:
-    """One experience of random records: speed does not depend on what they show."""
+    """Make one experience of random records; speed does not depend on values."""
     place = torch.Generator().manual_seed(0)
     inputs = torch.rand(RECORDS, *shape, generator=place)
     records = Records(inputs=inputs, labels=torch.randint(0, classes, (RECORDS,), generator=place))
@@ -76,7 +76,7 @@ def stream_of(shape: tuple[int, ...], classes: int) -> Stream:
 
 
 def importance(model: nn.Module, stream: Stream, strategy: Strategy) -> Job:
-    """The end of an experience, which may be reached again and again."""
+    """Prepare the end of an experience, so that it can be repeated."""
     learner = Learner(
         model=model,
         strategy=strategy,
@@ -91,7 +91,7 @@ def importance(model: nn.Module, stream: Stream, strategy: Strategy) -> Job:
 
 
 def one_pass(model: nn.Module, stream: Stream) -> Job:
-    """A plain forward and backward pass of all records."""
+    """Prepare a plain forward and backward pass over all records."""
     records = stream[0].train
 
     def step() -> None:
@@ -102,14 +102,14 @@ def one_pass(model: nn.Module, stream: Stream) -> Job:
 
 
 def on_resnet(strategy: Strategy) -> tuple[Job, Job]:
-    """Importance of ResNet-18, and one forward and backward pass."""
+    """Prepare importances of ResNet-18, and one forward and backward pass."""
     stream = stream_of(IMAGE, 10)
     model = resnet18(input_shape=IMAGE, num_classes=10, width=8, seed=0)
     return importance(model, stream, strategy), one_pass(model, stream)
 
 
 def by_classes(strategy: Strategy) -> tuple[Job, Job]:
-    """Importance with 1,000 classes, and with 10."""
+    """Prepare importances with 1,000 classes, and with 10."""
     many, few = (
         importance(
             mlp(input_shape=NUMBERS, num_classes=classes, hidden=HIDDEN, seed=0),
@@ -122,7 +122,7 @@ def by_classes(strategy: Strategy) -> tuple[Job, Job]:
 
 
 def linear() -> tuple[Job, Job]:
-    """Importance of linear layers, and the same from rows of 50 records at a time."""
+    """Prepare importances of linear layers, by layers and from rows of 50 records at a time."""
     stream = stream_of((784,), 10)
     model = mlp(input_shape=(784,), num_classes=10, hidden=WIDE, seed=0)
 
@@ -154,14 +154,14 @@ SLOW = "classes_exact"
 
 
 def seconds(job: Job) -> float:
-    """Processor time of a job."""
+    """Measure the processor time of a function."""
     start = time.process_time()
     job()
     return time.process_time() - start
 
 
 def measure(name: str, repeats: int) -> dict[str, object]:
-    """Median over the repeats of the ratio of each pair, after one that is not counted."""
+    """Return the median of the ratios over all repeats, after one that is not counted."""
     pair = ROWS[name]()
     for job in pair:
         job()
@@ -187,7 +187,7 @@ def measure(name: str, repeats: int) -> dict[str, object]:
 
 
 def peak_memory(name: str) -> float:
-    """Growth of the peak in MiB, of three fresh processes."""
+    """Return the growth of the peak in MiB, as the median of three new processes."""
     order = [sys.executable, str(Path(__file__)), "--peak", name]
     runs = [
         subprocess.run(order, capture_output=True, text=True, check=True).stdout for _ in range(3)
@@ -196,7 +196,7 @@ def peak_memory(name: str) -> float:
 
 
 def print_peak(name: str) -> None:
-    """In the fresh process: run the importance once and print the growth of the peak."""
+    """In the new process: compute the importances once, and print the growth of the peak."""
     job, _ = ROWS[name]()
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from what is resident
     before = _status("VmRSS")
@@ -205,7 +205,7 @@ def print_peak(name: str) -> None:
 
 
 def _status(field: str) -> float:
-    """One line of the process's status, in MiB."""
+    """Read one value of the process's status, in MiB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(float(line.split()[1]) for line in lines if line.startswith(field)) / 1024
 
@@ -222,7 +222,7 @@ def show(rows: list[dict[str, object]]) -> None:
 
 
 def main() -> None:
-    """Measure the rows that are named, or all but the slow one."""
+    """Measure the given rows, or all but the slow one."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,10 +1,10 @@
 """Cost of the training loop.
 
-perdure against a bare PyTorch loop doing the same arithmetic, in one run, turn by turn.
+It compares perdure with a bare PyTorch loop that does the same arithmetic, in one run, in turn.
 
-The bare loop is written by hand for each strategy: resident tensors, index selection, no hooks, no
-library. With one thread perdure takes denormal numbers as 0 while it trains; so does the bare loop
-then, since that is arithmetic too.
+The bare loop is written by hand for each strategy: tensors in memory, selection by indices, no
+hooks, no library. With one thread perdure treats denormal numbers as 0 while it trains; the bare
+loop then does so, too, so that both do the same arithmetic.
 
     python benchmarks/speed/loop.py --repeats 5
 """
@@ -44,7 +44,7 @@ def model_for(stream: Stream) -> nn.Module:
 
 @flushed()
 def bare(stream: Stream, strategy: str, iterations: int) -> float:
-    """Seconds that the bare loop spends in training steps."""
+    """Measure the seconds that the bare loop spends in training steps."""
     model = model_for(stream)
     optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
     stored_x: list[Tensor] = []
@@ -100,7 +100,7 @@ def bare(stream: Stream, strategy: str, iterations: int) -> float:
 
 
 def ours(stream: Stream, strategy: Strategy, iterations: int) -> float:
-    """Seconds that the learner spends in training steps, from opening a block to its end."""
+    """Measure the seconds that the learner spends in training steps, from opening a block on."""
     clock: dict[str, float] = {"start": 0.0, "spent": 0.0}
 
     def listen(point: str, _: Learner) -> None:
@@ -122,7 +122,7 @@ def ours(stream: Stream, strategy: Strategy, iterations: int) -> float:
 
 
 def main() -> None:
-    """Time every strategy on both sides, alternating, and print the median ratio."""
+    """Time every strategy with both loops, in turn, and print the median ratio."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -155,7 +155,7 @@ def main() -> None:
 def measure(
     stream: Stream, name: str, strategy: Strategy, repeats: int, iterations: int
 ) -> dict[str, object]:
-    """Median over the repeats of the ratio of each pair, run one after the other."""
+    """Return the median of the ratios of pairs that are run one after the other."""
     pair: tuple[Callable[[], float], Callable[[], float]] = (
         lambda: ours(stream, strategy, iterations),
         lambda: bare(stream, name, iterations),

@@ -1,9 +1,9 @@
-"""Time of a clipped gradient sum of models of many kinds, relative to their plain gradient.
+"""Time of the clipped gradient sum for many kinds of models, relative to the plain gradient.
 
-perdure, `vmap(grad)`, and Opacus in its three modes (hooks, functorch, ghost clipping), on one
-ready batch, turn by turn. Everybody forms gradients, norms and the clipped sum; nobody draws noise,
-steps or keeps a ledger (for those see `dp_step.py`). perdure also rounds to its grid where it goes
-record by record.
+It compares perdure, `vmap(grad)`, and Opacus in its three modes (hooks, functorch, ghost clipping)
+on one ready batch, in turn. All compute gradients, norms and the clipped sum; none draws noise,
+takes a step or writes a ledger (for these see `dp_step.py`). perdure also rounds to its grid if it
+clips record by record.
 
 `time_ratio` is processor time relative to the plain gradient of the same turn, median over turns.
 A mode of Opacus that cannot run a model has no time. perdure's row says how it compares with
@@ -50,12 +50,12 @@ Step = Callable[[], object]
 
 
 def mlp() -> nn.Module:
-    """256-4096-10."""
+    """Make a perceptron of widths 256, 4,096 and 10."""
     return nn.Sequential(nn.Linear(256, 4096), nn.ReLU(), nn.Linear(4096, CLASSES))
 
 
 def resnet() -> nn.Module:
-    """ResNet-18 with GroupNorm, an eighth of the width."""
+    """Make a ResNet-18 with GroupNorm and an eighth of the usual width."""
     return resnet18(input_shape=(3, 32, 32), num_classes=CLASSES, seed=0, width=8)
 
 
@@ -70,12 +70,12 @@ SMALL: dict[str, Any] = {
 
 
 def vit_embedding() -> nn.Module:
-    """Three blocks over 64 patches; class token and positions are rows of an embedding."""
+    """Make a transformer of three blocks; class token and positions are rows of an embedding."""
     return transformer(num_classes=CLASSES, seed=0, **SMALL)
 
 
 class WithParameters(nn.Module):
-    """The same; class token and positions are parameters of the model itself."""
+    """The same transformer, with class token and positions as parameters of the model itself."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -86,7 +86,7 @@ class WithParameters(nn.Module):
         self.head = nn.Linear(64, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(n, 3, 32, 32) to (n, CLASSES)."""
+        """Compute logits (n, CLASSES) of images (n, 3, 32, 32)."""
         n = len(x)
         squares = x.reshape(n, 3, 8, 4, 8, 4).permute(0, 2, 4, 1, 3, 5).reshape(n, 64, 48)
         tokens = torch.cat([self.token.expand(n, -1, -1), self.body.embed(squares)], 1)
@@ -95,7 +95,7 @@ class WithParameters(nn.Module):
 
 
 class Words(nn.Module):
-    """An embedding of words, Opacus's GRU, and a head on the mean of its outputs."""
+    """Model of word embedding, Opacus's GRU, and a head on the mean of the GRU's outputs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -106,13 +106,13 @@ class Words(nn.Module):
         self.head = nn.Linear(64, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(n, length) words to (n, CLASSES)."""
+        """Compute logits (n, CLASSES) of words (n, length)."""
         answer: Tensor = self.head(self.recur(self.embed(x))[0].mean(1))
         return answer
 
 
 def depthwise() -> nn.Module:
-    """Three depthwise separable blocks over images, with GroupNorm."""
+    """Make three depthwise separable blocks for images, with GroupNorm."""
 
     def block(ins: int, outs: int, stride: int) -> list[nn.Module]:
         deep = nn.Conv2d(ins, ins, 3, stride, 1, groups=ins)
@@ -127,7 +127,7 @@ def depthwise() -> nn.Module:
 
 
 def conv3d() -> nn.Module:
-    """Two convolutions over volumes."""
+    """Make a model of two convolutions over volumes."""
     return nn.Sequential(
         nn.Conv3d(1, 8, 3, padding=1),
         nn.ReLU(),
@@ -141,7 +141,7 @@ def conv3d() -> nn.Module:
 
 
 def without_rule() -> nn.Module:
-    """A perceptron with a learned slope, which goes record by record."""
+    """Make a perceptron with a learned slope, for which there is no clipping rule."""
     layers = nn.Linear(3072, 64), nn.PReLU(), nn.Linear(64, CLASSES)
     return nn.Sequential(nn.Flatten(), *layers)
 
@@ -159,7 +159,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 
 
 def data(name: str, batch: int) -> tuple[Tensor, Tensor]:
-    """Random inputs and labels: speed does not depend on what they show."""
+    """Make random inputs and labels; speed does not depend on values."""
     draw = torch.Generator().manual_seed(0)
     shape = (batch, *MODELS[name][1])
     words = name == "embedding_gru"
@@ -173,18 +173,18 @@ def data(name: str, batch: int) -> tuple[Tensor, Tensor]:
 
 
 def losses(forward: Callable[[Tensor], Tensor], batch: Batch) -> Tensor:
-    """(n,) cross entropies."""
+    """Compute the (n,) cross entropies of a batch."""
     return F.cross_entropy(forward(batch.inputs), batch.labels, reduction="none")
 
 
 def plain(model: nn.Module, x: Tensor, y: Tensor) -> Step:
-    """Gradient of the mean loss."""
+    """Prepare the gradient of the mean loss."""
     params = list(model.parameters())
     return lambda: torch.autograd.grad(F.cross_entropy(model(x), y), params)
 
 
 def perdure(model: nn.Module, x: Tensor, y: Tensor) -> Step:
-    """The clipped sum as the learner takes it."""
+    """Prepare the clipped sum as a learner computes it."""
     batch = Batch.current(Records(inputs=x, labels=y), 0)
     params: dict[str, Tensor] = dict(model.named_parameters())
     clip = Clip(norm=CLIP_NORM, steps=GRID_STEPS)
@@ -193,7 +193,7 @@ def perdure(model: nn.Module, x: Tensor, y: Tensor) -> Step:
 
 
 def clipped(rows: Iterable[Tensor]) -> list[Tensor]:
-    """Clipped sum of rows, the short way: norms in float32, and one product a parameter."""
+    """Compute the clipped sum of rows, with norms in float32 and one product per parameter."""
     tables = [row.flatten(1) for row in rows]
     norms = torch.stack([torch.linalg.vector_norm(table, dim=1) for table in tables])
     factors = (CLIP_NORM / torch.linalg.vector_norm(norms, dim=0)).clamp(max=1.0)
@@ -201,7 +201,7 @@ def clipped(rows: Iterable[Tensor]) -> list[Tensor]:
 
 
 def vmap(model: nn.Module, x: Tensor, y: Tensor) -> Step:
-    """`torch.func.vmap` over `torch.func.grad`."""
+    """Prepare the clipped sum by `torch.func.vmap` over `torch.func.grad`."""
     params = {name: value.detach() for name, value in model.named_parameters()}
 
     def loss(params: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
@@ -213,7 +213,7 @@ def vmap(model: nn.Module, x: Tensor, y: Tensor) -> Step:
 
 
 def opacus_rows(model: nn.Module, x: Tensor, y: Tensor, *, functorch: bool) -> Step:
-    """Opacus's per-record gradients, by its samplers or by functorch."""
+    """Prepare Opacus's per-record gradients, by its grad samplers or by functorch."""
     from opacus.grad_sample import GradSampleModule
 
     wrapped = GradSampleModule(model, force_functorch=functorch)
@@ -228,7 +228,7 @@ def opacus_rows(model: nn.Module, x: Tensor, y: Tensor, *, functorch: bool) -> S
 
 
 def opacus_ghost(model: nn.Module, x: Tensor, y: Tensor) -> Step:
-    """Opacus's ghost clipping: norms in one backward pass, the clipped sum in a second one."""
+    """Prepare Opacus's ghost clipping: one backward pass for norms, a second one for the sum."""
     from opacus import PrivacyEngine
     from torch.utils.data import DataLoader, TensorDataset
 
@@ -253,7 +253,7 @@ def opacus_ghost(model: nn.Module, x: Tensor, y: Tensor) -> Step:
 
 
 def contestant(method: str, model: nn.Module, x: Tensor, y: Tensor) -> Step:
-    """One step of a method on a copy of the model."""
+    """Prepare one step of a method on a copy of the model."""
     own = copy.deepcopy(model)
     if method.startswith("opacus"):
         if method == "opacus_ghost":
@@ -266,14 +266,14 @@ def contestant(method: str, model: nn.Module, x: Tensor, y: Tensor) -> Step:
 
 
 def timed(step: Step) -> float:
-    """Processor time of a step."""
+    """Measure the processor time of a step."""
     start = time.process_time()
     step()
     return time.process_time() - start
 
 
 def measure(name: str, batch: int, repeats: int) -> list[dict[str, object]]:
-    """Alternate the methods; every ratio is the median over turns of method / plain in a turn."""
+    """Time the methods in turn; every ratio is the median over turns of method / plain."""
     torch.manual_seed(0)
     model = MODELS[name][0]()
     x, y = data(name, batch)
@@ -312,7 +312,7 @@ def measure(name: str, batch: int, repeats: int) -> list[dict[str, object]]:
 
 
 def judgement(ratios: dict[str, float]) -> dict[str, object]:
-    """Compare perdure with the methods that it is to beat."""
+    """Compare perdure with the methods that it should not be slower than."""
     best = min(value for method, value in ratios.items() if method.startswith("opacus"))
     over_vmap = ratios["perdure"] / ratios["vmap"]
     over_opacus = ratios["perdure"] / best

@@ -1,4 +1,4 @@
-"""The price of a federated round: perdure, a bare PyTorch loop and pfl-research, turn by turn.
+"""Time of a federated round: perdure, a bare PyTorch loop and pfl-research, in turn.
 
 Ten clients a round, each with 60 records of 28 x 28 and three steps of SGD on batches of 20, then
 averaged by the sizes of the clients. perdure runs whole: Flower's messages, FedAvg (its arithmetic,
@@ -73,14 +73,14 @@ DISTINCT = 100
 
 
 def model_for(kind: str) -> Classifier:
-    """Return the same model for every side and client."""
+    """Make the same model for every method and client."""
     if kind == "cnn":
         return cnn(input_shape=INPUT_SHAPE, num_classes=CLASSES, width=16, seed=0)
     return mlp(input_shape=INPUT_SHAPE, num_classes=CLASSES, hidden=(200, 200), seed=0)
 
 
 def stream_of(client: int) -> Stream:
-    """Return one experience of random images with labels that can be learnt."""
+    """Make one experience of random images with labels that can be learnt."""
     rng = torch.Generator().manual_seed(client)
     labels = torch.randint(CLASSES, (RECORDS,), generator=rng)
     inputs = torch.rand(RECORDS, *INPUT_SHAPE, generator=rng)
@@ -101,7 +101,7 @@ STREAMS = [stream_of(client) for client in range(DISTINCT)]
 
 
 def cohorts(clients: int, rounds: int) -> list[list[int]]:
-    """Return the clients of every round, those that perdure draws."""
+    """Return the clients of every round, as perdure draws them."""
     federation = Federation(clients=clients, rounds=rounds, fraction=COHORT / clients)
     return [federation.cohort(0, number) for number in range(rounds)]
 
@@ -111,14 +111,14 @@ def cohorts(clients: int, rounds: int) -> list[list[int]]:
 
 @dataclass
 class Clock:
-    """Seconds of every round and of the consolidation, heard from the server's loop."""
+    """Callback of the server that measures the seconds of every round and of the consolidation."""
 
     rounds: list[float] = field(default_factory=list)
     consolidation: float = 0.0
     _start: float = 0.0
 
     def __call__(self, point: str, server: Server) -> None:
-        """Follow the server."""
+        """Record the time of a point of the server's loop."""
         now = time.process_time()
         if point == "round.begin":
             self._start = now
@@ -131,7 +131,7 @@ class Clock:
 
 
 def ours(kind: str, clients: int, rounds: int, learners: list[Learner] | None = None) -> Clock:
-    """Run a federation of one experience in this process; `learners` gets those of the clients."""
+    """Run a federation of one experience in this process; add its learners to `learners`."""
 
     def make(client: int) -> Learner:
         learner = Learner(
@@ -163,7 +163,7 @@ def ours(kind: str, clients: int, rounds: int, learners: list[Learner] | None = 
 
 @flushed()
 def bare(kind: str, clients: int, rounds: int) -> list[float]:
-    """Return the seconds of each round of a loop by hand over one model."""
+    """Return the seconds of each round of a bare loop with one model."""
     model = model_for(kind)
     params = list(model.parameters())
     spent = []
@@ -187,7 +187,7 @@ def bare(kind: str, clients: int, rounds: int) -> list[float]:
 
 
 def train_by_hand(model: nn.Module, records: Records) -> None:
-    """Take the steps of one client: resident tensors, a fresh order, no library."""
+    """Take the steps of one client in the bare loop, in a new random order."""
     model.train()
     optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
     order = torch.randperm(len(records))
@@ -229,7 +229,7 @@ def pfl(kind: str, clients: int, rounds: int) -> list[float]:
     ends: list[float] = []
 
     class Ends(TrainingProcessCallback):  # type: ignore[misc, unused-ignore]
-        """Note the time after every round."""
+        """Callback that records the time after every round."""
 
         def after_central_iteration(self, *_: object, **__: object) -> tuple[bool, Metrics]:
             ends.append(time.process_time())
@@ -260,7 +260,7 @@ def pfl(kind: str, clients: int, rounds: int) -> list[float]:
 
 
 def side_by_side(kind: str, repeats: int, rounds: int) -> list[Row]:
-    """Time a round on all sides in turn; the first turn is not counted."""
+    """Time a round with all methods in turn; the first turn is not counted."""
     clients = POPULATIONS[0]
     sides: dict[str, Side] = {
         "perdure": lambda: ours(kind, clients, rounds).rounds,
@@ -284,7 +284,7 @@ def side_by_side(kind: str, repeats: int, rounds: int) -> list[Row]:
 
 
 def population(repeats: int) -> list[Row]:
-    """Time rounds and consolidation among more and more clients, in turn."""
+    """Time rounds and consolidation with growing numbers of clients, in turn."""
     turns: dict[int, list[Clock]] = {clients: [] for clients in POPULATIONS}
     ours("mlp", POPULATIONS[0], FEW_ROUNDS)
     for _ in range(repeats):
@@ -306,9 +306,9 @@ def population(repeats: int) -> list[Row]:
 
 
 def idle() -> list[Row]:
-    """Count the copies of its model that a client keeps between its rounds, in the whole process.
+    """Compute the memory that a client keeps between its rounds, in copies of its model.
 
-    Memory that two clients share is counted once, and divided among them.
+    Memory that two clients share is counted once, and divided by the number of clients.
     """
     learners: list[Learner] = []
     before = bytes_of_tensors()
@@ -322,7 +322,7 @@ def idle() -> list[Row]:
 
 
 def bytes_of_tensors() -> int:
-    """Bytes of all tensors that live, each storage once."""
+    """Count the bytes of all tensors in memory, each storage once."""
     gc.collect()
     storages = {}
     for each in gc.get_objects():
@@ -346,7 +346,7 @@ def show(rows: Sequence[Row]) -> None:
 
 
 def main() -> None:
-    """Measure the rows that are named, print them and store them."""
+    """Measure the given rows, print them and store them."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

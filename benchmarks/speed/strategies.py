@@ -1,4 +1,4 @@
-"""The step time of every strategy beside Naive's, with the passes that its mathematics needs.
+"""Step time of every strategy relative to Naive's, with the passes that its mathematics needs.
 
 Class-incremental, five experiences of 2,000 random records of 784 numbers, an MLP 2 x 400, SGD,
 batches of 128, one thread. Both learners train the same model in the same experience in turn, a
@@ -80,20 +80,20 @@ Row = dict[str, object]
 
 
 def perceptron() -> nn.Module:
-    """A multilayer perceptron, the model of most rows."""
+    """Make a multilayer perceptron, the model of most rows."""
     return mlp(input_shape=INPUT, num_classes=CLASSES, hidden=HIDDEN, seed=0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A strategy and what a step of it needs.
+    """Strategy to be timed, with the passes that a step of it needs.
 
     Args:
-        strategy: to be timed.
-        forward: passes forward over one batch of new rows.
-        backward: passes back.
+        strategy: the strategy to be timed.
+        forward: number of forward passes over one batch of new rows.
+        backward: number of backward passes over one batch of new rows.
         experience: index of the experience whose steps are timed.
-        model: makes the model of both sides.
+        model: function that makes the model for both strategies.
     """
 
     strategy: Strategy
@@ -104,12 +104,12 @@ class Case:
 
     @property
     def passes(self) -> float:
-        """Ratio to Naive that the passes alone would give."""
+        """Ratio to Naive that follows from the numbers of passes alone."""
         return (self.forward + 2 * self.backward) / 3
 
 
 def generator() -> nn.Module:
-    """A classifier with a generator beside it."""
+    """Make a classifier together with a generator."""
     return generative(
         mlp(input_shape=INPUT, num_classes=CLASSES, hidden=HIDDEN, seed=0),
         input_shape=INPUT,
@@ -120,19 +120,19 @@ def generator() -> nn.Module:
 
 
 def pooled_prompts() -> nn.Module:
-    """A frozen transformer with a pool of prompts."""
+    """Make a frozen transformer with a pool of prompts."""
     return prompted(tiny(INPUT), num_classes=CLASSES, pool=10, length=2, chosen=3)
 
 
 def composed_prompts() -> nn.Module:
-    """A frozen transformer with components of prompts for every experience."""
+    """Make a frozen transformer with components of prompts for every experience."""
     return composed(
         tiny(INPUT), num_classes=CLASSES, experiences=EXPERIENCES, components=2, length=2
     )
 
 
 def adapters() -> nn.Module:
-    """A frozen transformer with adapters for every experience."""
+    """Make a frozen transformer with adapters for every experience."""
     return adapted(tiny(INPUT), num_classes=CLASSES, experiences=EXPERIENCES, rank=2)
 
 
@@ -196,7 +196,7 @@ CASES: dict[str, Case] = {
 
 
 def stream_of(features: tuple[int, ...], records: int, classes: int) -> Stream:
-    """Random records of classes that arrive over experiences, as many in each."""
+    """Make a stream of random records whose classes arrive over equally large experiences."""
     rng = torch.Generator().manual_seed(0)
     parts = []
     each = classes // EXPERIENCES or 1
@@ -221,7 +221,7 @@ def stream_of(features: tuple[int, ...], records: int, classes: int) -> Stream:
 
 
 def learner_in(stream: Stream, case: Case, strategy: Strategy) -> Learner:
-    """Return a learner that has just opened the timed experience and taken its first steps."""
+    """Make a learner that has opened the timed experience and taken its first steps."""
     learner = Learner(
         model=case.model(),
         strategy=strategy,
@@ -240,7 +240,7 @@ def learner_in(stream: Stream, case: Case, strategy: Strategy) -> Learner:
 
 
 def measure(stream: Stream, name: str, repeats: int) -> Row:
-    """Median over the repeats of the ratio of two blocks, one after the other."""
+    """Return the median of the ratios of two blocks that are run one after the other."""
     case = CASES[name]
     pair = [learner_in(stream, case, strategy) for strategy in (case.strategy, Naive())]
     blocks = [range(start, start + STEPS) for start in range(WARM, WARM + repeats * STEPS, STEPS)]
@@ -263,14 +263,14 @@ def measure(stream: Stream, name: str, repeats: int) -> Row:
 
 
 def seconds(run: Callable[[], object]) -> float:
-    """Processor time of one call."""
+    """Measure the processor time of one call."""
     start = time.process_time()
     run()
     return time.process_time() - start
 
 
 def herding(repeats: int) -> Row:
-    """Time to store 200 of 2,000 records by herding, less the time to store them by chance.
+    """Time the choice of 200 of 2,000 records by herding, and by chance.
 
     The model has no body, so that its features are the records.
     """
@@ -315,7 +315,7 @@ def show(rows: list[Row]) -> None:
 
 
 def main() -> None:
-    """Time every strategy beside Naive, alternating, and print the median ratio."""
+    """Time every strategy and Naive in turn, and print the median ratio."""
     names = [*CASES, "herding"]
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

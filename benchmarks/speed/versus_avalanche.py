@@ -1,4 +1,4 @@
-"""Cost of training: perdure against Avalanche's own strategies, in one run, turn by turn.
+"""Cost of training: perdure compared with Avalanche's own strategies, in one run, in turn.
 
 Split MNIST, class-incremental, five experiences, an MLP 2 x 400, Adam, batches of 128, as many
 steps on both sides. Counted is training only: from opening an experience until it is consolidated
@@ -59,13 +59,13 @@ STRATEGIES: dict[str, Strategy] = {
 
 @dataclass(kw_only=True)
 class Timed:
-    """Time that one side took.
+    """Time of one library's training.
 
     Args:
-        seconds: of training.
-        in_steps: those of them in steps.
-        steps: how many.
-        records: how many were drawn, those of memory included.
+        seconds: seconds of training.
+        in_steps: seconds of the training spent in steps.
+        steps: number of steps.
+        records: number of drawn records, including those from memory.
     """
 
     seconds: float = 0.0
@@ -75,7 +75,7 @@ class Timed:
 
 
 def model_for(stream: Stream, name: str) -> Classifier:
-    """Return the same model for both sides; the features of `slda` are the inputs, flattened."""
+    """Make the same model for both libraries; `slda` uses the flattened inputs as features."""
     hidden = () if name == "slda" else HIDDEN
     return mlp(
         input_shape=stream.input_shape, num_classes=stream.num_classes, hidden=hidden, seed=0
@@ -86,7 +86,7 @@ def model_for(stream: Stream, name: str) -> Classifier:
 
 
 def ours(stream: Stream, name: str) -> Timed:
-    """Train by the learner."""
+    """Train with perdure's learner."""
     spent = Timed()
     clock = {"block": 0.0}
 
@@ -126,40 +126,40 @@ def ours(stream: Stream, name: str) -> Timed:
 
 
 class Watch:
-    """A plugin that times an Avalanche strategy and counts its steps and records."""
+    """Avalanche plugin that times a strategy and counts its steps and records."""
 
     def __init__(self) -> None:
         self.spent = Timed()
         self._start = 0.0
 
     def before_training_epoch(self, strategy: Any) -> None:
-        """Start the clock."""
+        """Start the clock before an epoch."""
         self._start = time.perf_counter()
 
     def after_training_iteration(self, strategy: Any) -> None:
-        """Count."""
+        """Count the step and its records."""
         self.spent.steps += 1
         self.spent.records += len(strategy.mb_y)
 
     def after_training_epoch(self, strategy: Any) -> None:
-        """Stop the clock."""
+        """Stop the clock after an epoch."""
         self.spent.in_steps += time.perf_counter() - self._start
 
 
 class Body(nn.Module):
-    """The features of a model, which Avalanche's SLDA is given as its extractor."""
+    """Feature extractor for Avalanche's SLDA, made from a model."""
 
     def __init__(self, model: Classifier) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(n, feature_size)."""
+        """Compute features (n, feature_size) of inputs (n, ...)."""
         return self.model.features(x)
 
 
 def theirs(stream: Stream, benchmark: Any, name: str) -> Timed:
-    """Train by Avalanche's own strategy."""
+    """Train with Avalanche's own strategy."""
     watch = Watch()
     strategy = built(stream, name, watch)
     with warnings.catch_warnings(record=True):  # of Avalanche about itself; it sets the filter back
@@ -171,7 +171,7 @@ def theirs(stream: Stream, benchmark: Any, name: str) -> Timed:
 
 
 def built(stream: Stream, name: str, watch: Watch) -> Any:
-    """Avalanche's strategy by our name."""
+    """Make Avalanche's strategy of the given name."""
     from avalanche import training
     from avalanche.training.plugins import EvaluationPlugin
 
@@ -204,7 +204,7 @@ def built(stream: Stream, name: str, watch: Watch) -> Any:
 
 
 def benchmark_of(stream: Stream, kind: str) -> Any:
-    """The same experiences as an Avalanche benchmark, of tensors in memory or of images."""
+    """Convert the experiences to an Avalanche benchmark of tensors in memory, or of images."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of packages of its own that are no longer maintained
         from avalanche.benchmarks import nc_benchmark
@@ -224,7 +224,7 @@ def benchmark_of(stream: Stream, kind: str) -> Any:
 
 
 class Images(Dataset[tuple[Image.Image, int]]):
-    """Greyscale images of bytes, one picture object an item, as torchvision's MNIST has them."""
+    """Data set of greyscale images as picture objects, like torchvision's MNIST."""
 
     def __init__(self, inputs: torch.Tensor, labels: torch.Tensor) -> None:
         self._bytes = (255 * inputs[:, 0]).round().to(torch.uint8)
@@ -238,7 +238,7 @@ class Images(Dataset[tuple[Image.Image, int]]):
 
 
 def dataset_of(parts: Sequence[Records], kind: str) -> Any:
-    """A data set with the targets that Avalanche asks for."""
+    """Make a data set with the attribute `targets` that Avalanche needs."""
     inputs = torch.cat([part.inputs for part in parts])
     labels = torch.cat([part.labels for part in parts])
     dataset: Any = Images(inputs, labels) if kind == "images" else TensorDataset(inputs, labels)
@@ -250,9 +250,9 @@ def dataset_of(parts: Sequence[Records], kind: str) -> Any:
 
 
 def measure(name: str, kind: str, stream: Stream, repeats: int) -> dict[str, object]:
-    """Median over the repeats of the ratio of each pair.
+    """Return the median of the ratios of pairs of runs.
 
-    The two run one after the other; the first pair is not counted.
+    The two runs of a pair follow each other; the first pair is not counted.
     """
     benchmark = benchmark_of(stream, kind)
     pair: tuple[Callable[[], Timed], Callable[[], Timed]] = (
@@ -284,12 +284,12 @@ def measure(name: str, kind: str, stream: Stream, repeats: int) -> dict[str, obj
 
 
 def records_of(stream: Stream) -> int:
-    """Training records of the whole stream."""
+    """Return the training records of the whole stream."""
     return sum(len(experience.train) for experience in stream)
 
 
 def first_records(stream: Stream, most: int) -> Stream:
-    """At most so many training records an experience."""
+    """Return the stream with at most the given number of training records per experience."""
     parts = [replace(e, train=e.train.take(torch.arange(min(most, len(e.train))))) for e in stream]
     return replace(stream, experiences=tuple(parts))
 
@@ -312,7 +312,7 @@ def show(rows: list[dict[str, object]]) -> None:
 
 
 def main() -> None:
-    """Time every strategy on both sides, alternating, and print the median ratio."""
+    """Time every strategy with both libraries, in turn, and print the median ratio."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -97,5 +97,5 @@ else:
         return importlib.import_module(f"{__name__}.{name}")
 
     def __dir__() -> list[str]:
-        """Names of the module, those that are not loaded yet among them."""
+        """Names of the module, including names that are not loaded yet."""
         return sorted({*globals(), *__all__})

@@ -49,7 +49,7 @@ class ConfigError(PerdureError, ValueError):
 
     @classmethod
     def of(cls, field: str, value: object, allowed: str | Iterable[object]) -> "ConfigError":
-        """Build the standard sentence: field, value given, values allowed.
+        """Build the standard message: field, given value, allowed values.
 
         Args:
             field: name of the setting, as the user writes it.
@@ -67,7 +67,7 @@ class DataError(ConfigError):
 
 
 class PrivacyError(PerdureError):
-    """The privacy rules refuse a request."""
+    """The privacy rules do not allow a request."""
 
 
 class BudgetError(PrivacyError):
@@ -87,7 +87,7 @@ class StrategyError(PerdureError):
 
 
 class RunawayError(StrategyError):
-    """Training ran away: parameters are NaN or infinite."""
+    """Training diverged: parameters are NaN or infinite."""
 
 
 class ConformanceError(StrategyError):
@@ -99,7 +99,7 @@ class LoopError(PerdureError):
 
 
 class FederationError(PerdureError):
-    """A client or the server cannot go on."""
+    """A client or the server of a federation cannot continue."""
 
 
 class RunError(PerdureError):
@@ -107,21 +107,21 @@ class RunError(PerdureError):
 
 
 class StorageError(RunError, OSError):
-    """A file cannot be written; what was there before is as it was.
+    """A file cannot be written; files that existed before are unchanged.
 
     Attributes:
-        reason: given by the operating system, such as "No space left on device".
+        reason: reason given by the operating system, such as "No space left on device".
     """
 
     reason: str = ""
 
     @classmethod
     def of(cls, path: Path, error: OSError) -> "StorageError":
-        """Build the standard sentence: file, reason, what is left, and the fix.
+        """Build the standard message: file, reason, what is still stored, and the fix.
 
         Args:
-            path: of the file that was to be written.
-            error: of the operating system.
+            path: path of the file that could not be written.
+            error: error of the operating system.
         """
         reason = error.strerror or str(error)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -1,14 +1,14 @@
 """Continual-learning metrics: plain functions on the accuracy matrix, and calibration error.
 
-Records of other tasks than single-label ones have matrices of another metric, such as root mean
-squared errors: give `metric=stream.task.metric`. Forgetting is then the mean rise from the lowest
-earlier error, and transfer the mean fall, so that their signs mean the same for every task.
+For tasks other than single-label, the matrix has another metric, such as root mean squared errors:
+give `metric=stream.task.metric`. If lower is better, forgetting is the mean rise from the lowest
+earlier error, and transfer is the mean fall, so that signs have the same meaning for every task.
 
-The accuracy matrix R has one row per moment and one column per experience:
-R[i, j] = accuracy in percent on experience j after training on experience i, counted from 0. It is
-(T, E) with T moments and E experiences, T = E in a finished stream. NaN marks an experience that
-was not evaluated: it is left out of every mean, and a mean over nothing is NaN. With T = 1 nothing
-could be forgotten or transferred: forgetting and both transfers are 0.
+The accuracy matrix R has one row per time and one column per experience: R[i, j] = accuracy in
+percent on experience j after training on experience i, counted from 0. It is (T, E) with T times
+and E experiences, T = E in a finished stream. NaN marks an experience that was not evaluated: it is
+left out of every mean, and a mean over nothing is NaN. With T = 1 nothing could be forgotten or
+transferred: forgetting and both transfers are 0.
 """
 
 import math
@@ -47,19 +47,19 @@ _SLACK = 1e-6  # accuracies summed in float32 may pass 100 by a rounding error
 def accuracy(
     predict: Callable[[Tensor], Tensor], inputs: Tensor, labels: Tensor, batch_size: int
 ) -> float:
-    """Compute the share of the records whose largest logit is the label's, in percent.
+    """Compute the percentage of records for which the label has the largest logit.
 
     Args:
-        predict: from inputs (k, ...) to logits (k, C).
-        inputs: (n, ...).
-        labels: (n,).
-        batch_size: most records in a pass.
+        predict: function from inputs (k, ...) to logits (k, C).
+        inputs: (n, ...) inputs.
+        labels: (n,) labels.
+        batch_size: largest number of records in a pass.
 
     Returns:
-        Percent; NaN without records.
+        Percent; NaN if there are no records.
 
     Raises:
-        ConfigError: for logits that are NaN or infinite.
+        ConfigError: if logits are NaN or infinite.
     """
     return evaluate(SingleLabel(), predict, inputs, labels, batch_size)
 
@@ -71,20 +71,20 @@ def evaluate(
     targets: Tensor,
     batch_size: int,
 ) -> float:
-    """Measure a model by the metric of a task.
+    """Evaluate a model with the metric of a task.
 
     Args:
-        task: of the records.
-        predict: from inputs (k, ...) to outputs (k, ..., C).
-        inputs: (n, ...).
-        targets: of the records, in the shape of the task.
-        batch_size: most records in a pass.
+        task: task of the records.
+        predict: function from inputs (k, ...) to outputs (k, ..., C).
+        inputs: (n, ...) inputs.
+        targets: targets of the records, in the shape of the task.
+        batch_size: largest number of records in a pass.
 
     Returns:
-        The number, in the unit of the metric; NaN without records.
+        Value of the metric, in its unit; NaN if there are no records.
 
     Raises:
-        ConfigError: for outputs that are NaN or infinite.
+        ConfigError: if outputs are NaN or infinite.
     """
     totals = []
     for start in range(0, len(targets), batch_size):
@@ -101,10 +101,10 @@ def average_accuracy(matrix: Tensor, *, metric: Metric = ACCURACY) -> float:
 
     Args:
         matrix: R, the (T, E) accuracy matrix in percent.
-        metric: of the matrix, where it is not of accuracies.
+        metric: metric of the matrix, if it does not contain accuracies.
 
     Raises:
-        ConfigError: when the matrix is not one of accuracies.
+        ConfigError: if the matrix does not contain values of the metric.
 
     Source: Lopez-Paz and Ranzato 2017, section 2, eq. 2.
 
@@ -116,16 +116,16 @@ def average_accuracy(matrix: Tensor, *, metric: Metric = ACCURACY) -> float:
 
 
 def learning_accuracy(matrix: Tensor, *, metric: Metric = ACCURACY) -> float:
-    """Mean accuracy on each experience just after it was learnt: plasticity.
+    """Mean accuracy on each experience directly after training on it (plasticity).
 
     LA = 1/T sum_j R[j, j]
 
     Args:
         matrix: R, the (T, E) accuracy matrix in percent.
-        metric: of the matrix, where it is not of accuracies.
+        metric: metric of the matrix, if it does not contain accuracies.
 
     Raises:
-        ConfigError: when the matrix is not one of accuracies.
+        ConfigError: if the matrix does not contain values of the metric.
 
     Source: Riemer et al. 2019, section 5 (there LA).
 
@@ -137,20 +137,20 @@ def learning_accuracy(matrix: Tensor, *, metric: Metric = ACCURACY) -> float:
 
 
 def forgetting(matrix: Tensor, *, metric: Metric = ACCURACY) -> float:
-    """Mean drop from the best earlier accuracy on each past experience to the last one.
+    """Mean drop, over past experiences, from the best earlier accuracy to the last one.
 
     F = 1/(T-1) sum_{j < T-1} ( max_{j <= l <= T-2} R[l, j] - R[T-1, j] )
 
-    The maximum runs from the moment experience j was learnt; the paper's also covers the moments
-    before it, which differ only where a model was better at an experience before having seen it.
-    Negative forgetting is an improvement and is not cut at 0. Smaller is better.
+    The maximum begins at the time after experience j was trained. The paper also uses earlier
+    times; this differs only if a model was better at an experience before training on it. Negative
+    forgetting is an improvement and is not cut at 0. Smaller is better.
 
     Args:
         matrix: R, the (T, E) accuracy matrix in percent.
-        metric: of the matrix, where it is not of accuracies.
+        metric: metric of the matrix, if it does not contain accuracies.
 
     Raises:
-        ConfigError: when the matrix is not one of accuracies.
+        ConfigError: if the matrix does not contain values of the metric.
 
     Source: Chaudhry et al. 2018 (Riemannian Walk), section 3.2, eq. 3.
 
@@ -166,18 +166,18 @@ def forgetting(matrix: Tensor, *, metric: Metric = ACCURACY) -> float:
 
 
 def backward_transfer(matrix: Tensor, *, metric: Metric = ACCURACY) -> float:
-    """Mean change on each past experience from the moment it was learnt to the end.
+    """Mean change of accuracy on each past experience, from directly after its training to the end.
 
     BWT = 1/(T-1) sum_{j < T-1} ( R[T-1, j] - R[j, j] )
 
-    Larger is better; negative where there is forgetting.
+    Larger is better; the value is negative if there is forgetting.
 
     Args:
         matrix: R, the (T, E) accuracy matrix in percent.
-        metric: of the matrix, where it is not of accuracies.
+        metric: metric of the matrix, if it does not contain accuracies.
 
     Raises:
-        ConfigError: when the matrix is not one of accuracies.
+        ConfigError: if the matrix does not contain values of the metric.
 
     Source: Lopez-Paz and Ranzato 2017, section 2, eq. 3.
 
@@ -190,20 +190,21 @@ def backward_transfer(matrix: Tensor, *, metric: Metric = ACCURACY) -> float:
 
 
 def forward_transfer(matrix: Tensor, baseline: Tensor, *, metric: Metric = ACCURACY) -> float:
-    """Mean head start on each experience before it is learnt, over an untrained model.
+    """Mean accuracy on each experience before training on it, minus an untrained model's.
 
     FWT = 1/(T-1) sum_{j >= 1} ( R[j-1, j] - baseline[j] )
 
-    Larger is better. Meaningless in class-incremental streams, where classes not yet seen score
-    about 0.
+    Larger is better. It is not meaningful in class-incremental streams, in which the accuracy on
+    classes before their training is about 0.
 
     Args:
         matrix: R, the (T, E) accuracy matrix in percent.
         baseline: (E,) accuracy in percent of the untrained model on each experience.
-        metric: of the matrix, where it is not of accuracies.
+        metric: metric of the matrix, if it does not contain accuracies.
 
     Raises:
-        ConfigError: when the matrix is not one of accuracies, or the baseline has another length.
+        ConfigError: if the matrix does not contain values of the metric, or the baseline has a
+            wrong length.
 
     Source: Lopez-Paz and Ranzato 2017, section 2, eq. 4.
 
@@ -221,16 +222,16 @@ def forward_transfer(matrix: Tensor, baseline: Tensor, *, metric: Metric = ACCUR
 
 
 def area_under_accuracy(matrix: Tensor, *, metric: Metric = ACCURACY) -> float:
-    """Mean over the whole stream of the accuracy on all experiences met so far.
+    """Mean, over all times of the stream, of the accuracy on all experiences so far.
 
     AUC = 1/T sum_i 1/(i+1) sum_{j <= i} R[i, j]
 
     Args:
         matrix: R, the (T, E) accuracy matrix in percent.
-        metric: of the matrix, where it is not of accuracies.
+        metric: metric of the matrix, if it does not contain accuracies.
 
     Raises:
-        ConfigError: when the matrix is not one of accuracies.
+        ConfigError: if the matrix does not contain values of the metric.
 
     Source: the average incremental accuracy of Rebuffi et al. 2017 (iCaRL), section 4.1.
 
@@ -243,14 +244,14 @@ def area_under_accuracy(matrix: Tensor, *, metric: Metric = ACCURACY) -> float:
 
 
 def worst_experience_accuracy(matrix: Tensor, *, metric: Metric = ACCURACY) -> float:
-    """Accuracy at the end of the stream on the experience that fares worst: min_j R[T-1, j].
+    """Accuracy at the end of the stream on the worst experience: min_j R[T-1, j].
 
     Args:
         matrix: R, the (T, E) accuracy matrix in percent.
-        metric: of the matrix, where it is not of accuracies.
+        metric: metric of the matrix, if it does not contain accuracies.
 
     Raises:
-        ConfigError: when the matrix is not one of accuracies.
+        ConfigError: if the matrix does not contain values of the metric.
 
     >>> worst_experience_accuracy(torch.tensor([[100.0, 0.0], [60.0, 90.0]]))
     60.0
@@ -262,18 +263,18 @@ def worst_experience_accuracy(matrix: Tensor, *, metric: Metric = ACCURACY) -> f
 
 
 def expected_calibration_error(probabilities: Tensor, labels: Tensor, bins: int = 15) -> float:
-    """Mean gap between confidence and accuracy, over equal bins of confidence.
+    """Mean difference between confidence and accuracy, over bins of equal width of the confidence.
 
-    ECE = sum_b n_b / n | accuracy_b - confidence_b |, as a fraction between 0 (calibrated) and 1.
-    A bin is open below and closed above: confidence c falls into bin ceil(c * bins).
+    ECE = sum_b n_b / n | accuracy_b - confidence_b |, as a fraction between 0 (calibrated) and 1. A
+    bin does not include its lower end: confidence c is in bin ceil(c * bins).
 
     Args:
-        probabilities: (n, classes), rows that sum to 1.
+        probabilities: (n, classes) probabilities; rows sum to 1.
         labels: (n,) int64 classes.
         bins: number of bins of equal width.
 
     Raises:
-        ConfigError: when shapes do not fit, rows are not probabilities, or bins < 1.
+        ConfigError: if shapes do not match, rows are not probabilities, or bins < 1.
 
     Source: Guo et al. 2017, section 2, eq. 3.
 
@@ -295,13 +296,14 @@ class Summary:
     """Every metric of one accuracy matrix, in percent (points for differences).
 
     Args:
-        average_accuracy: see the function of that name; so for all.
-        learning_accuracy: accuracy just after learning.
+        average_accuracy: accuracy at the end of the stream, averaged over all experiences.
+        learning_accuracy: accuracy on each experience directly after training on it.
         forgetting: drop from the best earlier accuracy.
-        backward_transfer: change since learning.
-        forward_transfer: head start before learning; None without a baseline.
-        worst_experience_accuracy: the experience that fares worst at the end.
-        area_under_accuracy: accuracy on what was met so far, over the whole stream.
+        backward_transfer: change of accuracy since training on an experience.
+        forward_transfer: accuracy before training on an experience, minus an untrained model's;
+            None without a baseline.
+        worst_experience_accuracy: accuracy at the end on the worst experience.
+        area_under_accuracy: accuracy on all experiences so far, averaged over all times.
     """
 
     average_accuracy: float
@@ -321,10 +323,10 @@ def summarise(
     Args:
         matrix: R, the (T, E) accuracy matrix in percent.
         baseline: (E,) accuracy of the untrained model, needed for forward transfer only.
-        metric: of the matrix, where it is not of accuracies.
+        metric: metric of the matrix, if it does not contain accuracies.
 
     Raises:
-        ConfigError: when the matrix or the baseline does not fit.
+        ConfigError: if the matrix or the baseline is not allowed.
     """
     return Summary(
         average_accuracy=average_accuracy(matrix, metric=metric),
@@ -340,14 +342,14 @@ def summarise(
 
 
 def _oriented(matrix: Tensor, metric: Metric) -> tuple[Tensor, int]:
-    """Return the matrix in float64, negated where lower is better, and the sign.
+    """Return the matrix in float64, negated if lower is better, and the sign.
 
     Args:
-        matrix: a tensor or rows of numbers.
-        metric: of the matrix.
+        matrix: tensor, or rows of numbers.
+        metric: metric of the matrix.
 
     Raises:
-        ConfigError: when it is not a matrix of this metric.
+        ConfigError: if it is not a matrix of this metric.
     """
     matrix = torch.as_tensor(matrix)
     if matrix.ndim != 2 or matrix.numel() == 0:
@@ -371,7 +373,7 @@ def _oriented(matrix: Tensor, metric: Metric) -> tuple[Tensor, int]:
 
 
 def _mean_of_past(changes: Tensor, moments: int) -> float:
-    """Mean over past experiences; 0 when there is no past."""
+    """Mean over past experiences; 0 if there are none."""
     return changes.nanmean().item() if moments > 1 else 0.0
 
 

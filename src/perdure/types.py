@@ -1,4 +1,4 @@
-"""Types that every layer shares, each defined once."""
+"""Types that all packages share, each defined once."""
 
 from collections.abc import Mapping
 from typing import Literal, get_args
@@ -13,7 +13,7 @@ Params = dict[str, Tensor]
 Scenario = Literal["task", "domain", "class"]
 """Incremental learning of tasks, domains or classes (van de Ven et al. 2022)."""
 SCENARIOS: tuple[Scenario, ...] = get_args(Scenario)
-"""Every scenario."""
+"""All scenarios, in a tuple."""
 
 Tensors = Mapping[str, Tensor]
 """Tensors by name, for reading only."""

@@ -425,7 +425,9 @@ def test_a_plugin_with_a_pool_refuses_a_second_memory_plugin(
         (as_plugin(Replay(memory_size=8)), "Replay"),
     ):
         teacher = template(toy_model(from_avalanche(made)), as_plugin(strategy), other)
-        with pytest.raises(ConfigError, match=f"{strategy.name} beside {name}.*remove one of them"):
+        with pytest.raises(
+            ConfigError, match=f"{strategy.name} together with {name}.*remove one of them"
+        ):
             teacher.train(made.train_stream[0])
 
 

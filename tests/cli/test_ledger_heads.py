@@ -83,7 +83,7 @@ def test_verify_reports_a_head_without_its_ledger(perdure, mine):
     (mine / "ledger.jsonl").unlink()
     shutil.rmtree(mine / "arms" / "replay-private")
     code, out, _ = perdure("verify", mine, "--at-least", "\n".join(lines))
-    assert code == 1 and "no ledger of 'replay-private/client-0' is there" in out
+    assert code == 1 and "there is no ledger of 'replay-private/client-0'" in out
 
 
 def test_verify_reports_a_ledger_deleted_with_its_head(perdure, mine):

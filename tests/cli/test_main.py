@@ -292,7 +292,7 @@ def test_an_interrupt_ends_with_one_line_and_exit_code_130(capsys):
     with pytest.raises(typer.Exit) as ended, cli.resumable():
         raise KeyboardInterrupt
     assert ended.value.exit_code == 130
-    assert capsys.readouterr().err == "perdure: stopped; the same command goes on where it was\n"
+    assert capsys.readouterr().err == "perdure: stopped; give the same command again to continue\n"
 
 
 @pytest.mark.deep(reason="chaos: interrupts a running process")
@@ -326,7 +326,7 @@ def test_ctrl_c_prints_how_to_continue_the_run(tmp_path):
         process.wait()
     assert process.returncode == 130
     assert out == ""
-    assert err == "perdure: stopped; the same command goes on where it was\n"
+    assert err == "perdure: stopped; give the same command again to continue\n"
 
 
 # --------------------------------------------------------------------------- the audit
@@ -386,7 +386,7 @@ def test_audit_replay_prints_the_change_of_every_release(perdure, tmp_path):
     for cell in ("strategy", "clipping", "place", "release", "ratio", "unexplained"):
         assert cell in told
     assert "release:fisher" in told and "gradient" in told and "alone" in told
-    assert "ewc-private: every change is within what was charged" in told
+    assert "ewc-private: every change is at most as large as charged" in told
     assert [file.name for file in tmp_path.iterdir()] == ["small.toml"]
 
 

@@ -56,7 +56,7 @@ def test_from_arrays_converts_inputs_to_float32_with_a_note():
     assert data.train.inputs.dtype == torch.float32
     assert torch.equal(data.train.inputs, torch.from_numpy(ROWS).float())
     assert data.train.labels.dtype == torch.int64
-    assert "training inputs were float64 and are float32 now" in repr(data)
+    assert "training inputs were float64; they are float32 now" in repr(data)
     assert data.num_classes == 2
     assert set(data.train.ids.tolist()).isdisjoint(data.test.ids.tolist())
     assert len(split(data, scenario="class", experiences=2)) == 2
@@ -196,7 +196,7 @@ def test_from_torch_notes_random_transforms():
     flipped = torchvision.datasets.FakeData(20, (3, 6, 6), 3, transform=v2.RandomHorizontalFlip())
     before = torch.get_rng_state()
     one, two = (from_torch(flipped, num_classes=3) for _ in range(2))
-    assert "draw at random: each record holds one draw" in repr(one)
+    assert "are random: each record has one random version" in repr(one)
     assert torch.equal(one.train.inputs, two.train.inputs)
     assert torch.equal(torch.get_rng_state(), before)
 

@@ -55,7 +55,7 @@ def test_a_server_and_client_that_differ_in_privacy_are_refused(stream, three, a
     server = Server(
         learner=maker(stream, Naive(), privacy=asked)(0), stream=three[0], federation=THREE
     )
-    told = "given client 0 without privacy" if asked else "given client 0 with privacy"
+    told = "client 0 trains without privacy" if asked else "client 0 trains with privacy"
     with InProcessGrid(app, 3).running() as grid, pytest.raises(FederationError, match=told):
         server.serve(grid)
 

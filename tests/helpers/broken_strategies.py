@@ -47,7 +47,7 @@ class Unhashable(Strategy):
     sizes: list
 
 
-@broken("declared", "its model is made with another", "seed the initialisation")
+@broken("declared", "its model is made with different", "seed the initialisation")
 class Unseeded(Strategy):
     def small_model(self, *, input_shape, num_classes):
         return nn.Linear(*input_shape, num_classes)

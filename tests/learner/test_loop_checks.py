@@ -228,16 +228,16 @@ def test_session_calls_outside_an_experience_are_refused(session):
 
 
 def test_experiences_out_of_order_are_refused(session):
-    with pytest.raises(LoopError, match="experience 1 was opened where experience 0 is next"):
+    with pytest.raises(LoopError, match="experience 1 was opened but experience 0 is next"):
         run(session, 1)
     run(session, 0)
-    with pytest.raises(LoopError, match="experience 0 was opened where experience 1 is next"):
+    with pytest.raises(LoopError, match="experience 0 was opened but experience 1 is next"):
         run(session, 0)
     inside = pytest.raises(LoopError, match="experience 1 was opened inside experience 1")
     with inside, session.experience(1), session.experience(1):
         pass
     run(session, 1)
-    with pytest.raises(LoopError, match="experience 1 was opened where none is next"):
+    with pytest.raises(LoopError, match="experience 1 was opened but none is next"):
         run(session, 1)
 
 

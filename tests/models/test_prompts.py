@@ -178,7 +178,7 @@ def test_prompt_parameters_depend_only_on_the_seed(make):
         (prompted, {"length": 0}, "length = 0"),
         (prompted, {"chosen": 0}, "chosen = 0"),
         (prompted, {"num_classes": 0}, "num_classes = 0"),
-        (prompted, {"pool": 3, "chosen": 4}, "chosen = 4 .* at most the 3 of the pool"),
+        (prompted, {"pool": 3, "chosen": 4}, "chosen = 4 .* at most pool = 3"),
         (composed, {"experiences": 0}, "experiences = 0"),
         (composed, {"components": 0}, "components = 0"),
         (composed, {"length": 0}, "length = 0"),

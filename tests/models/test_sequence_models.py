@@ -140,7 +140,7 @@ def test_sequence_models_refuse_invalid_sizes(name, settings, message):
 def test_sequence_models_refuse_vectors_without_a_length():
     with pytest.raises(ConfigError, match=r"\(length, features\), or \(length,\) with vocabulary"):
         lstm(input_shape=(6,), num_classes=2, seed=0)
-    with pytest.raises(ConfigError, match=r"padding = 0 .*None where inputs are vectors"):
+    with pytest.raises(ConfigError, match=r"padding = 0 .*None if inputs are vectors"):
         gru(input_shape=(6, 2), num_classes=2, padding=0, seed=0)
     with pytest.raises(ConfigError, match=r"heads = 3 .*divisors of the width 8"):
         decoder(input_shape=(6,), vocabulary=7, num_classes=2, width=8, heads=3, seed=0)

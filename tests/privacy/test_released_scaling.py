@@ -31,7 +31,7 @@ def test_released_constants_standardise_the_training_records():
     assert data.train.inputs.mean(0).tolist() == pytest.approx([0, 0], abs=0.05)
     assert data.train.inputs.std(0).tolist() == pytest.approx([1, 1], abs=0.05)
     assert torch.equal(data.test.inputs, data.train.inputs[:100])
-    assert "mean and deviation of the inputs are a paid release" in data.public_facts
+    assert "mean and deviation of the inputs are a private release" in data.public_facts
 
 
 def test_each_image_channel_has_its_own_released_constants():
@@ -126,13 +126,13 @@ def test_a_simulated_scaling_release_is_refused_in_a_secret_run(learner_of, tmp_
     [
         ("noise_multiplier = 0", lambda: ReleasedScaling(noise_multiplier=0, seed=0)),
         ("folder = None", lambda: ReleasedScaling(noise_multiplier=1.0)),
-        ("'released' has no price", lambda: scaled("released")),
+        ("'released' has no noise", lambda: scaled("released")),
         (
-            "ReleasedScaling beside value_range",
+            "ReleasedScaling together with value_range",
             lambda: scaled(ReleasedScaling(noise_multiplier=1.0, seed=0), value_range=None),
         ),
         (
-            "one row less would move other rows",
+            "removing one row would move others",
             lambda: scaled(ReleasedScaling(noise_multiplier=1.0, seed=0), test=0.2),
         ),
     ],

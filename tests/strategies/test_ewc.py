@@ -287,7 +287,7 @@ def test_fisher_auto_means_sampled_above_100_classes(fisher, classes, terms, cap
     assert terms_of(EWC(strength=1.0, fisher=fisher), classes) == terms
     told = [record.getMessage() for record in caplog.records]
     said = fisher == "auto" and classes > 100
-    assert len(told) == said and all("one sampled label a record" in line for line in told)
+    assert len(told) == said and all("one sampled label per record" in line for line in told)
 
 
 def test_fisher_auto_means_exact_for_few_classes(toy_stream):

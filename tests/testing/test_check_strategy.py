@@ -186,7 +186,7 @@ class Elsewhere(Strategy):
 # --------------------------------------------------------------------------- federated
 
 
-@broken("federated", "a server predicts otherwise than its only client", "derive()")
+@broken("federated", "a server makes other predictions than its only client", "derive()")
 class PredictingLocally(Remembering):
     def after_experience(self, curator, params, state):
         return state.replace({"seen": torch.ones_like(state["seen"])})

@@ -1,9 +1,9 @@
-"""Base of gradient attacks on plain tensors.
+"""Base class of attacks, and helper functions for gradients on plain tensors.
 
-An attack is handed a function `inputs (n, ...) -> losses (n,)` and moves every row uphill on its
-own loss. Because row i of the gradient of the summed losses involves row i alone, the perturbation
-of a record does not depend on who shares its batch: at released weights it leaves the sensitivity
-of a private sum unchanged.
+An attack gets a function `inputs (n, ...) -> losses (n,)` and changes every row to increase its own
+loss. Because row i of the gradient of the summed losses depends on row i only, the change of a
+record does not depend on other records in the batch: with released weights, the sensitivity of a
+private sum stays the same.
 """
 
 import math
@@ -19,19 +19,20 @@ from perdure.errors import ConfigError
 from perdure.utils.checked_fields import CheckedFields
 
 InputLosses = Callable[[Tensor], Tensor]
-"""Inputs (n, ...) to one loss per record (n,); row i of the result depends on row i of the inputs
-only.
+"""Function from inputs (n, ...) to losses (n,), one per record; row i depends on input i only.
 """
 
 Norm = Literal["linf", "l2"]
-"""Norm that bounds a perturbation."""
+"""Norm that limits a perturbation."""
 
 
 def input_gradient(losses: InputLosses, inputs: Tensor) -> Tensor:
-    """Gradient of each record's loss with respect to that record; parameters receive none.
+    """Gradient (n, ...) of each record's loss with respect to that record.
+
+    Parameters get no gradient.
 
     Raises:
-        ConfigError: when the inputs are not floating point or `losses` does not give one number per
+        ConfigError: if inputs are not floating-point, or `losses` does not give one number per
             record.
     """
     if not inputs.is_floating_point():
@@ -50,11 +51,11 @@ def input_gradient(losses: InputLosses, inputs: Tensor) -> Tensor:
 
 
 def steepest_direction(gradient: Tensor, norm: Norm) -> Tensor:
-    """Row-wise maximiser of <gradient, step> over the unit ball.
+    """Step of norm 1 that increases <gradient, step> most, for each row.
 
-    This is the sign (linf) or the unit vector (l2).
+    It is the sign of the gradient (linf) or its unit vector (l2).
 
-    A row whose gradient is zero stays where it is.
+    For a row whose gradient is 0, the step is 0.
     """
     if norm == "linf":
         return gradient.sign()
@@ -68,13 +69,13 @@ def steepest_direction(gradient: Tensor, norm: Norm) -> Tensor:
 
 
 def project_l2(change: Tensor, epsilon: float) -> Tensor:
-    """Shorten every row to at most `epsilon` in L2; rows inside the ball are untouched."""
+    """Shorten every row to an L2 norm of at most `epsilon`; shorter rows do not change."""
     length = torch.linalg.vector_norm(change, dim=tuple(range(1, change.ndim)), keepdim=True)
     return torch.where(length > epsilon, change * (epsilon / length), change)
 
 
 def uniform_in_ball(like: Tensor, epsilon: float, norm: Norm, generator: torch.Generator) -> Tensor:
-    """Draw one uniform point of the ball for each row of `like`.
+    """Draw one uniform point in a ball for each row of `like`.
 
     The points are drawn on the CPU and moved to the device of `like`.
     """
@@ -118,21 +119,21 @@ class Attack(CheckedFields, ABC):
     def perturb(
         self, losses: InputLosses, inputs: Tensor, *, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Return inputs (n, ...), each moved so as to raise its own loss.
+        """Return inputs (n, ...), each changed to increase its own loss.
 
-        Guarantee: the result lies within the ball and the bounds up to rounding, `inputs` are not
-        modified, no parameter's gradient is touched, and the change of a row depends on that row
-        alone (and on its own random draw). The caller freezes the parameters, which saves a quarter
-        of the cost.
+        Guarantee: the result is within the ball and the bounds up to rounding, `inputs` and
+        gradients of parameters do not change, and the change of a row depends only on that row and
+        its own random numbers. The caller freezes the parameters, which saves a quarter of the
+        time.
 
         Args:
-            losses: (n, ...) -> (n,), one loss per record, to be increased.
-            inputs: (n, ...) floating point.
-            generator: a CPU generator for the attack's own randomness.
+            losses: function (n, ...) -> (n,), one loss per record, to be increased.
+            inputs: (n, ...) floating-point inputs.
+            generator: CPU generator for the random numbers of the attack.
         """
 
     def _limits(self, origin: Tensor) -> tuple[Tensor, Tensor]:
-        """Box that holds both the ball (L2 balls lie inside the linf one) and the bounds."""
+        """Box that contains both the ball (an L2 ball is inside the linf ball) and the bounds."""
         lower = origin - self.epsilon
         upper = origin + self.epsilon
         if self.bounds is not None:
@@ -142,7 +143,7 @@ class Attack(CheckedFields, ABC):
         return lower, upper
 
     def _feasible(self, origin: Tensor, moved: Tensor, limits: tuple[Tensor, Tensor]) -> Tensor:
-        """Bring `moved` back into the ball and the bounds around `origin`."""
+        """Move `moved` back into the ball around `origin` and into the bounds."""
         if self.norm == "l2":
             moved = origin + project_l2(moved - origin, self.epsilon)
         # Clamping last moves entries towards the origin only, so it cannot leave the ball again.

@@ -1,4 +1,4 @@
-"""FGSM: one step uphill on each record's own loss (Goodfellow et al. 2015)."""
+"""FGSM: one gradient step that increases each record's own loss (Goodfellow et al. 2015)."""
 
 from dataclasses import dataclass
 
@@ -28,7 +28,7 @@ class FGSM(Attack):
     def perturb(
         self, losses: InputLosses, inputs: Tensor, *, generator: torch.Generator | None = None
     ) -> Tensor:
-        """One step uphill; deterministic, so `generator` is not used. See `Attack.perturb`."""
+        """Take one step along the gradient; deterministic, so `generator` is not used."""
         origin = inputs.detach()
         step = self.epsilon * steepest_direction(input_gradient(losses, origin), self.norm)
         return self._feasible(origin, origin + step, self._limits(origin))

@@ -1,4 +1,4 @@
-"""PGD: several projected steps uphill, from a random start (Madry et al. 2018)."""
+"""PGD: several projected gradient steps from a random start (Madry et al. 2018)."""
 
 import math
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ class PGD(Attack):
         random_start: start from a uniform random point of the ball, not from the record.
         epsilon: radius of the ball; see `Attack`.
         norm: norm of the ball; see `Attack`.
-        bounds: least and largest value of an input; see `Attack`.
+        bounds: smallest and largest value of an input; see `Attack`.
 
     Source: Madry et al. 2018, "Towards deep learning models resistant to adversarial attacks",
     section 2.1.
@@ -50,7 +50,7 @@ class PGD(Attack):
     def perturb(
         self, losses: InputLosses, inputs: Tensor, *, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Climb `steps` times; `generator` is needed with a random start. See `Attack.perturb`."""
+        """Take `steps` gradient steps; a random start needs `generator`."""
         origin = inputs.detach()
         limits = self._limits(origin)
         length = 2.5 * self.epsilon / self.steps if self.step_size is None else self.step_size

@@ -1,4 +1,4 @@
-"""Robust accuracy: accuracy when every record is changed for the worst within a ball."""
+"""Robust accuracy: accuracy if an attack changes every record within a ball."""
 
 from collections.abc import Callable
 
@@ -65,7 +65,7 @@ def _survivors(
     attack: Attack,
     generator: torch.Generator | None,
 ) -> int:
-    """Number of records that are classified right both as they are and under attack."""
+    """Number of records that are classified correctly both without and with the attack."""
     with torch.no_grad():
         right = finite_outputs(predict(inputs)).argmax(1) == labels
     inputs = inputs[right]
@@ -82,7 +82,7 @@ def _survivors(
 
 
 def _check(inputs: Tensor, labels: Tensor, attack: Attack, batch_size: int) -> None:
-    """Refuse arguments that do not fit together; see `robust_accuracy`."""
+    """Refuse arguments of `robust_accuracy` that do not match."""
     if len(inputs) == 0 or labels.shape != inputs.shape[:1]:
         raise ConfigError.of(
             "labels.shape",

@@ -30,8 +30,8 @@ Method = Literal["gaussian", "one-run-f-dp", "one-run"]
 """Bound on epsilon, from the tightest to the one that assumes least."""
 
 GUESSED = (0.02, 0.1, 0.3, 1.0)
-"""Shares of the canaries that a one-run bound guesses about; each takes an equal part of what may
-go wrong.
+"""Shares of the canaries about which a one-run bound makes guesses; the error probability is
+divided equally between them.
 """
 
 STANDARD = NormalDist()
@@ -66,21 +66,21 @@ def lower_bound(
     confidence: float,
     method: Method = "gaussian",
 ) -> float:
-    """Epsilon that the mechanism at least has, with the given confidence.
+    """Lower bound on the epsilon of the mechanism, which holds with the given confidence.
 
-    Guarantee: a mechanism that is (epsilon, delta)-DP under add/remove gets a bound above epsilon
-    with probability at most 1 - confidence; for `gaussian` where the scores are as the head of this
-    module says, for `one-run-f-dp` where the mechanism's trade-off is Gaussian.
+    Guarantee: for a mechanism that is (epsilon, delta)-DP under add-remove, the bound is above
+    epsilon with probability at most 1 - confidence; for `gaussian` if the scores are Gaussian, as
+    the head of this module says, and for `one-run-f-dp` if the mechanism is mu-GDP for some mu.
 
     Args:
-        scores: (m,) one per canary.
-        included: (m,) bool, the coins, each with probability 1/2.
-        delta: in (0, 1).
-        confidence: in (0, 1), of the bound from below.
+        scores: (m,) scores, one per canary.
+        included: (m,) bool, True for a canary in the data, each with probability 1/2.
+        delta: number in (0, 1).
+        confidence: confidence of the lower bound, in (0, 1).
 
     Raises:
-        ConfigError: for a delta, confidence or method that is not allowed, or fewer than two
-            canaries on a side.
+        ConfigError: if delta, confidence or method is not allowed, or fewer than two canaries are
+            in the data, or not in it.
     """
     for field, value in (("delta", delta), ("confidence", confidence)):
         if not 0 < value < 1:
@@ -117,7 +117,7 @@ def separation(inside: Tensor, outside: Tensor, confidence: float) -> float:
     Args:
         inside: (n,) samples.
         outside: (n',) samples.
-        confidence: one-sided; z is its normal quantile.
+        confidence: one-sided confidence; z is its normal quantile.
 
     Source: Hedges and Olkin 1985, Statistical Methods for Meta-Analysis, section 5 (large-sample
     interval).
@@ -156,14 +156,14 @@ def epsilon_of(mu: float, delta: float) -> float:
 
 
 def guesses(scores: Tensor, included: Tensor, share: float) -> tuple[int, int]:
-    """Guess which canaries were included, and count the right guesses.
+    """Guess which canaries were in the data, and count the correct guesses.
 
-    The highest scores are guessed to be in, the lowest out.
+    The highest scores are guessed to be in the data, the lowest not to be in it.
 
     Args:
-        scores: (m,).
+        scores: (m,) scores.
         included: (m,) bool.
-        share: of the canaries that is guessed about, fixed in advance.
+        share: share of the canaries about which guesses are made, fixed in advance.
 
     Returns:
         Number of right guesses, and number of guesses.
@@ -196,9 +196,9 @@ def one_run_p_value(correct: int, made: int, canaries: int, epsilon: float, delt
         b = P[B >= v],   B ~ Bin(made, 1 / (1 + e^-epsilon))
 
     Args:
-        correct: v.
-        made: guesses, of which the mechanism's output decides which.
-        canaries: m, guessed about or not.
+        correct: number of right guesses, v.
+        made: number of guesses; the mechanism's output decides which canaries they are about.
+        canaries: number of all canaries, m, with and without a guess.
 
     Source: Steinke, Nasr and Jagielski 2023, Privacy auditing with one (1) training run, theorem
     5.2.
@@ -234,18 +234,20 @@ def one_run_f_dp_epsilon(
 
 
 def could_be_gaussian(correct: int, made: int, canaries: int, mu: float, tail: float) -> bool:
-    """Tell if a mu-GDP mechanism can have so many right guesses with probability `tail`.
+    """Return True if a mu-GDP mechanism can have `correct` right guesses with probability `tail`.
 
-    That is, `correct` or more of `made`.
+    This means `correct` or more right guesses out of `made`.
 
-    Let p_t be the probability of t right guesses, and sum over all canaries the probability that
-    one is guessed right (wrong) while at least i of the others are right: made * r_{i+1} with r_i =
-    sum_{t >= i} p_t t / made, and made * h_i with h_i = sum_{t >= i} p_t (made - t) / made. Turning
-    one canary's coin makes the one event the other, so that, averaged over the canaries,
+    Let p_t be the probability of t right guesses. Sum over all canaries the probability that one is
+    guessed right (wrong) while at least i of the others are right: the sums are made * r_{i+1} with
+    r_i = sum_{t >= i} p_t t / made, and made * h_i with h_i = sum_{t >= i} p_t (made - t) / made.
+    Moving one canary into or out of the data turns one event into the other, so that, averaged over
+    the canaries,
 
         (made/m) h_i >= Phi(Phi^-1((made/m) r_{i+1}) - mu)
 
-    Starting from P[t >= correct] = tail, these force a smallest total mass, which may not exceed 1.
+    Starting from P[t >= correct] = tail, these force a smallest total probability, which is at most
+    1.
 
     Source: Mahloujifar, Melis and Chaudhuri 2025, Auditing f-differential privacy in one run,
     theorem 3.2, algorithm 3.
@@ -263,9 +265,9 @@ def could_be_gaussian(correct: int, made: int, canaries: int, mu: float, tail: f
 
 
 def _crossing(below: Callable[[float], bool], accuracy: float = 1e-9) -> float:
-    """Point up to which `below` is true and from which it is false.
+    """Point up to which `below` is True, and after which it is False.
 
-    It is 0 where it is false throughout.
+    It is 0 if `below` is always False.
     """
     if not below(0.0):
         return 0.0

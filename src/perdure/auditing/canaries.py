@@ -1,10 +1,10 @@
-"""Empirical privacy: canaries that pass through a learner unseen show what its mechanism leaks.
+"""Audit with canaries, which measure how much the mechanism of a learner reveals.
 
-A canary is a record whose whole gradient lies in one coordinate of a *probe*, a parameter that no
-other record touches. It passes the same sampler, clipping, noise and optimiser step as the real
-records, in the loop that trains them, so that its coordinate of every released gradient shows what
-the mechanism really does with one record. The model learns nothing from canaries, and no score
-depends on a real record.
+A canary is a record whose whole gradient is in one coordinate of a *probe*, a parameter that no
+other record uses. It passes the same sampler, clipping, noise and optimiser step as the real
+records, in the same loop, so that its coordinate of every released gradient shows the real effect
+of the mechanism on one record. The model learns nothing from canaries, and no score depends on a
+real record.
 """
 
 import copy
@@ -36,12 +36,12 @@ if TYPE_CHECKING:
     from perdure.contract.curator import Curator
 
 LOUDNESS = 10.0
-"""Gradient norm of a canary before clipping, in units of the clip norm: clipping is on trial
-too.
+"""Gradient norm of a canary before clipping, in units of the clip norm; above 1, so that clipping
+is tested too.
 """
 
 RELEASED = "audit.released"
-"""State name of the probe's part of the last released gradient."""
+"""Name, in the state, of the probe's part of the last released gradient."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +73,7 @@ class AuditResult:
 
     @property
     def flagged(self) -> bool:
-        """True where the mechanism was seen to leak more than is claimed."""
+        """True if the mechanism was found to reveal more than is claimed."""
         return self.lower_bound > self.claimed
 
     def __str__(self) -> str:
@@ -212,9 +212,9 @@ def with_canaries(stream: Stream, experience: int, ids: Tensor) -> Stream:
 
 
 def joined(experience: Experience, ids: Tensor) -> Records:
-    """Training records of the experience and a blank one for each id.
+    """Training records of the experience, with one blank record for each id.
 
-    The declared size stays that of before.
+    The declared size does not change.
     """
     train = experience.train
     n = len(ids)
@@ -228,9 +228,9 @@ def joined(experience: Experience, ids: Tensor) -> Records:
 
 
 class Probed(nn.Module):
-    """A model with a probe beside it.
+    """Model together with a probe.
 
-    One number for each canary, of no use to the model's output.
+    The probe has one number per canary, which the model's output does not use.
     """
 
     def __init__(self, model: nn.Module, canaries: int) -> None:
@@ -242,12 +242,12 @@ class Probed(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits of the model."""
+        """Compute the logits of the model."""
         logits: Tensor = self.model(x)
         return logits
 
     def __getattr__(self, name: str) -> Any:
-        """Look up other attributes in the model, such as `features`."""
+        """Look up other attributes, such as `features`, in the model."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -258,8 +258,8 @@ class Listener:
     """Callback that scores every canary by its coordinate of each released gradient.
 
     Args:
-        partition: of the canaries; steps that do not touch it are not heard.
-        canaries: how many.
+        partition: partition of the canaries; steps that do not use it are skipped.
+        canaries: number of canaries.
     """
 
     def __init__(self, partition: str, canaries: int) -> None:
@@ -268,7 +268,7 @@ class Listener:
         self.rates: list[float] = []
 
     def __call__(self, point: str, learner: Learner) -> None:
-        """Add the step's log likelihood ratios."""
+        """Add the log likelihood ratios of a step to the scores."""
         exposure = learner.curator.exposure if point == "step.done" else None
         if exposure is None or self.partition not in exposure.scope:
             return
@@ -285,18 +285,18 @@ class Listener:
 
 @dataclass(frozen=True, kw_only=True)
 class Audited(Strategy):
-    """A strategy as it is, for real records.
+    """Strategy for an audit, with the losses of another strategy for real records.
 
-    For canaries, a loss that touches their own probe coordinate only.
+    The loss of a canary depends only on its own coordinate of the probe.
 
-        loss_i = loudness * probe[id_i - first]   for a canary, else that of the inner strategy
+        loss_i = loudness * probe[id_i - first]   for a canary; for others the inner strategy's loss
 
-    State: the inner strategy's, and the probe's part of the last released gradient (m,).
+    State: the state of the inner strategy, and the probe's part of the last released gradient (m,).
 
     Args:
-        inner: the strategy.
+        inner: the inner strategy.
         first: id of the first canary.
-        canaries: m.
+        canaries: number of canaries, m.
         loudness: gradient norm before clipping.
     """
 
@@ -311,31 +311,31 @@ class Audited(Strategy):
 
     @property
     def name(self) -> str:
-        """Name of the strategy."""
+        """Name of the inner strategy."""
         return self.inner.name
 
     def refuse_task(self, task: Task) -> None:
-        """See the strategy."""
+        """Refuse the tasks that the inner strategy refuses."""
         self.inner.refuse_task(task)
 
     def uses(self, hook: str) -> bool:
-        """Tell if the strategy overrides `hook`; `after_step` is always used, to read the probe."""
+        """Return True if the inner strategy overrides `hook`, and always for `after_step`."""
         return hook == "after_step" or self.inner.uses(hook)
 
     def small_model(self, *, input_shape: tuple[int, ...], num_classes: int) -> nn.Module | None:
-        """See the strategy; without a probe."""
+        """Build the small model of the inner strategy, without a probe."""
         return self.inner.small_model(input_shape=input_shape, num_classes=num_classes)
 
     def init(self, spec: Spec) -> State:
-        """Lay out the strategy's state, and the probe's part of the last release."""
+        """Create the inner strategy's state, with the probe's part of the last release."""
         return self.inner.init(spec).declare(
             RELEASED, torch.zeros_like(spec.params["probe.weight"][:, 0]), "local"
         )
 
     def plan(self, experience: Experience) -> Plan:
-        """Train the probe with whatever is trained.
+        """Make the plan of the inner strategy, with the probe among the trained parameters.
 
-        The model's parameters stand under another prefix.
+        The names of the model's parameters get another prefix.
         """
         plan = self.inner.plan(experience)
         if plan.trainable is None:
@@ -345,26 +345,26 @@ class Audited(Strategy):
         )
 
     def losses(self, forward: Forward, batch: Batch, context: Context, state: State) -> Tensor:
-        """(n,) the strategy's losses; a canary has the loss of the probe instead."""
+        """(n,) losses of the inner strategy; a canary has the loss of the probe instead."""
         place = batch.ids - self.first
         canary = (place >= 0) & (place < self.canaries)
         probe = self.loudness * probed(forward, place.clamp(0, self.canaries - 1))
         return torch.where(canary, probe, self.inner.losses(forward, batch, context, state))
 
     def penalty(self, params: Params, state: State) -> Tensor | None:
-        """See the strategy."""
+        """Compute the penalty of the inner strategy."""
         return self.inner.penalty(params, state)
 
     def add_penalty_gradient(self, gradient: Params, params: Params, state: State) -> None:
-        """See the strategy."""
+        """Add the gradient of the inner strategy's penalty."""
         self.inner.add_penalty_gradient(gradient, params, state)
 
     def references(self, curator: "Curator", params: Params, state: State) -> tuple[Params, ...]:
-        """See the strategy."""
+        """Return the reference gradients of the inner strategy."""
         return self.inner.references(curator, params, state)
 
     def project(self, gradient: Params, references: tuple[Params, ...], state: State) -> Params:
-        """See the strategy."""
+        """Apply the projection of the inner strategy."""
         return self.inner.project(gradient, references, state)
 
     def after_step(
@@ -375,7 +375,7 @@ class Audited(Strategy):
         state: State,
         noise_variance: float = 0.0,
     ) -> State:
-        """Keep the probe's part of the release, then do as the strategy does."""
+        """Store the probe's part of the release, and call the inner strategy's `after_step`."""
         heard = state.replace({RELEASED: gradient["probe.weight"][:, 0]})
         return self.inner.after_step(before, after, gradient, heard, noise_variance)
 
@@ -387,31 +387,31 @@ class Audited(Strategy):
         state: State,
         noise_variance: float = 0.0,
     ) -> State:
-        """Keep the probe's part of the release, then do as the strategy does."""
+        """Store the probe's part of the release, and then call the inner strategy's hook."""
         heard = state.replace({RELEASED: gradient["probe.weight"][:, 0]})
         return self.inner.after_step_in_place(before, after, gradient, heard, noise_variance)
 
     def remember(self, forward: Forward, batch: Batch, state: State) -> dict[str, Tensor]:
-        """See the strategy."""
+        """Compute the tensors that the inner strategy stores with each row."""
         return self.inner.remember(forward, batch, state)
 
     def after_experience(self, curator: "Curator", params: Params, state: State) -> State:
-        """See the strategy."""
+        """Call `after_experience` of the inner strategy."""
         return self.inner.after_experience(curator, params, state)
 
     def derive(self, state: State) -> State:
-        """See the strategy."""
+        """Compute the derived state of the inner strategy."""
         return self.inner.derive(state)
 
     def predict(self, forward: Forward, x: Tensor, context: Context, state: State) -> Tensor:
-        """See the strategy."""
+        """Compute the prediction of the inner strategy."""
         return self.inner.predict(forward, x, context, state)
 
 
 def probed(forward: Forward, place: Tensor) -> Tensor:
-    """(n,) the probe's numbers at `place`.
+    """(n,) values of the probe at the positions `place`.
 
-    A layer's call, so that every way of clipping sees it as one.
+    They come from the call of a layer, so that every way of clipping handles them.
     """
     probe = forward.module.get_submodule("probe")
     if forward.params is None:

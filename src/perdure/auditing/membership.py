@@ -1,8 +1,8 @@
-"""Membership inference: tell the training records of a finished classifier from others.
+"""Membership inference: attacks that distinguish the training records of a classifier from others.
 
-It attacks the model that would be handed out, with whatever it knows of its training;
-`perdure.auditing.canaries` puts the mechanism on trial instead. A weak attack proves nothing: a
-bound on every attack is what the ledger's epsilon is.
+The attack is on the trained model, with knowledge of its training; `perdure.auditing.canaries`
+tests the mechanism instead. A weak attack proves nothing: only the epsilon in the ledger bounds all
+attacks.
 """
 
 import math
@@ -20,7 +20,7 @@ from perdure.utils.finite_outputs import finite_outputs
 from perdure.utils.seeding import derive, generator
 
 Predictor = Callable[[Tensor], Tensor]
-"""Inputs (n, ...) to logits (n, C)."""
+"""Function from inputs (n, ...) to logits (n, C)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,9 +132,9 @@ def halves(n: int, shadows: int, seed: int) -> Tensor:
 
 @torch.no_grad()
 def logit_confidence(predict: Predictor, records: Records) -> Tensor:
-    """(n,) log p_y - log(1 - p_y), which is close to normal.
+    """(n,) log p_y - log(1 - p_y), which has nearly a normal distribution.
 
-    It is the label's logit less the log-sum-exp of all others.
+    It is the logit of the label minus the log-sum-exp of all other logits.
     """
     logits = finite_outputs(by_pieces(predict, records.inputs)).double()
     labels = records.labels[:, None]
@@ -143,13 +143,15 @@ def logit_confidence(predict: Predictor, records: Records) -> Tensor:
 
 
 def likelihood_ratio(target: Tensor, shadows: Tensor, seen: Tensor) -> Tensor:
-    """(n,) log likelihood ratio of the target's confidences (n,).
+    """(n,) log likelihood ratio of the target's confidences (n,), with shadow models.
 
-    The other side is the confidences of shadow models (k, n).
+    The shadow models have confidences (k, n).
 
     Args:
-        seen: (k, n) bool, whether the shadow model was trained on the record; each record by two at
-            least, and two not.
+        target: (n,) confidences of the target.
+        shadows: (k, n) confidences of the shadow models.
+        seen: (k, n) bool, True if the shadow model was trained on the record; each record has at
+            least two models with it and two without it.
     """
     fits = []
     for mask in (seen, ~seen):

@@ -1,4 +1,4 @@
-"""Benchmarks of Avalanche as streams of perdure."""
+"""Conversion of Avalanche benchmarks to streams."""
 
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
@@ -137,10 +137,10 @@ def _task_of(experience: Any, index: int) -> int:
 
 
 def _refuse_without_targets(streams: Mapping[str, Sequence[Any]]) -> None:
-    """Refuse data whose classes Avalanche does not know.
+    """Refuse data sets without targets, because Avalanche then does not know the classes.
 
     Raises:
-        DataError: naming the stream and the experience.
+        DataError: names the stream and the experience.
     """
     for name, parts in streams.items():
         for index, part in enumerate(parts):
@@ -154,7 +154,7 @@ def _refuse_without_targets(streams: Mapping[str, Sequence[Any]]) -> None:
             if strange:
                 raise DataError(
                     f"{name} experience {index} has the target {strange[0]!r}; allowed: whole "
-                    "numbers from 0, one a record, as its class; other tasks need "
+                    "numbers from 0, one per record, as its class; other tasks need "
                     "perdure.data.from_arrays or from_torch"
                 )
 
@@ -184,7 +184,7 @@ def _offsets(tasks: Sequence[int], classes: Sequence[tuple[int, ...]]) -> list[i
 
 
 def _shifted(records: Records, offset: int, partition: str) -> Records:
-    """Records with `offset` added to their labels, as records of this partition."""
+    """Add `offset` to the labels of records, and set their partition."""
     return replace(records, labels=records.labels + offset, partition=partition)
 
 
@@ -193,15 +193,16 @@ def _of_classes(records: Records, classes: tuple[int, ...]) -> Records:
 
 
 def _same_records(parts: Sequence[Records]) -> bool:
-    """Return whether all experiences hold the same records, in any order."""
+    """Return True if all experiences have the same records, in any order."""
     return all(torch.equal(part.ids.sort().values, parts[0].ids.sort().values) for part in parts)
 
 
 class _Sources:
-    """The data sets that all views, subsets and joins of a benchmark are made of.
+    """Data sets from which all views, subsets and concatenations of a benchmark are made.
 
-    Each source gets a range of record ids, as long as the source, when it is first met. A record
-    that several experiences show has the same id in all of them: privacy counts it as one.
+    Each source gets a range of record ids, one per item, when it is used for the first time. A
+    record in several experiences has the same id in all of them, so privacy counts it as one
+    record.
     """
 
     def __init__(self) -> None:
@@ -221,11 +222,11 @@ class _Sources:
 
     @property
     def seen(self) -> int:
-        """Number of records of all sources met so far, shown by an experience or not."""
+        """Number of records of all sources so far, also of records that no experience uses."""
         return self._next
 
     def _first_id(self, source: Any) -> int:
-        """Id of the source's first record; a source that was not met yet is given the next ids."""
+        """Id of the first record of a source; a new source gets the next free ids."""
         for known, first in self._first_ids:
             if known is source or _over_one_tensor(known, source):
                 return first
@@ -235,7 +236,7 @@ class _Sources:
 
 
 def _over_one_tensor(one: Any, other: Any) -> bool:
-    """Return whether two sources are tensor data sets whose inputs are the same tensor."""
+    """Return True if two sources are tensor data sets with the same tensor of inputs."""
     if not (isinstance(one, TensorDataset) and isinstance(other, TensorDataset)):
         return False
     mine = one.tensors[0]
@@ -247,9 +248,9 @@ def _over_one_tensor(one: Any, other: Any) -> bool:
 def _origins(dataset: Any, rows: Sequence[int], transforms: list[Any]) -> list[tuple[Any, int]]:
     """Trace each row to its source data set and its index there.
 
-    Appends the transforms of every layer on the way to `transforms`.
+    The transforms of every layer in between are appended to `transforms`.
 
-    Avalanche's own `leaf_datasets` loses the order across sources and fails where a source has no
+    Avalanche's own `leaf_datasets` loses the order across sources, and fails if a source has no
     row.
     """
     from avalanche.benchmarks.utils.flat_data import FlatData
@@ -271,7 +272,7 @@ def _origins(dataset: Any, rows: Sequence[int], transforms: list[Any]) -> list[t
 def _origins_of_parts(
     parts: Sequence[Any], rows: Sequence[int], transforms: list[Any]
 ) -> list[tuple[Any, int]]:
-    """Trace rows of data sets that are joined end to end; see `_origins`."""
+    """Trace rows of concatenated data sets to their sources (see `_origins`)."""
     ends = list(accumulate(len(part) for part in parts))
     which = [bisect_right(ends, row) for row in rows]
     traced = []
@@ -287,7 +288,7 @@ def _selected_at_once(
 ) -> tuple[Tensor, Tensor] | None:
     """Inputs (n, ...) float32 and labels (n,), by one index selection instead of item by item.
 
-    None unless all rows come from one TensorDataset without input transforms.
+    None if not all rows come from one TensorDataset without input transforms.
     """
     source = origins[0][0]
     changed = any(
@@ -301,10 +302,10 @@ def _selected_at_once(
 
 
 def _item_by_item(dataset: Any) -> tuple[Tensor, Tensor]:
-    """Inputs (n, ...) float32 and labels (n,), each item through the data set's own transforms.
+    """Inputs (n, ...) float32 and labels (n,), reading each item with its transforms.
 
     Raises:
-        DataError: for inputs that are neither tensors nor arrays.
+        DataError: if inputs are neither tensors nor arrays.
     """
     items = [dataset[position][:2] for position in range(len(dataset))]
     if not all(hasattr(x, "__array__") and hasattr(x, "dtype") for x, _ in items):

@@ -1,4 +1,4 @@
-"""Show perdure's metrics through the loggers of Avalanche."""
+"""Metrics of perdure in the loggers of Avalanche."""
 
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -62,18 +62,18 @@ def log_to(evaluator: Any) -> "Callback":
 
 
 def log(matrix: Tensor, evaluator: Any) -> dict[str, Any]:
-    """Show a finished accuracy matrix through Avalanche's loggers.
+    """Send a finished accuracy matrix to Avalanche's loggers.
 
-    The matrix is shown row by row; returns the last value of each name.
+    The rows are sent one after another; the last value of each name is returned.
 
-    Names as in `log_to`, without task labels other than 0; positions are rows.
+    Names are as in `log_to`, without task labels other than 0; the x position is the row.
 
     Args:
         matrix: (T, E) accuracy in percent; NaN is left out.
         evaluator: as in `log_to`.
 
     Raises:
-        ConfigError: when the matrix is not one of accuracies, or for another evaluator.
+        ConfigError: if the matrix has no accuracies, or `evaluator` is not allowed.
     """
     summarise(matrix)
     publisher = _MetricPublisher(evaluator)
@@ -85,7 +85,7 @@ def log(matrix: Tensor, evaluator: Any) -> dict[str, Any]:
 
 
 class _MetricPublisher:
-    """Calls an evaluator as an Avalanche strategy would, and publishes values on the way."""
+    """Publisher that calls an evaluator as an Avalanche strategy would, with perdure's values."""
 
     def __init__(self, evaluator: Any) -> None:
         if not hasattr(evaluator, "publish_metric_value"):
@@ -100,7 +100,7 @@ class _MetricPublisher:
         self.task_incremental = False
 
     def training(self, index: int) -> None:
-        """Say that the experience was trained on."""
+        """Tell the loggers that an experience was trained."""
         moment = self._moment(index, "train")
         for point in (
             "before_training",
@@ -111,11 +111,11 @@ class _MetricPublisher:
             getattr(self._evaluator, point)(moment)
 
     def evaluation(self, rows: Tensor, position: int) -> None:
-        """Publish the last of the rows.
+        """Publish the accuracies of the last row, and the forgetting.
 
         Args:
             rows: (t, E) accuracies in percent after each experience so far.
-            position: on the x axis.
+            position: position on the x axis.
         """
         evaluator = self._evaluator
         last = len(rows) - 1
@@ -136,7 +136,7 @@ class _MetricPublisher:
         evaluator.after_eval(self._moment(last, "test"))
 
     def _publish(self, name: str, percent: Tensor | float, position: int) -> None:
-        """Publish one value as a fraction, at this position of the x axis."""
+        """Publish one value as a fraction, at a position of the x axis."""
         from avalanche.evaluation.metric_results import MetricValue
 
         self._evaluator.publish_metric_value(
@@ -144,7 +144,7 @@ class _MetricPublisher:
         )
 
     def _moment(self, index: int, stream: str) -> Any:
-        """Stand-in for an Avalanche strategy, with the attributes that loggers read."""
+        """Build a substitute for an Avalanche strategy, with the attributes that loggers read."""
         training = stream == "train"
         experience = SimpleNamespace(
             current_experience=index,

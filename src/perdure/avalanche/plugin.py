@@ -1,7 +1,7 @@
 """A perdure strategy as a plugin of an Avalanche training loop (`perdure.avalanche.as_plugin`).
 
-Avalanche draws the batches, runs the model and steps the optimiser. A session stands beside it: it
-holds records, memory and state, and calls the strategy's hooks.
+Avalanche draws the batches, runs the model and steps the optimiser. A `Session` holds records,
+memory and state, and calls the hooks of the strategy.
 """
 
 from dataclasses import replace
@@ -52,15 +52,15 @@ class StrategyPlugin:
 
     @property
     def state(self) -> State:
-        """Tensors that the strategy remembers."""
+        """Tensors that the strategy keeps between steps and experiences."""
         return self.session.state
 
     @property
     def session(self) -> Session:
-        """Records, memory and state of the strategy.
+        """Session with records, memory and state of the strategy.
 
         Raises:
-            ConfigError: before the first experience.
+            ConfigError: if no experience was trained yet.
         """
         if self._session is None:
             raise ConfigError(
@@ -71,16 +71,16 @@ class StrategyPlugin:
 
     @property
     def batch(self) -> Batch:
-        """Rows of the present mini-batch: first Avalanche's, then rows of memory."""
+        """Rows of the current mini-batch: first Avalanche's rows, then rows of memory."""
         return self._batch
 
     # ------------------------------------------------------------------ an experience
 
     def after_train_dataset_adaptation(self, template: Any, **_: Any) -> None:
-        """Open the experience; give Avalanche the rows of a plan that draws from others too.
+        """Open the experience; if the plan uses a pool of its own, give its rows to Avalanche.
 
         Raises:
-            ConfigError: for experiences out of order.
+            ConfigError: if experiences are out of order.
         """
         session = self._session = self._session or self._open_session(template)
         index = template.experience.logging().current_experience
@@ -103,10 +103,10 @@ class StrategyPlugin:
             template.adapted_dataset = _dataset(self._pool, self._tasks)
 
     def before_training_exp(self, template: Any, **_: Any) -> None:
-        """Skip the epochs of a plan that takes no gradient.
+        """Skip the epochs if the plan uses no gradient.
 
         Raises:
-            ConfigError: for a model whose parameters changed shape.
+            ConfigError: if parameters of the model changed their shape.
         """
         own = trainable_parameters(template.model)
         shapes = {name: value.shape for name, value in own.items()}
@@ -121,14 +121,14 @@ class StrategyPlugin:
             template.stop_training()
 
     def after_training_exp(self, template: Any, **_: Any) -> None:
-        """Offer the records to memory and consolidate."""
+        """Offer the records to memory, and consolidate the experience."""
         with evaluating(template.model):
             self.session.consolidate()
 
     # ------------------------------------------------------------------ a step
 
     def before_forward(self, template: Any, **_: Any) -> None:
-        """Put stored rows beside Avalanche's rows, and ask for reference gradients."""
+        """Add stored rows to Avalanche's mini-batch, and ask for reference gradients."""
         session = self.session
         self._batch = self._rows(template)
         if self._memory_apart:
@@ -137,7 +137,7 @@ class StrategyPlugin:
         self._references = session.references()
 
     def before_backward(self, template: Any, **_: Any) -> None:
-        """Put the strategy's own loss in place of the criterion's, and show the penalty."""
+        """Replace the criterion's loss by the strategy's own loss, and add the penalty to it."""
         session = self.session
         if session.uses["losses"]:
             given = _Given(template.model, template.mb_x, template.mb_output)
@@ -148,7 +148,7 @@ class StrategyPlugin:
             template.loss = template.loss + penalty
 
     def after_backward(self, template: Any, **_: Any) -> None:
-        """Add the penalty's gradient and project, as the learner does."""
+        """Add the gradient of the penalty and apply the projection, as a learner does."""
         session = self.session
         gradient = {
             n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in session.trained.items()
@@ -160,13 +160,13 @@ class StrategyPlugin:
                 param.grad = None
 
     def after_update(self, template: Any, **_: Any) -> None:
-        """Let the strategy follow the optimiser's step."""
+        """Update the strategy's state after the optimiser's step."""
         self.session.follow_step()
 
     # ------------------------------------------------------------------ evaluation
 
     def after_eval_forward(self, template: Any, **_: Any) -> None:
-        """Put the strategy's prediction in place of the model's output."""
+        """Replace the model's output by the strategy's prediction."""
         session = self._session
         if session is None:
             return
@@ -211,10 +211,10 @@ class StrategyPlugin:
         return session
 
     def _rows(self, template: Any) -> Batch:
-        """The mini-batch as Avalanche drew it.
+        """Build the batch for the rows that Avalanche drew.
 
-        Of the experience's own rows it does not say which records they are: each has an id of its
-        own in the step.
+        Avalanche does not say which records the new rows are, so each gets an id that is unique in
+        the step.
         """
         x = template.mb_x
         y = template.mb_y
@@ -239,7 +239,7 @@ class StrategyPlugin:
 
 
 class _Given(Forward):
-    """The model, whose output at one input is known already."""
+    """Model whose output for one input is already known."""
 
     def __init__(self, module: nn.Module, x: Tensor, output: Tensor) -> None:
         super().__init__(module)
@@ -251,7 +251,7 @@ class _Given(Forward):
 
 
 def _check(template: Any, strategy: Strategy) -> None:
-    """Refuse training that the plugin would carry out wrongly."""
+    """Refuse training settings that the plugin does not support."""
     if any(
         type(part).__module__.startswith("opacus.") for part in (template.model, template.optimizer)
     ):
@@ -276,10 +276,10 @@ def _check(template: Any, strategy: Strategy) -> None:
 
 
 def _refuse_heads_of_tasks(model: nn.Module) -> None:
-    """Refuse a model that asks for task labels beside the inputs.
+    """Refuse a model that needs task labels in addition to inputs.
 
     Raises:
-        ConfigError: naming its part.
+        ConfigError: names the part of the model.
     """
     from avalanche.models import MultiTaskModule
 
@@ -293,10 +293,10 @@ def _refuse_heads_of_tasks(model: nn.Module) -> None:
 
 
 def _refuse_others_with_rows(template: Any, strategy: Strategy, experience: Experience) -> None:
-    """Refuse plugins that put rows into batches, beside a strategy that draws from its own pool.
+    """Refuse plugins that add rows to batches if the strategy draws from a pool of its own.
 
     Raises:
-        ConfigError: naming both.
+        ConfigError: names both.
     """
     for part in template.plugins:
         if isinstance(part, StrategyPlugin):
@@ -311,7 +311,7 @@ def _refuse_others_with_rows(template: Any, strategy: Strategy, experience: Expe
         if brings:
             raise ConfigError.of(
                 "plugins",
-                f"{strategy.name} beside {name}",
+                f"{strategy.name} together with {name}",
                 f"{strategy.name} without {name}, because {strategy.name} chooses the rows of a "
                 "batch itself; remove one of them",
             )
@@ -326,7 +326,7 @@ def _plain(criterion: Any) -> bool:
 
 
 def _dataset(rows: Batch, labels: Tensor) -> Any:
-    """Rows as an Avalanche data set of (input, label, position, task label)."""
+    """Build an Avalanche data set of (input, label, position, task label) from rows."""
     from avalanche.benchmarks.utils import AvalancheDataset
     from avalanche.benchmarks.utils.data_attribute import DataAttribute, TaskLabels
     from torch.utils.data import TensorDataset

@@ -1,3 +1,3 @@
-"""The command line: `perdure`, or `python -m perdure.cli.main`. It offers nothing to import."""
+"""The command line: `perdure`, or `python -m perdure.cli.main`; there is nothing to import."""
 
 __all__: list[str] = []

@@ -1,8 +1,8 @@
-"""Ledgers that a run's folder should hold, by its checkpoints and its config.
+"""Ledgers that a run's folder should contain, according to its checkpoints and its config.
 
-A ledger that is gone, with all that lies beside it, is seen by nothing in its own folder. The
-checkpoint of a federation's server knows the ledgers of its clients, a learner's checkpoint its
-own, and a finished arm has one for every client of the config.
+If a ledger is missing with its whole folder, no file next to it can show this. But the checkpoint
+of a federation's server refers to the ledgers of its clients, the checkpoint of a learner to its
+own ledger, and a finished arm must have one ledger per client of the config.
 """
 
 from collections.abc import Callable, Collection
@@ -14,11 +14,11 @@ from perdure.privacy.ledger.storage import Anchor
 
 
 def anchors_below(run: Path) -> dict[Path, list[Anchor]]:
-    """Return ledgers to the heads that checkpoints in or below a folder know of them.
+    """Return ledgers with the heads of them that checkpoints in or below a folder record.
 
     Raises:
-        LedgerError: for a head that is damaged.
-        RunError: for a checkpoint that cannot be read.
+        LedgerError: if a head is damaged.
+        RunError: if a checkpoint cannot be read.
     """
     found: dict[Path, list[Anchor]] = {}
     places = [run, *sorted(run.glob("arms/*"))]
@@ -30,7 +30,7 @@ def anchors_below(run: Path) -> dict[Path, list[Anchor]]:
 
 
 def of_finished_arms(home: Path, config: RunFacts | None) -> dict[str, Path]:
-    """Return the owners that finished private arms have by their config, and their ledgers."""
+    """Return the owners, with ledger files, that finished private arms of the config must have."""
     expected: dict[str, Path] = {}
     finished = (home / "result.json").exists()
     clients = config.clients if config else 0
@@ -48,17 +48,17 @@ def of_finished_arms(home: Path, config: RunFacts | None) -> dict[str, Path]:
 def absent(
     run: Path, home: Path, config: RunFacts | None, there: Callable[[Path], bool]
 ) -> dict[str, str]:
-    """Return the ledgers that should be there and are not: file to who knows of it.
+    """Return the ledgers that are missing, each with the reason why it must exist.
 
     Args:
-        run: folder that was asked for.
+        run: folder that the user gave.
         home: folder of the whole run.
-        config: of the run, where there is one.
-        there: whether a file, or what tells of it, is there.
+        config: facts of the run's config; None if there is none.
+        there: function that returns True if a ledger, or a file that replaces it, exists.
     """
     expected = {path: f"{owner} finished" for owner, path in of_finished_arms(home, config).items()}
     for path, anchors in anchors_below(run).items():
-        expected[path.resolve()] = f"{anchors[0].where} knows it"
+        expected[path.resolve()] = f"{anchors[0].where} refers to it"
     inside = run.resolve()
     return {
         str(path): why
@@ -68,7 +68,7 @@ def absent(
 
 
 def left_out(held: Collection[str], home: Path, config: RunFacts | None) -> dict[str, str]:
-    """Return the owners that a run's merged file should hold and does not, to who knows of them."""
+    """Return the owners that a run's merged ledger should contain and does not, with the reason."""
     return {
         f"the ledger of {owner!r} in the merged file": "its config has it"
         for owner in of_finished_arms(home, config)

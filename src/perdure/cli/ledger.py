@@ -1,6 +1,7 @@
-"""The commands `perdure ledger`, with their options.
+"""Options of the commands `perdure ledger`.
 
-Their code is in `ledger_commands`, which is imported when one of them runs: help needs no torch.
+Their code is in `ledger_commands`, which is imported only when a command runs, so help needs no
+torch.
 """
 
 from pathlib import Path

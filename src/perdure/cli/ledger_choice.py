@@ -1,4 +1,4 @@
-"""Ledgers of a run under names of their own, and the ones of them that a command is asked for."""
+"""Unique names for the ledgers of a run, and selection of ledgers by name."""
 
 import os
 import re
@@ -12,15 +12,15 @@ from perdure.privacy.ledger.merged import Merged, Part
 from perdure.report.ledger_tables import places
 
 OWNER = re.compile(r"(?:([A-Za-z0-9._-]+)/)?client-(\d{1,9})")
-"""Name of an owner: ARM/client-N in a run of arms, client-N in a federation."""
+"""Pattern of an owner's name: ARM/client-N in a run with arms, client-N in a federation."""
 
 
 def apart(found: Sequence[tuple[Path, Part]], folder: Path) -> list[Part]:
-    """Tell ledgers of one owner's name apart by the folders that they lie in.
+    """Give ledgers of owners with equal names different names, from the folders that contain them.
 
     Args:
-        found: file and ledger.
-        folder: of the run, which names begin below.
+        found: pairs of file and ledger.
+        folder: folder of the run, to which the names are relative.
     """
     owners = [part.account.owner for _, part in found]
     parts = []
@@ -36,10 +36,10 @@ def apart(found: Sequence[tuple[Path, Part]], folder: Path) -> list[Part]:
 
 
 def select(account: Merged, arms: Sequence[str], owners: Sequence[str]) -> Merged:
-    """Return the account of those owners only that were asked for.
+    """Return an account with only the chosen arms and owners.
 
     Raises:
-        ConfigError: for an arm or owner that is not there.
+        ConfigError: if there is no such arm or owner.
     """
     own = {part.account.owner for part in account.parts}
     known = {name for owner in own for name in known_as(owner)}
@@ -58,24 +58,24 @@ def select(account: Merged, arms: Sequence[str], owners: Sequence[str]) -> Merge
 
 
 def known_as(owner: str) -> set[str]:
-    """Names that choose an owner: its own, and the one that it shares with others (`apart`)."""
+    """Names by which an owner can be chosen: its own, and the name that it shares with others."""
     return {owner} if OWNER.fullmatch(owner) else {owner, owner.rpartition("/")[2]}
 
 
 def arm_of(owner: str) -> str:
-    """Name of the arm that an owner of a run belongs to.
+    """Name of the arm to which an owner belongs.
 
-    That of the owner where there are no arms.
+    It is the name of the owner if there are no arms.
     """
     found = OWNER.fullmatch(owner)
     return (found and found[1]) or owner
 
 
 def named(account: Merged, asked: Sequence[str]) -> list[str]:
-    """Partitions of these names, with or without their owner's; all where none is asked for.
+    """Return the partitions with these names, with or without the owner; all for no names.
 
     Raises:
-        ConfigError: for a name that no partition has.
+        ConfigError: if no partition has a given name.
     """
     own = {name: {name, partition} for name, (_, partition) in places(account).items()}
     for name in asked:

@@ -1,6 +1,6 @@
-"""Work of the commands `perdure ledger`, whose options are in `ledger`.
+"""Code of the commands `perdure ledger`, whose options are in `ledger`.
 
-They show what a run spent, whether its account is whole, and what one more charge would cost.
+They show the privacy cost of a run, verify its ledgers, and compute the cost of further steps.
 """
 
 import json
@@ -41,11 +41,11 @@ from perdure.report.ledger_tables import (
 DELTA = 1e-5
 LEDGER = "ledger.jsonl"
 BELOW = ("arms/*", "arms/*/clients/*", "clients/*")
-"""Where the ledgers of single curators lie below a run's folder, or below an arm's."""
+"""Folders of single curators' ledgers, relative to the folder of a run or an arm."""
 GOOD = 0
 WRONG = 1
 UNSEALED = 3
-"""Exit codes of `verify`; 2 is that of a command that cannot be carried out."""
+"""Exit codes of `verify`; exit code 2 means that a command cannot be carried out."""
 NOT_VERIFIED = (
     "NOT VERIFIED: {} of {} heads, because their keys are missing: anyone who can write these "
     "files could have forged the whole history; verify them on the machine with the folder private/"
@@ -62,14 +62,14 @@ NOT_COVERED = (
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Where a run's ledgers lie, and the config that they were written under, where there is one.
+    """Ledgers of a run, and the config that they were written with, if there is one.
 
     Args:
-        folder: of the run.
-        run: folder that was asked for, that one or one below it; None for a file.
-        config: what it says; no module that it names is imported.
-        merged: the file of a finished run.
-        single: files of single curators.
+        folder: folder of the run.
+        run: folder that the user gave, the run's or one below it; None for a file.
+        config: facts of the config; no module that it names is imported.
+        merged: merged ledger file of a finished run; None if there is none.
+        single: ledger files of single curators.
     """
 
     folder: Path
@@ -80,16 +80,16 @@ class Source:
 
     @property
     def finished(self) -> bool:
-        """True where the run has a result."""
+        """True if the run has a result."""
         return (self.folder / "result.json").exists()
 
     @property
     def seed(self) -> int | None:
-        """Seed of simulated noise; None where noise is secret, or nothing is known of it."""
+        """Seed of simulated noise; None if noise is secret, or nothing is known."""
         return self.config.seed if self.config else None
 
     def delta(self, asked: float | None, account: Merged) -> float:
-        """Delta that is asked for now, else the one that the run was asked for, else 1e-5."""
+        """Return the delta that the user gave, or the run's delta, or 1e-5."""
         own = (asked, account.delta, self.config.delta if self.config else None)
         chosen = next((delta for delta in own if delta is not None), DELTA)
         check_target(1.0, chosen)
@@ -104,7 +104,7 @@ def show(
     owner: Sequence[str],
     as_json: bool,
 ) -> None:
-    """Print the charges of every partition and the epsilon that follows; end the command."""
+    """Print the charges of every partition and their epsilons, and end the command."""
     source = find(run)
     account = Merged(apart(opened(source), source.folder))
     spent = source.delta(delta, account)
@@ -135,11 +135,11 @@ def head(run: Path) -> None:
 
 
 def verify(run: Path, *, at_least: Sequence[str]) -> None:
-    """Check every chain, head and copy of a head; end the command.
+    """Check every chain, head and recorded head, and end the command.
 
     Args:
-        run: folder or file.
-        at_least: lines of `head`, which the ledgers must go on from.
+        run: folder or file that the user gave.
+        at_least: lines that the command `head` printed before; the ledgers must continue from them.
     """
     recorded = [from_text(line) for text in at_least for line in text.splitlines()]
     source = find(run)
@@ -180,7 +180,7 @@ def project(
     partition: Sequence[str],
     delta: float | None,
 ) -> None:
-    """Print the epsilon of every partition as it would be after so many more steps."""
+    """Print the epsilon of every partition as it would be after further steps."""
     source = find(run)
     account = Merged(apart(opened(source), source.folder))
     spent = source.delta(delta, account)
@@ -201,11 +201,11 @@ def project(
 
 
 def find(run: Path) -> Source:
-    """Ledgers of a run's folder, of an arm's or client's folder inside it, or one file.
+    """Find the ledgers of a run's folder, of an arm's or client's folder in it, or in one file.
 
     Raises:
-        RunError: when there is none.
-        ConfigError: for a config beside it that cannot be read.
+        RunError: if there is no ledger.
+        ConfigError: if the config of the run cannot be read.
     """
     folder = home(run)
     config = read_facts(folder / "config.toml") if (folder / "config.toml").exists() else None
@@ -230,12 +230,12 @@ def find(run: Path) -> Source:
 
 
 def missing(source: Source, merged: Merged | None, *, files: bool = False) -> dict[str, str]:
-    """Return what should be there and is not, to who knows of it.
+    """Return the ledgers that are missing, each with the reason why it must exist.
 
     Args:
-        source: where the run's ledgers lie.
-        merged: what was read from the merged file; None where there is none.
-        files: whether ledgers of single curators count although there is a merged file.
+        source: ledgers of the run.
+        merged: content of the merged file; None if there is none.
+        files: True to count ledgers of single curators although there is a merged file.
     """
     gone: dict[str, str] = {}
     if merged is not None:
@@ -247,26 +247,26 @@ def missing(source: Source, merged: Merged | None, *, files: bool = False) -> di
 
 
 def home(path: Path) -> Path:
-    """Folder of the run that `path` belongs to; its arms lie in `arms/`."""
+    """Return the folder of the run to which `path` belongs; its arms are in `arms/`."""
     start = path.resolve() if path.is_dir() else path.resolve().parent
     above = [folder.parent for folder in (start, *start.parents) if folder.name == "arms"]
     return above[0] if above else start
 
 
 def opened(source: Source) -> list[tuple[Path, Part]]:
-    """Ledgers with their files: the merged file's where there is one, else all as they stand.
+    """Read the ledgers: those in the merged file if there is one, or all single ones.
 
     Raises:
-        LedgerError: for a ledger that is damaged, or whose head another key has sealed.
+        LedgerError: if a ledger is damaged, or its head was made with another key.
     """
     paths = [source.merged] if source.merged else list(source.single)
     return [(path, part) for path in paths for part in open_file(path, source).parts]
 
 
 def open_file(path: Path, source: Source) -> Merged:
-    """Read one file and check its heads with the keys that are there.
+    """Read one file, and check its heads with the keys that are available.
 
-    A file of no lines is what a run leaves that was stopped before its first: an account of nobody.
+    A run that stopped before its first line leaves an empty file, which is an empty account.
     """
     copy = private_copy(path.parent).path
     if copy.exists() and not path.exists() and not head_path(path).exists():
@@ -282,9 +282,9 @@ def open_file(path: Path, source: Source) -> Merged:
 
 
 def key_of(owner: str, path: Path, source: Source) -> NoiseKey | None:
-    """Key of an owner.
+    """Find the key of an owner; None if there is none.
 
-    In `private/` beside its ledger, or in its folder of the run, or simulated from the seed.
+    It is in `private/` next to the ledger, or in the owner's folder of the run, or simulated.
     """
     found = OWNER.fullmatch(owner)
     arm, number = (found[1], int(found[2])) if found else (None, 0)
@@ -303,19 +303,19 @@ def key_of(owner: str, path: Path, source: Source) -> NoiseKey | None:
 
 
 def key_in(folder: Path) -> NoiseKey | None:
-    """Secret key of a curator's folder, where it is there and readable; never made anew."""
+    """Secret key in a curator's folder, if it is readable; a new key is never created."""
     file = folder / "private" / "key"
     return NoiseKey.from_os(file) if os.access(file, os.R_OK) else None
 
 
 def _there(path: Path) -> bool:
-    """Tell if a ledger is there, or a file that mentions one."""
+    """Return True if a ledger exists, or a file that refers to it."""
     known = (path, head_path(path), private_copy(path.parent).path)
     return any(each.exists() for each in known)
 
 
 def _ledgers(run: Path, part: str) -> Iterator[Path]:
-    """Ledgers in the folders that the pattern finds, also where only the head is left."""
+    """Ledgers in the folders that match a pattern, also if only the head is left."""
     return (folder / LEDGER for folder in run.glob(part) if _there(folder / LEDGER))
 
 
@@ -325,14 +325,14 @@ def _ledgers(run: Path, part: str) -> Iterator[Path]:
 def statements(
     source: Source, account: Merged, chosen: Merged, delta: float, whole: bool
 ) -> Iterator[str]:
-    """Yield the lines below the table: spent epsilon, its limits, and the checks made.
+    """Yield the lines below the table: total epsilon, its limits, and the checks that were made.
 
     Args:
-        source: where the ledgers lie.
-        account: all that are there.
-        chosen: of these, the ones that were asked for.
-        delta: of every epsilon.
-        whole: whether none is missing; else nothing is stated of all together.
+        source: ledgers of the run.
+        account: all ledgers that exist.
+        chosen: the ledgers that the user chose.
+        delta: delta of every epsilon.
+        whole: True if no ledger is missing; if False, no joint epsilon is stated.
     """
     if whole:
         yield f"worst partition by itself: {chosen.statement(delta)}"
@@ -354,7 +354,7 @@ def statements(
 def summary(
     source: Source, chosen: Merged, delta: float, missing: Collection[str], whole: bool
 ) -> dict[str, object]:
-    """Return the facts of `statements` as a table for machines."""
+    """Return the facts of `statements` as a dict for JSON output."""
     joint = all_arms(chosen, delta) if whole else None
     return {
         "schema": 1,
@@ -373,9 +373,9 @@ def summary(
 
 
 def all_arms(account: Merged, delta: float) -> Epsilon | None:
-    """Statement over several arms, in which the same records compose.
+    """Return the statement for several arms, in which charges of the same records are composed.
 
-    None for one arm, or ledgers of no run.
+    None if there is one arm, or if the ledgers belong to no run.
     """
     owners = [part.account.owner for part in account.parts]
     arms = {found[1] for found in map(OWNER.fullmatch, owners) if found and found[1]}
@@ -389,7 +389,7 @@ def without_privacy(source: Source) -> list[str]:
 
 
 def checks(account: Merged) -> str:
-    """Say in words which chains and heads were verified when the account was opened."""
+    """Describe which chains and heads were verified when the account was opened."""
     keyed = sum(part.keyed for part in account.parts)
     total = len(account.parts)
     if 0 < keyed < total:
@@ -401,13 +401,13 @@ def checks(account: Merged) -> str:
 
 
 def anyone(account: Merged) -> str:
-    """Return a warning for verified heads whose key comes from a seed; else an empty text."""
+    """Return a warning if verified heads have a key that follows from a seed, and "" otherwise."""
     simulated = account.simulated and any(part.keyed for part in account.parts)
     return " (simulated keys: anyone can make such heads)" if simulated else ""
 
 
 def sound(path: Path, account: Merged) -> str:
-    """Return the line that `verify` prints for a file that is whole."""
+    """Return the line that `verify` prints for a file without errors."""
     lines = [line for part in account.parts for line in part.lines]
     if not head_path(path).exists():
         return f"{len(account.parts)} ledgers, {len(lines)} lines; {checks(account)}"
@@ -422,9 +422,9 @@ def sound(path: Path, account: Merged) -> str:
 
 
 def unlike(accounts: Mapping[Path, Merged], source: Source) -> list[str]:
-    """List ledgers of curators that differ from their copies in the merged file.
+    """List curators' ledgers that differ from their copies in the merged file.
 
-    One was put back from another time.
+    One of the two is then an older copy.
     """
     if source.merged is None or source.merged not in accounts:
         return []
@@ -444,7 +444,7 @@ def unlike(accounts: Mapping[Path, Merged], source: Source) -> list[str]:
 
 @contextmanager
 def ticking(total: int) -> Iterator[Callable[[], None]]:
-    """A bar on standard error while the accountant works, where somebody watches."""
+    """Context manager with a progress bar on standard error, if that is a terminal."""
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("accounting", total=total)

@@ -1,6 +1,6 @@
-"""The command `perdure`, with its options.
+"""The command `perdure` and its options.
 
-The code of a command is imported when it runs: help needs no torch.
+The code of a command is imported only when it runs, so help needs no torch.
 """
 
 import json
@@ -45,7 +45,7 @@ To continue a stopped run, give the same command again.""",
 app.add_typer(ledger_cli.app, name="ledger")
 
 INTERRUPTED = 130
-"""Exit code of a process that Ctrl-C ended, by custom of the shells."""
+"""Exit code of a process that Ctrl-C ended, as is usual in shells."""
 
 Out = Annotated[Path | None, typer.Option("--out", help="Folder of the run; default runs/NAME.")]
 
@@ -70,9 +70,9 @@ def demo(
         bool, typer.Option("--show-config", help="Print the demo's config and stop.")
     ] = False,
 ) -> None:
-    """Digits in five experiences over ten clients.
+    """Run the built-in example: digits in five experiences over ten clients.
 
-    Four strategies, without and with differential privacy.
+    It trains four strategies, without and with differential privacy.
     """
     text = resources.files("perdure.experiment").joinpath("demo.toml").read_text()
     if show_config:
@@ -218,7 +218,10 @@ def _run(source: str, text: str, out: Path | None) -> None:
 
 @contextmanager
 def shown_progress(console: Console) -> Iterator[Callable[[str, float], None]]:
-    """A bar for every arm, or a line for every quarter of one where nobody watches a terminal."""
+    """Context manager with a progress bar per arm.
+
+    Without a terminal, a line per quarter of an arm.
+    """
     from rich.progress import (
         BarColumn,
         Progress,
@@ -252,7 +255,7 @@ def shown_progress(console: Console) -> Iterator[Callable[[str, float], None]]:
 
 @contextmanager
 def local_modules() -> Iterator[None]:
-    """Look for modules in the current folder, too, as `python -m` does; last, so it hides none."""
+    """Context manager that also searches modules in the current folder, after all other folders."""
     here = str(Path.cwd())
     new = [] if here in sys.path else [here]
     sys.path += new
@@ -265,21 +268,21 @@ def local_modules() -> Iterator[None]:
 
 @contextmanager
 def resumable() -> Iterator[None]:
-    """Answer Ctrl-C with one line instead of a traceback."""
+    """Context manager that answers Ctrl-C with one line instead of a traceback."""
     try:
         yield
     except KeyboardInterrupt:
-        _complain("stopped; the same command goes on where it was")
+        _complain("stopped; give the same command again to continue")
         raise typer.Exit(INTERRUPTED) from None
 
 
 def wide_console() -> Console:
-    """A console that does not cut the table when its output goes to a file or pipe."""
+    """Make a console that does not cut the table if its output goes to a file or pipe."""
     return Console(width=None if sys.stdout.isatty() else 120)
 
 
 def main() -> None:
-    """Entry point: an error that perdure raises on purpose is one line and exit code 2."""
+    """Run the command line; an error of perdure becomes one line and exit code 2."""
     try:
         app(prog_name="perdure")
     except PerdureError as error:

@@ -1,4 +1,4 @@
-"""Heads of ledgers that were recorded, compared with the ledgers that are there."""
+"""Recorded heads of ledgers, and their comparison with the ledgers that exist now."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,23 +16,23 @@ from perdure.privacy.noise.key import NoiseKey
 
 @dataclass(frozen=True, kw_only=True)
 class Recorded:
-    """The head of an owner's ledger at some moment."""
+    """Head of an owner's ledger at some time."""
 
     owner: str
     head: SealedHead
 
 
 def as_text(recorded: Recorded) -> str:
-    """One line without spaces: OWNER@COUNT:HASH:MAC."""
+    """Write a recorded head as one line without spaces: OWNER@COUNT:HASH:MAC."""
     head = recorded.head
     return f"{recorded.owner}@{head.count}:{head.hash}:{head.mac}"
 
 
 def from_text(text: str) -> Recorded:
-    """Undo `as_text`.
+    """Parse a recorded head from a line that `as_text` wrote.
 
     Raises:
-        ConfigError: for another text.
+        ConfigError: if the text is not such a line.
     """
     found = re.fullmatch(r"(.*)@(\d{1,9}):([0-9a-f]{64}):([0-9a-f]{64})", text)
     if found is None:
@@ -48,9 +48,9 @@ def behind(
     """List the faults of ledgers that do not continue their recorded heads.
 
     Args:
-        accounts: file to what was read from it.
-        recorded: heads, each of one owner.
-        key_of: from an owner and a file to the key, where it is there.
+        accounts: file to its content.
+        recorded: recorded heads, each with its owner.
+        key_of: function from an owner and a file to the key; None if it is not available.
     """
     told = "the head given with --at-least"
     problems = []
@@ -62,7 +62,7 @@ def behind(
             if part.account.owner == each.owner
         ]
         if not named:
-            problems.append(f"no ledger of {each.owner!r} is there, but {told} is of one")
+            problems.append(f"there is no ledger of {each.owner!r}, but {told} belongs to one")
         copies = [(path, part) for path, part in named if not head_path(path).exists()]
         own = [(path, part) for path, part in named if head_path(path).exists()]
         # a merged file holds copies of the ledgers: both have to go on from it
@@ -82,9 +82,9 @@ def sealed_by(
     named: Sequence[tuple[Path, Part]],
     key_of: Callable[[str, Path], NoiseKey | None],
 ) -> list[tuple[Path, Part, NoiseKey | None]]:
-    """Return the ledgers of one name that a head may be of: those whose key has sealed it.
+    """Return the ledgers with one name to which a head can belong: those whose key made its MAC.
 
-    Where no key is there, or none fits, all of them.
+    If no key is available, or none matches, all of them are returned.
     """
     keyed = [(path, part, key_of(part.account.owner, path)) for path, part in named]
     fitting = [each for each in keyed if each[2] is not None and head.sealed_with(each[2])]
@@ -96,14 +96,14 @@ def forgotten(
     key_in: Callable[[Path], NoiseKey | None],
     known_elsewhere: Mapping[Path, Sequence[Anchor]],
 ) -> list[str]:
-    """List the faults of ledgers behind a head that is recorded on this machine.
+    """List the ledgers that do not continue from a head that is recorded on this machine.
 
-    Such heads lie in checkpoints, in `private/` and in the user's state directory.
+    Such heads are in checkpoints, in `private/` and in the user's state directory.
 
     Args:
-        accounts: file of a single curator to what was read from it; None where it is damaged.
-        key_in: from a folder to its key, where it is there.
-        known_elsewhere: file to heads of it that checkpoints of other folders hold.
+        accounts: file of a single curator to its content; None if it is damaged.
+        key_in: function from a folder to its key; None if it is not available.
+        known_elsewhere: file to heads of it in checkpoints of other folders.
     """
     problems = []
     for path, account in accounts.items():
@@ -122,11 +122,11 @@ def forgotten(
 
 
 def put_back(folders: Sequence[Path], key_in: Callable[[Path], NoiseKey | None]) -> Iterator[str]:
-    """Yield the faults of logs of draws that do not continue their recorded heads.
+    """Yield a message for each log of draws that does not continue from its recorded heads.
 
     Args:
-        folders: of single curators.
-        key_in: from a folder to its key, where it is there.
+        folders: folders of single curators.
+        key_in: function from a folder to its key; None if it is not available.
     """
     for folder in folders:
         log = folder / "private" / "draws.jsonl"
@@ -136,15 +136,16 @@ def put_back(folders: Sequence[Path], key_in: Callable[[Path], NoiseKey | None])
             copies = [outside] if outside else []
             if key and compare(log, key, copies, draws_anchors(folder))[1]:
                 yield (
-                    f"{log} is missing, shorter or other than its recorded head: it was removed or "
-                    "put back; what the run executes again will be charged again"
+                    f"{log} is missing, or does not continue from its recorded head: it was "
+                    "removed or replaced by an older copy; steps that the run executes again will "
+                    "be charged again"
                 )
         except PerdureError as error:
             yield str(error)
 
 
 def missed(anchor: Anchor, part: Part, key: NoiseKey | None, path: Path) -> list[str]:
-    """Return the refusal of a ledger against a recorded head; nothing where it goes on from it."""
+    """Return the error message if a ledger does not continue from a recorded head; else nothing."""
     try:
         anchor.check(part.lines, key=key, path=str(path))
     except PrivacyError as error:

@@ -1,7 +1,7 @@
-"""Facts of a run's config that its ledgers are read with.
+"""Facts of a run's config that are needed to read its ledgers.
 
-They are read from the TOML itself: a config names strategies of anybody's modules, and whoever
-checks a ledger must not need, nor run, their code.
+They are read from the TOML file directly: a config may name strategies of any module, and checking
+a ledger must neither need nor run this code.
 """
 
 import tomllib
@@ -15,14 +15,14 @@ from perdure.experiment.config import FederationConfig, arm_name, read_text
 
 @dataclass(frozen=True, kw_only=True)
 class RunFacts:
-    """A run's config, as far as an account of its privacy needs it.
+    """Facts of a run's config about its privacy.
 
     Args:
-        delta: of its privacy; None where it has none.
-        seed: of simulated noise; None where noise is secret.
+        delta: delta of the run's privacy; None if it has none.
+        seed: seed of simulated noise; None if noise is secret.
         plain_arms: names of the arms that are trained without privacy.
-        private_arms: names of the others.
-        clients: of its federation; 0 where it has none.
+        private_arms: names of the other arms.
+        clients: number of clients of the federation; 0 without a federation.
     """
 
     delta: float | None
@@ -36,7 +36,7 @@ def read_facts(path: Path) -> RunFacts:
     """Read the facts of a config; no module that it names is imported.
 
     Raises:
-        ConfigError: for a file that cannot be read, or whose fields are no config's.
+        ConfigError: if the file cannot be read, or its fields are not those of a config.
     """
     try:
         table = tomllib.loads(read_text(path))
@@ -76,7 +76,7 @@ def _table(value: object, where: str) -> dict[str, Any]:
 
 
 def _number(value: object, kind: type, where: str) -> Any:
-    """A number of the kind, or None where the field is left out."""
+    """Return a number of the wanted type; None if the field is missing."""
     if value is not None and type(value) is not kind:
         raise ConfigError.of(where, value, "a number")
     return value

@@ -1,4 +1,4 @@
-"""Several strategies at once."""
+"""Combination of several strategies into one."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -26,13 +26,13 @@ if TYPE_CHECKING:
 class Combine(Strategy):
     """Join several strategies into one: `Combine(EWC(strength=100.0), Replay(memory_size=500))`.
 
-    The task loss counts once: at most one part overrides `losses`. Penalties are added up. State
-    names get the position of the part as prefix. Projections run in the given order.
+    The task loss is counted once: at most one part may override `losses`. Penalties are added up.
+    Names in the state get the position of the part as prefix. Projections run in the given order.
 
     Raises:
-        ConfigError: for a part that is no instance of a strategy.
-        StrategyError: where two parts would override the loss, the prediction or the memory, or one
-            part trains nothing and so leaves another without effect; it names both.
+        ConfigError: if a part is not an instance of a strategy.
+        StrategyError: if two parts override the loss, the prediction or the memory, or if one part
+            uses no gradient, so that another has no effect; the message names both.
     """
 
     parts: tuple[Strategy, ...] = field(default=())
@@ -68,18 +68,18 @@ class Combine(Strategy):
 
     @property
     def name(self) -> str:
-        """Names of the parts, joined."""
+        """Names of the parts, joined by plus signs."""
         return "+".join(part.name for part in self.parts)
 
     def refuse_task(self, task: Task) -> None:
-        """Refuse records of a task that some part does not serve."""
+        """Refuse records of a task that some part does not support."""
         for part in self.parts:
             part.refuse_task(task)
 
     def uses(self, hook: str) -> bool:
-        """Tell if a part overrides `hook`.
+        """Return True if a part overrides `hook`.
 
-        For `after_step_in_place`: if every part that overrides `after_step` also overrides it.
+        For `after_step_in_place`, every part that overrides `after_step` must also override it.
         """
         if hook == "after_step_in_place":
             following = [part for part in self.parts if part.uses("after_step")]
@@ -117,7 +117,7 @@ class Combine(Strategy):
         return next((model for model in models if model is not None), None)
 
     def init(self, spec: Spec) -> State:
-        """Lay out the parts' states side by side."""
+        """Create the states of all parts in one state."""
         state = State()
         for i, part in enumerate(self.parts):
             own = part.init(spec)
@@ -126,7 +126,7 @@ class Combine(Strategy):
         return state
 
     def plan(self, experience: "Experience") -> Plan:
-        """Merge the parts' plans; refuse two memories, or two choices of parameters."""
+        """Merge the plans of the parts; refuse two memories, or two choices of parameters."""
         plans = [(part.name, part.plan(experience)) for part in self.parts]
 
         def one(what: str) -> object:
@@ -166,31 +166,31 @@ class Combine(Strategy):
         )
 
     def losses(self, forward: Forward, batch: Batch, context: Context, state: State) -> Tensor:
-        """Loss of the one part that overrides it, else cross entropy."""
+        """(n,) losses of the only part that overrides `losses`; without one, cross entropy."""
         i, part = self._only("losses")
         return part.losses(forward, batch, context, self._own(state, i))
 
     def penalty(self, params: Params, state: State) -> Tensor | None:
-        """Sum of the parts' penalties."""
+        """Sum of the penalties of all parts, a scalar; None if no part has one."""
         each = [part.penalty(params, self._own(state, i)) for i, part in enumerate(self.parts)]
         given = [penalty for penalty in each if penalty is not None]
         return torch.stack(given).sum() if given else None
 
     def add_penalty_gradient(self, gradient: Params, params: Params, state: State) -> None:
-        """Add the gradients of the parts' penalties, one after the other."""
+        """Add the gradients of the penalties of all parts to `gradient`."""
         for i, part in enumerate(self.parts):
             if part.uses("penalty"):
                 part.add_penalty_gradient(gradient, params, self._own(state, i))
 
     def references(self, curator: "Curator", params: Params, state: State) -> tuple[Params, ...]:
-        """References of the one part that asks for some."""
+        """Reference gradients of the only part that overrides `references`."""
         i, part = self._only("references")
         return part.references(curator, params, self._own(state, i))
 
     def project(self, gradient: Params, references: tuple[Params, ...], state: State) -> Params:
-        """Projections in the order of the parts.
+        """Apply the projections of all parts, in their order.
 
-        References are for the part that asked for them.
+        Only the part that overrides `references` gets the reference gradients.
         """
         asking, _ = self._only("references")
         for i, part in enumerate(self.parts):
@@ -207,7 +207,7 @@ class Combine(Strategy):
         state: State,
         noise_variance: float = 0.0,
     ) -> State:
-        """Every part follows the path."""
+        """Update the states of all parts after a step."""
         return self._each(
             state, lambda part, own: part.after_step(before, after, gradient, own, noise_variance)
         )
@@ -220,7 +220,7 @@ class Combine(Strategy):
         state: State,
         noise_variance: float = 0.0,
     ) -> State:
-        """Every part follows the path, in place where it can."""
+        """Update the states of all parts after a step, in place if the part can."""
         return self._each(
             state,
             lambda part, own: part.after_step_in_place(
@@ -234,11 +234,11 @@ class Combine(Strategy):
         return part.remember(forward, batch, self._own(state, i))
 
     def after_experience(self, curator: "Curator", params: Params, state: State) -> State:
-        """Every part consolidates."""
+        """Let all parts consolidate at the end of an experience."""
         return self._each(state, lambda part, own: part.after_experience(curator, params, own))
 
     def derive(self, state: State) -> State:
-        """Every part derives from its own state."""
+        """Let each part compute its derived state from its own state."""
         return self._each(state, lambda part, own: part.derive(own))
 
     def predict(self, forward: Forward, x: Tensor, context: Context, state: State) -> Tensor:
@@ -248,7 +248,7 @@ class Combine(Strategy):
 
 
 def steps(part: Strategy) -> bool:
-    """Tell if the part overrides a hook that steps of training call."""
+    """Return True if the part overrides a hook that is called in training steps."""
     return any(
         part.uses(hook) for hook in ("losses", "penalty", "references", "project", "after_step")
     )

@@ -38,10 +38,10 @@ class Spec:
     task: Task = field(default_factory=SingleLabel)
 
     def require_features(self) -> None:
-        """Refuse a model that does not say how long its features are.
+        """Refuse a model that does not declare the number of its features.
 
         Raises:
-            StrategyError: for a model without `feature_size`.
+            StrategyError: if the model has no `feature_size`.
         """
         if self.feature_size < 1:
             raise StrategyError(
@@ -52,7 +52,7 @@ class Spec:
 
     @property
     def teacher(self) -> Params:
-        """All that makes the model answer as it does."""
+        """All tensors that decide the outputs of the model: parameters and running statistics."""
         return {**self.params, **self.statistics}
 
 
@@ -88,9 +88,9 @@ class Context:
 
     @property
     def earlier(self) -> Tensor:
-        """(C,) bool, the classes of earlier experiences that are not of this one.
+        """(C,) bool, the classes of earlier experiences that are not classes of this one.
 
-        A teacher may answer for them.
+        A teacher, trained earlier, can predict them.
         """
         return self.task_classes[: self.experience].any(0) & ~self.current
 
@@ -115,7 +115,7 @@ class Context:
         """(n,) loss of the task for each row, over the classes that it may be predicted as.
 
         Args:
-            outputs: (n, ..., C) of the model for the rows.
+            outputs: (n, ..., C) outputs of the model for the rows.
             batch: n rows.
         """
         return self.task.losses(outputs, batch.labels, self.allowed_for(batch))
@@ -143,9 +143,9 @@ def contexts(stream: Stream, device: str | torch.device) -> Callable[..., Contex
 
 
 def spec_of(model: nn.Module, params: Params, stream: Stream, *, private: bool = False) -> Spec:
-    """Facts from which a strategy lays out its state.
+    """Collect the public facts from which a strategy builds its state.
 
-    Where records are private, running statistics are left out: they depend on single records.
+    If records are private, running statistics are left out, because they depend on single records.
 
     Args:
         model: the model; its buffers give the running statistics.

@@ -1,4 +1,4 @@
-"""Questions that the hooks of a strategy may ask of a curator, which holds the private records."""
+"""Interface of a curator, which holds private records, for the hooks of a strategy."""
 
 from collections.abc import Callable
 from typing import Literal, Protocol
@@ -12,11 +12,13 @@ from perdure.data.records import Batch
 from perdure.types import Params
 
 Query = Callable[[Forward, Batch], Tensor | Params]
-"""(forward, batch) -> (n, ...) or a mapping of such; row i must depend on record i only."""
+"""Function from (forward, batch) to one tensor (n, ...) or several by name; row i must depend on
+record i only.
+"""
 Of = Callable[[Batch], Tensor]
-"""batch -> (n,) one number of each record."""
+"""Function from a batch to (n,) numbers, one per record."""
 Losses = Callable[[Forward, Batch], Tensor]
-"""(forward, batch) -> (n,) one loss of each record."""
+"""Function from (forward, batch) to (n,) losses, one per record."""
 Over = Literal["experience", "memory"]
 
 
@@ -55,7 +57,7 @@ class Curator(Protocol):
 
     @property
     def private(self) -> bool:
-        """True where answers are noised and charged to the ledger."""
+        """True if answers are noisy and charged to the ledger."""
         ...
 
     @property
@@ -65,7 +67,7 @@ class Curator(Protocol):
 
     @property
     def signal_to_noise(self) -> float:
-        """Estimated energy of the last gradient over its noise's energy, from the release."""
+        """Estimated ratio of the last gradient's energy to its noise's energy, from the release."""
         ...
 
     @property
@@ -75,7 +77,7 @@ class Curator(Protocol):
 
     @property
     def statistics(self) -> Params:
-        """Running means and variances of the model now; none under privacy."""
+        """Current running means and variances of the model; empty under privacy."""
         ...
 
     def synthetic(self, n: int) -> Batch:
@@ -85,20 +87,20 @@ class Curator(Protocol):
     def release(
         self, query: Query, *, clip_norm: float, purpose: str, over: Over = "experience"
     ) -> Params:
-        """Sum over records of query(record); under privacy each is clipped, and noise is added.
+        """Sum of query(record) over records; under privacy, rows are clipped and noise is added.
 
         Without privacy the sum is exact: nothing is clipped.
 
         Args:
-            query: one row per record, a tensor or named tensors (see `perdure.queries`).
+            query: query with one row per record, a tensor or named tensors (see `perdure.queries`).
             clip_norm: bound on the L2 norm of one record's row, all names together; used under
                 privacy only.
             purpose: name of the release in the ledger.
             over: "experience" for the records of the open experience, "memory" for stored ones.
 
         Returns:
-            Sums in the shapes of one row, under the names of the query; that of a bare tensor is
-            named "value".
+            Sums in the shapes of one row, by the names of the query; a query that returns one
+            tensor has the name "value".
         """
         ...
 
@@ -106,7 +108,7 @@ class Curator(Protocol):
         """(bins,) int64 numbers of records in each bin, plus integer noise under privacy.
 
         Args:
-            of: batch -> (n,) bins, whole numbers from 0; a record outside is in no bin.
+            of: function from a batch to (n,) bins, whole numbers from 0; others are not counted.
             bins: public number of bins.
             purpose: name of the release in the ledger.
         """
@@ -116,7 +118,7 @@ class Curator(Protocol):
         """(k,) int64 positions of the best scores, best first.
 
         Args:
-            of: batch -> (n,) numbers, from which `utility` computes the scores.
+            of: function from a batch to (n,) numbers, from which `utility` computes the scores.
             utility: `Frequency` or `Quantile` of `perdure.privacy`.
             purpose: name of the release in the ledger.
         """
@@ -126,8 +128,8 @@ class Curator(Protocol):
         """Mean gradient over stored rows, as private as the gradient of a step.
 
         Args:
-            losses: (forward, batch) to one loss per record.
+            losses: function from (forward, batch) to one loss per record.
             params: parameters of the gradient.
-            of: earlier experience whose rows are drawn; None for all.
+            of: index of the earlier experience whose rows are drawn; None for all.
         """
         ...

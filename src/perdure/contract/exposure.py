@@ -1,4 +1,4 @@
-"""Exposure: the partitions that one experience uses, and how often."""
+"""Exposure: the partitions that one experience uses, and how often it uses each record."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,5 +29,5 @@ class Exposure:
         return self.rate * self.pool_size
 
     def times(self, steps: int) -> int:
-        """Return the largest number of `steps` steps that one record takes part in."""
+        """Return the largest number of steps, out of `steps`, in which one record takes part."""
         return steps if self.slots is None else -(-steps // self.slots)

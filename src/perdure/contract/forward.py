@@ -1,4 +1,4 @@
-"""The model as a function of its input, at given parameters."""
+"""The model as a function of its input, with given parameters."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +18,7 @@ from perdure.utils.modules import evaluating
 
 
 class _Method(nn.Module):
-    """Lets `functional_call` reach another method of the wrapped model than `forward`."""
+    """Module that lets `functional_call` call another method of the model than `forward`."""
 
     def __init__(self, module: nn.Module, name: str) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ _Call = tuple[object, Tensor, int]
 
 @contextmanager
 def _recorded_features(module: nn.Module) -> Iterator[list[_Call]]:
-    """Record the calls of the model's method `features`, for as long as this is open."""
+    """Context manager that records the calls of the model's method `features`."""
     calls: list[_Call] = []
     own = vars(module)
     method = getattr(module, "features", None)
@@ -88,16 +88,16 @@ class Forward:
         return logits
 
     def features(self, x: Tensor) -> Tensor:
-        """(n, f): the input of the head."""
+        """(n, f) features, which are the input of the head."""
         features: Tensor = self.method("features")(x)
         return features
 
     def with_features(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (n, C) and features (n, f) of one pass, where the model's `forward` is made so.
+        """Logits (n, C) and features (n, f), from one pass if the model's `forward` allows it.
 
-        A model may have a method of this name (see `perdure.models.wrap`). Of others `forward` is
-        watched: one that does not call `features` on x itself, and once, or writes into what it
-        returns, is asked for its features in a pass of their own.
+        A model may have a method of this name (see `perdure.models.wrap`). For other models, the
+        calls of `features` inside `forward` are recorded. If `forward` does not call it exactly
+        once on x, or changes its result in place, the features are computed by a second pass.
         """
         if callable(getattr(type(self.module), "with_features", None)):
             both: tuple[Tensor, Tensor] = self.method("with_features")(x)
@@ -111,18 +111,17 @@ class Forward:
         return logits, self.features(x)
 
     def method(self, name: str) -> Callable[..., Any]:
-        """Another method of the model, at the same parameters as `forward`.
+        """Another method of the model, with the same parameters as `forward`.
 
-        It takes tensors with one row per record.
+        The method takes tensors with one row per record.
 
-        The layers that it calls are hooked as those of `forward` are, and its passes are counted
-        like them.
+        Hooks and book-keeping treat the layers and passes of the method as those of `forward`.
         """
         params = self.params and {f"module.{own}": value for own, value in self.params.items()}
         return partial(self._run, _Method(self.module, name), params)
 
     def at(self, params: Params) -> "Forward":
-        """Return a teacher: the model at `params`, without gradients."""
+        """Return a teacher: the model with the parameters `params`, without gradients."""
         return Forward(self.module, params, frozen=True)
 
     def _run(self, module: nn.Module, params: Params | None, *inputs: Tensor) -> Any:

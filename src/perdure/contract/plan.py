@@ -1,4 +1,4 @@
-"""Plans of an experience: its pool, its memory, and its declared privacy cost."""
+"""Plan of an experience: its pool, its memory, and its declared privacy cost."""
 
 from dataclasses import dataclass
 from numbers import Integral
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 Selection = Literal["reservoir", "class-balanced", "ring", "herding", "loss-aware"]
 """Rule by which memory chooses records; see `MemoryPlan`."""
 Update = Literal["experience", "step"]
-"""When memory takes records in: at the end of an experience, or at every step."""
+"""Time when memory takes records in: at the end of an experience, or in every step."""
 Use = Literal["rehearsal", "pooled", "reference", "references"]
 MODELLED = ("herding", "loss-aware")
-"""Selections that depend on what the model makes of the records."""
+"""Selections that depend on outputs of the model for the records."""
 ALLOWED = {"selection": get_args(Selection), "update": get_args(Update), "use": get_args(Use)}
 Pooled = Literal["experience", "all", "memory"]
 """Records that an experience is trained on; see `Plan`."""
@@ -85,7 +85,7 @@ class MemoryPlan(CheckedFields):
 
     @property
     def rehearsed(self) -> bool:
-        """True where stored rows take part in the gradient itself."""
+        """True if stored rows are part of the gradient itself, not only of reference gradients."""
         return self.use in ("rehearsal", "pooled")
 
 
@@ -113,14 +113,14 @@ def records_in(size: int | str, experience: "Experience") -> int:
 def refuse_single_class(strategy: str, experience: "Experience") -> None:
     """Refuse an experience of one class, for a loss that compares the classes of one experience.
 
-    Cross entropy over one class is 0 whatever the model does, so that nothing would be learnt.
+    Cross entropy over one class is always 0, so nothing would be learnt.
 
     Args:
-        strategy: its name, for the message.
-        experience: of single-label records; others pass.
+        strategy: name of the strategy, for the message.
+        experience: experience to check; only single-label records are refused.
 
     Raises:
-        StrategyError: naming the experience and its class.
+        StrategyError: names the experience and its class.
     """
     if isinstance(experience.task, SingleLabel) and len(set(experience.classes)) == 1:
         raise StrategyError(
@@ -145,7 +145,7 @@ def refuse_size(size: int | str) -> None:
 
 
 def whole(value: object) -> bool:
-    """Tell if a value is a whole number, 1 or more."""
+    """Return True if a value is a whole number, 1 or more."""
     return not isinstance(value, bool) and isinstance(value, Integral) and int(value) >= 1
 
 

@@ -1,4 +1,4 @@
-"""Base of the strategies that pull every parameter towards an anchor."""
+"""Base class of strategies that pull every parameter towards an anchor."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -25,24 +25,24 @@ class QuadraticPenalty(Strategy):
     from which the weights are computed, and override `weight`.
 
     Class attributes:
-    weighted_by: groups of the state that are the arguments of `weight`.
+        weighted_by: groups of the state that are the arguments of `weight`.
     """
 
     weighted_by: ClassVar[tuple[str, ...]] = ()
 
     def weight(self, state: State, *groups: Tensor) -> Tensor:
-        """Compute the weights w, element by element.
+        """Compute the weights w of the penalty, element by element.
 
         Args:
-            state: for single numbers, such as scales.
-            groups: tensors in the shape of one parameter, one of each group in `weighted_by`, or
-                the same piece of each.
+            state: state of the strategy, for single numbers such as scales.
+            groups: tensors in the shape of one parameter, one from each group in `weighted_by`; or
+                the same piece of each of these tensors.
 
         Returns:
             The weights, in the shape of the groups, or one number for all.
 
         Raises:
-            StrategyError: where a subclass does not override it.
+            StrategyError: if a subclass does not override the method.
         """
         raise StrategyError(
             f"{type(self).__name__} has no weight(); allowed: a subclass that overrides it; "
@@ -50,7 +50,7 @@ class QuadraticPenalty(Strategy):
         )
 
     def penalty(self, params: Params, state: State) -> Tensor:
-        """Half the weighted squared distance from the anchor."""
+        """Half the weighted squared distance of the parameters from the anchor, a scalar."""
         terms = [
             (
                 self.weight(state, *self._groups(state, name))
@@ -61,7 +61,7 @@ class QuadraticPenalty(Strategy):
         return 0.5 * torch.stack(terms).sum()
 
     def add_penalty_gradient(self, gradient: Params, params: Params, state: State) -> None:
-        """Add the weighted distance from the anchor."""
+        """Add the weighted difference of parameters and anchor to `gradient`, in place."""
         with torch.no_grad():
             for name, total in gradient.items():
                 tensors = (total, params[name], state[f"anchor/{name}"])

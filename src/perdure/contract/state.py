@@ -1,4 +1,4 @@
-"""State of a strategy: named tensors, each with a rule for combining it over clients."""
+"""State of a strategy: named tensors, each with a rule that combines it over clients."""
 
 from collections.abc import Iterator, Mapping
 from typing import Literal
@@ -54,17 +54,17 @@ class State(Mapping[str, Tensor]):
         )
 
     def declare(self, name: str, value: Tensor, rule: Rule) -> "State":
-        """Add a new name; for use in `Strategy.init`.
+        """Add a new name with its tensor and rule; for use in `Strategy.init`.
 
         Args:
-            name: of the tensor.
-            value: the tensor, of any shape; the shape stays.
+            name: name of the tensor.
+            value: the tensor, of any shape; the shape never changes.
             rule: `sum`, `mean` or `local`.
         """
         return self._declared({name: value}, rule)
 
     def declare_group(self, group: str, values: Params, rule: Rule) -> "State":
-        """Add one name a parameter: `group/parameter`.
+        """Add one tensor per parameter, named `group/parameter`; for use in `Strategy.init`.
 
         Args:
             group: name of the group.
@@ -83,7 +83,7 @@ class State(Mapping[str, Tensor]):
         """Return a state with new values under known names and unchanged shapes.
 
         Raises:
-            StrategyError: for a name that `init` did not declare, or another shape.
+            StrategyError: if `init` did not declare a name, or a shape differs.
         """
         for name, value in changes.items():
             if name not in self or self[name].shape != value.shape:
@@ -96,7 +96,7 @@ class State(Mapping[str, Tensor]):
         return State({**self._tensors, **changes}, self.rules)
 
     def replace_group(self, group: str, values: Params) -> "State":
-        """`replace` for one group."""
+        """Return a state with new values for all parameters of one group."""
         return self.replace({f"{group}/{name}": value for name, value in values.items()})
 
     def _declared(self, new: Mapping[str, Tensor], rule: Rule) -> "State":

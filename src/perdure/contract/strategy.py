@@ -1,4 +1,4 @@
-"""The strategy contract: hyper-parameters in a frozen dataclass, memory in an explicit state.
+"""The contract of strategies: hyper-parameters in a frozen dataclass, values in an explicit state.
 
 Read `Strategy` for the hooks, and `strategies/ewc.py` for a complete example.
 """
@@ -24,8 +24,10 @@ if TYPE_CHECKING:
     from perdure.data.experience import Experience
 
 IN_PLACE = {"penalty": "add_penalty_gradient", "after_step": "after_step_in_place"}
-"""Hooks with a form that writes in place: fresh tensors as large as the model cost several times
-as much as the arithmetic on them, at every step.
+"""Hooks that also exist in a form that writes in place.
+
+New tensors as large as the model would take several times as long as computing with them, in each
+step.
 """
 
 
@@ -44,9 +46,9 @@ class Strategy(CheckedFields):
             refuses such a strategy.
         not_vmappable_because: reason why the hooks cannot run under `torch.func.vmap`, as a
             sentence; None if they can.
-        tasks: classes of the tasks that the hooks serve; `(Task,)` for all, one of a user's own
-            among them. A session refuses records of another task.
-        tasks_because: the reason why other tasks are not served, as a clause.
+        tasks: classes of the tasks that the hooks support; `(Task,)` for all tasks, also those that
+            users define. A session refuses records of another task.
+        tasks_because: reason why other tasks are not supported, as a clause.
     """
 
     privacy_cost: ClassVar[PrivacyCost] = PrivacyCost()
@@ -56,7 +58,7 @@ class Strategy(CheckedFields):
     tasks_because: ClassVar[str] = "it declares no other in its class attribute `tasks`"
 
     def __init_subclass__(cls) -> None:
-        """Give up the in-place form of a hook where a class below overrides the hook alone."""
+        """Drop the in-place form of a hook if a subclass overrides only the hook itself."""
         super().__init_subclass__()
         for hook, in_place in IN_PLACE.items():
             if not issubclass(_owner(cls, in_place), _owner(cls, hook)):
@@ -64,16 +66,15 @@ class Strategy(CheckedFields):
 
     @classmethod
     def example(cls) -> Self:
-        """Return a small instance for checks and lists.
+        """Return a small instance for checks and lists of strategies.
 
-        Override it where a field has no default, or where checks need smaller values than the
-        defaults.
+        Override it if a field has no default, or if checks need smaller values than the defaults.
 
         Returns:
             An instance with the defaults of all fields.
 
         Raises:
-            StrategyError: where a field has no default; it names the fields.
+            StrategyError: if a field has no default; the message names the fields.
         """
         needed = [
             field.name
@@ -94,29 +95,29 @@ class Strategy(CheckedFields):
         return type(self).__name__
 
     def refuse_task(self, task: Task) -> None:
-        """Refuse records of a task that the strategy does not serve.
+        """Refuse records of a task that the strategy does not support.
 
         Args:
-            task: of the records.
+            task: task of the records.
 
         Raises:
-            ConfigError: in one line, with the reason.
+            ConfigError: if the strategy does not support the task; the message has the reason.
         """
         refuse_other_tasks(task, self.tasks, f"the strategy {self.name}", self.tasks_because)
 
     def small_model(self, *, input_shape: tuple[int, ...], num_classes: int) -> nn.Module | None:
-        """Build a small model that the strategy can train, the same at every call.
+        """Build a small model that the strategy can train; every call builds the same one.
 
-        Checks and lists use it. A strategy that needs more than a classifier refuses other models
-        in `init`.
+        Checks and lists of strategies use it. A strategy that needs more than a classifier refuses
+        other models in `init`.
 
         Returns:
-            The model, or None where any classifier will do.
+            The model, or None if the strategy can train any classifier.
         """
         return None
 
     def init(self, spec: Spec) -> State:
-        """Lay out the state; called once, before the first experience."""
+        """Create the state; called once, before the first experience."""
         return State()
 
     def plan(self, experience: "Experience") -> Plan:
@@ -155,16 +156,17 @@ class Strategy(CheckedFields):
     def add_penalty_gradient(self, gradient: Params, params: Params, state: State) -> None:
         """Add the gradient of `penalty` to `gradient`, in place.
 
-        This is autograd's. Override it, beside `penalty`, only where a formula saves tensors as
-        large as the model; `perdure.contract.QuadraticPenalty` does so for quadratic penalties.
+        The default uses autograd. Override it, in addition to `penalty`, only if a formula saves
+        tensors as large as the model; `perdure.contract.QuadraticPenalty` does so for quadratic
+        penalties.
 
         Args:
-            gradient: of the trained parameters, by name; it is written to.
+            gradient: gradient of the trained parameters, by name; it is changed.
             params: all parameters of the model.
-            state: as in `penalty`.
+            state: state of the strategy.
 
         Raises:
-            StrategyError: for a penalty that is not one number.
+            StrategyError: if the penalty is not one number.
         """
         penalty = self.penalty(params, state)
         if penalty is None:
@@ -183,8 +185,8 @@ class Strategy(CheckedFields):
         """Ask the curator for the reference gradients that `project` needs (A-GEM, GEM).
 
         Args:
-            curator: gives gradients over stored records.
-            params: the present parameters.
+            curator: curator that computes gradients over stored records.
+            params: the current parameters.
             state: the state before the step.
 
         Returns:
@@ -197,11 +199,11 @@ class Strategy(CheckedFields):
 
         Args:
             gradient: the released gradient of the trained parameters.
-            references: the answer of `references`.
+            references: gradients that `references` returned.
             state: the state before the step.
 
         Returns:
-            The gradient to step with, with the names and shapes of `gradient`.
+            The gradient for the optimiser's step, with the names and shapes of `gradient`.
         """
         return gradient
 
@@ -233,35 +235,35 @@ class Strategy(CheckedFields):
         state: State,
         noise_variance: float = 0.0,
     ) -> State:
-        """Do as `after_step` does; the loop calls it from the second step on.
+        """Update the state like `after_step`, in place; the loop calls it from the second step on.
 
-        Override it, beside `after_step`, only where that makes tensors as large as the model. It
-        may write into those tensors of the state that `after_step` replaces by new ones at every
-        step, and keeps no reference to `before`, whose memory the next step uses again.
+        Override it, in addition to `after_step`, only if that creates tensors as large as the
+        model. It may write to the tensors of the state that `after_step` replaces in every step,
+        and may keep no reference to `before`, whose memory the next step uses again.
 
-        It gives the same bits, or a run that was resumed would end in others: let `after_step`
-        call it on copies, as SI does.
+        It must give the same bits as `after_step`, because a resumed run may call either: let
+        `after_step` call it with copies, as SI does.
 
         Args:
             before: parameters before the step.
             after: parameters after the step.
             gradient: the released gradient, before penalty and projection.
             state: the state before the step.
-            noise_variance: as in `after_step`.
+            noise_variance: variance of the noise in every coordinate of `gradient`.
         """
         return self.after_step(before, after, gradient, state, noise_variance)
 
     def remember(self, forward: Forward, batch: Batch, state: State) -> dict[str, Tensor]:
-        """Compute the values that memory stores beside each row.
+        """Compute the tensors that memory stores with each row.
 
-        The values go to the curator, never to the state. Stored rows come back with them in
-        `batch.stored`. In rows that were not stored the values are zero; where nothing was stored
-        yet the names are missing.
+        The tensors go to the curator, never to the state. Stored rows come back with them in
+        `batch.stored`. Rows that were not stored have zeros there; before anything was stored, the
+        names are missing.
 
         Args:
             forward: the model.
             batch: n rows that are offered to memory, or drawn.
-            state: the present state.
+            state: the current state.
 
         Returns:
             Name to values (n, ...). Value i depends on row i, the parameters and the state only.
@@ -272,14 +274,14 @@ class Strategy(CheckedFields):
         """Update the state at the end of an experience; the curator may be asked for releases.
 
         Args:
-            curator: answers questions about the records of the experience and of memory.
+            curator: curator that answers queries about the records of the experience and of memory.
             params: the final parameters, in a federation the global ones.
             state: the state after the last step.
         """
         return state
 
     def derive(self, state: State) -> State:
-        """Compute the parts of the state that follow from its other parts, such as a solved head.
+        """Compute tensors of the state that follow from its other tensors, such as a solved head.
 
         It is called after `after_experience`, and again after the states of clients were combined.
         It uses no data, so it costs no privacy. Write only to names that are declared `local`.
@@ -293,20 +295,23 @@ class Strategy(CheckedFields):
             forward: the model.
             x: inputs (n, ...).
             context: the classes that may be predicted.
-            state: the present state.
+            state: the current state.
         """
         return torch.where(context.allowed, forward(x), MASKED)
 
     @classmethod
     def overrides(cls, hook: str) -> bool:
-        """Tell if the class overrides `hook`; the loop skips hooks that are not overridden."""
+        """Return True if the class overrides `hook`.
+
+        The loop skips hooks that are not overridden.
+        """
         return getattr(cls, hook) is not getattr(Strategy, hook)
 
     def uses(self, hook: str) -> bool:
-        """Tell if this strategy overrides `hook`; a combination looks at its parts."""
+        """Return True if this strategy overrides `hook`; a combination asks its parts."""
         return self.overrides(hook)
 
 
 def _owner(kind: type, name: str) -> type:
-    """Class among the bases that defines a name."""
+    """Return the first class of `kind` and its bases that defines the attribute `name`."""
     return next(base for base in kind.__mro__ if name in vars(base))

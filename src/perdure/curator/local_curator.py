@@ -47,7 +47,7 @@ SYNTHETIC_RECORDS = 16
 
 
 def unwatched(values: bool) -> AbstractContextManager[None]:
-    """Context manager for a pass whose writes are not checked."""
+    """Context manager for a forward pass in which writes to tensors are not checked."""
     return nullcontext()
 
 

@@ -199,7 +199,7 @@ def group_of(targets: Tensor, task: Task) -> Tensor:
 
 
 def distinct_rows(groups: Tensor) -> tuple[Tensor, Tensor]:
-    """Distinct rows (m, k) of int64 groups (n, k), ascending, and the (n,) index of each row's.
+    """Find distinct rows (m, k) of int64 groups (n, k), ascending, and the (n,) index of each row.
 
     Each row is compared as one number, which is many times faster than `torch.unique(dim=0)`.
     """
@@ -223,7 +223,7 @@ def distinct_rows(groups: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def quota(groups: Tensor, plan: MemoryPlan) -> int:
-    """Largest number of rows that `balanced` keeps of any of these groups (n, k)."""
+    """Return the largest number of rows per group that a memory keeps of rows in groups (n, k)."""
     if plan.per_class is not None:
         return plan.per_class
     return -(-plan.capacity // max(1, len(distinct_rows(groups)[0])))

@@ -1,10 +1,10 @@
-"""Augmentation multiplicity: several random views of a record.
+"""Augmentation with several random views of each record.
 
 The loss is averaged over the views before the gradient is clipped.
 
 De, Berrada, Hayes, Smith and Balle, Unlocking High-Accuracy Differentially Private Image
-Classification through Scale, 2022, section 3.2. A record has one gradient, that of its mean loss
-over K views, so views cost nothing in privacy.
+Classification through Scale, 2022, section 3.2. A record has one gradient, which is the gradient of
+its mean loss over K views, so views have no privacy cost.
 
 >>> views = Views(count=8, change=shift_and_flip(pixels=2))
 >>> learner = Learner(..., views=views, privacy=Privacy(epsilon=3))
@@ -24,8 +24,9 @@ from perdure.utils.checked_fields import CheckedFields
 from perdure.utils.seeding import Seed, drawing_from
 
 Change = Callable[[Tensor], Tensor]
-"""One record's input, without batch dimension, to a random version of it; draws by `torch.rand` and
-its like.
+"""Function from one record's input, without batch dimension, to a random version of it.
+
+Its random numbers come from `torch.rand` and similar functions.
 """
 
 NAME = "view."
@@ -51,14 +52,14 @@ class Views(CheckedFields):
             raise ConfigError.of("views.count", self.count, "1 or more")
 
     def attach(self, batch: Batch, seed: Seed) -> Batch:
-        """Put the views beside the rows, where `losses` finds them.
+        """Return the batch with the views of each row, for `losses`.
 
         Args:
-            batch: the rows.
-            seed: of the draws; secret bytes under privacy.
+            batch: rows of the batch.
+            seed: seed of the random numbers; secret bytes under privacy.
 
         Raises:
-            ConfigError: for a change that does not run on each record alone.
+            ConfigError: if the change does not run on each record alone.
         """
         with drawing_from(seed, batch.inputs.device), _explained():
             each = torch.func.vmap(self.change, randomness="different")
@@ -66,7 +67,7 @@ class Views(CheckedFields):
         return Batch.from_tensors(batch.tensors() | views)
 
     def losses(self, losses: Callable[[Batch], Tensor], batch: Batch) -> Tensor:
-        """(n,) mean loss of each row over its views; the plain loss where none are attached."""
+        """(n,) mean loss of each row over its views; the plain loss if the batch has no views."""
         if f"{NAME}0" not in batch.stored:
             return losses(batch)
         plain = {n: t for n, t in batch.tensors().items() if not n.startswith(f"stored.{NAME}")}
@@ -76,7 +77,7 @@ class Views(CheckedFields):
 
 @contextmanager
 def _explained() -> Iterator[None]:
-    """Say why a change does not run, such as a transform of torchvision that branches."""
+    """Turn an error of a change, such as a transform with branches, into a ConfigError."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -93,7 +94,7 @@ def _explained() -> Iterator[None]:
 
 @dataclass(frozen=True, kw_only=True)
 class ShiftAndFlip(CheckedFields):
-    """Random shift of a picture (c, h, w) and a random mirror; see `shift_and_flip`.
+    """Random shift and mirror of one image (c, h, w), as made by `shift_and_flip`.
 
     Args:
         pixels: largest shift.
@@ -104,7 +105,7 @@ class ShiftAndFlip(CheckedFields):
     flip: bool
 
     def __call__(self, picture: Tensor) -> Tensor:
-        """Return one random version of the picture."""
+        """Return one random version of the image (c, h, w)."""
         height, width = picture.shape[-2:]
         wide = F.pad(picture, (self.pixels,) * 4)
         offsets = (torch.rand(2, device=picture.device) * (2 * self.pixels + 1)).long()

@@ -1,13 +1,14 @@
-"""Splitting a stream over the clients of a simulated federation.
+"""Split a stream over the clients of a simulated federation.
 
-In a real federation the split is a fact; here it follows from a seed. A record's client is decided
-by a hash of its identity and by its label's shares, so that a record that turns up in several
+In a real federation the split is given; here it follows from a seed. The client of a record is
+decided by a hash of its id and by the shares of its label, so that a record that occurs in several
 experiences stays with one client.
 
-With `exact`, the default, every client gets `min_size` records at least, if need be from another
-client: one record less moves others, which privacy does not allow. Without, the hash alone decides:
-one record less moves no other. Then a minimum size is met by the public shares, in expectation, and
-sizes are declared: given, or the shares of what the stream declares.
+With `exact=True`, the default, every client gets at least `min_size` records, if necessary from
+another client. Removing one record can then move others, which privacy does not allow. With
+`exact=False` the hash alone decides, and removing one record moves no other. A minimum size then
+holds for expected numbers, through the public shares, and sizes are declared: given as arguments,
+or computed from the shares and the sizes that the stream declares.
 """
 
 import math
@@ -26,7 +27,7 @@ from perdure.tasks import SingleLabel, refuse_other_tasks
 from perdure.utils.seeding import derive
 
 Shares = Callable[[str, int], Tensor]
-"""(partition, label) -> (clients,) float64 shares of that label's records, adding up to 1."""
+"""Function from (partition, label) to (clients,) float64 shares of the label, with sum 1."""
 
 
 def dirichlet(
@@ -72,8 +73,8 @@ def dirichlet(
             only without `exact`. Default: the expected numbers.
 
     Raises:
-        ConfigError: for a value out of range, an experience with fewer than clients * min_size
-            records, or declared sizes with `exact`.
+        ConfigError: if a value is out of range, an experience has fewer than clients * min_size
+            records, or declared sizes are given with `exact`.
 
     Source: Hsu, Qi, Brown 2019, "Measuring the effects of non-identical data distribution for
     federated visual classification", section 3.
@@ -122,8 +123,8 @@ def iid(
             only without `exact`. Default: the expected numbers.
 
     Raises:
-        ConfigError: for a value out of range, an experience with fewer than clients * min_size
-            records, or declared sizes with `exact`.
+        ConfigError: if a value is out of range, an experience has fewer than clients * min_size
+            records, or declared sizes are given with `exact`.
     """
     require_stream(stream)
     split = ClientSplit(
@@ -138,14 +139,14 @@ def iid(
 
 @dataclass(frozen=True, kw_only=True)
 class ClientSplit:
-    """A way to split streams over clients.
+    """Rule that splits streams over clients.
 
     Args:
-        clients: how many.
-        min_size: records that every client has in every experience, at least.
-        seed: of the coins, public.
+        clients: number of clients.
+        min_size: smallest number of records of each client in each experience.
+        seed: public seed of the hash.
         shares: public shares of every label.
-        rule: names the shares.
+        rule: name of the shares.
     """
 
     clients: int
@@ -166,7 +167,7 @@ class ClientSplit:
         declared_size: int | Sequence[int] | None,
         client_sizes: Sequence[Sequence[int]] | None,
     ) -> list[Stream]:
-        """Return the clients' streams; see `dirichlet`."""
+        """Return the streams of all clients; see `dirichlet` for the arguments."""
         if not exact:
             return self._by_record(stream, declared_size, client_sizes)
         for field, value in (("declared_size", declared_size), ("client_sizes", client_sizes)):
@@ -217,9 +218,9 @@ class ClientSplit:
     def _tables(self, stream: Stream, totals: Sequence[int]) -> list[Tensor]:
         """Return (classes, clients) shares of the labels of every experience.
 
-        They have what `min_size` needs. Experiences of one partition have the same shares for the
-        same class (the copies of a record stay with one client), as far as that can be told from
-        declared facts.
+        They give every client the expected `min_size`. Experiences of one partition have the same
+        shares for the same class, so that copies of a record stay with one client, as far as
+        declared facts allow this.
         """
         first: dict[str, Experience] = {}
         tables = []
@@ -240,7 +241,7 @@ class ClientSplit:
         ]
 
     def _evening(self, experience: Experience, expected: Tensor, total: int) -> float:
-        """Weight in [0, 1] of even shares that gives every client `min_size` expected records."""
+        """Weight in [0, 1] of equal shares that gives every client `min_size` expected records."""
         if total < self.clients * self.min_size:
             allowed = (
                 f"at most {total // self.clients}: experience {experience.index} has {total} "
@@ -273,9 +274,9 @@ class ClientSplit:
 def _hashed_owners(
     experience: Experience, homes: dict[int, int], table: Tensor, seed: int
 ) -> Tensor:
-    """(n,) client of each training record, by its own hash and its label's row of `table`.
+    """(n,) client of each training record, from its hash and the row of `table` for its label.
 
-    A record that was met before stays where it is: `homes` remembers it by record id.
+    A record that occurred before keeps its client: `homes` maps record ids to clients.
     """
     records = experience.train
     strata = _strata(experience, experience.classes)
@@ -301,7 +302,7 @@ def _owners(
     seed: int,
     shares: Shares,
 ) -> Tensor:
-    """(n,) client of each training record; `homes` remembers it by record id."""
+    """(n,) client of each training record; `homes` maps the ids of records to clients."""
     records = experience.train
     if len(records) < clients * min_size:
         allowed = (
@@ -322,7 +323,7 @@ def _owners(
 
 
 def _by_coin(records: Records, coins: Tensor, shares: Shares) -> Tensor:
-    """(n,) client whose share of the label the record's coin falls into."""
+    """(n,) client of each record, from its hash (a number in [0, 1)) and its label's shares."""
     labels, row = torch.unique(_stratum(records), return_inverse=True)
     table = torch.stack([shares(records.partition, label) for label in labels.tolist()]).cumsum(1)
     # the last share ends at 1 up to rounding, and no coin may fall beyond it
@@ -330,12 +331,12 @@ def _by_coin(records: Records, coins: Tensor, shares: Shares) -> Tensor:
 
 
 def _strata(experience: Experience, classes: tuple[int, ...]) -> tuple[int, ...]:
-    """Labels whose shares may differ: these classes, or 0 alone for records without one class."""
+    """Labels with separate shares: the classes, or only 0 for records without one class."""
     return classes if isinstance(experience.task, SingleLabel) else (0,)
 
 
 def _stratum(records: Records) -> Tensor:
-    """(n,) int64 label of each record among `_strata`, on the CPU."""
+    """(n,) int64 label of each record among the labels with separate shares, on the CPU."""
     if isinstance(records.task, SingleLabel):
         return records.labels.cpu()
     return torch.zeros(len(records), dtype=torch.int64)
@@ -344,9 +345,9 @@ def _stratum(records: Records) -> Tensor:
 def _levelled(
     owners: Tensor, movable: Tensor, coins: Tensor, clients: int, min_size: int
 ) -> Tensor:
-    """Move records of the largest client to the smallest until all have `min_size`.
+    """Move records from the largest client to the smallest until all have `min_size`.
 
-    The highest coin moves first.
+    Records with the highest hash move first.
     """
     owners = owners.clone()
     sizes = torch.bincount(owners, minlength=clients)
@@ -371,10 +372,14 @@ def _levelled(
 def _of_client(
     stream: Stream, owners: list[Tensor], client: int, sizes: Sequence[int | None], rule: str
 ) -> Stream:
-    """Return the client's part of a stream, under declared sizes.
+    """Return the part of a stream that belongs to one client, with declared sizes.
 
     Args:
-        rule: by which records were placed with clients; "" for one that other records shape.
+        stream: stream of all clients.
+        owners: (n,) client of each record, for every experience.
+        client: number of the client.
+        sizes: declared size of each experience; None for the actual size.
+        rule: rule that assigned records to clients; "" if it depends on other records.
     """
     experiences = []
     for experience, owner, size in zip(stream, owners, sizes, strict=True):

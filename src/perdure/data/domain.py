@@ -1,4 +1,4 @@
-"""Declared domain of the inputs: which values per record may have, before any record is seen."""
+"""Declared domain of the inputs: the values that a record may have, known before any record."""
 
 import math
 from dataclasses import dataclass, replace
@@ -12,7 +12,7 @@ from perdure.utils.checked_fields import CheckedFields
 
 @dataclass(frozen=True, kw_only=True)
 class InputDomain(CheckedFields):
-    """Values that the input of one record may have, from public declarations alone.
+    """Values that the input of one record may have, from public declarations only.
 
     The guard tests a model and its losses on synthetic records of this domain. Take the domain from
     the definition of the data (the range of a pixel, the size of a vocabulary), never from private
@@ -72,29 +72,29 @@ class InputDomain(CheckedFields):
 
     @property
     def numel(self) -> int:
-        """Numbers in the input of one record."""
+        """Number of values in the input of one record."""
         return math.prod(self.shape)
 
     @property
     def floats(self) -> bool:
-        """True where inputs are floating-point numbers."""
+        """True if inputs are floating-point numbers."""
         return self.dtype.is_floating_point
 
     def including(self, value: float) -> "InputDomain":
-        """Return the domain with a range that holds `value` as well."""
+        """Return the domain with its range extended to include `value`."""
         if self.range is None:
             return self
         low, high = self.range
         return replace(self, range=(min(low, value), max(high, value)))
 
     def fits(self, inputs: Tensor) -> bool:
-        """Return whether inputs (n, ...) have the declared shape and dtype."""
+        """Return True if inputs (n, ...) have the declared shape and dtype."""
         return tuple(inputs.shape[1:]) == self.shape and inputs.dtype == self.dtype
 
     def outside(self, inputs: Tensor) -> Tensor:
-        """(n,) True for a record with a number outside the domain.
+        """(n,) True for each record that has a value outside the domain.
 
-        Numbers that are not finite do not count as outside: such a record counts as zero.
+        Infinite values and NaN do not count as outside: such a record counts as zero in training.
         """
         if self.floats and self.range is None:
             return torch.zeros(len(inputs), dtype=torch.bool, device=inputs.device)
@@ -109,7 +109,7 @@ class InputDomain(CheckedFields):
         return beyond.view(len(inputs), -1).any(1)
 
     def random(self, n: int, generator: torch.Generator) -> Tensor:
-        """(n, *shape) uniform random inputs, on the CPU; in [0, 1) where no range is declared."""
+        """(n, *shape) uniform random inputs on the CPU; in [0, 1) if no range is declared."""
         if not self.floats:
             assert self.vocabulary is not None
             drawn = torch.randint(self.vocabulary, (n, *self.shape), generator=generator)

@@ -1,4 +1,4 @@
-"""Experiences and streams: the data to learn, in their order."""
+"""Experiences and streams: the data to learn from, in the order of training."""
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
@@ -19,26 +19,26 @@ NO_TEST = Records(inputs=torch.empty(0), labels=torch.empty(0, dtype=torch.int64
 
 
 def _no_rows(records: Records) -> Records:
-    """Return the same records without any row: their declared facts alone."""
+    """Return the same records without any rows, so that only declared facts remain."""
     return records.map(lambda rows: rows.new_empty(0, *rows.shape[1:]))
 
 
 def _no_test(train: Records) -> Records:
-    """Return test records of the same kind without any row."""
+    """Return test records of the same kind as `train`, without any rows."""
     return replace(_no_rows(train), partition="no test", declared_size=0, placed_by="")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Experience:
-    """One stage of a stream.
+    """One experience of a stream: its training and test records, and its declared classes.
 
     Args:
         index: position in the stream, from 0.
         train: training records.
-        test: records to be measured on, declared public. Leave it out where there are none yet: the
-            experience is not measured until `Stream.with_test` gives some.
-        classes: the declared classes, as outputs of the full-width head: classes, labels or
-            tokens; all outputs for regression. Public, whatever the records hold.
+        test: records for the evaluation, declared public. Leave them out if there are none yet: the
+            experience is not evaluated until `Stream.with_test` adds some.
+        classes: the declared classes, as outputs of the full-width head: classes, labels or tokens;
+            all outputs for regression. They are public and do not depend on the records.
         stage: number of the stage that this experience belongs to, if a stage was cut into pieces
             (`online`). Default: `index`.
 
@@ -89,19 +89,19 @@ class Experience:
         return self.train.task
 
     def without_records(self) -> "Experience":
-        """Return the same experience with no training record: its declared facts alone."""
+        """Return the same experience without training records; declared facts remain."""
         return replace(self, train=_no_rows(self.train))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Stage:
-    """Experiences that are measured as one: a single one, or the pieces that one was cut into.
+    """Experiences that are evaluated together: a single one, or the pieces of one.
 
     Args:
-        number: its place among the stages of the stream, from 0; a column of the accuracy matrix.
-        first: index of its first experience.
-        last: index of its last experience.
-        test: records that all of them are measured on.
+        number: index of the stage in the stream, which is a column of the accuracy matrix.
+        first: index of the first experience.
+        last: index of the last experience.
+        test: test records of all of these experiences.
     """
 
     number: int
@@ -110,9 +110,9 @@ class Stage:
     test: Records
 
     def latest(self, after: int) -> int:
-        """Return the index of its experience that was trained last once experience `after` was.
+        """Return the index of the stage's last trained experience, once `after` was trained.
 
-        Where none was, it is the first.
+        If none of its experiences was trained yet, this is the first one.
         """
         return min(self.last, max(self.first, after))
 
@@ -135,9 +135,9 @@ class Stream:
             yourself.
 
     Raises:
-        ConfigError: for another scenario, no experiences, wrong numbering, classes outside the
-            head, records of several tasks, or a stage whose experiences are apart or have
-            different test records.
+        ConfigError: if the scenario is not known, there are no experiences, the numbering is wrong,
+            classes are outside the head, records have several tasks, or the experiences of a stage
+            are not consecutive or have different test records.
 
     Source: van de Ven, Tuytelaars, Tolias 2022, "Three types of incremental learning".
     """
@@ -173,11 +173,11 @@ class Stream:
 
     @cached_property
     def stages(self) -> tuple[Stage, ...]:
-        """Experiences, or groups of them, that are measured as one, in their order.
+        """Stages of the stream: experiences, or groups of them, that are evaluated together.
 
         Raises:
-            ConfigError: where the experiences of a stage do not follow one another, or have
-                different test records.
+            ConfigError: if the experiences of a stage are not consecutive, or have different test
+                records.
         """
         stages: list[Stage] = []
         met: set[int] = set()
@@ -206,17 +206,17 @@ class Stream:
         return tuple(stages)
 
     def with_test(self, stage: int, test: Records) -> "Stream":
-        """Return the same stream with other test records of a stage, such as those that come late.
+        """Return the stream with other test records for a stage, for example later ones.
 
-        A learner that goes on with it measures the stage on them from then on.
+        A learner that continues with this stream evaluates the stage on them.
 
         Args:
-            stage: its place in `stages`; in a stream without pieces, the index of the experience.
-            test: declared public.
+            stage: index in `stages`; in a stream without pieces, the index of the experience.
+            test: test records, declared public.
 
         Raises:
-            ConfigError: for a stage that is not there.
-            DataError: for records of undeclared classes or another task.
+            ConfigError: if there is no such stage.
+            DataError: if the records have undeclared classes or another task.
         """
         if not 0 <= stage < len(self.stages):
             raise ConfigError.of("stage", stage, f"0 to {len(self.stages) - 1}")
@@ -227,17 +227,17 @@ class Stream:
         return replace(self, experiences=tuple(parts))
 
     def upto(self, index: int) -> "Seen":
-        """Return the experiences up to `index`, that one included."""
+        """Return the experiences up to and including `index`."""
         return Seen(self, index + 1)
 
     @cached_property
     def declared_sizes(self) -> tuple[int, ...]:
-        """Declared number of training records up to each experience, that one included."""
+        """Declared number of training records up to and including each experience."""
         return tuple(accumulate(each.train.declared_size for each in self))
 
     @cached_property
     def partitions(self) -> tuple[frozenset[str], ...]:
-        """Partitions up to each experience, that one included."""
+        """Partitions up to and including each experience."""
         found = [frozenset[str]()]
         for each in self:
             known = found[-1]
@@ -246,7 +246,7 @@ class Stream:
         return tuple(found[1:])
 
     def stage_of(self, index: int) -> Stage:
-        """Return the stage that experience `index` is part of."""
+        """Return the stage that contains experience `index`."""
         return self.stages[bisect_right(self.stages, index, key=lambda each: each.first) - 1]
 
     def __iter__(self) -> Iterator[Experience]:
@@ -267,7 +267,7 @@ class Stream:
     def to(self, device: torch.device | str) -> "Stream":
         """Return the same stream on another device.
 
-        Records that experiences share are moved once.
+        Records that several experiences share are moved only once.
         """
         moved: dict[int, Records] = {}
         for records in (
@@ -287,13 +287,13 @@ class Stream:
 
 
 class Seen(Sequence[Experience]):
-    """First experiences of a stream, which are not copied, and what they declare in all.
+    """First experiences of a stream, without a copy, with their declared totals.
 
-    A stream of thousands of pieces is asked for them at every piece.
+    They are cached totals, because a stream may have thousands of pieces.
 
     Args:
-        stream: that they begin.
-        count: how many.
+        stream: the stream.
+        count: number of experiences.
     """
 
     def __init__(self, stream: Stream, count: int) -> None:
@@ -322,12 +322,12 @@ class Seen(Sequence[Experience]):
 
     @property
     def declared_size(self) -> int:
-        """Declared number of training records of all of them."""
+        """Total declared number of training records of these experiences."""
         return self._stream.declared_sizes[self._count - 1] if self._count else 0
 
     @property
     def partitions(self) -> frozenset[str]:
-        """Partitions of all of them."""
+        """Partitions of these experiences."""
         return self._stream.partitions[self._count - 1] if self._count else frozenset()
 
 
@@ -346,13 +346,13 @@ def partitions_of(experiences: Sequence[Experience]) -> frozenset[str]:
 
 
 def require_stream(stream: object) -> None:
-    """Refuse what is no `Stream`, and name the function that makes one.
+    """Refuse a value that is not a `Stream`; the message names the function that makes one.
 
     Args:
-        stream: given by the user.
+        stream: value given by the user.
 
     Raises:
-        DataError: in one line.
+        DataError: if the value is not a `Stream`.
     """
     if not isinstance(stream, Stream):
         raise DataError(
@@ -362,20 +362,20 @@ def require_stream(stream: object) -> None:
 
 
 def placed_again(stream: Stream, by_record: bool) -> bool | None:
-    """Return `assigned_by_record` of a stream whose records were placed once more.
+    """Compute `assigned_by_record` of a stream whose records were assigned a second time.
 
     Args:
-        stream: before that.
-        by_record: whether the new place depends on the record and public facts alone.
+        stream: stream before the second assignment.
+        by_record: True if the second assignment depends only on the record and public facts.
     """
     return stream.assigned_by_record if by_record else False
 
 
 def size_of_each(declared_size: int | Sequence[int] | None, experiences: int) -> list[int | None]:
-    """Declared size of every experience: one number for all, or one each; None where none is given.
+    """Declared size of every experience, from one number for all or one each; None if not given.
 
     Raises:
-        ConfigError: for another number of sizes.
+        ConfigError: if the number of sizes is wrong.
     """
     if declared_size is None or not isinstance(declared_size, Sequence):
         return [declared_size] * experiences

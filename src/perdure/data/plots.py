@@ -1,4 +1,4 @@
-"""Pictures of streams. matplotlib is loaded when the first one is drawn, never pyplot."""
+"""Pictures of streams; matplotlib (without pyplot) is loaded when the first one is drawn."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 
 INK = "#333333"
 SHADES = ["#d3e3f1", "#5b9bd0", "#1f66ab", "#0a3463"]
-"""Light to dark in one hue, so that grey print keeps the order."""
+"""Colours from light to dark in one hue, so that the order is visible in grey print."""
 HOLE = "#f3f5f7"
 MOST_TICKS = 12
 MOST_BORDERS = 60
-"""Experiences, or stages, between which lines are drawn; more would hide what they part."""
+"""Most experiences, or stages, between which lines are drawn; more lines would hide the data."""
 
 
 def plot_stream(stream: Stream) -> "Figure":
@@ -55,7 +55,7 @@ def stream_figure(
         classes: declared classes of each experience.
         sizes: declared number of training records of each.
         borders: indices of the experiences that begin a stage.
-        first_number: of the first experience, as the axis counts.
+        first_number: number of the first experience on the axis.
     """
     from matplotlib.figure import Figure
 

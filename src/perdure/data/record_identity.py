@@ -1,12 +1,12 @@
-"""Find one record in two partitions, whose exposures would then not be added up.
+"""Detect records that are in two partitions, because their privacy costs would not be added.
 
-A ledger counts by partition. It bounds what a record was exposed to only where the record lies in
-one of them, so identity decides which partitions are disjoint: the id that a record was given at
-its source, and the memory that its row lies in. Classes, places and values decide nothing.
+A ledger counts by partition. Its epsilon holds for a record only if the record is in one partition.
+Two facts show that a record is in two of them: the id that it was given at its source, and the
+memory that holds its row. Classes, partition names and values are not used.
 
-Guarantee: none. The check is for the holder of the records, before a curator holds them. A
-set of streams that it refuses has no privacy statement at all; the streams of this library pass it
-with any records, since each sends a record to one partition or gives its copies one name. No other
+Guarantee: none. The check is for the holder of the records, before a curator holds them. A set of
+streams that it refuses has no privacy statement at all. The streams of this library pass it with
+any records, because they put each record into one partition or give its copies one name. No other
 public fact depends on ids.
 """
 
@@ -22,21 +22,21 @@ from perdure.data.row_view import addresses_of
 from perdure.errors import DataError, GuardError
 
 Place = tuple[int, str]
-"""Number of a stream and name of a partition in it."""
+"""Number of a stream, and name of a partition in it."""
 
 
 def refuse_records_in_two_partitions(streams: Sequence[Stream]) -> None:
-    """Refuse streams in which one record lies in two partitions.
+    """Refuse streams in which one record is in two partitions.
 
-    Ids that nobody gave are positions, which say nothing of who is who: such records are compared
-    by the memory that holds them alone.
+    If no ids were given, ids are positions and do not identify records: such records are compared
+    only by the memory that holds them.
 
     Args:
-        streams: of all parties whose records are here. Two streams share no partition, whatever
-            their partitions are called: each party has a ledger of its own.
+        streams: the streams of all parties whose records this process holds. Partitions of two
+            streams are always different, because each party has its own ledger.
 
     Raises:
-        GuardError: naming the two partitions, and no record.
+        GuardError: names the two partitions, but no record.
     """
     held: dict[Place, list[Records]] = {}
     for number, stream in enumerate(streams):
@@ -61,17 +61,17 @@ def refuse_records_in_two_partitions(streams: Sequence[Stream]) -> None:
 
 
 def refuse_test_ids_in_training(train: Records, test: Records, name: str) -> None:
-    """Refuse a test part that shares a record with the training part, as their ids tell.
+    """Refuse a test part that has a record in common with the training part, by their ids.
 
-    Ids that nobody gave are positions, which say nothing of who is who.
+    If no ids were given, ids are positions and do not identify records.
 
     Args:
-        train: records to learn from.
-        test: records to be measured on.
-        name: of the data, for the message.
+        train: training records.
+        test: test records.
+        name: name of the data, for the message.
 
     Raises:
-        DataError: with the first row of the test part that is in both.
+        DataError: names the first row of the test part that is in both.
     """
     if train.ids_by_position or test.ids_by_position:
         return
@@ -81,14 +81,14 @@ def refuse_test_ids_in_training(train: Records, test: Records, name: str) -> Non
 
 
 def refuse_measured_records(stream: Stream) -> None:
-    """Refuse a stream that learns from a record that it is measured on, as ids tell.
+    """Refuse a stream with a record that is both in training and in the evaluation, by its id.
 
     Args:
-        stream: of any number of experiences; records that several of them share are looked at
-            once.
+        stream: stream with any number of experiences; records that several of them share are
+            checked once.
 
     Raises:
-        DataError: with the experience and the row of the first such test record.
+        DataError: names the experience and the row of the first such test record.
     """
     learnt = _ids([experience.train for experience in stream])
     seen: set[int] = set()
@@ -103,7 +103,7 @@ def refuse_measured_records(stream: Stream) -> None:
 
 
 def _of_both(name: str, test: Records, both: Tensor) -> str:
-    """Say which test records are training records as well."""
+    """Build the message about test records that are training records, too."""
     row = int(both[0])
     return (
         f"{name} has id {int(test.ids[row])} in row {row} of its test records and among the "
@@ -113,13 +113,13 @@ def _of_both(name: str, test: Records, both: Tensor) -> str:
 
 
 def _ids(parts: Iterable[Records]) -> Tensor:
-    """Return the ids (r,) that the records of a partition were given, each once."""
+    """Return the ids (r,) that were given to the records of a partition, each once."""
     given = [part.ids.cpu() for part in parts if not part.ids_by_position]
     return torch.unique(torch.cat(given)) if given else torch.empty(0, dtype=torch.int64)
 
 
 def _addresses(parts: Iterable[Records]) -> Tensor:
-    """Return where in memory the rows of a partition begin (r,), each once."""
+    """Return the memory addresses (r,) at which the rows of a partition begin, each once."""
     found: list[Tensor] = [torch.empty(0, dtype=torch.int64)]
     seen: set[int] = set()
     for part in parts:
@@ -134,7 +134,7 @@ def _addresses(parts: Iterable[Records]) -> Tensor:
 
 
 def _shared(keys: Mapping[Place, Tensor]) -> tuple[Place, Place] | None:
-    """Return the first two places that have a key in common."""
+    """Return the first two partitions that have a key in common; None if there are none."""
     every = torch.cat(list(keys.values()))
     owner = torch.cat([torch.full_like(own, n) for n, own in zip(count(), keys.values())])
     order = torch.argsort(every, stable=True)

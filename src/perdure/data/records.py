@@ -1,6 +1,6 @@
-"""Records and batches.
+"""Records and batches: tensors with one row per record, and the identity of each row.
 
-Tensors that stay on their device, each row with the identity of its source.
+The tensors stay on their device.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,12 +18,12 @@ from perdure.utils.chunking import FEWEST_ROWS, filled
 
 @dataclass(frozen=True, kw_only=True)
 class Spent:
-    """A noised sum over records that was released before anything is learnt from them.
+    """Noisy sum over records that was released before training, such as constants for scaling.
 
     Args:
-        entry: digest of the ledger's entry that paid for it.
-        noise_multiplier: standard deviation of its noise in units of its sensitivity.
-        simulated: whether the noise came from a seed that the user chose.
+        entry: digest of the ledger entry that paid for the sum.
+        noise_multiplier: standard deviation of the noise divided by the sensitivity.
+        simulated: True if the noise came from a seed that the user chose.
     """
 
     entry: str
@@ -95,7 +95,7 @@ class Records:
                     f"torch.as_tensor({name}); perdure.data.from_arrays takes arrays and lists"
                 )
             if not value.dim():
-                raise DataError(f"{name} are one number; allowed: one row a record, (n, ...)")
+                raise DataError(f"{name} are one number; allowed: one row per record, (n, ...)")
         n = len(self.inputs)
         if len(self.labels) != n:
             raise DataError(f"{n} inputs but {len(self.labels)} labels; give one label per input")
@@ -131,7 +131,7 @@ class Records:
             if not isinstance(value, Tensor) or value.shape != (n,):
                 given = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
                 raise DataError(
-                    f"attribute {name!r} is {given}; allowed: a tensor ({n},), one number a record"
+                    f"attribute {name!r} is {given}; allowed: a tensor ({n},), one value per record"
                 )
 
     def __len__(self) -> int:
@@ -144,16 +144,16 @@ class Records:
         )
 
     def take(self, index: Tensor | slice) -> "Records":
-        """Take rows with their ids; the declared size becomes their number.
+        """Take rows with their ids; the declared size becomes the number of taken rows.
 
-        Inputs, and targets of several numbers, are not copied: the result reads them from here (see
-        `perdure.data.row_view`). One number per record, such as an id, is copied.
+        Inputs, and targets of several numbers, are not copied: the result refers to these records
+        (see `perdure.data.row_view`). Single numbers per record, such as ids, are copied.
 
         Args:
             index: int64 positions (k,), a boolean mask (n,), or a slice.
 
         Raises:
-            DataError: for a position that is not there, or a mask of another length.
+            DataError: if a position does not exist, or a mask has another length.
         """
         positions = positions_of(index, len(self)).to(self.inputs.device)
         taken = self.map(
@@ -162,10 +162,12 @@ class Records:
         return replace(taken, declared_size=0)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Records":
-        """Apply `change` to inputs, labels, ids and attributes (n, ...): an index, a device move.
+        """Apply `change` to inputs, labels, ids and attributes, each (n, ...).
+
+        Examples of a change are an index, or a move to another device.
 
         Args:
-            change: the same rows of every tensor, in the same order.
+            change: function that selects or moves the same rows of every tensor, in the same order.
         """
         return replace(
             self,
@@ -176,10 +178,10 @@ class Records:
         )
 
     def undeclared(self, classes: tuple[int, ...]) -> str:
-        """Say what targets have that the declared outputs do not allow; "" for nothing.
+        """Describe targets that the declared outputs do not allow; "" if there are none.
 
-        Records that fit are not looked at again for the same outputs: test records are shared by
-        all pieces of an experience.
+        Records that passed are not checked again for the same outputs, because all pieces of an
+        experience share their test records.
         """
         if classes in self._fits:
             return ""
@@ -192,7 +194,7 @@ class Records:
         """Return the same records with a declared size; None changes nothing.
 
         Raises:
-            ConfigError: for a size below 1.
+            ConfigError: if the size is below 1.
         """
         if size is None:
             return self
@@ -206,16 +208,16 @@ class Records:
 
 
 def require_type(value: object, kind: type, name: str, allowed: str) -> None:
-    """Refuse a value of another type, and name the functions that convert it.
+    """Refuse a value of a wrong type; the message names the functions that convert it.
 
     Args:
-        value: given by the user.
+        value: value given by the user.
         kind: type that is allowed.
-        name: of the argument, for the message.
-        allowed: the type in words.
+        name: name of the argument, for the message.
+        allowed: description of the type.
 
     Raises:
-        DataError: in one line.
+        DataError: if the value has another type.
     """
     if not isinstance(value, kind):
         raise DataError(
@@ -252,7 +254,7 @@ class Batch:
 
     @classmethod
     def current(cls, records: Records, task: int) -> "Batch":
-        """All of `records` as one batch of current rows."""
+        """Make one batch of new rows from all of `records`."""
         n = len(records)
         device = records.inputs.device
         return cls(
@@ -267,14 +269,14 @@ class Batch:
     def tensors(self) -> dict[str, Tensor]:
         """Return all row tensors (n, ...) by name, ready for `torch.func.vmap`.
 
-        The inverse of `from_tensors`.
+        The method `from_tensors` is the inverse.
         """
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "stored"}
         return own | {f"stored.{name}": value for name, value in self.stored.items()}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "Batch":
-        """Rebuild a batch from `tensors()`, each (n, ...)."""
+        """Rebuild a batch from tensors (n, ...) that `tensors()` returned."""
         own = {name: value for name, value in tensors.items() if not name.startswith("stored.")}
         stored = {
             n.removeprefix("stored."): v for n, v in tensors.items() if n.startswith("stored.")
@@ -282,11 +284,11 @@ class Batch:
         return cls(**own, stored=stored)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
-        """Apply `change` to every row tensor (n, ...): an index, a concatenation, a device move."""
+        """Apply `change`, such as an index or a device move, to every row tensor (n, ...)."""
         return Batch.from_tensors({name: change(value) for name, value in self.tensors().items()})
 
     def take(self, index: Tensor | slice) -> "Batch":
-        """Take rows.
+        """Take some of the rows.
 
         Args:
             index: positions (k,), a boolean mask (n,), or a slice.
@@ -296,7 +298,7 @@ class Batch:
         return self.map(lambda rows: rows[index])
 
     def at(self, places: Tensor) -> "Batch":
-        """Take the rows at positions (k,), int64, none negative; it is fast, for every step."""
+        """Take the rows at int64 positions (k,), none negative; fast enough for every step."""
         # several times as fast as an index in brackets, where rows are long
         rows = places.to(self.inputs.device)
         return Batch(
@@ -311,10 +313,10 @@ class Batch:
 
 
 def filled_batch(batch: Batch, least: int = FEWEST_ROWS) -> Batch:
-    """Rows followed by copies of the first one, until there are `least` (see `filled`)."""
+    """Repeat the first row at the end of a batch until it has `least` rows."""
     return batch if len(batch) >= least else Batch.from_tensors(filled(batch.tensors(), least))
 
 
 def batch_of_one(tensors: Mapping[str, Tensor]) -> Batch:
-    """Wrap the tensors of one record (no batch dimension) as a batch of one row."""
+    """Make a batch of one row from the tensors of one record, without batch dimension."""
     return Batch.from_tensors({name: value.unsqueeze(0) for name, value in tensors.items()})

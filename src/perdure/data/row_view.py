@@ -1,8 +1,8 @@
-"""Rows of another tensor, read when they are asked for.
+"""Tensors that refer to rows of other tensors, and read them only when they are used.
 
-A stream cuts one set of records into many: experiences, clients, pieces. Each part holds the
-positions of its rows and no copy of them, so that a stream costs no more memory than its data set,
-and inputs may lie in a file that is larger than memory (`numpy.memmap`, `torch.from_file`).
+A stream cuts one set of records into many: experiences, clients, pieces. Each part stores the
+positions of its rows and not the rows, so a stream needs no more memory than its data set, and
+inputs may be in a file that is larger than memory (`numpy.memmap`, `torch.from_file`).
 """
 
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ from perdure.errors import DataError
 from perdure.utils.chunking import HELD_BYTES, row_slices
 
 Change = Callable[[Tensor], Tensor]
-"""From rows (k, ...) to changed rows (k, ...); row i depends on row i only."""
+"""Function from rows (k, ...) to changed rows (k, ...); row i depends on row i only."""
 
 aten = torch.ops.aten
 
@@ -39,12 +39,12 @@ FACTORIES = {
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RowPart:
-    """Rows of one source.
+    """Rows of one source tensor, with an optional change of each row.
 
     Args:
         source: (m, ...) a tensor, or a view of several parts.
         index: (n,) int64 positions in the source, on its device; None for all of its rows.
-        change: made to the rows when they are read; None for none.
+        change: function that is applied to the rows when they are read; None for none.
     """
 
     source: Tensor
@@ -72,13 +72,12 @@ class RowPart:
 
 
 class RowView(Tensor):
-    """A tensor (n, ...) whose rows are read from other tensors when they are asked for.
+    """A tensor (n, ...) whose rows are read from other tensors only when they are used.
 
-    It is made by `view_rows`, `changed_rows` and `joined_rows`. Shape, dtype and device cost
-    nothing. An index along the first axis reads the rows that it names; whatever else is asked of
-    the tensor reads all of them, into a tensor that is dropped after use. The result of reading is
-    a plain tensor. The view itself cannot be written to. A pickled or copied view becomes a plain
-    tensor of its own rows only.
+    It is made by `view_rows`, `changed_rows` and `joined_rows`. Reading shape, dtype and device
+    takes no time. An index along the first axis reads only the rows that it names; any other
+    operation reads all rows into a temporary tensor. Results are plain tensors. The view itself
+    cannot be written to. A pickled or copied view becomes a plain tensor with only its own rows.
 
     >>> from perdure.data import digits, split
     >>> stream = split(digits(), scenario="class", experiences=5)
@@ -90,7 +89,7 @@ class RowView(Tensor):
 
     @staticmethod
     def __new__(cls: type[Self], parts: Sequence[RowPart]) -> Self:
-        """Make a view of the parts one after another; they have rows of one shape and dtype."""
+        """Make a view of consecutive parts, whose rows have the same shape and dtype."""
         first = parts[0]
         # a change may give another shape or dtype: ask it about few rows
         like = first.between(0, 1) if first.change else first.source
@@ -130,7 +129,7 @@ class RowView(Tensor):
     def __torch_function__(
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
-        """Call torch's function; its answers are plain tensors."""
+        """Call a function of torch; its results are plain tensors."""
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
 
@@ -138,7 +137,7 @@ class RowView(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
-        """Read the rows that the operation is about, and run it on them."""
+        """Read the rows that an operation needs, and run the operation on them."""
         kwargs = kwargs or {}
         if func._schema.is_mutable:
             for place, argument in enumerate(func._schema.arguments):
@@ -172,7 +171,7 @@ class RowView(Tensor):
         return self.rows().clone().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
     def numpy(self, *, force: bool = False) -> Any:
-        """Read all rows into an array."""
+        """Read all rows into a NumPy array."""
         return self.rows().numpy(force=force)
 
     def tolist(self) -> Any:
@@ -187,7 +186,7 @@ NOT_WRITTEN = (
 
 
 def _some_rows(func: Any, view: RowView, args: Sequence[Any], kwargs: Any) -> Tensor | None:
-    """Run an operation that reads some of the rows only; None for another operation."""
+    """Run an operation that needs only some of the rows; None if it needs all of them."""
     n = len(view)
     if func is aten.slice.Tensor:
         defaults: tuple[Any, ...] = (0, None, None, 1)
@@ -213,14 +212,14 @@ def _some_rows(func: Any, view: RowView, args: Sequence[Any], kwargs: Any) -> Te
 
 
 def positions_of(index: Tensor | slice, n: int) -> Tensor:
-    """(k,) int64 positions that an index names among n rows.
+    """(k,) int64 positions that an index selects among n rows.
 
     Args:
         index: positions (k,), negative ones counted from the end, a boolean mask (n,), or a slice.
         n: number of rows.
 
     Raises:
-        DataError: for positions that are not there, or a mask of another length.
+        DataError: if a position does not exist, or a mask has another length.
     """
     if isinstance(index, slice):
         return torch.arange(n)[index]
@@ -233,7 +232,9 @@ def positions_of(index: Tensor | slice, n: int) -> Tensor:
     positions = torch.where(index < 0, index + n, index)
     if len(positions) and not 0 <= int(positions.min()) <= int(positions.max()) < n:
         wrong = int(index[(positions < 0) | (positions >= n)][0])
-        raise DataError(f"position {wrong} of {n} records; allowed: {-n} to {n - 1}")
+        raise DataError(
+            f"position {wrong} does not exist among {n} records; allowed: {-n} to {n - 1}"
+        )
     return positions
 
 
@@ -244,9 +245,9 @@ def rows_at(rows: Tensor, positions: Tensor) -> Tensor:
 
 
 def addresses_of(rows: Tensor) -> Tensor:
-    """(n,) int64, on the CPU, where in memory each row begins; 0 for a row without its own place.
+    """(n,) int64 memory address of each row, on the CPU; 0 for a row without its own memory.
 
-    Rows of a view lie where they are read from.
+    For a view, these are the addresses in its source.
     """
     if isinstance(rows, RowView):
         found = [addresses_of(part.source) for part in rows.parts]
@@ -262,10 +263,10 @@ def addresses_of(rows: Tensor) -> Tensor:
 
 
 def view_rows(rows: Tensor, positions: Tensor) -> Tensor:
-    """Make a view of the rows at some positions.
+    """Make a view of the rows at some positions; no rows are copied.
 
     Args:
-        rows: (n, ...), itself a view or not.
+        rows: (n, ...) tensor, which may be a view itself.
         positions: (k,) int64, none negative, on the device of the rows.
     """
     part = RowPart(source=rows)
@@ -279,7 +280,7 @@ def view_rows(rows: Tensor, positions: Tensor) -> Tensor:
 
 
 def _run(index: Tensor) -> slice | None:
-    """Neighbouring rows that an index names in their order; None for others."""
+    """Slice for consecutive positions in an index; None for other positions."""
     if not len(index):
         return slice(0, 0)
     first = int(index[0])
@@ -289,11 +290,11 @@ def _run(index: Tensor) -> slice | None:
 
 
 def changed_rows(rows: Tensor, change: Change) -> Tensor:
-    """Return changed rows: at once where they are small, else whenever they are read.
+    """Return changed rows: computed now if they are small, and at each read if they are not.
 
     Args:
-        rows: (n, ...).
-        change: see `Change`.
+        rows: (n, ...) tensor.
+        change: function that is applied to the rows.
     """
     changed = RowView([RowPart(source=rows, change=change)])
     held = max(rows.nbytes, changed.nbytes) <= HELD_BYTES
@@ -301,9 +302,9 @@ def changed_rows(rows: Tensor, change: Change) -> Tensor:
 
 
 def joined_rows(parts: Sequence[Tensor]) -> Tensor:
-    """Put rows (n_i, ...) one after another: a copy where they are small, else a view.
+    """Concatenate rows (n_i, ...): into a copy if they are small, into a view if they are not.
 
-    Parts of one source become one index into it.
+    Parts with the same source become one index into this source.
     """
     if len(parts) == 1:
         return parts[0]

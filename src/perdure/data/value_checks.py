@@ -1,8 +1,8 @@
-"""Checks that the holder of a data set makes before a curator holds the records.
+"""Checks of values that the holder of a data set makes before a curator holds the records.
 
-Guarantee: none. Their answers depend on single records, so they are for the holder alone and
-outside every privacy statement. Inside a curator nothing raises because of a record's values: an
-error, or none, would tell of the record.
+Guarantee: none. The results depend on single records, so they are for the holder only and outside
+every privacy statement. Inside a curator no error may depend on the values of a record, because the
+error would reveal information about the record.
 """
 
 from collections.abc import Iterable, Sequence
@@ -24,7 +24,7 @@ def check_finite(streams: Iterable[Stream], *, training: bool = True) -> None:
 
     Args:
         streams: the streams of all parties whose records this process holds.
-        training: True to look at training inputs, too.
+        training: True to check training inputs, too.
 
     Raises:
         DataError: names the first such value by experience, row and column.
@@ -54,15 +54,15 @@ def _refuse_not_finite(records: Records, part: str, where: str) -> None:
 
 
 def check_streams(streams: Sequence[Stream], *, training: bool) -> None:
-    """Refuse inputs that are NaN or infinite, and a record to learn from that is measured on too.
+    """Refuse inputs that are NaN or infinite, and records that are in training and evaluation.
 
     Args:
-        streams: of all parties whose records are here.
-        training: whether training inputs are looked at, which takes time. Without privacy a run
-            that ends in NaN looks at them then.
+        streams: the streams of all parties whose records this process holds.
+        training: True to check training inputs, which takes time. Without privacy they are checked
+            only if a run ends in NaN.
 
     Raises:
-        DataError: in one line.
+        DataError: if a value or record is refused.
     """
     check_finite(streams, training=training)
     for stream in streams:

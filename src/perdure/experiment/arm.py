@@ -38,26 +38,26 @@ if TYPE_CHECKING:
     from perdure.federated.server import Server
 
 Progress = Callable[[str, float], None]
-"""Called as progress(arm name, share done)."""
+"""Function that is called as progress(arm name, share done)."""
 
 
 def silent(arm: str, share: float) -> None:
-    """Show nothing."""
+    """Default progress function, which shows nothing."""
 
 
 # --------------------------------------------------------------------------- a whole run
 
 
 def open_stream(config: Config, *, without: int | None = None) -> Stream:
-    """Load the data and split it into experiences.
+    """Load the data of a config, and split it into experiences.
 
     Args:
-        config: which data, and how they are split.
-        without: id of a training record to leave out before the split, for an audit.
+        config: config with the data set and the split.
+        without: id of a training record to remove before the split, for an audit; None for none.
 
     Raises:
-        ConfigError: when they cannot be split so, or explained.
-        DataError: when they are missing or damaged.
+        ConfigError: if the data cannot be split or explained as configured.
+        DataError: if the data are missing or damaged.
     """
     chosen = config.data
     data = load(chosen.name, chosen.root, seed=config.seed, declared_size=chosen.declared_size)
@@ -83,9 +83,9 @@ def open_stream(config: Config, *, without: int | None = None) -> Stream:
 
 
 class MetricsLog:
-    """Lines of JSON, each under a key.
+    """File of JSON lines, each with a key.
 
-    A line that is written again after a resume is not repeated.
+    A line is not written a second time after a resume.
     """
 
     def __init__(self, path: Path) -> None:
@@ -105,7 +105,7 @@ class MetricsLog:
             ) from None
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Write one line for an arm after an experience, unless it is there."""
+        """Write one line for an arm and an experience, unless the file has it."""
         key = (row["arm"], row["experience"])
         if key in self.rows:
             return
@@ -123,7 +123,7 @@ class MetricsLog:
 
 @dataclass
 class ArmRun:
-    """One model of the run: trained alone or federated, measured, explained."""
+    """Training, evaluation and explanation of one arm, alone or in a federation."""
 
     config: Config
     arm: Arm
@@ -142,7 +142,7 @@ class ArmRun:
         self._shown = 0.0
 
     def run(self) -> ArmResult:
-        """Train if that is not done yet, and return the arm's row of the result."""
+        """Train if this was not done yet, and return the arm's row of the result."""
         done = self.folder / "arm.json"
         if not done.exists():
             self.progress(self.arm.name, 0.0)
@@ -152,7 +152,7 @@ class ArmRun:
         return loaded
 
     def learner(self, stream: Stream, client: int = 0, folder: Path | None = None) -> Learner:
-        """Return a fresh learner for one party of this arm."""
+        """Make a new learner for one party of this arm."""
         config = self.config
         private = self.arm.private
         training = self._training
@@ -193,7 +193,7 @@ class ArmRun:
         return chosen.on(self.stream) if chosen else None
 
     def untrained(self) -> Learner:
-        """Learner that was shown nothing, at the end of the stream."""
+        """Make an untrained learner that is set to the end of the stream."""
         fresh = self.learner(self.stream)
         fresh.callbacks = ()
         fresh.privacy = None
@@ -281,15 +281,15 @@ class ArmRun:
             write_json(self._clock, self._seconds())
 
     def _show(self, share: float) -> None:
-        """Tell of every percent once; the last one comes when the arm's row is written."""
+        """Report the progress once per percent; 100 percent is reported when the row is written."""
         if share >= self._shown + 0.01:
             self._shown = share
             self.progress(self.arm.name, min(0.99, share))
 
     def _share(self, learner: Learner) -> float:
-        """Share of the arm that is done after a learner's step.
+        """Share of the arm that is done after a step of a learner.
 
-        In a round, clients go in ascending order.
+        In a round, the clients are processed in ascending order.
         """
         here = learner.position
         blocks = learner.blocks
@@ -302,7 +302,7 @@ class ArmRun:
     def _seconds(self) -> float:
         """Seconds spent on the arm by all processes.
 
-        Each counts up to the last experience that it finished.
+        Each process counts up to the last experience that it finished.
         """
         return time.perf_counter() - self._began
 

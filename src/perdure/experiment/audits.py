@@ -1,6 +1,6 @@
-"""Audits of a run.
+"""Audits of a run: canaries in its private arms, and membership inference.
 
-Canaries in its private arms, and membership inference on its finished models.
+Membership inference attacks the models of a finished run.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ from perdure.experiment.run import trained
 from perdure.utils.seeding import generator
 
 Population = tuple[Records, Tensor, Records]
-"""Records under attack, which of them are members (n,) bool, and the members known already."""
+"""Records under attack, a mask (n,) of the members among them, and the known other members."""
 
 
 def attack_run(
@@ -72,7 +72,7 @@ def attack_run(
 
 
 def population(stream: Stream, experience: int, seed: int) -> Population:
-    """Equally many training and test records, mixed, and the remaining training records."""
+    """Mix equally many training and test records; also return the remaining training records."""
     train = stream[experience].train
     test = stream[experience].test
     order = torch.randperm(len(train), generator=generator(seed, "attacked"))
@@ -84,7 +84,10 @@ def population(stream: Stream, experience: int, seed: int) -> Population:
 
 
 def joined(one: Records, other: Records, first_id: int) -> Records:
-    """Both sets under the partition of the first; the second one's ids begin at `first_id`."""
+    """Join two sets of records under the first one's partition.
+
+    Ids of the second are renumbered.
+    """
     ids = first_id + torch.arange(len(other))
     return Records(
         inputs=joined_rows([one.inputs, other.inputs]),
@@ -98,7 +101,7 @@ def joined(one: Records, other: Records, first_id: int) -> Records:
 
 
 def mixed(stream: Stream, experience: int, known: Records, half: Records) -> Stream:
-    """Stream whose experience holds the known members and this half of those under attack."""
+    """Replace an experience's training records by known members and half of those under attack."""
     whole = Records(
         inputs=joined_rows([known.inputs, half.inputs]),
         labels=torch.cat([known.labels, half.labels]),

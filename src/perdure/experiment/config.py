@@ -77,7 +77,7 @@ from perdure.utils.checked_fields import CheckedFields
 from perdure.utils.chunking import row_slices
 
 NEED_MORE = ("LBFGS", "SparseAdam", "Muon")
-"""Optimisers that need several gradients per step, sparse ones, or matrices only."""
+"""Optimisers that need several gradients per step, or sparse gradients, or matrices only."""
 OPTIMIZERS = tuple(
     name
     for name, value in vars(torch.optim).items()
@@ -87,17 +87,17 @@ OPTIMIZERS = tuple(
     and name not in NEED_MORE
 )
 LARGEST = 2**63 - 1
-"""Largest whole number of TOML; what is larger cannot even be printed at any length."""
+"""Largest whole number of TOML; larger numbers are refused."""
 
 
 def check(config: object, names: str, good: Callable[[Any], bool], allowed: str) -> None:
-    """Refuse a field that is given but not good.
+    """Refuse a field of a config that is given and has a value that is not allowed.
 
     Args:
-        names: of the fields, separated by spaces.
+        config: config to check.
 
     Raises:
-        ConfigError: for the first such field.
+        ConfigError: names the first such field.
     """
     for name in names.split():
         value = getattr(config, name)
@@ -106,24 +106,24 @@ def check(config: object, names: str, good: Callable[[Any], bool], allowed: str)
 
 
 def counts(value: int) -> bool:
-    """Tell if a count is positive and small enough that a run can end."""
+    """Return True if a count is positive and small enough that a run can end."""
     return 1 <= value <= 10**9
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(CheckedFields):
-    """Which stream.
+    """Data set and split of a run.
 
     Args:
-        name: of a data set: digits, breast-cancer, mnist, cifar10, adult, or "module:name".
-        root: folder of the data; None for the usual places.
+        name: name of a data set: digits, breast-cancer, mnist, cifar10, adult, or "module:name".
+        root: folder of the data; None for the default folders.
         scenario: task, domain or class.
-        experiences: how many, where `increments` does not say.
-        increments: number of new classes in each experience, for unequal ones; None for equal ones.
-        chunk: cut every experience into pieces of so many records, each seen once (online); under
-            privacy that is their declared size. None for whole experiences.
-        shuffle_classes: order classes by the run's seed.
-        declared_size: public number of training records; None to declare the realised one.
+        experiences: number of experiences, if `increments` is not given.
+        increments: number of new classes in each experience; None for equal numbers.
+        chunk: number of records of the pieces into which every experience is cut, each trained once
+            (online); under privacy their declared size. None for whole experiences.
+        shuffle_classes: True to order the classes at random, by the run's seed.
+        declared_size: public number of training records; None to declare the actual number.
     """
 
     name: str = "digits"
@@ -146,13 +146,13 @@ class DataConfig(CheckedFields):
 
 @dataclass(frozen=True, kw_only=True)
 class AttackConfig(CheckedFields):
-    """An attack as a table names it.
+    """Attack in a config: its name and its settings.
 
     Args:
         name: one of `perdure.adversarial.names()`, or "my_package.my_module:MyAttack".
-        attack: with its own fields.
-        bounds_given: whether the bounds are those of `attack`. Otherwise inputs stay in [0, 1]
-            where all public test inputs lie there, and are unbounded elsewhere.
+        attack: the attack with its own fields.
+        bounds_given: True if the table gives bounds. If not, inputs are limited to [0, 1] if all
+            (public) test inputs are in that range, and have no limits otherwise.
     """
 
     TABLE: ClassVar[str] = "a table with name = NAME and the attack's own fields"
@@ -163,12 +163,12 @@ class AttackConfig(CheckedFields):
 
     @classmethod
     def from_table(cls, table: Mapping[str, Any], where: str) -> "AttackConfig":
-        """Find the attack by its name, and build it from the other fields."""
+        """Find the attack by its name, and build it from the other fields of the table."""
         name, attack = extension(find_attack, attack_names, "name", table, where)
         return cls(name=name, attack=attack, bounds_given="bounds" in table)
 
     def on(self, stream: Stream) -> Attack:
-        """Return the attack with the bounds that hold for a stream's inputs."""
+        """Return the attack with the bounds for a stream's inputs."""
         if self.bounds_given:
             return self.attack
         unit = all(
@@ -184,15 +184,16 @@ class TrainingConfig(CheckedFields):
     """Length, optimiser and precision of training on an experience.
 
     Args:
-        optimizer: any class of torch.optim.
-        momentum: for those that have one; None for its default.
-        epochs: passes over the records of an experience, in a federation spread over its rounds;
-            give this or `iterations`.
-        iterations: steps of an experience, in a federation spread over its rounds.
-        batch_size: records per step.
-        reset_optimizer: start every experience with a fresh optimiser.
-        precision: of the passes through the model while training.
-        adversary: attack that moves every batch before its gradient (adversarial training).
+        optimizer: name of a class of torch.optim.
+        learning_rate: learning rate of the optimiser.
+        momentum: momentum, for optimisers that have it; None for their default.
+        epochs: number of passes over the records of an experience, in a federation divided over its
+            rounds; give this or `iterations`.
+        iterations: number of steps of an experience, in a federation divided over its rounds.
+        batch_size: number of records per step.
+        reset_optimizer: True to start every experience with a new optimiser.
+        precision: precision of the passes through the model in training.
+        adversary: attack on every batch before its gradient (adversarial training); None for none.
     """
 
     optimizer: str = "Adam"
@@ -248,14 +249,14 @@ class TrainingConfig(CheckedFields):
 
 @dataclass(frozen=True, kw_only=True)
 class FederationConfig(CheckedFields):
-    """Parties and rounds of a federation.
+    """Clients, rounds and split of a federation.
 
     Args:
-        clients: number of parties.
-        rounds: per experience.
-        fraction: share of the clients asked in a round.
-        alpha: of the Dirichlet split by class; small is uneven.
-        min_size: fewest records of a client in an experience.
+        clients: number of clients.
+        rounds: number of rounds per experience.
+        fraction: share of the clients that train in a round.
+        alpha: concentration of the Dirichlet split by class; a small number gives uneven clients.
+        min_size: smallest number of records of a client in an experience.
         engine: `inprocess`, or `ray` for Flower's simulation engine.
     """
 
@@ -274,12 +275,12 @@ class FederationConfig(CheckedFields):
 
 @dataclass(frozen=True, kw_only=True)
 class ExplainConfig(CheckedFields):
-    """Explanations after the first and the last experience.
+    """Explanations of predictions after the first and the last experience.
 
     Args:
         method: one of `perdure.explain.names()`, or "my_package.my_module:MyExplainer".
-        explainer: with its own fields.
-        records: test records of the first experience that are explained.
+        explainer: the explainer with its own fields.
+        records: number of test records of the first experience that are explained.
     """
 
     TABLE: ClassVar[str] = "a table with method = NAME, records, and the explainer's own fields"
@@ -293,7 +294,7 @@ class ExplainConfig(CheckedFields):
 
     @classmethod
     def from_table(cls, table: Mapping[str, Any], where: str) -> "ExplainConfig":
-        """Find the explainer by its name, and build it from the other fields."""
+        """Find the explainer by its name, and build it from the other fields of the table."""
         options = dict(table)
         records = checked_value(options.pop("records", cls.records), int, f"{where}.records")
         method, explainer = extension(find_explainer, explainer_names, "method", options, where)
@@ -308,10 +309,10 @@ class Arm(CheckedFields):
     """One model of the run: a strategy, with or without privacy.
 
     Args:
-        strategy: with its own fields.
-        file: name that it was found by: one of `perdure.strategies.names()`, or
+        strategy: the strategy with its own fields.
+        file: name of the strategy: one of `perdure.strategies.names()`, or
             "my_package.my_module:MyMethod".
-        private: train it under the run's privacy.
+        private: True to train it with the run's privacy.
     """
 
     TABLE: ClassVar[str] = (
@@ -324,7 +325,7 @@ class Arm(CheckedFields):
 
     @classmethod
     def from_table(cls, table: Mapping[str, Any], where: str) -> "Arm":
-        """Find the strategy by its name, and build it from the other fields."""
+        """Find the strategy by its name, and build it from the other fields of the table."""
         options = dict(table)
         private = checked_value(options.pop("private", False), bool, f"{where}.private")
         file, strategy = extension(find_strategy, strategy_names, "strategy", options, where)
@@ -332,7 +333,7 @@ class Arm(CheckedFields):
 
     @property
     def name(self) -> str:
-        """Folder and row name; see `arm_name`."""
+        """Name of the arm, used for its folder and its row of the result."""
         return arm_name(self.file, private=self.private)
 
 

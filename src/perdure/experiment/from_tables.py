@@ -1,6 +1,6 @@
-"""From TOML tables to dataclasses: fields by name, values by type, extensions by their own fields.
+"""Conversion of TOML tables to dataclasses, with type checks.
 
-Whatever does not fit is refused with where it stands, what was given and what is allowed.
+Values that are not allowed are refused; the message has the place, the value and what is allowed.
 """
 
 import math
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 def leaves(value: object, where: str = "") -> Iterator[tuple[str, object]]:
-    """All values that are neither table nor list, with where they stand."""
+    """Yield all values in nested tables and lists, each with its place in the file."""
     if isinstance(value, dict):
         for name, inner in value.items():
             yield from leaves(inner, f"{where}.{_key(name)}" if where else _key(name))
@@ -35,7 +35,7 @@ def extension(
     table: Mapping[str, Any],
     where: str,
 ) -> tuple[str, T]:
-    """Name under `key` of a table, and the extension built from the table's other fields."""
+    """Return the name under `key`, and the extension built from the table's other fields."""
     options = dict(table)
     field = f"{where}.{key}"
     if key not in options:
@@ -77,7 +77,7 @@ def build(cls: type[T], table: Mapping[str, Any], where: str) -> T:
 
 
 def _type_hints(cls: type, where: str) -> dict[str, Any]:
-    """Types of a class's fields; a foreign class may name types that cannot be imported."""
+    """Types of a class's fields; a user's class may have types that cannot be imported."""
     try:
         return typing.get_type_hints(cls)
     except Exception as error:
@@ -88,7 +88,7 @@ def _type_hints(cls: type, where: str) -> dict[str, Any]:
 
 
 def placed(message: str, where: str, known: Iterable[str]) -> str:
-    """Say which table a dataclass complains of, unless its message does."""
+    """Add the name of the table to a dataclass's error message, if it is missing there."""
     if not where or message.startswith((f"{where}.", f"{where} ")):
         return message
     return f"{where}.{message}" if message.split(" ", 1)[0] in known else f"{where}: {message}"
@@ -97,13 +97,13 @@ def placed(message: str, where: str, known: Iterable[str]) -> str:
 def _key(name: str) -> str:
     """Write a key as TOML does.
 
-    Bare where it may be, else quoted, so that a message stays one line.
+    It is quoted if it has special characters, so that a message stays on one line.
     """
     return name if re.fullmatch("[A-Za-z0-9_-]+", name) else repr(name)
 
 
 def _options(hint: Any) -> tuple[Any, ...]:
-    """Types that a field may have."""
+    """Types that a field may have, from its annotation."""
     return (
         typing.get_args(hint)
         if typing.get_origin(hint) in (types.UnionType, typing.Union)
@@ -112,9 +112,9 @@ def _options(hint: Any) -> tuple[Any, ...]:
 
 
 def checked_value(value: object, hint: Any, where: str) -> object:
-    """Check one TOML value against a type.
+    """Check one TOML value against a type, and convert it.
 
-    Numbers, text, choices, lists as tuples, tables as dataclasses.
+    Lists become tuples, and tables become dataclasses.
     """
     for option in _options(hint):
         if isinstance(value, dict) and hasattr(option, "from_table"):
@@ -134,7 +134,7 @@ def checked_value(value: object, hint: Any, where: str) -> object:
 
 
 def _length_fits(value: list[object], hint: Any) -> bool:
-    """Tell if a list may become such a tuple, of any length or of a fixed one."""
+    """Return True if a list has the right length for a tuple type, which may be any length."""
     if typing.get_origin(hint) is not tuple:
         return False
     kinds = typing.get_args(hint)
@@ -142,9 +142,9 @@ def _length_fits(value: list[object], hint: Any) -> bool:
 
 
 def _fits(value: object, kind: type) -> bool:
-    """Tell if a TOML value is of a type.
+    """Return True if a TOML value has a type.
 
-    Whole numbers are numbers, true and false are not, nor are nan and inf.
+    Whole numbers are numbers; true, false, nan and inf are not.
     """
     if kind is float:
         return type(value) in (int, float) and math.isfinite(typing.cast(float, value))

@@ -1,4 +1,4 @@
-"""Replay of a config: its private arms on its data and without one record (`perdure audit`)."""
+"""Replay of a config: its private arms with all records and without one (`perdure audit`)."""
 
 import json
 from collections.abc import Mapping
@@ -22,36 +22,36 @@ from perdure.testing.replay import ALONE, ReplayResult, ReplayRun, replayed
 
 @dataclass(kw_only=True)
 class ReplayedArm(ArmRun):
-    """An arm whose learners are listened to.
+    """Arm of a run whose learners are recorded for a replay.
 
     Args:
-        replay: the run that listens.
+        replay: the run of the replay that records.
     """
 
     replay: ReplayRun
 
     def learner(self, stream: Stream, client: int = 0, folder: Path | None = None) -> Learner:
-        """Return a fresh learner for one party, attached to the replay."""
+        """Make a new learner for one party, attached to the replay."""
         made = super().learner(stream, client, folder)
         return self.replay.attach(made, f"client {client}" if self.config.federation else ALONE)
 
 
 def replay_run(config: Config, *, record: int | None = None) -> dict[str, ReplayResult]:
-    """Replay every private arm of a config on its data and without one record.
+    """Replay every private arm of a config, with all records and without one record.
 
-    Noise is simulated, a federation runs in process, and nothing on disk is touched.
+    Noise is simulated, a federation runs in this process, and no files are written.
 
     Args:
-        config: as for a run.
-        record: id of the record that is left out, before the data are split; None for the first one
-            of the first experience.
+        config: config of the run.
+        record: id of the record that is removed before the data are split; None for the first
+            record of the first experience.
 
     Returns:
-        the result of every private arm, by its name.
+        The result of every private arm, by its name.
 
     Raises:
-        ConfigError: when no arm is private, for a record that the data lack, or for an arm that
-            cannot be replayed (adversary, dropout).
+        ConfigError: if no arm is private, the data have no such record, or an arm cannot be
+            replayed (adversary, dropout).
     """
     private = [arm for arm in config.arms if arm.private]
     if not private or config.privacy is None:
@@ -72,7 +72,7 @@ def replay_run(config: Config, *, record: int | None = None) -> dict[str, Replay
 
 
 def declared_like(stream: Stream, other: Stream) -> Stream:
-    """Return the stream with the declared sizes of another, since these are public."""
+    """Return the stream with the declared sizes of another stream, because sizes are public."""
     parts = [
         replace(
             experience,
@@ -97,7 +97,7 @@ def _replayed(config: Config, arm: Arm, whole: Stream, fewer: Stream, record: in
 def _outputs(
     config: Config, arm: Arm, stream: Stream, run: ReplayRun, folder: Path
 ) -> dict[str, object]:
-    """Run an arm; return everything that its run shows, by name."""
+    """Run an arm; return all outputs of its run, by name."""
     from safetensors.torch import load_file
 
     log = MetricsLog(folder / "metrics.jsonl")

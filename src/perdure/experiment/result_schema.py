@@ -1,4 +1,4 @@
-"""Schema of `result.json`, for the run that writes it and for everything that reads it."""
+"""Schema of the file `result.json`, which a run writes and reports read."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ SCHEMA = 1
 
 
 class Epsilon(TypedDict):
-    """One privacy statement. `text` says it in a full sentence."""
+    """One privacy statement; `text` is a full sentence."""
 
     value: float
     delta: float
@@ -25,7 +25,7 @@ class Epsilon(TypedDict):
 
 
 class Spending(TypedDict):
-    """One purpose that privacy was spent on."""
+    """Privacy cost of one purpose."""
 
     purpose: str
     steps: int
@@ -34,9 +34,9 @@ class Spending(TypedDict):
 
 
 class PrivacyResult(TypedDict):
-    """Privacy of one arm: its statement, epsilon after each experience, and the uses that add up.
+    """Privacy of one arm: its statement, epsilon after each experience, and its charges.
 
-    An arm without privacy has no statement, no history and no spending.
+    An arm without privacy has no statement, no epsilons and no charges.
     """
 
     epsilon: Epsilon | None
@@ -45,9 +45,9 @@ class PrivacyResult(TypedDict):
 
 
 class ArmResult(PrivacyResult):
-    """One strategy of the run, with or without privacy.
+    """Result of one strategy of the run, with or without privacy.
 
-    Accuracies in percent, differences in points.
+    Accuracies are in percent, differences in percentage points.
     """
 
     strategy: str
@@ -68,9 +68,9 @@ class ArmResult(PrivacyResult):
 
 
 class StreamResult(TypedDict):
-    """The experiences, in the order they were learnt, and their declared training records.
+    """Experiences of the run in the order of training, with their declared sizes.
 
-    Results of before sizes were stored have none.
+    Results from before sizes were stored have no sizes.
     """
 
     name: str
@@ -81,7 +81,7 @@ class StreamResult(TypedDict):
 
 
 class AttackResult(TypedDict):
-    """The attack behind robust accuracy; `steps` where it takes several."""
+    """Attack that was used for robust accuracy; `steps` only if it takes several steps."""
 
     name: str
     epsilon: float
@@ -90,7 +90,7 @@ class AttackResult(TypedDict):
 
 
 class Explanations(TypedDict):
-    """Where the explanation tensors are, by which explainer, and of which arm and moments."""
+    """File of the explanation tensors, with the explainer, the arm and the times."""
 
     file: str
     method: str
@@ -118,7 +118,7 @@ def read_result(run: Path) -> Result:
     """Read `result.json` of a run.
 
     Raises:
-        RunError: when the file is missing, is not JSON, or has another schema.
+        RunError: if the file is missing, is not JSON, or has another schema.
     """
     path = run / "result.json"
     try:
@@ -133,10 +133,10 @@ def read_result(run: Path) -> Result:
 
 
 def checked(content: object, source: str = "result") -> Result:
-    """Return `content` as a result, if all that schema 1 promises is there.
+    """Return `content` as a result, if it has everything that schema 1 requires.
 
     Raises:
-        RunError: naming `source` and the first thing that is wrong.
+        RunError: names `source` and the first error.
     """
     if not isinstance(content, Mapping):
         raise RunError(

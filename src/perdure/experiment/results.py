@@ -1,6 +1,6 @@
-"""The pieces of a run's result, put together in the schema of `perdure.experiment.result_schema`.
+"""Parts of a run's result, combined in the schema of `perdure.experiment.result_schema`.
 
-They are privacy statements, federation, attack and explanations.
+The parts are privacy statements, federation, attack and explanations.
 """
 
 from dataclasses import asdict, replace
@@ -40,7 +40,7 @@ def summary(
     merged: Merged | None,
     explanations: Explanations | None,
 ) -> Result:
-    """Put the result together."""
+    """Combine the parts into the result of the run."""
     return {
         "schema": SCHEMA,
         "name": config.name,
@@ -68,7 +68,7 @@ def summary(
 
 
 def calibration(learner: Learner, stream: Stream) -> list[float]:
-    """Expected calibration error on every stage's test records at the end of the stream."""
+    """Expected calibration error on the test records of each stage, at the end of the stream."""
     after = max(0, learner.position.experience - 1)
     with torch.no_grad():
         return [
@@ -83,7 +83,7 @@ def calibration(learner: Learner, stream: Stream) -> list[float]:
 
 
 def federation_row(config: Config, stream: Stream) -> dict[str, Any] | None:
-    """Federation's settings with the declared size of every client in every experience."""
+    """Settings of the federation, with the declared size of each client in each experience."""
     if config.federation is None:
         return None
     clients = client_streams(config, stream)
@@ -95,7 +95,8 @@ def federation_row(config: Config, stream: Stream) -> dict[str, Any] | None:
 def client_streams(config: Config, stream: Stream) -> list[Stream]:
     """Split the stream over the clients.
 
-    Where an arm of the run is private, a record's client is its own hash's, for all arms alike.
+    If an arm of the run is private, the client of a record depends only on the record's hash, in
+    all arms.
     """
     from perdure.data.client_splits import dirichlet
 
@@ -112,7 +113,7 @@ def client_streams(config: Config, stream: Stream) -> list[Stream]:
 
 
 def epsilon_row(stated: Statement) -> Epsilon:
-    """One privacy statement as the result keeps it."""
+    """Convert one privacy statement to the form that the result has."""
     return {
         "value": stated.epsilon,
         "delta": stated.delta,
@@ -127,9 +128,9 @@ def epsilon_row(stated: Statement) -> Epsilon:
 
 
 def epsilon_of_all_arms(merged: Merged, delta: float) -> Epsilon:
-    """Statement for somebody who sees all private models.
+    """Privacy statement for an observer of all private models.
 
-    The same record's uses in all arms compose.
+    The charges of a record in all arms are composed.
     """
     record = {name: name.split("/client-", 1)[1] for name in merged.partitions}
     same = groupby(sorted(record, key=lambda name: record[name]), key=lambda name: record[name])
@@ -153,17 +154,17 @@ def spending(account: Account, delta: float) -> list[Spending]:
 
 
 def ledger_files(arm: Path) -> list[Path]:
-    """Ledgers of an arm: its own, or its clients'.
+    """Return the ledgers of an arm: its own, or those of its clients.
 
     Raises:
-        LedgerError: where one that the arm's checkpoints know is gone.
+        LedgerError: if a ledger that the arm's checkpoints refer to is missing.
     """
     refuse_missing_ledgers(arm)
     return sorted([*arm.glob("ledger.jsonl"), *arm.glob("clients/*/ledger.jsonl")])
 
 
 def attack_row(chosen: AttackConfig | None) -> AttackResult | None:
-    """Attack behind robust accuracy, as far as the report names its strength."""
+    """Describe the attack for robust accuracy, with its strength."""
     if chosen is None:
         return None
     attack = chosen.attack
@@ -174,7 +175,7 @@ def attack_row(chosen: AttackConfig | None) -> AttackResult | None:
 
 
 def explained_arm(config: Config) -> Arm:
-    """Arm whose predictions are explained: the first with a memory, else the first."""
+    """Arm whose predictions are explained: the first one with a memory, or else the first."""
     with_memory = [
         arm
         for arm in config.arms
@@ -184,7 +185,7 @@ def explained_arm(config: Config) -> Arm:
 
 
 def collect_explanations(config: Config, folder: Path) -> Explanations | None:
-    """Join the explanations of both moments into the run's file."""
+    """Combine the explanations after the first and last experience into one file of the run."""
     if not config.explain:
         return None
     from safetensors.torch import load_file

@@ -1,8 +1,8 @@
-"""A run on disk: every arm of a config, and its result.
+"""Runs on disk: train and evaluate every arm of a config, and write the result.
 
-Arms are alone or federated, and resumable at any moment.
+Arms train alone or in a federation, and resume after a stop at any time.
 
-runs/NAME/config.toml       what was asked
+runs/NAME/config.toml       the config of the run
 runs/NAME/result.json       the result, in the schema of `perdure.report.wording`
 runs/NAME/metrics.jsonl     one line per arm and experience, appended as it goes
 runs/NAME/ledger.jsonl      the ledgers of all arms and clients, each with its own chain and head
@@ -37,8 +37,8 @@ from perdure.utils.atomic_files import write_atomically, write_json
 from perdure.utils.folder_lock import locked
 
 TIMINGS = frozenset({"seconds"})
-"""Keys of the result that time fills: all that two runs of one config on one machine may differ
-in.
+"""Keys of the result that contain times, and so may differ between two runs of one config on one
+machine.
 """
 
 
@@ -93,14 +93,14 @@ def run(
 
 
 def trained(folder: Path | str, arm: str) -> Learner:
-    """Learner of a finished run's arm with its final model, ready for `predictor` and `evaluate`.
+    """Load an arm of a finished run: a learner with the final model, ready for `evaluate`.
 
     Args:
-        folder: of the run.
-        arm: name of its folder in `checkpoint/`, such as ewc-private.
+        folder: folder of the run.
+        arm: name of the arm's folder in `checkpoint/`, such as ewc-private.
 
     Raises:
-        RunError: when there is no such arm, or its model cannot be read.
+        RunError: if there is no such arm, or its model cannot be read.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -126,7 +126,7 @@ def trained(folder: Path | str, arm: str) -> Learner:
 
 
 def training_of(folder: Path, arm: Arm) -> Training:
-    """Return the history that the model of a finished run's arm carries."""
+    """Return the training history for the model of a finished run's arm."""
     by = f"{folder.resolve()}, {arm.name}"
     own = folder / "arms" / arm.name / "ledger.jsonl"
     if not arm.private:
@@ -145,7 +145,7 @@ def training_of(folder: Path, arm: Arm) -> Training:
 
 
 def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors whose name begins with `prefix`, without it."""
+    """Tensors whose name begins with `prefix`, by the rest of their names."""
     return {
         name.removeprefix(prefix): value
         for name, value in tensors.items()
@@ -154,12 +154,12 @@ def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def keep_config(folder: Path, config: Config, text: str) -> None:
-    """Write the config, or see that the folder's means the same; comments may differ.
+    """Write the config, or check that the folder's config has the same meaning.
 
-    Where nothing was run yet, it may change.
+    Comments may differ. If nothing was run yet, the config may change.
 
     Raises:
-        RunError: naming each field that differs.
+        RunError: names each field that differs.
     """
     path = folder / "config.toml"
     if path.exists() and path.read_bytes() == text.encode():

@@ -1,8 +1,8 @@
-"""The catalogue of strategies: paper, privacy cost and memory cost of each.
+"""Catalogue of strategies, with the paper, privacy cost and memory cost of each.
 
-Nothing is written by hand for a strategy. The privacy cost is read from its `privacy_cost`, the
-memory cost from its plan and from the state that it lays out for a small model, and the paper from
-the docstring of its module.
+It is generated. The privacy cost is read from the strategy's `privacy_cost`, the memory cost from
+its plan and from the state that it creates for a small model, and the paper from the docstring of
+its module.
 """
 
 import inspect
@@ -33,8 +33,7 @@ HIDDEN = 3
 FEATURES = 17
 CLASSES = 7
 EXPERIENCES = 5
-"""Sizes of the model and stream that strategies are laid out for; all differ, so that a shape says
-what it is of.
+"""Sizes of the small model and stream; all differ, so that a shape shows which sizes it has.
 """
 WORDS = {INPUTS: "inputs", FEATURES: "features", CLASSES: "classes", EXPERIENCES: "experiences"}
 YEAR = re.compile(r"\b(19|20)\d\d\b")
@@ -75,10 +74,10 @@ def card(name: str) -> StrategyCard:
     """Describe one strategy.
 
     Args:
-        name: name of its file.
+        name: name of the strategy's file.
 
     Raises:
-        StrategyError: for a field without a default, where `example()` is not overridden.
+        StrategyError: if a field has no default, and `example()` is not overridden.
     """
     strategy = with_defaults(find(name))
     experience = _small_experience()
@@ -111,7 +110,7 @@ def with_defaults(kind: type[Strategy]) -> Strategy:
     """Return the example of a strategy, with the default of every field that has one.
 
     Raises:
-        StrategyError: for a field without a default, where `example()` is not overridden.
+        StrategyError: if a field has no default, and `example()` is not overridden.
     """
     # The example's own values are small, which would understate a cost such as OGD's directions.
     defaults = {f.name: f.default for f in fields(kind) if f.init and f.default is not MISSING}
@@ -137,7 +136,7 @@ def described(kind: type[Strategy]) -> tuple[str, str]:
 
 
 def privacy_cost(cost: PrivacyCost, plan: Plan, couples_records: bool) -> str:
-    """Say in words which private data a strategy uses.
+    """Describe in words which private data a strategy uses.
 
     >>> privacy_cost(PrivacyCost(releases=1, reuses_past_records=True), Plan(), False)
     'gradient; 1 release per experience; records of earlier experiences are used again'
@@ -193,7 +192,7 @@ def state_in_words(state: State, params: dict[str, Tensor]) -> list[str]:
 def _stored(
     strategy: Strategy, plan: Plan, experience: Experience, model: nn.Module, state: State
 ) -> Iterator[str]:
-    """Describe the stored records: all, or the capacity of the plan with the values beside each."""
+    """Describe the stored records: all, or the capacity of the plan, with stored tensors."""
     if plan.pool == "all":
         yield "all records"
     if plan.memory is None:
@@ -216,7 +215,7 @@ def _stored(
 
 
 def _model(strategy: Strategy) -> nn.Module:
-    """Small model that the strategy is laid out for: its own, or else a perceptron."""
+    """Make the small model of the strategy, or a small perceptron if it has none."""
     plain = mlp(input_shape=(INPUTS,), num_classes=CLASSES, hidden=(HIDDEN, FEATURES), seed=0)
     own = strategy.small_model(input_shape=(INPUTS,), num_classes=CLASSES)
     return plain if own is None else own
@@ -227,7 +226,7 @@ def _parameters(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _spec(model: nn.Module) -> Spec:
-    """Public facts that a strategy lays its state out by, for this model."""
+    """Public facts for the state of a strategy with this model."""
     return Spec(
         params=_parameters(model),
         num_classes=CLASSES,
@@ -238,9 +237,9 @@ def _spec(model: nn.Module) -> Spec:
 
 
 def _small_experience() -> Experience:
-    """Experience with one random record of every class, to ask a strategy's plan and stored values.
+    """Make an experience with one random record per class, for plans and stored tensors.
 
-    Values of the records do not matter: only sizes and shapes are read.
+    The values of the records do not matter: only sizes and shapes are used.
     """
     labels = torch.arange(CLASSES)
     records = Records(
@@ -278,7 +277,7 @@ def table(listed: Sequence[StrategyCard]) -> Table:
 
 
 def markdown(listed: Sequence[StrategyCard]) -> str:
-    """Build the catalogue as a table of Markdown, one line a strategy; the README holds it."""
+    """Build the catalogue as a Markdown table for the README, one line per strategy."""
     header = ("strategy", "in one line", "use of private data", "keeps", "vmap", "paper")
     rows = [
         (

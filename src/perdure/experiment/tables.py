@@ -1,10 +1,10 @@
-"""Texts of the project that are written from its code, such as the README's table of strategies.
+"""Generated texts of the project, such as the README's table of strategies.
 
     python -m perdure.experiment.tables             write them (make tables)
     python -m perdure.experiment.tables --report    print a line for each stale one (make lint)
 
-Both are run in the folder of the project. A strategy works without a row in the README, so a table
-that is out of date is reported and is no error.
+Run both in the folder of the project. A strategy also works without a row in the README, so an
+outdated table is reported, but is not an error.
 """
 
 import argparse
@@ -21,15 +21,15 @@ from perdure.utils.atomic_files import write_atomically
 
 @dataclass(frozen=True, kw_only=True)
 class GeneratedText:
-    """A text between two marker lines of a file.
+    """Generated text between two marker lines of a file.
 
     Args:
-        path: the file, from the folder of the project.
-        title: what the text is, in a report.
-        begin: the marker line before the text.
-        end: the marker line after the text.
-        row: pattern of a line that stands for one thing; its group is the name of the thing.
-        build: makes the text anew.
+        path: path of the file, relative to the folder of the project.
+        title: description of the text, for a report.
+        begin: marker line before the text.
+        end: marker line after the text.
+        row: pattern of a line that describes one thing; its group is the name of the thing.
+        build: function that generates the text.
     """
 
     path: str
@@ -40,10 +40,10 @@ class GeneratedText:
     build: Callable[[], str]
 
     def parts(self, root: Path) -> tuple[str, str, str]:
-        """Split the file into what stands before, between and after the markers.
+        """Split the file into the text before, between and after the markers.
 
         Raises:
-            ConfigError: for a file without both markers.
+            ConfigError: if the file does not have both markers.
         """
         text = (root / self.path).read_text()
         before, found, rest = text.partition(f"{self.begin}\n")
@@ -55,12 +55,12 @@ class GeneratedText:
         return before + found, between, closed + after
 
     def write(self, root: Path) -> None:
-        """Write the text into the file; all else stays."""
+        """Write the generated text to the file; the rest of the file does not change."""
         before, _, after = self.parts(root)
         write_atomically(root / self.path, f"{before}{self.build()}\n{after}".encode())
 
     def report(self, root: Path) -> str | None:
-        """Say in one line which rows are missing, stale or left over; None where none is."""
+        """Describe in one line which rows are missing, outdated or extra; None if none are."""
         old = self._rows(self.parts(root)[1])
         new = self._rows(self.build())
         found = {
@@ -90,7 +90,7 @@ TEXTS = (
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Write or report every generated text of the project in the working directory."""
+    """Write or report every generated text of the project in the current folder."""
     parser = argparse.ArgumentParser(prog="python -m perdure.experiment.tables")
     parser.add_argument("--report", action="store_true", help="change nothing, say what is stale")
     report = parser.parse_args(arguments).report

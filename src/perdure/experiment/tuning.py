@@ -1,11 +1,11 @@
-"""Choosing hyper-parameters without cheating.
+"""Search for hyper-parameters on the first experiences of a stream only.
 
-On the first experiences only, and never on test records.
+Test records are never used.
 
-A learner that meets its experiences one after another cannot go back and try again, so what is
-tuned on the whole stream could not have been had. Here the first experiences are given away for
-tuning, their training records cut into what is learnt from and what is measured on; later
-experiences and all test records stay out of sight.
+A learner that sees experiences one after another cannot go back, so hyper-parameters that are tuned
+on the whole stream would use data from the future. Here only the first experiences are used for
+tuning; their training records are split into a part for training and a part for evaluation. Later
+experiences and all test records are not used.
 
 Chaudhry, Ranzato, Rohrbach and Elhoseiny, Efficient Lifelong Learning with A-GEM, ICLR 2019,
 section 2.
@@ -28,8 +28,7 @@ from perdure.utils.seeding import generator
 Values = dict[str, float]
 """Hyper-parameters by name."""
 Space = Mapping[str, tuple[float, float]]
-"""Name of a hyper-parameter to its lowest and highest value, both above 0; searched on a
-logarithmic scale.
+"""Name of a hyper-parameter to its lowest and highest value, both above 0, on a logarithmic scale.
 """
 
 
@@ -51,7 +50,7 @@ class Tuned:
     trials: tuple[tuple[Values, float], ...]
 
     def row(self) -> dict[str, object]:
-        """Return the facts that a benchmark stores beside a result."""
+        """Return the facts that a benchmark stores with a result."""
         return {
             "tuned_on": "held-out training records of the first "
             f"{self.experiences} experiences; no test "
@@ -74,7 +73,7 @@ def tune(
 ) -> Tuned:
     """Search for hyper-parameters on the first experiences of a stream.
 
-    By Optuna's tree-structured Parzen estimator.
+    The search uses Optuna's tree-structured Parzen estimator.
 
     Args:
         make: function from hyper-parameters to a new learner; a learner that diverges gets the
@@ -128,7 +127,7 @@ def _score(learner: Learner, stream: Stream) -> float:
 
 
 def beginning(stream: Stream, experiences: int, held_out: float, seed: int) -> Stream:
-    """The first experiences, with a share of training records in place of the test records."""
+    """Return the first experiences; a share of their training records replaces the test records."""
     return replace(
         stream, experiences=tuple(_cut(e, held_out, seed) for e in stream.experiences[:experiences])
     )

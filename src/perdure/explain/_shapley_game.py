@@ -1,16 +1,16 @@
-"""The cooperative game behind Shapley values, for all instances of a batch at once.
+"""Cooperative game for Shapley values, for all instances of a batch at once.
 
-A coalition S of features keeps its values from the instance x, all others come from a background
-row:
+The players are the features. A coalition S of features keeps its values from the instance x; all
+other features come from a background row:
 
     v(S) = mean over background rows r of f(x on S, r elsewhere)
 
-and feature j receives its average contribution over all orders in which features can join. Every
-method is one matrix applied to the coalition values, so a batch costs its forward passes and one
-product.
+The Shapley value of feature j is its average contribution over all orders in which features can
+join. Every method is one matrix that is applied to the coalition values, so a batch needs its
+forward passes and one product.
 
-The background must be public or synthetic: a background of private records is a query on them, and
-each explanation a release without noise.
+The background must be public or synthetic: with a background of private records, each explanation
+would be a release without noise.
 """
 
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from perdure.explain.base import Attribution, Predict, scores
 
 
 def players_of(inputs: Tensor, background: Tensor, groups: Tensor | None) -> Tensor:
-    """Player that each flattened feature belongs to, (features,) on the CPU, numbered 0 .. d-1."""
+    """Player number (features,) of each flattened feature, on the CPU, from 0 to d-1."""
     shape = inputs.shape[1:]
     if len(background) == 0 or background.shape[1:] != shape:
         raise ConfigError.of(
@@ -42,16 +42,16 @@ def players_of(inputs: Tensor, background: Tensor, groups: Tensor | None) -> Ten
 def all_subsets(count: int) -> Tensor:
     """All subsets of `count` players, (2^count, count) bool.
 
-    The empty one first, the full one last.
+    The empty subset is first, the full one last.
     """
     return (torch.arange(2**count)[:, None] >> torch.arange(count)) % 2 == 1
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Game:
-    """Cooperative game of every instance.
+    """Cooperative game of features, one for each instance.
 
-    A coalition's value is the model's output when the other features are absent.
+    The value of a coalition is the model's output with the other features from the background.
     """
 
     predict: Predict
@@ -72,7 +72,7 @@ class Game:
         return torch.cat(means).view(instances, count)
 
     def _mean(self, owner: Tensor, mask: Tensor) -> Tensor:
-        """Mean output over the background, (pairs,), for instance `owner` under `mask`."""
+        """(pairs,) mean output over the background, for instances `owner` and coalitions `mask`."""
         present = self.inputs[owner]
         targets = self.targets[owner]
         total = torch.zeros(len(owner), dtype=torch.float64, device=owner.device)

@@ -1,4 +1,4 @@
-"""Explanations and the base of explainers, on plain tensors."""
+"""Base class of explainers, and the type of explanations, on plain tensors."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -12,8 +12,7 @@ from perdure.utils.checked_fields import CheckedFields
 from perdure.utils.finite_outputs import finite_outputs
 
 Predict = Callable[[Tensor], Tensor]
-"""Inputs (rows, ...) to outputs (rows, outputs); each row of the result depends on its own input
-only.
+"""Function from inputs (rows, ...) to outputs (rows, outputs); row i depends on input i only.
 """
 
 
@@ -65,23 +64,23 @@ class Explainer(CheckedFields, ABC):
         targets: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Attribution:
-        """Return how much every feature of every instance did for one output.
+        """Compute the contribution of every feature of every instance to one output.
 
-        Guarantee: none of its own. With a model that was released under privacy it is
-        post-processing, as long as `background` is public or synthetic.
+        Guarantee: none. For a model that was released under privacy the explanation is
+        post-processing, if `background` is public or synthetic.
 
         Args:
-            predict: (rows, ...) -> (rows, outputs), called without gradients.
+            predict: function (rows, ...) -> (rows, outputs), called without gradients.
             inputs: (n, ...) instances to explain.
-            background: (b, ...) public or synthetic rows that show what an absent feature looks
-                like; an explainer that needs none ignores them.
-            targets: (n,) int64 output to explain for each instance; None for its largest.
+            background: (b, ...) public or synthetic rows that give the values of absent features;
+                some explainers do not use them.
+            targets: (n,) int64 output to explain for each instance; None for the largest output.
             generator: CPU generator for the explainer's randomness; None for seed 0.
         """
 
 
 def scores(predict: Predict, rows: Tensor, targets: Tensor) -> Tensor:
-    """Output `targets[i]` of the model for each row, (rows,) float64."""
+    """(rows,) float64 output `targets[i]` of the model for each row i."""
     outputs = predict(rows)
     if outputs.ndim != 2 or len(outputs) != len(rows):
         raise ConfigError.of(
@@ -92,7 +91,7 @@ def scores(predict: Predict, rows: Tensor, targets: Tensor) -> Tensor:
 
 @torch.no_grad()
 def chosen_targets(predict: Predict, inputs: Tensor, targets: Tensor | None, chunk: int) -> Tensor:
-    """Return the outputs to explain (n,): those given, else each instance's largest."""
+    """Return the outputs (n,) to explain: the given ones, or each instance's largest output."""
     if targets is None:
         return torch.cat(
             [finite_outputs(predict(rows)).argmax(1) for rows in torch.split(inputs, chunk)]
@@ -104,5 +103,5 @@ def chosen_targets(predict: Predict, inputs: Tensor, targets: Tensor | None, chu
 
 
 def seeded(generator: torch.Generator | None) -> torch.Generator:
-    """Return the generator given, else one with seed 0: the same explanation at every call."""
+    """Return the given generator; without one, a generator with seed 0 (repeatable results)."""
     return torch.Generator().manual_seed(0) if generator is None else generator

@@ -11,7 +11,7 @@ from perdure.explain._shapley_game import Game, all_subsets, players_of, share_o
 from perdure.explain.base import Attribution, Explainer, Predict, chosen_targets
 
 MOST_PLAYERS = 16
-"""Most features (or groups) for which all 2^d subsets are evaluated."""
+"""Largest number of features (or groups), for which all 2^d subsets are evaluated."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,10 +37,10 @@ class ExactShapley(Explainer):
         generator: torch.Generator | None = None,
         groups: Tensor | None = None,
     ) -> Attribution:
-        """Return exact values; `generator` is not used. See `KernelSHAP.explain`.
+        """Compute exact Shapley values; `generator` is not used. See `KernelSHAP.explain`.
 
         Raises:
-            ConfigError: when shapes do not fit, or there are too many features.
+            ConfigError: if shapes do not match, or there are too many features.
         """
         players = players_of(inputs, background, groups)
         count = int(players.max()) + 1

@@ -23,9 +23,9 @@ class KernelSHAP(Explainer):
     fewer samples, coalitions are drawn once for all instances, from the kernel's distribution of
     sizes; each is drawn together with its complement.
 
-    Guarantee: none of its own. With a privately released model and a public or synthetic
-    background, the values are post-processing and cost no privacy. A background of private records
-    costs privacy like every query on them.
+    Guarantee: none. For a privately released model and a public or synthetic background, the values
+    are post-processing and cost no privacy. A background of private records costs privacy like
+    every query on them.
 
     Args:
         samples: largest number of coalitions to evaluate, not counting the empty and the full one.
@@ -60,21 +60,22 @@ class KernelSHAP(Explainer):
         generator: torch.Generator | None = None,
         groups: Tensor | None = None,
     ) -> Attribution:
-        """Return values that add up to f(x) - base, with base = mean of f over the background.
+        """Compute values that add up to f(x) - base, with base the mean of f over the background.
 
         Args:
-            predict: see `Explainer.explain`, as for the others.
+            predict: function (rows, ...) -> (rows, outputs), called without gradients.
             inputs: (n, ...) instances to explain.
-            background: (b, ...) public or synthetic rows that stand in for absent features, on the
-                same device.
-            targets: (n,) int64 output to explain for each instance; None for its largest.
+            background: (b, ...) public or synthetic rows that give the values of absent features,
+                on the same device.
+            targets: (n,) int64 output to explain for each instance; None for the largest output.
             generator: CPU generator that draws the coalitions; None for seed 0.
-            groups: (...) integers in the shape of one instance; features of equal number join
-                together, and each carries an equal share of its group's value. None: every feature
-                for itself.
+            groups: (...) integers in the shape of one instance; features with equal numbers join
+                together, and each gets an equal share of the group's value. None: every feature is
+                a group of its own.
 
         Raises:
-            ConfigError: when shapes do not fit, or `samples` are too few for so many features.
+            ConfigError: if shapes do not match, or `samples` is too small for the number of
+                features.
         """
         players = players_of(inputs, background, groups)
         masks, weights = _coalitions(int(players.max()) + 1, self.samples, seeded(generator))
@@ -112,9 +113,9 @@ def _coalitions(count: int, samples: int, generator: torch.Generator) -> tuple[T
 
 
 def _draw_pairs(share: Tensor, pairs: int, generator: torch.Generator) -> Tensor:
-    """Draw coalitions of sizes with probability proportional to `share`.
+    """Draw coalitions whose sizes have probabilities proportional to `share`.
 
-    Each is drawn with its complement.
+    Each coalition is drawn together with its complement.
     """
     uniform = torch.rand(pairs, generator=generator, dtype=torch.float64)
     # One draw in each of `pairs` equal strata: every size comes up almost exactly as often as it
@@ -129,9 +130,9 @@ def _draw_pairs(share: Tensor, pairs: int, generator: torch.Generator) -> Tensor
 def _kernel_operator(masks: Tensor, weights: Tensor) -> Tensor:
     """Matrix (d, m) from coalition values to the constrained weighted least-squares solution.
 
-    The constraint is eliminated by phi = (v(all) - v({})) / d + psi with psi summing to zero:
-    centring each coalition over the features confines psi to that space, and treats all features
-    alike. A direction that no coalition tells apart is left at zero by the pseudo-inverse.
+    The constraint is eliminated by phi = (v(all) - v({})) / d + psi, where psi sums to 0:
+    subtracting the mean over features from each coalition keeps psi in that space, and treats all
+    features alike. Directions that no coalition determines are set to 0 by the pseudo-inverse.
     """
     inner = masks[1:-1].double()
     weights = weights[1:-1]

@@ -35,9 +35,9 @@ class LIME(Explainer):
     depend on the instance, so all instances use the same regression matrix. No feature is removed
     for sparsity.
 
-    Guarantee: none of its own. With a privately released model and a public noise scale, the result
-    is post-processing and costs no privacy. A noise scale measured on private records costs privacy
-    like every query on them.
+    Guarantee: none. For a privately released model and a public noise scale, the result is
+    post-processing and costs no privacy. A noise scale that is measured on private records costs
+    privacy like every query on them.
 
     Args:
         samples: number of perturbations per instance, an even number; n instances need n * samples
@@ -82,20 +82,19 @@ class LIME(Explainer):
         generator: torch.Generator | None = None,
         feature_scales: Tensor | None = None,
     ) -> LocalModel:
-        """Return slopes, value at the instance, and fidelity.
+        """Compute slopes, the value at each instance, and the fidelity of the local model.
 
         Args:
-            predict: see `Explainer.explain`, as for the others.
+            predict: function (rows, ...) -> (rows, outputs), called without gradients.
             inputs: (n, ...) instances to explain.
             background: not used.
-            targets: (n,) int64 output to explain for each instance; None for its largest.
+            targets: (n,) int64 output to explain for each instance; None for the largest output.
             generator: CPU generator that draws the perturbations; None for seed 0.
-            feature_scales: one `noise_scale` per feature, in the shape of an instance; None for
-                the same in all.
+            feature_scales: one `noise_scale` per feature, in the shape of an instance; None for one
+                value for all features.
 
         Raises:
-            ConfigError: when shapes do not fit, or the kernel is so narrow that all weights are
-                zero.
+            ConfigError: if shapes do not match, or the kernel is so narrow that all weights are 0.
         """
         scale = self._scale(inputs.shape[1:], feature_scales)
         noise, weights = self._perturbations(scale.numel(), seeded(generator))
@@ -113,7 +112,7 @@ class LIME(Explainer):
         )
 
     def _scale(self, shape: torch.Size, feature_scales: Tensor | None) -> Tensor:
-        """Noise scale of every feature, float64 on the CPU."""
+        """Noise scale of every feature, as float64 on the CPU."""
         if feature_scales is None:
             return torch.full(shape, self.noise_scale, dtype=torch.float64)
         if feature_scales.shape != shape:
@@ -125,7 +124,7 @@ class LIME(Explainer):
         return feature_scales.to("cpu", torch.float64)
 
     def _perturbations(self, features: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Noise (samples, features) in opposite pairs, and the weight of each (samples,)."""
+        """Noise (samples, features) in opposite pairs, and the weights (samples,)."""
         width = 0.75 * math.sqrt(features) if self.kernel_width is None else self.kernel_width
         half = torch.randn(self.samples // 2, features, generator=generator, dtype=torch.float64)
         noise = torch.cat([half, -half])
@@ -144,7 +143,7 @@ class LIME(Explainer):
 def _perturbed_outputs(
     predict: Predict, inputs: Tensor, shifts: Tensor, targets: Tensor, chunk: int
 ) -> Tensor:
-    """Output of the model for every instance and perturbation, (n, samples) float64."""
+    """(n, samples) float64 outputs of the model, for every instance and perturbation."""
     shifts = shifts.to(inputs)
     pairs = torch.arange(len(inputs) * len(shifts), device=inputs.device)
     values = [
@@ -183,7 +182,7 @@ def _ridge_operator(noise: Tensor, weights: Tensor, ridge: float) -> Tensor:
 
 
 def weighted_r2(outputs: Tensor, fitted: Tensor, weights: Tensor) -> Tensor:
-    """Share of the weighted variance of each row that the fit explains, (n,); 1 for a constant row.
+    """(n,) share of the weighted variance of each row that the fit explains; 1 for constant rows.
 
     1 - sum_k w_k (y_k - fit_k)^2 / sum_k w_k (y_k - mean)^2
     """

@@ -1,4 +1,4 @@
-"""Pictures of explanations. matplotlib is loaded when the first one is drawn, never pyplot."""
+"""Pictures of explanations; matplotlib (without pyplot) is loaded when the first is drawn."""
 
 import textwrap
 from collections.abc import Sequence
@@ -22,16 +22,15 @@ def heat_maps(
 ) -> "Figure":
     """Draw each input and, below it, its attributions for the explained class over time.
 
-    There is one column per input and one row per moment. Positive and negative values have
-    different colours. All moments of a column share one scale, so a paler colour means a smaller
-    value.
+    There is one column per input and one row per time. Positive and negative values have different
+    colours. All rows of a column share one scale, so a paler colour means a smaller value.
 
     Guarantee: none. The picture shows the inputs themselves, which must be public.
 
     Args:
-        inputs: (n, height, width) or (n, channels, height, width).
-        rows: one (label, attributions) per moment; attributions have the shape of the inputs, and
-            are summed over channels.
+        inputs: (n, height, width) or (n, channels, height, width) inputs.
+        rows: one (label, attributions) per time; attributions have the shape of the inputs, and are
+            summed over channels.
         titles: n column titles.
 
     Raises:
@@ -67,7 +66,7 @@ def _check(inputs: Tensor, rows: Sequence[tuple[str, Tensor]], titles: Sequence[
 
 
 def _flat(values: Tensor) -> Tensor:
-    """Attributions (n, height, width) on the CPU, channels summed."""
+    """Attributions (n, height, width) on the CPU, summed over channels."""
     values = values.detach().cpu().double()
     return values.sum(1) if values.ndim == 4 else values
 
@@ -104,9 +103,9 @@ def _draw_map(axis: "Axes", values: Tensor, scale: float) -> None:
 
 
 def _draw_key(figure: "Figure", axes: Sequence[Sequence["Axes"]]) -> None:
-    """Add one colour bar without numbers.
+    """Add one colour bar without numbers, because every column has its own scale.
 
-    Every column has its own scale, only sign and zero are common.
+    Only sign and zero are common to all columns.
     """
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize

@@ -1,4 +1,4 @@
-"""Clients that take part in every exchange, and the last one that each took part in."""
+"""Clients that take part in each exchange of a federation, and each client's last exchange."""
 
 from collections.abc import Callable, Sequence
 
@@ -7,15 +7,15 @@ from perdure.federated.settings import Federation
 
 
 class Attendance:
-    """Follows the exchanges of a federation, one after another.
+    """Clients of each exchange of a federation, followed from one exchange to the next.
 
-    A function of the settings alone, so that a server that was stopped follows them again to where
-    it goes on. One exchange costs no more late in a run than early.
+    It depends only on the settings, so a server that was stopped can compute it again. An exchange
+    takes the same time late in a run as early.
 
     Args:
-        federation: draws the clients of a training round.
-        all_consolidate: from an experience's index to whether all clients take part in its
-            consolidation; else those do that trained in it.
+        federation: settings, which draw the clients of a training round.
+        all_consolidate: function from an experience's index to True if all clients take part in its
+            consolidation, and to False if only the clients that trained in it do.
     """
 
     def __init__(self, federation: Federation, all_consolidate: Callable[[int], bool]) -> None:
@@ -27,15 +27,15 @@ class Attendance:
 
     @property
     def previous(self) -> Sequence[int]:
-        """For every client the last exchange before the present one that it took part in.
+        """Number of the last earlier exchange that each client took part in.
 
-        FRESH, which is below all numbers of exchanges, for none.
+        It is FRESH, which is below all numbers of exchanges, if there was none.
         """
         return self._previous
 
     @property
     def asked(self) -> list[int]:
-        """Clients that take part in the present exchange, ascending."""
+        """Clients that take part in the current exchange, ascending."""
         if self._asked is None:
             self._asked = self._drawn()
         return self._asked

@@ -1,7 +1,7 @@
-"""Flower's FedAvg over arrays that this process holds, to the same bits, without serialising any.
+"""Flower's FedAvg for arrays in this process, with the same bits but without serialisation.
 
-Flower's own goes through `np.save` and `np.load` for every round, and copies each client's arrays
-twice.
+Flower's own FedAvg uses `np.save` and `np.load` in every round, and copies the arrays of each
+client twice.
 """
 
 from collections.abc import Iterable, Sequence
@@ -15,16 +15,16 @@ from flwr.serverapp.strategy import FedAvg, Strategy
 from perdure.federated.held_arrays import HeldArray, read_only, record_of
 
 CONTENT = {"arrays", "metrics"}
-"""Records of a client's reply to a round."""
+"""Names of the records in a client's reply to a round."""
 
 
 class HeldFedAvg(FedAvg):
-    """FedAvg for the replies of clients in this process; Flower's own for any other reply.
+    """FedAvg for replies of clients in this process; other replies are left to Flower's FedAvg.
 
         sum_k w_k x_k / sum_k w_k,  added up in the order of the replies
 
     Args:
-        settings: a plain `FedAvg`, whose attributes are taken over.
+        settings: a plain `FedAvg`, whose attributes are copied.
     """
 
     def __init__(self, settings: FedAvg) -> None:
@@ -32,7 +32,7 @@ class HeldFedAvg(FedAvg):
 
     @staticmethod
     def replaces(aggregator: Strategy) -> TypeGuard[FedAvg]:
-        """Tell if an aggregator is FedAvg itself, and averages metrics as Flower does."""
+        """Return True if an aggregator is FedAvg itself, and averages metrics as Flower does."""
         if type(aggregator) is not FedAvg:
             return False
         return aggregator.train_metrics_aggr_fn is FedAvg().train_metrics_aggr_fn
@@ -40,7 +40,7 @@ class HeldFedAvg(FedAvg):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Average the arrays of all replies."""
+        """Average the arrays of all replies, weighted as in FedAvg."""
         answers = list(replies)
         contents = [reply.content for reply in answers if not reply.has_error()]
         if len(contents) < len(answers) or not are_held(contents, self.weighted_by_key):
@@ -51,7 +51,7 @@ class HeldFedAvg(FedAvg):
 
 
 def are_held(contents: Sequence[RecordDict], weight: str) -> bool:
-    """Tell if these replies are all of one model's arrays, held, beside a weight alone."""
+    """Return True if all replies hold the arrays of one model in memory, and only a weight."""
     if not contents or any(set(each) != CONTENT for each in contents):
         return False
     names = list(contents[0]["arrays"])
@@ -64,7 +64,7 @@ def are_held(contents: Sequence[RecordDict], weight: str) -> bool:
 
 
 def mean_of(records: Sequence[ArrayRecord], weights: Sequence[float]) -> ArrayRecord:
-    """Average records by the weights, with the operations of Flower's `aggregate_arrayrecords`."""
+    """Average records by weights, with the operations of Flower's `aggregate_arrayrecords`."""
     whole = sum(weights)
     total: dict[str, Any] = {}
     product: dict[str, Any] = {}

@@ -1,14 +1,16 @@
-"""The client: the same learner as anywhere, one block of its loop a round.
+"""Client of a federation: a learner that trains one block of its loop in each round.
 
-    train            global parameters in, a block of the experience, parameters and the declared
-                     size out
-    train.finish     final global parameters in, consolidation and memory, the strategy's shared
-                     state out
-    query.partition  which partition this node holds
+    Requests and replies:
 
-A client's state (optimiser, strategy state, memory, ledger, key) never leaves it. It is kept on its
-own disk by exchange, so that a client that is asked again after a crash goes back to where it was
-and gives the identical reply.
+    train            receives global parameters, trains a block of the experience, sends parameters
+                     and the declared size
+    train.finish     receives final global parameters, consolidates and updates memory, sends the
+                     strategy's shared state
+    query.partition  sends the number of the partition that this node holds
+
+A client's private state (optimiser, strategy state, memory, ledger, key) never leaves it. It is
+saved on the client's disk after every exchange, so that a client that is asked again after a crash
+goes back to that exchange and gives the identical reply.
 """
 
 from collections.abc import Callable
@@ -32,17 +34,17 @@ from perdure.learner.folder_claims import client_folder
 from perdure.learner.learner import Learner
 
 MakeParty = Callable[[int], tuple[Learner, Stream]]
-"""From a client's number to its freshly built learner and its own stream."""
+"""Function from a client's number to its new learner and its stream."""
 Handler = Callable[[Message, Context], Message]
 
 
 class ClientSessions:
-    """Learners of the clients that live in this process, each at the exchange it has reached.
+    """Learners of the clients in this process, each in its state after some exchange.
 
     Args:
-        make: builds a client's learner and stream.
-        folder: of the run; None to keep nothing on disk.
-        distinct: whether the records of all clients were compared already.
+        make: function that builds a client's learner and stream.
+        folder: folder of the run; None to write no files.
+        distinct: True if it is known that no two clients have the same record.
     """
 
     def __init__(self, make: MakeParty, folder: Path | None, *, distinct: bool = False) -> None:
@@ -56,12 +58,12 @@ class ClientSessions:
         self.private = True
 
     def take(self, client: int, exchange: int) -> ClientSession:
-        """The client as it stood after `exchange`.
+        """Return the client in its state after `exchange`.
 
-        It must be put back, or it is built anew from the disk.
+        It must be put back with `put`; if not, it is built again from the disk.
 
-        A learner that stands elsewhere (a failed exchange, another process) is not trusted: its
-        ledger may be old.
+        A learner in another state (after a failed exchange, or from another process) is not used,
+        because its ledger may be old.
         """
         seat = self._seats.pop(client, None)
         if seat and seat.exchange == exchange != FRESH and self._held(seat.learner):
@@ -83,19 +85,19 @@ class ClientSessions:
         return restore(learner, exchange)
 
     def put(self, client: int, seat: ClientSession, exchange: int) -> None:
-        """Keep the client as it stands after `exchange`."""
+        """Save the client, and keep it in its state after `exchange`."""
         save(seat, exchange)
         seat.learner.session.rest()
         self._seats[client] = seat
 
     def close(self) -> None:
-        """Give up the folder of the client that was taken last."""
+        """Release the folder of the client that was taken last."""
         if self._open is not None:
             self._open.close()
         self._open = None
 
     def _held(self, learner: Learner) -> bool:
-        """Take a learner's folder again; False where somebody wrote to its ledger meanwhile."""
+        """Lock a learner's folder again; return False if its ledger was written to meanwhile."""
         self._open = learner
         try:
             learner.session.hold()
@@ -176,9 +178,9 @@ def client_app(
 def _opened(
     message: Message, context: Context, seats: ClientSessions
 ) -> tuple[dict[str, int], ClientSession]:
-    """Bring the client to where the exchange starts.
+    """Bring the client to the state at the start of the exchange.
 
-    Its own state, its records, and what the server sent.
+    This loads its own state, its records, and the content of the server's message.
     """
     sent_task = cast(ConfigRecord, message.content["task"])
     task = {name: int(cast(int, value)) for name, value in sent_task.items()}

@@ -1,4 +1,4 @@
-"""Client state on disk, between one exchange and the next."""
+"""State of a client on disk, saved after each exchange."""
 
 from dataclasses import dataclass, replace
 
@@ -7,12 +7,12 @@ from perdure.learner.checkpoint import Store
 from perdure.learner.learner import Learner
 
 FRESH = -1
-"""The exchange before the first: a client that nothing was sent to yet."""
+"""Number for the state of a client before its first exchange."""
 
 
 @dataclass
 class ClientSession:
-    """A client's learner, the exchange at whose end it stands, and its last checkpoint's number."""
+    """Learner of a client, the number of its last exchange, and of its last checkpoint."""
 
     learner: Learner
     exchange: int = FRESH
@@ -20,10 +20,10 @@ class ClientSession:
 
 
 def save(seat: ClientSession, exchange: int) -> None:
-    """Write the learner as it stands after `exchange`, when it has a folder.
+    """Save the learner in its state after `exchange`, if it has a folder.
 
-    Checkpoints are numbered by how many there are, not by exchange: the one before the last must
-    survive however many exchanges a client was not part of.
+    Checkpoints are numbered one after another and not by exchange, so that the last but one is kept
+    for any number of exchanges without the client.
     """
     seat.exchange = exchange
     seat.saved = seat.saved + 1
@@ -38,10 +38,10 @@ def save(seat: ClientSession, exchange: int) -> None:
 
 
 def restore(learner: Learner, exchange: int) -> ClientSession:
-    """Bring a prepared learner to where it stood after `exchange`.
+    """Restore a prepared learner to its state after `exchange`.
 
     Raises:
-        FederationError: when that state is not kept (any more).
+        FederationError: if that state is not saved, or not any more.
     """
     if exchange == FRESH:
         return ClientSession(learner)

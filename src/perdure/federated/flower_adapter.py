@@ -1,10 +1,10 @@
-"""The one adapter to private parts of Flower.
+"""Adapter to Flower, and the only module that uses its private parts.
 
-Engines, aggregator memory, and cleaning up after a run.
+It contains the engines, the saved state of an aggregator, and the cleaning up after a run.
 
 `Grid` is Flower's word for the server's view of the nodes. `InProcessGrid` calls the client app
-directly; `simulate` hands the same two apps to Flower's Ray engine. Written for Flower 1.41; a test
-pins the names used here.
+directly; `simulate` runs the same two apps on Flower's Ray engine. It is written for Flower 1.41; a
+test pins the names used here.
 """
 
 import importlib.util
@@ -47,24 +47,26 @@ from perdure.federated.messages import read_metric, to_record
 from perdure.types import Params
 
 Listen = Callable[[Message], None]
-"""Called with every message to a client and every reply, as they are."""
+"""Function that is called with every message to a client and every reply, unchanged."""
 MessageProgress = Callable[[int, int], None]
-"""Called as progress(replies so far, replies expected) after every reply."""
+"""Function that is called as progress(replies so far, replies expected) after every reply."""
 
 IDENTITY = {"_task_id": 1, "_run_id": 1, "_node_id": 0}
-"""Numbers of the process that Flower needs before it lets messages be made."""
+"""Identity of the process that Flower needs before messages can be created."""
 CLIENT_FAILED = 2
 TELLING_NOTHING: frozenset[type[Exception]] = frozenset(
     {BudgetError, FederationError, GuardError, LedgerError}
 )
-"""Errors of a private client whose text goes to the server: of its ledger, budget, messages, and
-of a guard that sees synthetic records. Subclasses are not among them.
+"""Errors of a private client whose text may go to the server, because it has no value of a record.
+
+They are about ledger, budget and messages, or from a guard that uses synthetic records. Subclasses
+do not count.
 """
 IN_THE_LOG = "see the client's log"
 RAY_USAGE = "RAY_USAGE_STATS_ENABLED"
 WAIT = 120.0
 PAUSE = 0.1
-"""Seconds to wait for nodes to connect, and between looks."""
+"""Seconds to wait for nodes to connect, and seconds between two checks."""
 log = logging.getLogger(__name__)
 
 
@@ -107,7 +109,7 @@ class InProcessGrid(Grid):
 
     @contextmanager
     def running(self) -> Iterator["InProcessGrid"]:
-        """Give the process the identity that messages need, and take it back afterwards."""
+        """Context manager that gives this process an identity of Flower, which messages need."""
         before = {name: getattr(TaskIdentity, name) for name in IDENTITY}
         try:
             _identify(IDENTITY)
@@ -116,12 +118,12 @@ class InProcessGrid(Grid):
             _identify(before)
 
     def set_run(self, run: Run) -> None:
-        """Set the run that messages belong to."""
+        """Set Flower's identifier of the run that all messages belong to."""
         self._run = run
 
     @property
     def run(self) -> Run:
-        """The run that messages belong to."""
+        """Flower's identifier of the run that all messages belong to."""
         return self._run
 
     def create_message(
@@ -148,7 +150,7 @@ class InProcessGrid(Grid):
         return list(self._contexts)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Deliver the messages at once and keep the replies until they are pulled."""
+        """Deliver the messages at once, and keep the replies until they are pulled."""
         waiting = list(messages)
         ids = []
         for done, message in enumerate(waiting, 1):
@@ -170,20 +172,20 @@ class InProcessGrid(Grid):
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Hand out the replies to these messages, each once."""
+        """Return the replies to these messages, each once."""
         return [self._replies.pop(name) for name in message_ids if name in self._replies]
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
-        """Deliver and return the replies in the same order; nothing is late in one process."""
+        """Deliver the messages, and return the replies in the same order; there is no timeout."""
         return self.pull_messages(self.push_messages(messages))
 
 
 class Cohort(Grid):
-    """Grid that shows only some of its nodes.
+    """Grid that shows only some of the nodes of another grid.
 
-    Any Flower aggregator then samples exactly those.
+    Any Flower aggregator then samples exactly these nodes.
     """
 
     def __init__(self, grid: Grid, node_ids: Sequence[int]) -> None:
@@ -191,12 +193,12 @@ class Cohort(Grid):
         self._node_ids = list(node_ids)
 
     def set_run(self, run: Run) -> None:
-        """Set the run of the whole grid."""
+        """Set Flower's identifier of the run in the grid of all nodes."""
         self._grid.set_run(run)
 
     @property
     def run(self) -> Run:
-        """The run of the whole grid."""
+        """Flower's identifier of the run, from the grid of all nodes."""
         return self._grid.run
 
     def create_message(
@@ -215,26 +217,26 @@ class Cohort(Grid):
         return list(self._node_ids)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Push to the whole grid."""
+        """Push messages to the whole grid."""
         return self._grid.push_messages(messages)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Pull from the whole grid."""
+        """Pull replies from the whole grid."""
         return self._grid.pull_messages(message_ids)
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
-        """Push to and pull from the whole grid."""
+        """Send messages to the whole grid, and return the replies."""
         return self._grid.send_and_receive(messages, timeout=timeout)
 
 
 def error_reply(message: Message, error: Exception, *, private: bool = False) -> Message:
-    """Answer with the error's type and first line.
+    """Create a reply with the type and the first line of an error.
 
-    Guarantee: with `private`, only the texts of errors go out that name no value of a record
-    (`TELLING_NOTHING`); any other stays in the client's log, also perdure's own: a `DataError`
-    names row, column and value.
+    Guarantee: with `private`, only texts of errors in `TELLING_NOTHING` are sent, because they have
+    no value of a record. All other texts stay in the client's log, also those of perdure's own
+    errors: a `DataError` names row, column and value.
     """
     told = type(error) in TELLING_NOTHING or not private
     if not told or not isinstance(error, PerdureError):
@@ -244,7 +246,7 @@ def error_reply(message: Message, error: Exception, *, private: bool = False) ->
 
 
 def wait_for_clients(grid: Grid, clients: int) -> list[int]:
-    """Wait for all nodes, ask which partition each holds, and return them in that order."""
+    """Wait for all nodes, ask each for its partition, and return the nodes in that order."""
     nodes = sorted(grid.get_node_ids())
     patience = time.monotonic() + WAIT
     while len(nodes) < clients and time.monotonic() < patience:
@@ -264,11 +266,11 @@ def wait_for_clients(grid: Grid, clients: int) -> list[int]:
 
 
 def answers(grid: Grid, messages: Sequence[Message], clients: Mapping[int, int]) -> list[Message]:
-    """Send and return the replies in the order of the clients, whatever the order they came in.
+    """Send messages, and return the replies in the order of the clients.
 
     Raises:
-        PrivacyError: when a client's privacy rules refused.
-        FederationError: for any other failure, or no reply.
+        PrivacyError: if the privacy rules of a client refused.
+        FederationError: if there was another failure, or no reply.
     """
     replies = {
         clients[reply.metadata.src_node_id]: reply for reply in grid.send_and_receive(messages)
@@ -291,9 +293,9 @@ def answers(grid: Grid, messages: Sequence[Message], clients: Mapping[int, int])
 
 
 def failure(client: int, reason: str) -> PerdureError:
-    """Turn an error reply back into an error.
+    """Turn an error reply into an exception.
 
-    A refusal of the privacy rules stays a PrivacyError.
+    A refusal by the privacy rules becomes a PrivacyError.
     """
     line = (reason.strip().splitlines() or ["no reason given"])[0]
     kind, _, text = line.partition(": ")
@@ -305,7 +307,10 @@ def failure(client: int, reason: str) -> PerdureError:
 
 @contextmanager
 def contained() -> Iterator[None]:
-    """Let Flower log warnings only, and leave log level and global random numbers as they were."""
+    """Context manager in which Flower logs only warnings.
+
+    It restores log level and random state.
+    """
     logger = logging.getLogger("flwr")
     state = random.getstate()
     level = logger.level
@@ -321,7 +326,7 @@ def simulate(server: ServerApp, client: ClientApp, clients: int) -> None:
     """Run both apps on Flower's Ray engine.
 
     Raises:
-        FederationError: when Ray is not installed.
+        FederationError: if Ray is not installed.
     """
     if importlib.util.find_spec("ray") is None:
         raise FederationError(
@@ -344,9 +349,9 @@ def simulate(server: ServerApp, client: ClientApp, clients: int) -> None:
 
 @contextmanager
 def _unobserved() -> Iterator[None]:
-    """Keep Flower and Ray from reporting the run to their makers.
+    """Context manager that stops Flower and Ray from sending usage reports.
 
-    The user's environment may say otherwise.
+    Settings in the user's environment take precedence.
     """
     from flwr.supercore import telemetry
 
@@ -368,9 +373,9 @@ def _identify(identity: dict[str, int]) -> None:
 
 
 def recall(aggregator: Aggregator) -> tuple[Params, dict[str, str]]:
-    """Arrays that the aggregator keeps between rounds, and the container of each attribute.
+    """Return the arrays that an aggregator keeps between rounds, and the type of each container.
 
-    An example is FedAdam's moments.
+    An example are the moments of FedAdam.
     """
     tensors: Params = {}
     kinds: dict[str, str] = {}
@@ -395,7 +400,7 @@ def recall(aggregator: Aggregator) -> tuple[Params, dict[str, str]]:
 
 
 def remind(aggregator: Aggregator, tensors: Mapping[str, Tensor], kinds: Mapping[str, str]) -> None:
-    """Undo `recall`."""
+    """Restore arrays of an aggregator that `recall` returned."""
     for name, kind in kinds.items():
         own = {
             n.removeprefix(f"{name}."): t for n, t in tensors.items() if n.startswith(f"{name}.")

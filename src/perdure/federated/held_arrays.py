@@ -1,7 +1,7 @@
-"""Arrays of Flower's messages that hold a tensor, and make bytes of it only at need.
+"""Arrays for Flower's messages that refer to a tensor, and are serialised only if needed.
 
-Within one process a message is read where it was written, so its arrays need not go through
-`np.save` and `np.load`. The engines that carry bytes ask for them, and get a plain `Array`.
+Within one process, messages are read by the process that wrote them, so arrays need no `np.save`
+and `np.load`. Engines that send bytes ask for them, and get a plain `Array`.
 """
 
 from collections.abc import Mapping
@@ -14,23 +14,23 @@ from flwr.app import Array, ArrayRecord, RecordDict
 from torch import Tensor
 
 SERIALISED_AS = "numpy.ndarray"
-"""Flower's word for bytes that `np.save` made."""
+"""Flower's name for arrays that `np.save` has serialised."""
 
 
 @cache
 def name_of(dtype: torch.dtype) -> str:
-    """Name a dtype as numpy does."""
+    """Return NumPy's name of a torch dtype."""
     return str(dtype).removeprefix("torch.")
 
 
 class HeldArray(Array):
-    """An array by its tensor; its bytes equal a plain `Array`'s of the same numbers.
+    """Array that refers to a tensor, with the same bytes as a plain `Array`.
 
-    No reader can alter it for another one: `numpy` gives a copy, and a copy of the array, which
-    every receiver gets (see `copied`), has attributes of its own.
+    No reader can change it for another reader: `numpy` returns a copy, and every receiver gets a
+    copy of the array (see `copied`) with its own attributes.
 
     Args:
-        value: a CPU tensor that nobody else writes to.
+        value: a CPU tensor that no other code writes to.
     """
 
     def __init__(self, value: Tensor) -> None:
@@ -44,13 +44,13 @@ class HeldArray(Array):
 
     @property
     def tensor(self) -> Tensor | None:
-        """The tensor, to read only; None where bytes were put in its place."""
+        """Tensor of the array, for reading only; None if its bytes were replaced."""
         value: Tensor | None = self.__dict__["tensor"]
         return value
 
     @property
     def data(self) -> bytes:
-        """The serialised array, made when it is asked for."""
+        """Serialised array, computed at each request."""
         return self.plain().data
 
     @data.setter
@@ -59,17 +59,17 @@ class HeldArray(Array):
         self.__dict__["bytes"] = value
 
     def plain(self) -> Array:
-        """Return Flower's own array of the same numbers."""
+        """Return Flower's own array with the same numbers."""
         if self.tensor is not None:
             return Array(self.tensor.numpy())
         return Array(self.dtype, self.shape, self.stype, self.__dict__["bytes"])
 
     def numpy(self) -> Any:
-        """Return the numbers as an array of the caller's own."""
+        """Return the numbers as a new NumPy array."""
         return self.plain().numpy() if self.tensor is None else self.tensor.numpy().copy()
 
     def deflate(self) -> bytes:
-        """Serialise for an engine that carries bytes: as a plain array, which it knows."""
+        """Serialise the array as a plain one, for an engine that sends bytes."""
         return self.plain().deflate()
 
     def __copy__(self) -> "HeldArray":
@@ -82,7 +82,7 @@ class HeldArray(Array):
 
 
 def held(tensors: Mapping[str, Tensor]) -> ArrayRecord:
-    """Return a record that holds copies of the tensors."""
+    """Make a record that holds copies of the tensors."""
     return record_of(
         {
             name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
@@ -92,26 +92,26 @@ def held(tensors: Mapping[str, Tensor]) -> ArrayRecord:
 
 
 def record_of(tensors: Mapping[str, Tensor]) -> ArrayRecord:
-    """Return a record that holds the tensors themselves; nobody may write to them any more."""
+    """Make a record that holds the tensors themselves; nobody may write to them afterwards."""
     record = ArrayRecord()
     values_of(record).update({name: HeldArray(value) for name, value in tensors.items()})
     return record
 
 
 def values_of(record: Any) -> dict[str, Any]:
-    """Return the dictionary in one of Flower's, whose checks cost more than small arrays do."""
+    """Return the dictionary inside a record of Flower, whose checks are slow for small arrays."""
     own: dict[str, Any] = vars(record)["_data"]
     return own
 
 
 def read_only(array: Array) -> Tensor:
-    """Return the array's numbers, which may be those that others read; do not write to them."""
+    """Return the numbers of an array without a copy, for reading only."""
     value = array.tensor if isinstance(array, HeldArray) else None
     return torch.from_numpy(array.numpy()) if value is None else value
 
 
 def copied(content: RecordDict) -> RecordDict:
-    """Return a copy of a message's records that its receiver may change.
+    """Copy the records of a message, so that the receiver may change them.
 
     Values that cannot change are shared: bytes, numbers and the tensors of held arrays.
     """

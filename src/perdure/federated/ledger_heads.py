@@ -1,8 +1,8 @@
-"""Heads of the clients' ledgers that the server keeps: an anchor outside the clients' folders.
+"""Heads of the clients' ledgers that the server records, outside the clients' folders.
 
-Every reply of a private client holds its ledger's head, every message to it the last one that the
-server knows. So a client whose folder was put back from another time is refused, by itself and by
-the server.
+Every reply of a private client contains the head of its ledger, and every message to it contains
+the last head that the server recorded. So a client whose folder was replaced by an older copy is
+refused, by itself and by the server.
 """
 
 from collections.abc import Mapping
@@ -15,30 +15,30 @@ from perdure.privacy.ledger.ledger import Ledger
 from perdure.privacy.ledger.storage import Anchor, SealedHead
 
 LEDGER = "ledger"
-"""Record of a message that holds a head."""
+"""Name of the record that holds a head in a message."""
 SERVER = "the federation's server"
 
 
 class ClientHeads:
-    """The last head that each client reported.
+    """Last head that each client has reported.
 
     Args:
-        texts: number of a client to its head, as a checkpoint kept them.
+        texts: number of a client to its head, as saved in a checkpoint.
     """
 
     def __init__(self, texts: Mapping[str, str] | None = None) -> None:
         self.texts = dict(texts or {})
 
     def told(self, client: int) -> dict[str, ConfigRecord]:
-        """Return the record for a message to a client; nothing before its first head."""
+        """Return the record for a message to a client; empty before its first head."""
         text = self.texts.get(str(client))
         return {} if text is None else {LEDGER: ConfigRecord({"head": text})}
 
     def take(self, client: int, reply: Message) -> None:
-        """Take the head out of a client's reply and keep it.
+        """Take the head from a client's reply, and record it.
 
         Raises:
-            LedgerError: for a ledger that is missing, shorter or other than before.
+            LedgerError: if the ledger is missing, or does not continue the recorded one.
         """
         where = f"client {client}"
         known = self.texts.get(str(client))
@@ -63,20 +63,20 @@ class ClientHeads:
 
 
 def head_in(message: Message) -> str:
-    """Text of the head in a message."""
+    """Return the text of the head in a message."""
     return str(cast(ConfigRecord, message.content[LEDGER])["head"])
 
 
 def reported(ledger: Ledger) -> ConfigRecord:
-    """Return the record for a reply of a client with this ledger."""
+    """Return the record with the head of this ledger, for a client's reply."""
     return ConfigRecord({"head": ledger.chain.head.text()})
 
 
 def require_known(ledger: Ledger | None, message: Message) -> None:
-    """Refuse to train on where the server knows another ledger of this client.
+    """Refuse to train if the server has recorded another ledger of this client.
 
     Raises:
-        LedgerError: for a ledger that is missing, shorter or other than the server knows.
+        LedgerError: if the ledger is missing, or does not continue the recorded one.
     """
     if LEDGER not in message.content:
         return

@@ -1,4 +1,4 @@
-"""Conversions between tensors and the records of Flower."""
+"""Conversions between tensors and the records of Flower's messages."""
 
 from collections.abc import Mapping
 from typing import cast
@@ -14,10 +14,12 @@ from perdure.types import Params
 
 
 def to_record(tensors: Mapping[str, Tensor]) -> ArrayRecord:
-    """Copy named tensors into a record, in order, dtypes kept; an engine serialises it at need.
+    """Copy named tensors to a record, in order and with their dtypes.
+
+    An engine serialises the record only if it needs to.
 
     Raises:
-        FederationError: for a dtype that numpy does not have.
+        FederationError: if NumPy does not have the dtype of a tensor.
     """
     for name, value in tensors.items():
         if value.dtype == torch.bfloat16:
@@ -28,35 +30,35 @@ def to_record(tensors: Mapping[str, Tensor]) -> ArrayRecord:
 
 
 def from_record(record: ArrayRecord) -> Params:
-    """Undo `to_record`; the tensors are copies."""
+    """Return the tensors of a record as copies, by name."""
     return {name: torch.from_numpy(np.asarray(array.numpy())) for name, array in record.items()}
 
 
 def load_record(model: nn.Module, record: ArrayRecord) -> None:
-    """Write a record of what `shared` gave into the model; see `load_shared`."""
+    """Write a record of parameters and buffers to the model; see `load_shared`."""
     load_shared(model, {name: read_only(array) for name, array in record.items()})
 
 
 def read_tensors(message: Message, record: str) -> Params:
-    """Tensors of one array record of a message, as copies."""
+    """Return copies of the tensors in one array record of a message."""
     return from_record(cast(ArrayRecord, message.content[record]))
 
 
 def read_metric(message: Message, name: str) -> float:
-    """One number of a message's record `metrics`."""
+    """Return one number of a message's record `metrics`."""
     return float(cast(float, cast(MetricRecord, message.content["metrics"])[name]))
 
 
 def shared(model: nn.Module) -> Params:
-    """Parameters and floating-point buffers; integer buffers (counters) stay with the client."""
+    """Parameters and floating-point buffers of a model; integer buffers stay with the client."""
     return {name: value for name, value in model.state_dict().items() if value.is_floating_point()}
 
 
 def load_shared(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Write what `shared` gave into the model, in its own dtype and on its own device.
+    """Write tensors that `shared` returned to the model, in its own dtypes and on its device.
 
     Raises:
-        FederationError: when names or shapes are not the model's.
+        FederationError: if names or shapes differ from the model's.
     """
     own = shared(model)
     wrong = sorted(own.keys() ^ tensors.keys()) or [

@@ -1,4 +1,4 @@
-"""Checks of the learners that a federation's clients bring, before anybody trains."""
+"""Checks of the learners of all clients in a federation, before training."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from perdure.privacy.settings import Privacy
 
 @dataclass(frozen=True, kw_only=True)
 class Party:
-    """Privacy settings and folder of a client's learner; its model is not kept."""
+    """Privacy settings and folder of a client's learner, without its model."""
 
     owner: str
     privacy: Privacy | None
@@ -20,27 +20,27 @@ class Party:
 
 
 def party_of(learner: Learner, client: int) -> Party:
-    """Return the party that the learner of a client describes."""
+    """Return owner, privacy and folder of a client's learner."""
     owner = owner_of(learner, client)
     return Party(owner=owner, privacy=learner.privacy, folder=learner.folder)
 
 
 def owner_of(learner: Learner, client: int) -> str:
-    """Name the owner of a client's ledger by its number, unless the learner names it."""
+    """Name of the owner of a client's ledger: as the learner says, or client-N by its number."""
     return f"client-{client}" if learner.owner == OWNER else learner.owner
 
 
 def refuse_parties(parties: Sequence[Party], folder: Path | None) -> None:
-    """Refuse clients of one process that do not fit together.
+    """Refuse clients in one process whose settings contradict each other.
 
     Args:
-        parties: in the order of their numbers.
-        folder: of the run.
+        parties: clients in the order of their numbers.
+        folder: folder of the run.
 
     Raises:
-        FederationError: for clients without privacy among private ones.
-        ConfigError: for a folder of a learner's own, one owner of several ledgers, or secret noise
-            without a folder to keep its keys in.
+        FederationError: if some clients have privacy and others do not.
+        ConfigError: if a learner has its own folder, two ledgers have the same owner, or secret
+            noise has no folder for its keys.
     """
     private = [client for client, each in enumerate(parties) if each.privacy is not None]
     plain = [client for client, each in enumerate(parties) if each.privacy is None]
@@ -63,10 +63,10 @@ def refuse_parties(parties: Sequence[Party], folder: Path | None) -> None:
 
 
 def refuse_folder(folder: Path | None, client: int) -> None:
-    """Refuse a folder that a federation would not use.
+    """Refuse a folder in a learner, because a federation would not use it.
 
     Raises:
-        ConfigError: naming what to give instead.
+        ConfigError: names the argument to use instead.
     """
     if folder is not None:
         raise ConfigError(
@@ -77,27 +77,28 @@ def refuse_folder(folder: Path | None, client: int) -> None:
 
 
 def refuse_privacy(learner: Learner, client: int, *, asked: bool) -> None:
-    """Refuse, before it trains, a client whose privacy is off where the server's is on, or reverse.
+    """Refuse a client, before it trains, if only one of client and server has privacy.
 
     Args:
-        learner: the client's.
-        client: its number.
-        asked: whether the server's learner has privacy.
+        learner: learner of the client.
+        client: number of the client.
+        asked: True if the server's learner has privacy.
 
     Raises:
-        FederationError: naming the client.
+        FederationError: names the client.
     """
     has = learner.privacy is not None
     if has != asked:
         own, other = ("without", "with") if asked else ("with", "without")
         raise FederationError(
-            f"given client {client} {own} privacy and a server {other} it; allowed: all parties of "
-            "a federation with privacy, or none; give their learners the same privacy=..."
+            f"client {client} trains {own} privacy, but the server {other} privacy; allowed: all "
+            "parties of a federation with privacy, or none; give their learners the same "
+            "privacy=..."
         )
 
 
 def numbered(clients: Sequence[int]) -> str:
-    """Name clients by their numbers: client 3, clients 0, 2 and 5."""
+    """Name clients by their numbers in words: client 3, clients 0, 2 and 5."""
     *most, last = map(str, clients)
     return f"clients {', '.join(most)} and {last}" if most else f"client {last}"
 

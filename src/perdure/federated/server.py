@@ -1,11 +1,11 @@
-"""The server: rounds of a Flower aggregator for every experience.
+"""Server of a federation: rounds of a Flower aggregator for every experience.
 
-After the rounds come consolidation, evaluation and a checkpoint.
+Each experience ends with consolidation, evaluation and a checkpoint.
 
-An *exchange* is one question to clients and their answers: `rounds` training rounds and one
-consolidation for every experience, numbered through from 0. Everything the server does in an
-exchange is a function of its number, the seed and the last checkpoint, so that a run that was
-stopped goes on to the bit-identical end.
+An *exchange* is one request to clients and their replies: `rounds` training rounds and one
+consolidation for every experience, numbered from 0 over the whole run. An exchange of the server
+depends only on its number, the seed and the last checkpoint, so a stopped run continues to the
+bit-identical result.
 """
 
 import copy
@@ -65,7 +65,7 @@ from perdure.utils.folder_lock import locked
 
 Engine = Literal["inprocess", "ray"]
 ServerCallback = Callable[[str, "Server"], None]
-"""Called at every named point of the server's loop; the names are `POINTS`."""
+"""Function that is called at every named point of the server's loop; the names are `POINTS`."""
 
 POINTS = (
     "round.begin",
@@ -77,8 +77,8 @@ POINTS = (
     "checkpoint.begin",
     "checkpoint.end",
 )
-"""Where a callback is called, and where the tests stop a run to see that it resumes to the same
-bits.
+"""Points at which callbacks are called, and at which tests stop a run to check that it resumes
+bit-identically.
 """
 
 
@@ -148,12 +148,12 @@ class Server:
         return self.exchange % (self.federation.rounds + 1)
 
     def serve(self, grid: Grid) -> None:
-        """Run, or go on with, the whole stream on this grid.
+        """Run the whole stream on this grid, or continue a stopped run.
 
         Raises:
-            FederationError: when a client or the aggregator cannot go on.
-            PrivacyError: when a client's privacy rules refuse.
-            RunError: when the folder is in use, or holds a run that was asked for otherwise.
+            FederationError: if a client or the aggregator cannot continue.
+            PrivacyError: if the privacy rules of a client refuse.
+            RunError: if the folder is in use, or has a run with other settings.
         """
         with contained(), locked(self.folder):
             self.learner.driven_by = self._settings
@@ -172,7 +172,7 @@ class Server:
     # ------------------------------------------------------------------ one exchange
 
     def _train(self, grid: Grid) -> None:
-        """Run one round: the aggregator chooses the messages and makes one model of the answers."""
+        """Run one round: the aggregator chooses messages, and combines the replies to one model."""
         learner = self.learner
         if self.round == 0 and learner.training.of(self.stream[self.experience]).restart:
             load_shared(learner.model, self._initial)
@@ -202,9 +202,9 @@ class Server:
         self._notify("round.end")
 
     def _consolidate(self, grid: Grid) -> None:
-        """Close the experience at the global parameters on the clients that it concerns.
+        """Consolidate the experience with the global parameters, on the clients that need it.
 
-        Their states are combined and the model is measured.
+        The states of the clients are combined, and the model is evaluated.
         """
         learner = self.learner
         content = {"arrays": to_record(shared(self.learner.model))}
@@ -228,7 +228,7 @@ class Server:
             self._notify("evaluated")
 
     def _ask(self, grid: Grid, messages: Iterable[Message]) -> list[Message]:
-        """Add to each message its client's task, send all, and return the replies by client.
+        """Add to each message the task of its client, send all, and return the replies by client.
 
         Messages and replies are in ascending order of the clients' numbers.
         """
@@ -262,11 +262,11 @@ class Server:
         return replies
 
     def _all_consolidate(self, experience: int) -> bool:
-        """Tell if clients that did not train in an experience are asked to consolidate it too.
+        """Return True if clients that did not train in an experience consolidate it, too.
 
-        They are not where nothing of it is combined and nothing depends on the global model, such
-        as a memory filled at random: then each does its own when it is asked next, to the same
-        bits, and a consolidation costs no more the more clients there are.
+        They need not if no state is combined and nothing depends on the global model, as with a
+        memory that is filled at random. Then each client consolidates when it is asked next, with
+        the same bits, and the time of a consolidation does not grow with the number of clients.
         """
         learner = self.learner
         memory = learner.training.of(self.stream[experience]).memory
@@ -279,7 +279,7 @@ class Server:
     # ------------------------------------------------------------------ stopping and going on
 
     def _save(self) -> None:
-        """Write the learner's checkpoint with the exchange and the aggregator's memory."""
+        """Write the learner's checkpoint with the exchange and the state of the aggregator."""
         if self.folder:
             self._notify("checkpoint.begin")
             arrays, kinds = recall(self._aggregator)
@@ -461,9 +461,9 @@ def public(stream: Stream) -> Stream:
 
 
 def ready(aggregator: aggregators.Strategy) -> aggregators.Strategy:
-    """Return a fresh copy that takes all nodes it is shown, however few.
+    """Return a copy of an aggregator that uses all nodes that it is shown, also if they are few.
 
-    It uses perdure's names for records.
+    The copy uses perdure's names for records.
     """
     fresh = copy.deepcopy(aggregator)
     if HeldFedAvg.replaces(fresh):

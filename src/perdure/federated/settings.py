@@ -73,7 +73,7 @@ class Federation(CheckedFields):
     def cohort(self, experience: int, number: int) -> list[int]:
         """Clients that train in round `number` of the experience, ascending.
 
-        A function of the seed.
+        The result depends on the seed only.
         """
         size = max(1, round(self.fraction * self.clients))
         order = torch.randperm(
@@ -82,7 +82,7 @@ class Federation(CheckedFields):
         return sorted(order[:size].tolist())
 
     def facts(self) -> dict[str, Any]:
-        """Settings that a stopped run must be resumed with."""
+        """Return the settings that must not change when a stopped run is resumed."""
         kind = type(self.aggregator).__name__
         return {
             "clients": self.clients,

@@ -1,4 +1,4 @@
-"""Combine the strategy states of clients, each name by its declared rule."""
+"""Combination of the strategy states of clients, by the declared rule of each name."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ from perdure.errors import StrategyError
 
 
 def sent(state: State) -> State:
-    """Return the part of a state that is sent: all names but `local` ones."""
+    """Return the part of a state that is sent to the server: all names except `local` ones."""
     rules: dict[str, Rule] = {name: rule for name, rule in state.rules.items() if rule != "local"}
     return State({name: state[name] for name in rules}, rules)
 

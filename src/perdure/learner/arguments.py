@@ -1,4 +1,4 @@
-"""Checks of a learner's arguments before anything is built from them."""
+"""Checks of the arguments of a `Learner`, before anything is built from them."""
 
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
@@ -21,7 +21,7 @@ KINDS: dict[str, tuple[type, str]] = {
     "adversary": (Attack, "None, or an instance of an attack, such as PGD()"),
     "views": (Views, "None, or perdure.data.Views"),
 }
-"""Types of arguments, and what to write."""
+"""Required type of each argument, and its description for messages."""
 OPTIONAL = ("privacy", "adversary", "views")
 PLAIN = (
     "seed",
@@ -33,18 +33,18 @@ PLAIN = (
     "folder",
     "warm_start",
 )
-"""Arguments whose annotations say all; text is taken for the folder."""
+"""Arguments that are checked by their annotations alone; the folder may also be text."""
 COUNTS = ("epochs", "iterations", "blocks", "evaluate_every", "batch_size", "micro_batch_size")
 
 
 def check_arguments(given: Mapping[str, Any]) -> None:
-    """Refuse arguments of a `Learner` that are of another type, or not allowed.
+    """Refuse arguments of a `Learner` that have a wrong type or a value that is not allowed.
 
     Args:
         given: name to value.
 
     Raises:
-        ConfigError: naming the argument, what was given, what is allowed.
+        ConfigError: names the argument, the given value, and the allowed values.
     """
     for name, (kind, allowed) in KINDS.items():
         value = given[name]
@@ -84,7 +84,7 @@ def check_arguments(given: Mapping[str, Any]) -> None:
 
 
 def _check_strategy(strategy: object) -> None:
-    """Refuse a name, a class or anything else that is no instance of a strategy."""
+    """Refuse a strategy that is a name, a class or anything else than an instance."""
     # what stands in for a strategy, as in an audit, need not be of its class
     if callable(getattr(strategy, "losses", None)) and not isinstance(strategy, type):
         return
@@ -103,10 +103,10 @@ def _check_strategy(strategy: object) -> None:
 
 
 def plain_model(model: nn.Module, privacy: Privacy | None, place: str | device) -> nn.Module:
-    """Return the model on its device, without what Opacus wrapped around it.
+    """Return the model on its device, without wrappers of Opacus.
 
     Raises:
-        ConfigError: for a device that this machine lacks.
+        ConfigError: if this machine does not have the device.
     """
     if type(model).__module__.startswith("opacus."):
         from perdure.privacy.opacus.migration import unwrapped
@@ -117,10 +117,10 @@ def plain_model(model: nn.Module, privacy: Privacy | None, place: str | device) 
 
 
 def on_device(model: nn.Module, given: str | device) -> None:
-    """Move a model to the device that was given.
+    """Move a model to a device.
 
     Raises:
-        ConfigError: where torch does not know it, or this machine lacks it.
+        ConfigError: if torch does not know the device, or this machine does not have it.
     """
     try:
         model.to(given)
@@ -133,7 +133,7 @@ def on_device(model: nn.Module, given: str | device) -> None:
 
 
 def check_stream(stream: object) -> None:
-    """Refuse a value that is no stream of experiences."""
+    """Refuse a value that is not a `Stream`."""
     if not isinstance(stream, Stream):
         raise ConfigError.of(
             "stream",

@@ -1,4 +1,7 @@
-"""Checkpoints: safetensors and JSON, written atomically, private rows apart; never pickle."""
+"""Checkpoints as safetensors and JSON files, written atomically; private rows are separate.
+
+Pickle is never used.
+"""
 
 import json
 from collections.abc import Mapping
@@ -13,12 +16,12 @@ from perdure.errors import RunError
 from perdure.utils.atomic_files import save_tensors, write_json, writing
 
 KEEP = 2
-"""Checkpoints kept, so that the one before the last survives a crash while the last is written."""
+"""Number of kept checkpoints; the last but one survives a crash while a new one is written."""
 
 
 @dataclass
 class Position:
-    """Position of a run; `step` counts within the experience."""
+    """Position of a run; `step` is counted within the experience."""
 
     experience: int = 0
     step: int = 0
@@ -27,11 +30,11 @@ class Position:
 
 @dataclass(frozen=True, kw_only=True)
 class Snapshot:
-    """Everything that a run needs to go on.
+    """Everything that is needed to continue a run.
 
     Args:
-        tensors: what may be published: parameters, optimiser, strategy state.
-        private: what stays in `private/`: memory rows.
+        tensors: tensors that may be published: parameters, optimiser, strategy state.
+        private: tensors that stay in the folder `private/`: memory rows.
         facts: JSON values: position, rates, results so far.
     """
 
@@ -43,8 +46,7 @@ class Snapshot:
 class Store:
     """Numbered checkpoints of one run or client in a folder: `checkpoint/` and `private/`.
 
-    A checkpoint exists once `checkpoint/latest.json` names it; whatever else lies there is an
-    unfinished draft.
+    A checkpoint is complete if `checkpoint/latest.json` names it; other files are unfinished.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -53,10 +55,10 @@ class Store:
         self._latest = self.public / "latest.json"
 
     def save(self, number: int, snapshot: Snapshot) -> None:
-        """Write checkpoint `number`, then point to it, then drop old ones.
+        """Write checkpoint `number`, then name it as the latest, then delete old ones.
 
         Raises:
-            StorageError: where a file cannot be written; the last checkpoint stays complete.
+            StorageError: if a file cannot be written; the last checkpoint stays complete.
         """
         name = f"{number:06d}.safetensors"
         save_tensors(self.private / name, snapshot.private, private=True)
@@ -69,7 +71,7 @@ class Store:
         """Return the numbers of the complete checkpoints, ascending.
 
         Raises:
-            RunError: when the file that names the last one is damaged.
+            RunError: if the file that names the last checkpoint is damaged.
         """
         if not self._latest.exists():
             return []
@@ -84,10 +86,10 @@ class Store:
         return [number for number in found if number <= last]
 
     def facts(self, number: int) -> dict[str, Any]:
-        """Load the JSON values of checkpoint `number` alone.
+        """Load only the JSON values of checkpoint `number`.
 
         Raises:
-            RunError: when they are gone or damaged.
+            RunError: if they are missing or damaged.
         """
         path = self.public / f"{number:06d}.json"
         try:
@@ -96,10 +98,10 @@ class Store:
             raise RunError(f"{path} cannot be read ({error}); restore it from a backup") from None
 
     def load(self, number: int | None = None) -> Snapshot | None:
-        """Load checkpoint `number`, default the last; None when there is none.
+        """Load checkpoint `number`, by default the last one; None if there is none.
 
         Raises:
-            RunError: when the number asked for is gone or damaged.
+            RunError: if the checkpoint is missing or damaged.
         """
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -129,7 +131,7 @@ class Store:
 
 
 def flatten_optimizer(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and JSON facts of an optimiser's state."""
+    """Split the state of an optimiser into tensors and JSON values."""
     state = optimizer.state_dict()
     entries = {
         f"optimizer.{i}.{name}": value
@@ -144,7 +146,7 @@ def flatten_optimizer(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str
 def load_optimizer(
     optimizer: Optimizer, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]
 ) -> None:
-    """Undo `flatten_optimizer`."""
+    """Load the state of an optimiser from the tensors and values of `flatten_optimizer`."""
     state: dict[int, dict[str, Any]] = {}
     saved = {n: t.clone() for n, t in tensors.items() if n.startswith("optimizer.")} | dict(
         facts["optimizer"]
@@ -159,14 +161,14 @@ def load_optimizer(
 
 
 def _as_saved(name: str, value: Any) -> Any:
-    """JSON turns the tuples of a parameter group, such as Adam's betas, into lists."""
+    """Convert a list from JSON back to a tuple, as in a parameter group (Adam's betas)."""
     return tuple(value) if isinstance(value, list) and name != "params" else value
 
 
 def numbered(value: Any) -> Any:
-    """JSON turns whole-number keys, such as a scheduler's milestones, into strings.
+    """Convert keys that JSON turned into strings, such as milestones, back to whole numbers.
 
-    Turn them back.
+    The value may contain lists and dicts.
     """
     if not isinstance(value, dict):
         return [numbered(item) for item in value] if isinstance(value, list) else value

@@ -1,4 +1,4 @@
-"""Predictions of a party's strategy, and their metric on test records."""
+"""Predictions of a party's strategy, and the task's metric of them on test records."""
 
 import math
 from collections.abc import Callable
@@ -13,12 +13,12 @@ from perdure.utils.modules import evaluating
 
 
 def predictor(party: Party, index: int, *, after: int) -> Callable[[Tensor], Tensor]:
-    """Return a function from inputs (n, ...) to outputs (n, ..., C); set evaluation mode.
+    """Return a function from inputs (n, ...) to outputs (n, ..., C); puts the model in eval mode.
 
     Args:
-        party: with model, strategy and state.
-        index: experience of the inputs.
-        after: experience that was trained last.
+        party: party with model, strategy and state.
+        index: index of the experience that the inputs belong to.
+        after: index of the experience that was trained last.
     """
     context = party.context(index if party.stream.scenario == "task" else after)
     party.model.eval()
@@ -26,14 +26,14 @@ def predictor(party: Party, index: int, *, after: int) -> Callable[[Tensor], Ten
 
 
 def measurements(party: Party, stream: Stream, batch_size: int) -> list[float]:
-    """Measure a party on the test records of every stage, each once, by the metric of the task.
+    """Evaluate a party on the test records of every stage, by the metric of the task.
 
-    The model's modes stay as they are. An experience that is being trained counts as trained.
+    The modes of the model do not change. An experience in training counts as trained.
 
     Args:
-        party: with model, strategy and state.
-        stream: its test records are used.
-        batch_size: rows of one pass.
+        party: party with model, strategy and state.
+        stream: stream whose test records are used.
+        batch_size: number of rows of one pass.
     """
     position = party.position
     after = max(0, position.experience - (not position.begun))
@@ -48,12 +48,12 @@ def measurements(party: Party, stream: Stream, batch_size: int) -> list[float]:
 
 
 def is_measured(stream: Stream, index: int, every: int | None) -> bool:
-    """Tell if a model is measured after experience `index`.
+    """Return True if the model is evaluated after experience `index`.
 
     Args:
-        stream: that is learnt.
-        index: of the experience.
-        every: experiences of a stage after which it is measured too; None for its end alone.
+        stream: stream that the model learns.
+        index: index of the experience.
+        every: also evaluate after this many experiences of a stage; None for its end only.
     """
     stage = stream.stage_of(index)
     inside = index - stage.first + 1
@@ -61,7 +61,7 @@ def is_measured(stream: Stream, index: int, every: int | None) -> bool:
 
 
 def lacks_late_tests(stream: Stream, matrix: list[list[float]]) -> bool:
-    """Tell if a stage has test records now that was not measured at the end of the stream."""
+    """Return True if a stage has test records that were not evaluated after the last stage."""
     last = matrix[-1] if matrix else []
     return any(
         len(stage.test) and math.isnan(found)

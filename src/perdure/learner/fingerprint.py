@@ -1,11 +1,11 @@
-"""Fingerprint of a run: everything that determines it, under names, to be compared at a resume.
+"""Fingerprint of a run: all settings that determine it, by name, to be compared at a resume.
 
-A flat mapping from the name of a setting to a JSON value, stored in every checkpoint. Large values
-(parameters at the start, labels in order) are there as digests. Where a private record enters, the
-digest is keyed by the curator's key.
+The fingerprint maps the name of each setting to a JSON value, and is stored in every checkpoint.
+Large values (parameters at the start, labels in order) are stored as digests. If private records
+are part of a value, its digest is keyed by the curator's key.
 
-Not in it, so that they may change: callbacks, folders, the number of torch threads, the device, and
-the code behind a name, which only the noise digest of a private run sees.
+It does not contain, so that they may change: callbacks, folders, the number of torch threads, the
+device, and the code of functions; only the noise digest of a private run depends on code.
 """
 
 import hashlib
@@ -32,21 +32,21 @@ from perdure.utils.modules import trainable_parameters
 Fingerprint = dict[str, JSONValue]
 
 VERSION = 1
-"""Raise it when the names change; runs of another version are not resumed."""
+"""Version of the names in fingerprints; runs of another version are not resumed."""
 LONGEST = 200
-"""Characters of a value that is stored as it is; a longer one is stored as its digest."""
+"""Longest value, in characters, that is stored unchanged; a longer one is stored as a digest."""
 RATES_SHOWN = 256
-"""Learning rates of a schedule that are looked at: it may be a function that no state holds.
+"""Number of learning rates of a schedule that are compared, because it may be any function.
 
-They are those of an experience of this many steps, whatever the stream, which may grow.
+They are the rates of an experience with this many steps, for any length of the stream.
 """
 NAMED = 8
-"""Differences that a message names."""
+"""Most differences that a message names."""
 MISSING = "nothing"
 OF_THE_PLAN = ("epochs", "iterations", "blocks", "batch_size")
 OF_THE_SESSION = ("micro_batch_size", "seed", "precision", "client", "owner")
 MAY_GROW = ("stream.experiences", "privacy.epsilon")
-"""Lists that may get longer at their end between two starts."""
+"""Settings that are lists and may become longer between two starts."""
 
 
 def fingerprint_of(
@@ -56,13 +56,13 @@ def fingerprint_of(
     scheduler: MakeSchedule | None,
     extra: Mapping[str, object],
 ) -> Fingerprint:
-    """Return the fingerprint of the run that a session stands at the start of.
+    """Return the fingerprint of a run that is about to start in a session.
 
     Args:
-        session: with its model as it was given.
-        optimizer: from parameters to the optimiser.
-        scheduler: from the optimiser and the number of steps to the schedule of an experience.
-        extra: settings of whoever drives the session, such as a federation's.
+        session: session with its model before training.
+        optimizer: function from parameters to the optimiser.
+        scheduler: function from the optimiser and the number of steps to an experience's schedule.
+        extra: settings of the caller of the session, such as a federation's.
     """
     training = session.training
     found: Fingerprint = {"version": VERSION}
@@ -85,7 +85,7 @@ def fingerprint_of(
 
 
 def optimizer_settings(optimizer: Optimizer) -> Fingerprint:
-    """Name and options of an optimiser that has taken no step."""
+    """Name and options of an optimiser before its first step."""
     found: Fingerprint = {"optimizer": type(optimizer).__name__}
     groups = optimizer.param_groups
     for index, group in enumerate(groups):
@@ -100,7 +100,7 @@ def schedule_settings(
     scheduler: MakeSchedule | None,
     optimizer: MakeOptimizer,
 ) -> Fingerprint:
-    """Description of a schedule, and the learning rates that it begins with."""
+    """Settings of a schedule, and its first learning rates."""
     found = flat("scheduler", scheduler)
     if scheduler is not None:
         replayed = ReplayedRates(optimizer, scheduler, RATES_SHOWN)
@@ -109,7 +109,7 @@ def schedule_settings(
 
 
 def model_settings(model: nn.Module, start: Tensors) -> Fingerprint:
-    """Modules and shapes of a model, and the digest of the values that it starts from."""
+    """Modules and shapes of a model, and the digest of its initial values."""
     shapes = {name: [str(value.dtype), *value.shape] for name, value in start.items()}
     modules = [module_settings(path, part) for path, part in model.named_modules()]
     return {
@@ -120,7 +120,7 @@ def model_settings(model: nn.Module, start: Tensors) -> Fingerprint:
 
 
 def stream_settings(stream: Stream, private_sum: PrivateSum | None) -> Fingerprint:
-    """Public facts of a stream, and for each experience one line of text with its records."""
+    """Public facts of a stream, and one line of text about the records of each experience."""
     return {
         "stream.scenario": stream.scenario,
         "stream.task": stream.task.name,
@@ -133,7 +133,7 @@ def stream_settings(stream: Stream, private_sum: PrivateSum | None) -> Fingerpri
 def experience_line(experience: Experience, private_sum: PrivateSum | None) -> str:
     """Partition, declared size and classes of an experience, and a digest of ids and labels.
 
-    Guarantee: under privacy the digest is keyed, and tells nothing without the curator's key.
+    Guarantee: under privacy the digest is keyed, and reveals nothing without the curator's key.
     """
     records = experience.train
     shown = {"ids": records.ids, "labels": records.labels}
@@ -149,9 +149,9 @@ def experience_line(experience: Experience, private_sum: PrivateSum | None) -> s
 
 
 def described(value: object) -> JSONValue:
-    """Describe a value in JSON: as it is where it is short, else by its digest.
+    """Describe a value in JSON: a short value unchanged, a long one by its digest.
 
-    A value that nothing tells from another of its kind is described by its type.
+    A value without comparable content is described by its type.
     """
     try:
         plain = canonical(value)
@@ -165,7 +165,7 @@ def described(value: object) -> JSONValue:
 
 
 def flat(name: str, value: object) -> Fingerprint:
-    """Settings of a value by name: `strategy`, `strategy.strength`, and so on."""
+    """Settings of a value by dotted name: `strategy`, `strategy.strength`, and so on."""
     if is_dataclass(value) and not isinstance(value, type):
         found: Fingerprint = {name: type(value).__name__}
         for each in fields(value):
@@ -191,7 +191,7 @@ def flat(name: str, value: object) -> Fingerprint:
 
 
 def plain_attributes(value: object) -> dict[str, object]:
-    """Type of an object, and its attributes that consist of numbers and text."""
+    """Type of an object, and its attributes that consist of numbers and text only."""
     own = {name: item for name, item in vars(value).items() if is_plain(item)}
     return {"type": type(value).__name__, **own}
 
@@ -202,9 +202,9 @@ def plain_attributes(value: object) -> dict[str, object]:
 def differences(
     given: Mapping[str, JSONValue], stored: Mapping[str, JSONValue]
 ) -> dict[str, tuple[JSONValue, JSONValue]]:
-    """Return the settings that differ, each with the value given and the one stored.
+    """Return the settings that differ, each with the given and the stored value.
 
-    A list that may grow is alike when the stored one is its beginning.
+    A list that may grow does not differ if the stored list is the beginning of the given one.
     """
     found: dict[str, tuple[JSONValue, JSONValue]] = {}
     for name in sorted(given.keys() | stored.keys()):
@@ -218,7 +218,7 @@ def differences(
 
 
 def _inside(name: str, found: Mapping[str, object]) -> bool:
-    """Tell if a setting lies inside one that is named already: strategies differ in fields."""
+    """Return True if a setting is a field of one that is already named as different."""
     parts = name.split(".")
     return any(".".join(parts[:count]) in found for count in range(1, len(parts)))
 
@@ -226,7 +226,7 @@ def _inside(name: str, found: Mapping[str, object]) -> bool:
 def _grown(
     name: str, new: list[JSONValue], old: list[JSONValue]
 ) -> dict[str, tuple[JSONValue, JSONValue]]:
-    """The first place where a grown list differs, or its length where it got shorter."""
+    """First place where a growing list differs from the stored one, or its length if shorter."""
     for index, (mine, theirs) in enumerate(zip(new, old, strict=False)):
         if mine != theirs:
             return {f"{name}[{index}]": (mine, theirs)}
@@ -236,16 +236,16 @@ def _grown(
 def refuse_other_run(
     given: Mapping[str, JSONValue], stored: object, *, where: object, fix: str
 ) -> None:
-    """Refuse to go on with a run that was asked for otherwise.
+    """Refuse to continue a run that has other settings.
 
     Args:
-        given: fingerprint of what is asked now.
-        stored: fingerprint of the run that is there.
+        given: fingerprint of the run that is asked for now.
+        stored: fingerprint of the run in the folder.
         where: the folder, for the message.
-        fix: end of the message.
+        fix: end of the message, with the advice.
 
     Raises:
-        RunError: naming each difference, with the value given and the one stored.
+        RunError: names each difference, with the given and the stored value.
     """
     if not isinstance(stored, dict) or stored.get("version") != given.get("version"):
         raise RunError(
@@ -264,5 +264,5 @@ def refuse_other_run(
 
 
 def shown(value: JSONValue) -> str:
-    """A value in a message."""
+    """Format a value for a message."""
     return value if isinstance(value, str) else json.dumps(value)

@@ -1,4 +1,4 @@
-"""Comparison of the run that a folder holds with the run that is asked for now."""
+"""Checks that the run in a folder matches the run that is asked for now."""
 
 from pathlib import Path
 
@@ -16,30 +16,30 @@ from perdure.privacy.noise.draw_lines import DrawsHead
 
 LEDGER = "ledger.jsonl"
 HEAD = "ledger"
-"""Key of the ledger's head among the facts of a checkpoint."""
+"""Name of the ledger's head among the facts of a checkpoint."""
 DRAWS = "draws"
-"""Key of the head of the log of draws among them."""
+"""Name of the head of the log of draws among the facts of a checkpoint."""
 
 
 HEADS = "heads"
-"""Key of the clients' heads among the facts of a federation server's checkpoint."""
+"""Name of the clients' heads among the facts of a federation server's checkpoint."""
 SERVER = "the checkpoint of the federation's server"
 
 
 def client_folder(folder: Path, client: int) -> Path:
-    """Where a client of a run keeps checkpoints, ledger and keys."""
+    """Folder in which a client of a run keeps checkpoints, ledger and keys."""
     return folder / "clients" / f"{client:03d}"
 
 
 def known_ledgers(folder: Path) -> dict[Path, list[Anchor]]:
-    """Return ledgers to the heads that the checkpoints of one folder know of them.
+    """Return the ledgers that the checkpoints of a folder refer to, each with its recorded heads.
 
-    Its own ledger, or those of the clients whose server it is. Clients on other machines, whose
-    folders are not below it, are left out.
+    They are the folder's own ledger and, for a server, the ledgers of its clients. Clients on other
+    machines, whose folders are not below it, are left out.
 
     Raises:
-        LedgerError: for a head that is damaged.
-        RunError: for a checkpoint that cannot be read.
+        LedgerError: if a head is damaged.
+        RunError: if a checkpoint cannot be read.
     """
     own = checkpoint_anchors(folder)
     found = {folder / LEDGER: own} if own else {}
@@ -53,10 +53,10 @@ def known_ledgers(folder: Path) -> dict[Path, list[Anchor]]:
 
 
 def refuse_missing_ledgers(folder: Path) -> None:
-    """Refuse to add up the ledgers of a folder where one that its checkpoints know is gone.
+    """Refuse to add up the ledgers of a folder if one that its checkpoints refer to is missing.
 
     Raises:
-        LedgerError: naming the ledgers.
+        LedgerError: names the missing ledgers.
     """
     missing = [str(path) for path in known_ledgers(folder) if not path.exists()]
     if missing:
@@ -67,11 +67,11 @@ def refuse_missing_ledgers(folder: Path) -> None:
 
 
 def checkpoint_anchors(folder: Path) -> list[Anchor]:
-    """Return the heads of the ledger that the complete checkpoints of a folder hold.
+    """Return the heads of the ledger in the complete checkpoints of a folder.
 
     Raises:
-        LedgerError: for a head that is damaged.
-        RunError: for a checkpoint that cannot be read.
+        LedgerError: if a head is damaged.
+        RunError: if a checkpoint cannot be read.
     """
     store = Store(folder)
     found = (anchor_of(store.facts(number), number) for number in store.numbers())
@@ -79,7 +79,7 @@ def checkpoint_anchors(folder: Path) -> list[Anchor]:
 
 
 def anchor_of(facts: dict[str, object], number: int | None = None) -> Anchor | None:
-    """Return the ledger's head in the facts of a checkpoint; None where it has none."""
+    """Return the ledger's head in the facts of a checkpoint; None if it has none."""
     where = "the checkpoint" if number is None else f"checkpoint {number:06d}"
     head = facts.get(HEAD)
     if head is None:
@@ -88,10 +88,10 @@ def anchor_of(facts: dict[str, object], number: int | None = None) -> Anchor | N
 
 
 def draws_anchors(folder: Path) -> list[DrawsHead]:
-    """Return the heads of the log of draws that the complete checkpoints of a folder hold.
+    """Return the heads of the log of draws in the complete checkpoints of a folder.
 
     Raises:
-        RunError: for a checkpoint that cannot be read.
+        RunError: if a checkpoint cannot be read.
     """
     store = Store(folder)
     texts = [str(store.facts(number).get(DRAWS, "")) for number in store.numbers()]
@@ -100,10 +100,10 @@ def draws_anchors(folder: Path) -> list[DrawsHead]:
 
 
 def refuse_lost_key(folder: Path, anchors: list[Anchor]) -> None:
-    """Refuse to draw a new key where the folder knows a ledger that an older one has sealed.
+    """Refuse to create a new key if the folder has a ledger that an older key sealed.
 
     Raises:
-        LedgerError: when the key is gone.
+        LedgerError: if the older key is missing.
     """
     copy = private_copy(folder).read()
     known = [*anchors, *([copy] if copy else [])]
@@ -115,11 +115,11 @@ def refuse_lost_key(folder: Path, anchors: list[Anchor]) -> None:
 
 
 def refuse_other_privacy(folder: Path, *, private: bool) -> None:
-    """Refuse to go on with privacy where the folder's run has none, or the reverse.
+    """Refuse to continue with privacy a run without privacy, or the reverse.
 
     Raises:
-        PrivacyError: naming what was found.
-        RunError: for a checkpoint that cannot be read.
+        PrivacyError: if one has privacy and the other does not; names what was found.
+        RunError: if a checkpoint cannot be read.
     """
     numbers = Store(folder).numbers()
     sealed = Store(folder).facts(numbers[-1]).get(HEAD) if numbers else None

@@ -1,4 +1,4 @@
-"""Self test of a session's private gradients, on synthetic records and before any charge."""
+"""Self test of private gradients on synthetic records, before anything is charged."""
 
 import copy
 from dataclasses import dataclass, replace
@@ -37,22 +37,22 @@ def inspect_gradients(
 ) -> None:
     """Compare clipped gradients with a loop of autograd, on synthetic records.
 
-    Where inputs have no declared range, also look at the clipped gradients of very large ones.
+    If the inputs have no declared range, the gradients of very large inputs are tested too.
 
-    Every set of parameters that the stream trains is compared in the first experience that trains
-    it, and in the first one with a past, there with stored rows among the new ones.
+    Every set of parameters that the stream trains is tested in the first experience that trains it,
+    and in the first one that has earlier experiences, with stored rows among the new ones.
 
     Args:
-        path: of rows to their losses.
-        rows: makes the synthetic batches.
-        model: the module that is trained; it is left in training mode, dropout off.
-        own_rules: every layer is clipped by this library's rules. Otherwise records of every kind
-            are compared, and not three random ones only.
-        tested: code of others is on the path; it is shown new rows alone too.
+        path: computation from rows to their losses.
+        rows: source of synthetic batches.
+        model: the module that is trained; it stays in training mode without dropout.
+        own_rules: True if every layer is clipped by a rule of this library. If not, records of
+            every kind are compared, and not only three random ones.
+        tested: True if user code is on the path; it is then also tested with new rows only.
 
     Raises:
-        GuardError: naming the parameter whose gradients differ most, or the reason why there are no
-            gradients of single records.
+        GuardError: names the parameter whose gradients differ most, or gives the reason why
+                gradients of single records cannot be computed.
     """
     training = rows.training
     quiet_training(model)
@@ -89,14 +89,14 @@ def inspect_gradients(
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Trial:
-    """One experience's gradient as it is compared.
+    """Gradient of one experience, for the comparison.
 
     Args:
-        path: whose losses are differentiated.
-        rows: makes the batches.
-        index: of the experience.
-        trainable: beginnings of the names of trained parameters; None for all.
-        facts: (n, 4) of the synthetic records.
+        path: computation of the losses that are differentiated.
+        rows: source of synthetic batches.
+        index: index of the experience.
+        trainable: prefixes of the names of trained parameters; None for all.
+        facts: (n, 4) facts of the synthetic records.
     """
 
     path: LossPath
@@ -106,7 +106,7 @@ class _Trial:
     facts: Tensor
 
     def of(self, model: nn.Module, state: State, inputs: Tensor) -> GradientCase:
-        """The case for a model and a state."""
+        """Build the test case for a model and a state."""
         forward = Forward(model)
         context = self.rows.context_of(self.index)
         strategy = self.path.strategy
@@ -135,7 +135,7 @@ class _Trial:
         )
 
     def in_double(self, model: nn.Module, state: State, inputs: Tensor) -> GradientCase:
-        """The case for copies of model and state in float64."""
+        """Build the test case for copies of model and state in float64."""
         wide = {name: _doubled(value) for name, value in state.items()}
         return self.of(copy.deepcopy(model).double(), state.replace(wide), _doubled(inputs))
 

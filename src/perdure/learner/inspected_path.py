@@ -1,4 +1,4 @@
-"""The path of rows to their losses as the guard saw it, while a run goes on."""
+"""Checks, during a run, that the code from rows to losses is still the code the guard tested."""
 
 from collections.abc import Callable
 from functools import partial
@@ -21,17 +21,17 @@ from perdure.privacy.guard.neighbour_checks import check_neighbours, explained
 from perdure.utils.modules import evaluating
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-"""Attributes of a module that hold its hooks."""
+"""Names of the attributes in which a module holds its hooks."""
 HOOKS_OF_ALL = tuple(getattr(nn.modules.module, f"_global{kind}") for kind in HOOKS)
-"""Hooks of all modules."""
+"""Hooks that torch runs in all modules."""
 
 
 class InspectedPath:
-    """Parts of a path that the guard has inspected, and parts that it still has to inspect.
+    """Code from rows to losses that the guard has tested, and losses that it must test again.
 
     Args:
-        inspection: that was made before any charge.
-        verdict: of it.
+        inspection: inspection before any charge.
+        verdict: result of this inspection.
     """
 
     def __init__(self, inspection: Inspection, verdict: Verdict) -> None:
@@ -41,14 +41,14 @@ class InspectedPath:
         self._looked_at: set[int] = set()
 
     def look_again(self, inspection: Callable[[], Inspection], index: int, *, begins: bool) -> None:
-        """Look at losses that are only tested with the state that an experience begins with.
+        """Test losses again with the state at the start of an experience, if they were only tested.
 
-        It uses released values and synthetic rows alone.
+        The test uses released values and synthetic rows only.
 
         Args:
-            inspection: makes one of the present state.
-            index: of the experience.
-            begins: it is no resume in its middle.
+            inspection: function that makes an inspection of the current state.
+            index: index of the experience.
+            begins: True if the experience starts; False if it is resumed in the middle.
         """
         inspected = begins and index == 0
         if inspected or not self._looks_again or index in self._looked_at:
@@ -57,12 +57,12 @@ class InspectedPath:
         _look_again(inspection(), index)
 
     def refuse_changed(self, model: nn.Module, path: LossPath) -> None:
-        """Refuse a path that was changed since the last look; a glance, for every step.
+        """Refuse code that was changed since the last check; fast enough for every step.
 
-        A loop of the user's own may set a hook or a method between two steps.
+        A user's own loop may set a hook or a method between two steps.
 
         Raises:
-            GuardError: where it was changed.
+            GuardError: if the code was changed.
         """
         if not self._glance.same(Glance(model, path)):
             raise GuardError(
@@ -72,12 +72,12 @@ class InspectedPath:
             )
 
     def refuse_other(self, model: nn.Module, path: LossPath) -> None:
-        """Refuse a path of rows to their losses that has other foreign parts than before.
+        """Refuse a run whose user code differs from the user code that was tested.
 
-        A callback may have put a hook, a method or another strategy in its place.
+        A callback may have set a hook, a method or another strategy.
 
         Raises:
-            GuardError: naming both.
+            GuardError: names the tested code and the present code.
         """
         self._glance = Glance(model, path)
         found = parts_of_others(model, path)
@@ -92,10 +92,10 @@ class InspectedPath:
 
 
 def _look_again(inspection: Inspection, index: int) -> None:
-    """Look at the losses of an experience that opens, with the state and the parameters it has.
+    """Test the losses of an experience that opens, with its current state and parameters.
 
     Raises:
-        GuardError: naming what couples records now.
+        GuardError: names the code that couples records.
     """
     domain = inspection.domain_of(index)
     pairs = inspection.pairs(domain)
@@ -114,16 +114,16 @@ def _look_again(inspection: Inspection, index: int) -> None:
 
 
 def parts_of_others(model: nn.Module, path: LossPath) -> tuple[str, ...]:
-    """Return the parts on the path of rows to their losses that are not library code."""
+    """Return the names of the parts between rows and losses that are not library code."""
     return (*unlisted(model), *path.foreign_parts())
 
 
 class Glance:
-    """Objects on a path, and the methods and numbers of hooks of its modules, at one moment.
+    """Record of the code that computes losses, at one time: objects, methods, numbers of hooks.
 
     Args:
-        model: that is trained.
-        path: of rows to their losses.
+        model: model that is trained.
+        path: computation from rows to their losses.
     """
 
     def __init__(self, model: nn.Module, path: LossPath) -> None:
@@ -135,6 +135,6 @@ class Glance:
             self._counts += [len(own[kind]) for kind in HOOKS]
 
     def same(self, other: "Glance") -> bool:
-        """Return whether another glance saw the very same objects, and as many hooks."""
+        """Return True if both have the very same objects, and equally many hooks."""
         alike = self._counts == other._counts and len(self._things) == len(other._things)
         return alike and all(map(is_, self._things, other._things))

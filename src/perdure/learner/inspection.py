@@ -1,8 +1,8 @@
-"""Look at a model and the losses of a strategy on synthetic records, before anything is charged.
+"""Inspection of a model and a strategy's losses on synthetic records, before anything is charged.
 
-Records are drawn over the declared input domain, and batches are compared that share some records
-and differ in all others: in inputs, classes, roles and experiences (see `perdure.privacy.guard` and
-`synthetic_rows`).
+Synthetic records cover the declared input domain. The guard compares batches that share some
+records and differ in all others: in inputs, classes, experiences, and in being new or from memory
+(see `perdure.privacy.guard` and `synthetic_rows`).
 """
 
 import math
@@ -54,25 +54,25 @@ from perdure.utils.modules import trainable_parameters
 from perdure.utils.seeding import derive, generator, undisturbed
 
 Losses = Callable[[int, Tensor, Tensor], Tensor]
-"""Index of an experience, inputs (n, ...) and facts (n, 4) of the rows to the losses (n,)."""
+"""Function from an experience's index, inputs (n, ...) and facts (n, 4) to the losses (n,)."""
 
 TRIAL_RECORDS = 6
-"""Random records in the tests that leave out, or change, one record at a time."""
+"""Number of random records in tests that remove or change one record at a time."""
 
 GLANCE = ("highest", "not a number", "sequences, full length")
-"""Neighbours that are looked at where records are independent by construction."""
+"""Kinds of other rows that are tested if records are independent by construction."""
 
 MIXED = ("highest", "lowest", "positive and negative", *GLANCE)
-"""Neighbours that are looked at in other roles too."""
+"""Kinds of other rows that are also tested as rows from memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """By what records are known to be independent of each other in private gradients.
+    """Result of the guard: the reason why records are independent in private gradients.
 
     Args:
-        independence: the word for the ledger and the statement.
-        alone: the model has to see one record at a time.
+        independence: "by construction" or "tested", for the ledger and the statement.
+        alone: True if the model must see one record at a time.
     """
 
     independence: Independence
@@ -81,17 +81,17 @@ class Verdict:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Inspection:
-    """A model and the path of rows to their losses, as the guard looks at them.
+    """A model and its computation from rows to losses, with the synthetic data for its tests.
 
     Args:
         training: stream and strategy.
         model: the module that is trained.
-        path: of rows to their losses.
-        rows: makes the synthetic batches.
+        path: computation from rows to their losses.
+        rows: source of synthetic batches.
         expected: declared number of records in a step.
         at_once: most records of one pass through the model.
-        seed: of the synthetic records.
-        device: where the model is.
+        seed: seed of the synthetic records.
+        device: device of the model.
     """
 
     training: TrainingPlan
@@ -105,7 +105,7 @@ class Inspection:
 
     @property
     def name(self) -> str:
-        """Name of the losses and of the model, for messages: either may be at fault."""
+        """Name of model and losses, for messages about an error in either of them."""
         model = type(self.model).__name__
         return f"the forward of {model}, or {self.training.strategy.name}.losses()"
 
@@ -116,12 +116,12 @@ class Inspection:
 
     @cached_property
     def watch(self) -> WriteWatch:
-        """Watch over the tensors of the model and the state."""
+        """Watch over writes to the tensors of the model and the state."""
         return WriteWatch(self.model)
 
     @cached_property
     def before(self) -> Seen:
-        """Tensors of the model and the state before the first probe."""
+        """Tensors of the model and the state, before the first test."""
         return self.watch.see(self.state, values=True)
 
     def losses(self, index: int, inputs: Tensor, facts: Tensor) -> Tensor:
@@ -130,7 +130,7 @@ class Inspection:
         return self._unwritten(index, batch, self.name)
 
     def changed_losses(self, index: int, inputs: Tensor, facts: Tensor) -> Tensor:
-        """(n,) losses of the rows under attack, or of their views, with the same draws always."""
+        """(n,) losses of rows that an attack or views have changed, with fixed random numbers."""
         batch = self.rows.batch(index, inputs, facts)
         if self.path.adversary is not None:
             batch = self._under_attack(index, batch, generator(self.seed, "attack"))
@@ -149,9 +149,9 @@ class Inspection:
             )
 
     def draws(self, index: int, inputs: Tensor) -> bool:
-        """Return whether an attack, or views, draw at random.
+        """Return True if an attack, or views, use random numbers.
 
-        The draws of a row then go by its place, so that it has others in a smaller batch.
+        The random numbers of a row depend on its position, so they differ in a smaller batch.
         """
         if self.path.adversary is None:
             return True
@@ -164,7 +164,7 @@ class Inspection:
         return not all(map(torch.equal, before, after))
 
     def row_gradients(self, index: int, inputs: Tensor, facts: Tensor) -> object:
-        """Run the gradient of every record alone, as `record-by-record` does."""
+        """Compute the gradient of every record alone, as the mode `record-by-record` does."""
         batch = self.rows.batch(index, inputs, facts)
         params = {
             name: value.detach().clone() for name, value in trainable_parameters(self.model).items()
@@ -173,7 +173,7 @@ class Inspection:
         return clipped_sum(rows, params, batch.tensors(), Clip(norm=1.0), per_pass(params))
 
     def step(self, index: int, inputs: Tensor, facts: Tensor, alone: bool) -> object:
-        """Change rows by attack and views, and clip their gradients, as a step does."""
+        """Change rows by attack and views, and clip their gradients, as a training step does."""
         parameters: Params = dict(trainable_parameters(self.model))
         rows = self.path.changed(
             self.rows.batch(index, inputs, facts),
@@ -206,14 +206,14 @@ class Inspection:
 
     @property
     def generator(self) -> torch.Generator:
-        """Generator of the probes; the same one every time."""
+        """Random generator of the synthetic records; every call begins with the same seed."""
         return generator(self.seed, "guard")
 
     def domains(self) -> list[tuple[int, InputDomain]]:
         """Every declared domain of the stream, with the first experience that has it.
 
         Raises:
-            GuardError: for inputs other than floats without a declared domain.
+            GuardError: if inputs are not floats and have no declared domain.
         """
         found: dict[InputDomain, int] = {}
         for experience in self.training.stream:
@@ -221,9 +221,9 @@ class Inspection:
         return [(index, domain) for domain, index in found.items()]
 
     def domain_of(self, index: int) -> InputDomain:
-        """Domain of an experience's inputs as the model sees them.
+        """Domain of an experience's inputs, as the model sees them.
 
-        An attack or views may move them beyond the declared one.
+        It is larger than the declared one if an attack or views may leave that domain.
         """
         records = self.training.stream[index].train
         domain = domain_of(records.inputs, records.domain)
@@ -231,11 +231,11 @@ class Inspection:
         return replace(domain, range=None) if widened and domain.floats else domain
 
     def pairs(self, domain: InputDomain, rows: int | None = None) -> list[Neighbours]:
-        """Batches with other neighbours, on the model's device."""
+        """Pairs of batches with different other rows, on the model's device."""
         return [pair.to(self.device) for pair in neighbours(domain, self.generator, rows=rows)]
 
     def facts(self, index: int, rows: int) -> tuple[Tensor, Tensor]:
-        """Facts (rows, 4) of new rows, and of their neighbours."""
+        """Return label, id, experience and role (rows, 4) of new rows, for two batches."""
         return (
             self.rows.facts(index, rows),
             self.rows.facts(index, rows, neighbours=True),
@@ -243,23 +243,26 @@ class Inspection:
 
     @property
     def later(self) -> tuple[int, ...]:
-        """Experiences with a past that are looked at: the second one, and the last where tested."""
+        """Indices of the experiences after the first one on which the guard tests, too.
+
+        They are the second experience, and the last one if user code is on the path.
+        """
         last = len(self.training.stream) - 1
         return tuple(sorted({min(1, last), last if self.foreign_parts else 0} - {0}))
 
     @cached_property
     def foreign_parts(self) -> tuple[str, ...]:
-        """Names of the parts on the path that are not known to keep records apart."""
+        """Names of the parts between rows and losses that may not keep records independent."""
         listed = all(
             independence(self.model, domain) == "by construction" for _, domain in self.domains()
         )
         return self.path.foreign_parts() if listed else ("the model", *self.path.foreign_parts())
 
     def verdict(self) -> Verdict:
-        """Look at everything, and say by what records are known to be independent.
+        """Run all tests, and return how records are known to be independent.
 
         Raises:
-            GuardError: naming the part that breaks the bound on one record's influence.
+            GuardError: names the part that breaks the bound on one record's influence.
         """
         known: Independence = "tested" if self.foreign_parts else "by construction"
         privacy = self.training.privacy
@@ -277,7 +280,7 @@ class Inspection:
         return Verdict(independence="by construction" if alone else known, alone=alone)
 
     def _refuse_batches(self) -> None:
-        """Refuse what runs on whole batches although records go one by one."""
+        """Refuse code that needs whole batches if the model must see one record at a time."""
         adversary = self.path.adversary
         if adversary is not None:
             raise GuardError(
@@ -295,7 +298,7 @@ class Inspection:
 
 
 def losses_of(inspection: Inspection) -> dict[str, Losses]:
-    """Losses to look at, by name: also those under attack where the attack is not known."""
+    """Losses to test, by name, including those under an attack that is user code."""
     found: dict[str, Losses] = {inspection.name: inspection.losses}
     if changes := inspection.path.foreign_changes:
         found[f"{inspection.name} under {changes}"] = inspection.changed_losses
@@ -303,9 +306,9 @@ def losses_of(inspection: Inspection) -> dict[str, Losses]:
 
 
 def _look(inspection: Inspection, index: int, domain: InputDomain, known: Independence) -> None:
-    """Look at the model and the losses in batches, over the whole domain.
+    """Test the model and the losses in batches, over the whole domain.
 
-    Where records are independent by construction, a glance checks the construction.
+    If records are independent by construction, a short test confirms this.
     """
     model = inspection.model
     name = inspection.name
@@ -345,11 +348,11 @@ def look_at_mixtures(
     layers: bool = False,
     drop: bool = True,
 ) -> None:
-    """Look at batches of new and stored rows, and of rows of several experiences.
+    """Test batches of new and stored rows, and of rows of several experiences.
 
     Args:
-        layers: look at the layers too.
-        drop: leave out one record at a time too.
+        layers: True to test the layers as well.
+        drop: True to also remove one record at a time.
     """
     rows = inspection.rows
     if not rows.mixes(index):
@@ -375,7 +378,7 @@ def look_at_mixtures(
 def _look_at_changes(
     inspection: Inspection, pairs: list[Neighbours], index: int, inputs: Tensor
 ) -> None:
-    """Look at the losses under an attack, or of views, that are not this library's."""
+    """Test losses under an attack, or with views, that are user code."""
     changes = inspection.path.foreign_changes
     if not changes:
         return
@@ -392,7 +395,7 @@ def _look_at_changes(
 
 
 def _look_at_memory(inspection: Inspection, index: int, domain: InputDomain) -> None:
-    """Ask what memory would store beside every kind of record, each record alone."""
+    """Compute the tensors that memory would store for every kind of record, each record alone."""
     strategy = inspection.training.strategy
     if not strategy.uses("remember"):
         return
@@ -407,9 +410,9 @@ def _look_at_memory(inspection: Inspection, index: int, domain: InputDomain) -> 
 
 
 def _look_at_steps(inspection: Inspection, index: int, domain: InputDomain, *, alone: bool) -> None:
-    """Go through a step's adversary, views and gradient, with records of every kind, one and none.
+    """Run a step's attack, views and gradient with records of every kind, with one and with none.
 
-    Few records are drawn sooner or later, and then an error would tell how few there are.
+    Poisson sampling can draw so few records, and an error would then reveal how few there are.
     """
     rows = probe_rows(domain, inspection.generator).to(inspection.device)
     facts, _ = inspection.facts(index, len(rows))
@@ -423,7 +426,7 @@ def _look_at_steps(inspection: Inspection, index: int, domain: InputDomain, *, a
 def _look_closer(
     inspection: Inspection, pairs: list[Neighbours], index: int, domain: InputDomain
 ) -> None:
-    """Look at outputs and features too, and at batches of the declared size."""
+    """Test outputs and features, and batches of the declared size."""
     model = inspection.model
     large = inspection.pairs(
         domain, large_batch(domain, min(inspection.expected, inspection.at_once))
@@ -448,7 +451,7 @@ def _look_closer(
 def _look_at_large(
     inspection: Inspection, losses: Losses, name: str, index: int, batches: list[Neighbours]
 ) -> None:
-    """Look at large batches of new rows, and once at one of new and stored rows."""
+    """Test large batches of new rows, and one large batch of new and stored rows."""
     model = inspection.model
     rows = inspection.rows
     for size in sorted({len(pair.one) for pair in batches}):
@@ -462,7 +465,7 @@ def _look_at_large(
 
 
 def _look_alone(inspection: Inspection, index: int, domain: InputDomain) -> None:
-    """Run the gradient of every probe record alone, as training will."""
+    """Compute the gradient of every synthetic record alone, as training will do."""
     model = inspection.model
     rows = inspection.rows
     pairs = inspection.pairs(domain)

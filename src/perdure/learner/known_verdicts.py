@@ -1,14 +1,14 @@
-"""Verdicts of the guard that this process has reached, each under everything it was reached from.
+"""Cache of the guard's verdicts in this process, each with everything that it depends on.
 
-Learners of one structure, such as the clients of a federation, are looked at once. A verdict is
-kept where every part on the path of rows to their losses is this library's or a listed module of
-torch's: what other code does may depend on anything, so it is looked at every time.
+Learners with equal structure, such as the clients of a federation, are tested once. A verdict is
+cached if all code between rows and losses is this library's or a listed module of torch: the result
+of other code may depend on anything, so it is tested every time.
 
-A key holds the modules with their settings, hooks and the values of their tensors, the strategy,
-the attack and the views with theirs, the state, the plans and the public facts of the experiences,
-and every class with all its attributes as they are now, so that another method in its place is
-another key. So is another function in the place of one of this library's or of torch's layers.
-Objects are compared by identity and kept alive; no name stands for a thing.
+A key contains the modules with their settings, hooks and the values of their tensors; the strategy,
+the attack and the views with their settings; the state, the plans and the public facts of the
+experiences; and every class with all its present attributes. So a replaced method gives another
+key, and so does a replaced function of this library or of torch's layers. Objects are compared by
+identity and kept alive, never by name.
 """
 
 import sys
@@ -31,13 +31,13 @@ from perdure.privacy.guard.independence import foreign_rules, is_own, opacus_sam
 from perdure.utils.hashing import digest
 
 MOST = 256
-"""Verdicts that are kept; beyond them the oldest one goes."""
+"""Most verdicts in the cache; beyond them the oldest one is removed."""
 
 _SKIPPED = frozenset({"_parameters", "_buffers", "_modules"})
-"""Attributes of a module that `_tensors` and the walk over all modules describe."""
+"""Attributes of a module that the key contains in another way."""
 
 _LIBRARIES = ("perdure", "torch")
-"""Libraries whose functions may be settings; any other function may depend on anything."""
+"""Libraries whose functions may be settings; other functions may depend on anything."""
 
 
 _CODE = (
@@ -45,21 +45,21 @@ _CODE = (
     *("perdure.data.", "perdure.queries.", "perdure.privacy.clipping.", "perdure.privacy.guard."),
     *("perdure.learner.", "perdure.tasks.", "perdure.utils."),
 )
-"""Modules of this library whose functions and classes stand on the path of rows to their losses."""
+"""Modules of this library with functions and classes between rows and losses."""
 
 _FOLLOWED = (*_CODE, "torch.nn.functional", "torch.nn.modules.")
-"""These, and torch's functions and layers, whose classes are in the keys (see `_modules`)."""
+"""Modules whose functions and classes are part of the keys, those of torch included."""
 
 _SPECIAL = frozenset({"__call__", "__init__", "__post_init__", "__getattribute__", "__getattr__"})
-"""Names with underscores that are followed too."""
+"""Names with underscores that are part of the keys too."""
 
 
 class UnknownKindError(Exception):
-    """A value of a kind that no key can hold; what depends on it is looked at every time."""
+    """A value whose kind cannot be part of a key, so that its verdict is not cached."""
 
 
 class Same:
-    """An object as part of a key: equal to itself alone, and kept alive by the key."""
+    """Object as part of a key: equal only to itself, and kept alive by the key."""
 
     __slots__ = ("thing",)
 
@@ -75,39 +75,39 @@ class Same:
 
 @dataclass(kw_only=True)
 class Known:
-    """A verdict, and the declared sizes that it holds for.
+    """A cached verdict, and the declared sizes for which it holds.
 
     Args:
-        verdict: that was reached.
-        sizes: declared sizes of the experiences for which it was reached; None where no loss read
-            them, so that it holds for all.
+        verdict: the verdict.
+        sizes: declared sizes of the experiences for which it was reached; None if no loss read
+            them, so that it holds for all sizes.
     """
 
     verdict: Verdict
     sizes: set[tuple[int, ...]] | None = field(default_factory=set)
 
     def holds_for(self, sizes: tuple[int, ...]) -> bool:
-        """Return whether the verdict was reached for these declared sizes, or without any."""
+        """Return True if the verdict holds for these declared sizes."""
         return self.sizes is None or sizes in self.sizes
 
 
 class KnownVerdicts:
-    """Verdicts by key, the oldest first."""
+    """Cached verdicts by key, the oldest first."""
 
     def __init__(self) -> None:
         self._found: OrderedDict[Hashable, Known] = OrderedDict()
 
     def recall(self, key: Hashable, inspection: Inspection) -> Verdict | None:
-        """Return the verdict that was reached for a key; None where none was."""
+        """Return the cached verdict for a key; None if there is none."""
         known = self._found.get(key)
         if known is None or not known.holds_for(_sizes(inspection)):
             return None
         return known.verdict
 
     def keep(self, key: Hashable, inspection: Inspection, verdict: Verdict) -> None:
-        """Keep a verdict under its key, for these declared sizes, or for all where none was read.
+        """Cache a verdict for these declared sizes, or for all sizes if none was read.
 
-        A verdict that is only tested is not kept.
+        A verdict "tested" is not cached.
         """
         if verdict.independence != "by construction" or verdict.alone:
             return
@@ -120,18 +120,18 @@ class KnownVerdicts:
             self._found.popitem(last=False)
 
     def forget(self) -> None:
-        """Drop all verdicts, say where code of the library itself was replaced."""
+        """Remove all verdicts, for example after code of the library was replaced."""
         self._found.clear()
 
 
 VERDICTS = KnownVerdicts()
-"""Verdicts of this process."""
+"""Cached verdicts of this process."""
 
 
 def key_of(inspection: Inspection) -> Hashable | None:
-    """Return everything that a verdict is reached from, except declared sizes.
+    """Return everything that a verdict depends on, except declared sizes.
 
-    None where code of others, or a value that no key can hold, takes part.
+    None if user code, or a value that cannot be part of a key, is involved.
     """
     if unlisted(inspection.model) or foreign_rules(inspection.model):
         return None
@@ -168,7 +168,7 @@ def _sizes(inspection: Inspection) -> tuple[int, ...]:
 
 
 def _modules(model: nn.Module) -> Iterator[Hashable]:
-    """Modules with their settings and classes, their clipping rules, and all tensors."""
+    """Yield the modules with settings and classes, their clipping rules, and all tensors."""
     rules = clipping_rules()
     samplers = opacus_samplers()
     kinds: dict[type, None] = {}
@@ -187,7 +187,7 @@ def _modules(model: nn.Module) -> Iterator[Hashable]:
 
 
 def _tensors(tensors: Mapping[str, Tensor]) -> Hashable:
-    """Layout and values of named tensors; those in one storage are told."""
+    """Layout and values of named tensors, and which of them share memory."""
     storages: dict[int, int] = {}
     layouts = []
     for name, value in tensors.items():
@@ -206,10 +206,10 @@ def _state(state: State) -> Hashable:
 
 @dataclass(frozen=True, kw_only=True)
 class _Names:
-    """Names of a module or class, and what they stood for.
+    """Names in a module or class, and the objects that they referred to.
 
-    A tool that reloads edited files, as IPython does, gives a function other code and leaves the
-    function itself in its place.
+    A tool that reloads edited files, as IPython does, changes the code inside a function object; so
+    the code is compared too.
     """
 
     space: Mapping[str, object]
@@ -220,7 +220,7 @@ class _Names:
 
     @classmethod
     def of(cls, thing: object) -> "_Names":
-        """Names of a module or class now."""
+        """Read the names in a module or class."""
         space = vars(thing)
         own = {n: v for n, v in space.items() if not n.startswith("__") or n in _SPECIAL}
         functions = tuple(filter(None, map(_function_of, own.values())))
@@ -233,7 +233,7 @@ class _Names:
         )
 
     def stand(self) -> bool:
-        """Return whether all of them still stand for the same."""
+        """Return True if all names still refer to the same objects and code."""
         same = all(map(is_, map(self.space.get, self.names), self.values))
         return same and all(map(is_, map(_CODE_OF, self.functions), self.codes))
 
@@ -242,7 +242,7 @@ _CODE_OF: Callable[[types.FunctionType], types.CodeType] = attrgetter("__code__"
 
 
 def _function_of(value: object) -> types.FunctionType | None:
-    """Return the function in a name of a module or class: itself, or of a method or property."""
+    """Return the function that a name refers to, also inside a method or property; or None."""
     if isinstance(value, property):
         value = value.fget
     value = getattr(value, "__func__", value)
@@ -250,10 +250,10 @@ def _function_of(value: object) -> types.FunctionType | None:
 
 
 class LibraryCode:
-    """Functions and classes of this library and of torch, followed by identity.
+    """Functions and classes of this library and of torch, compared by identity.
 
-    A function that somebody puts in the place of one of them may couple records, so that no earlier
-    verdict holds. Names that are new are no such thing: modules are imported when they are needed.
+    If one of them is replaced, the new function may couple records, so earlier verdicts are void.
+    New names do not count, because modules are imported only when they are needed.
     """
 
     def __init__(self) -> None:
@@ -262,7 +262,7 @@ class LibraryCode:
         self._replacements = 0
 
     def version(self) -> int:
-        """Return a number that is another one after every replacement."""
+        """Return a number that changes with every replacement of code."""
         changed = [
             name for name, seen in self._seen.items() if not all(names.stand() for names in seen)
         ]
@@ -277,24 +277,24 @@ class LibraryCode:
 
 
 def _code_of(module: types.ModuleType) -> list[object]:
-    """Return a module and the classes that it defines; of torch's layers the module alone."""
+    """Return a module and the classes that it defines; for torch's layers only the module."""
     own = [value for value in vars(module).values() if isinstance(value, type)]
     ours = module.__name__.startswith(_CODE)
     return [module, *(kind for kind in own if ours and kind.__module__ == module.__name__)]
 
 
 CODE = LibraryCode()
-"""Code of this process."""
+"""Code of this process, for the keys of verdicts."""
 
 
 # --------------------------------------------------------------------------- values
 
 
 def described(value: object) -> Hashable:
-    """Return a value as part of a key; no two values that may behave differently are equal.
+    """Convert a value to a part of a key; values that may behave differently are never equal.
 
     Raises:
-        UnknownKindError: for a value of another kind than settings have.
+        UnknownKindError: if the value is of a kind that settings do not have.
     """
     if value is None or isinstance(value, bool | int | str | bytes | Path):
         return type(value), value
@@ -317,7 +317,7 @@ def _items(values: Mapping[Any, Any] | Sequence[Any] | Set[Any]) -> Hashable:
 
 
 def _object(value: object) -> Hashable:
-    """Describe a function, or an object of this library."""
+    """Convert a function, or an object of this library, to a part of a key."""
     if isinstance(value, partial):
         return partial, described((value.func, value.args, value.keywords))
     if isinstance(value, types.BuiltinFunctionType) and isinstance(
@@ -335,5 +335,5 @@ def _object(value: object) -> Hashable:
 
 
 def _class(kind: type) -> Hashable:
-    """All attributes of a class and of its bases as they are now."""
+    """Return all attributes that a class and its bases have now, as a part of a key."""
     return tuple(tuple(map(Same, vars(base).values())) for base in kind.__mro__)

@@ -1,4 +1,4 @@
-"""The learner and its one loop. Every strategy, client and privacy mode runs through it."""
+"""The learner, whose one training loop runs every strategy, client and privacy mode."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -47,10 +47,10 @@ from perdure.utils.denormals import flushed
 from perdure.utils.modules import same_bits, trainable_parameters
 
 PROGRESS = "progress"
-"""Key of the measurements inside stages among the facts of a checkpoint."""
+"""Name, among the facts of a checkpoint, of the evaluations inside stages."""
 
 Callback = Callable[[str, "Learner"], None]
-"""Called at every named point of the loop; the names are `POINTS`."""
+"""Function that is called at every named point of the loop; the names are `POINTS`."""
 
 POINTS = (
     "experience.begin",
@@ -69,7 +69,7 @@ POINTS = (
     "ledger.head-written",
     "noise.drawn",
 )
-"""Points at which callbacks are called; a run stopped at any of them resumes to the same bits."""
+"""Points at which callbacks are called; a run that stops at one resumes bit-identically."""
 
 
 @dataclass(kw_only=True)
@@ -142,22 +142,22 @@ class Learner:
     make_private_sum: MakePrivateSum = PrivateSum
     matrix: list[list[float]] = field(default_factory=list)
     progress: list[tuple[int, list[float]]] = field(default_factory=list)
-    """Measurements inside stages: index of the experience that ended, and accuracies by stage."""
+    """Evaluations inside stages: index of the experience that ended, and accuracies by stage."""
     _session: Session | None = field(default=None, init=False, repr=False)
     _rates: ReplayedRates | None = field(default=None, init=False, repr=False)
     _scheduler: LRScheduler | None = field(default=None, init=False, repr=False)
     fingerprint: Fingerprint = field(default_factory=dict, init=False, repr=False)
     driven_by: Mapping[str, object] = field(default_factory=dict, init=False, repr=False)
-    """Settings of whoever drives the learner, such as a federation's; the fingerprint has them."""
+    """Settings of the caller of the learner, such as a federation; they are in the fingerprint."""
 
     # ------------------------------------------------------------------ the loop
 
     @flushed()
     def train(self, steps: range) -> None:
-        """Train a block of steps, in the loop that `Session` describes.
+        """Train a block of steps.
 
         Args:
-            steps: a block of the current experience; charged to the ledger as one.
+            steps: a block of the current experience; the ledger is charged once for it.
         """
         session = self.session
         for batch in session.steps(steps, self.noise_digest):
@@ -170,19 +170,17 @@ class Learner:
     def fit(self, stream: Stream) -> Tensor:
         """Train on every experience in turn and return the accuracy matrix (T, T) in percent.
 
-        Row i is measured at the end of stage i, on the test records of every stage: a stage is an
-        experience, or all pieces of one that was cut up (`perdure.data.online`). Records of other
-        tasks have the metric of their task. With a `folder`, a stopped run goes on to the identical
-        bits; new experiences and late test records (`Stream.with_test`) are taken up then.
+        Row i is evaluated at the end of stage i, on the test records of every stage (an
+        experience, or all its pieces, see `perdure.data.online`), by the metric of the task. With a
+        `folder`, a stopped run continues bit-identically, with new experiences and late test
+        records (`Stream.with_test`).
 
         Raises:
-            DataError: before the run, for test inputs, and under privacy training inputs, that are
-                NaN or infinite, and for an id that is among the training and the test records.
-                Whoever calls `fit` holds the data; `prepare` and `train` never look at a value.
-            LedgerError: when the folder's ledger is missing, shorter or other than its checkpoint
-                knows.
-            PrivacyError: when the folder's run has privacy and this one has none, or the reverse.
-            RunError: when the folder is in use, or its checkpoint is of a run with other settings;
+            DataError: before the run, if test inputs, or under privacy training inputs, are NaN or
+                infinite, or if an id is in both parts; `prepare` and `train` do not check this.
+            LedgerError: if the folder's ledger is missing, or does not continue its checkpoint's.
+            PrivacyError: if one of the folder's run and this one has privacy, and one has none.
+            RunError: if the folder is in use, or its checkpoint is of a run with other settings;
                 the message names the differences.
         """
         check_stream(stream)
@@ -214,14 +212,13 @@ class Learner:
         return torch.tensor(rows, dtype=torch.float64)
 
     def prepare(self, stream: Stream) -> None:
-        """Open the session: lay out the state and, under privacy, calibrate the whole stream.
+        """Open the session: create the state and, under privacy, calibrate the noise of the stream.
 
-        The folder is kept to this learner until `close`, or until the learner is dropped.
+        The folder is locked for this learner until `close`, or until the learner is deleted.
 
         Raises:
-            ConfigError: for a model whose outputs are not one for every class.
-            PrivacyError: for a private learner that has trained and keeps no folder: its ledger
-                would begin anew.
+            ConfigError: if the model does not have one output per class.
+            PrivacyError: if the learner trained privately before without a folder for its ledger.
         """
         if self.privacy:
             if not self.folder and not self.warm_start:
@@ -266,14 +263,14 @@ class Learner:
             )
 
     def close(self) -> None:
-        """Release the folder for others; a later use of the learner takes it again."""
+        """Release the lock of the folder; a later use of the learner takes it again."""
         if self._session is not None:
             self._session.close()
 
     # ------------------------------------------------------------------ one experience
 
     def begin(self, index: int) -> None:
-        """Open experience `index`; after a resume in its middle, only reopen the records."""
+        """Open experience `index`; after a resume in its middle, only open its records again."""
         begins = self.session.open(index)
         restart = self.training.of(self.stream[index]).restart
         if begins:
@@ -283,10 +280,10 @@ class Learner:
         self._notify("experience.begin")
 
     def finish(self) -> None:
-        """Consolidate at the present parameters and go to the next experience.
+        """Consolidate the experience with the current parameters, and go to the next one.
 
         Raises:
-            RunawayError: where training diverged and parameters are NaN or infinite.
+            RunawayError: if training diverged, so that parameters are NaN or infinite.
         """
         self.session.consolidate()
         self._scheduler = None
@@ -298,13 +295,13 @@ class Learner:
         """Return a function from inputs (n, ...) to logits (n, C).
 
         Args:
-            index: experience of the inputs.
-            after: experience that was trained last.
+            index: index of the experience that the inputs belong to.
+            after: index of the experience that was trained last.
         """
         return predictor(self.session, index, after=after)
 
     def evaluate(self, stream: Stream, batch_size: int = 2048) -> list[float]:
-        """Measure the model on the test records of every stage, each once, by the task's metric.
+        """Evaluate the model on the test records of every stage, by the metric of the task.
 
         Returns:
             One number per stage: accuracy in percent for single-label records; NaN if a stage has
@@ -313,13 +310,13 @@ class Learner:
         return measurements(self.session, stream, batch_size)
 
     def is_measured(self, index: int) -> bool:
-        """Tell if the model is measured after experience `index`."""
+        """Return True if the model is evaluated after experience `index`."""
         return is_measured(self.stream, index, self.evaluate_every)
 
     def measure(self) -> None:
-        """Measure the model after the experience that ended last.
+        """Evaluate the model after the experience that ended last.
 
-        The accuracies go to `matrix` at the end of a stage, and to `progress` inside one.
+        The accuracies are added to `matrix` at the end of a stage, and to `progress` inside one.
         """
         ended = self.position.experience - 1
         stage = self.stream.stage_of(ended)
@@ -333,27 +330,27 @@ class Learner:
     # ------------------------------------------------------------------ stopping and resuming
 
     def snapshot(self) -> Snapshot:
-        """Copy everything that a run needs to go on; memory rows apart, as they are private."""
+        """Copy everything that is needed to continue the run; private memory rows are separate."""
         now = take_snapshot(self.session, self._optimizer, self._scheduler, self.matrix)
         return replace(now, facts={**now.facts, PROGRESS: list(self.progress)})
 
     def checkpoint(self) -> Snapshot:
-        """Snapshot for the disk: with the run's fingerprint and, under privacy, the ledger's head.
+        """Return a snapshot to write to disk, with the run's fingerprint and the ledger's head.
 
-        With these two, a folder of another run, or a folder without its ledger, is refused.
+        With these two, a folder of another run, or one whose private ledger is missing, is refused.
         """
         return checkpoint_of(self.snapshot(), self.session, self.fingerprint)
 
     def restore_checkpoint(self, snapshot: Snapshot, *, where: object = None) -> None:
-        """Go back to a checkpoint of this run; call `prepare` first.
+        """Restore a checkpoint of this run; call `prepare` first.
 
         Args:
-            snapshot: from the disk, made by `checkpoint`.
-            where: for messages, the folder that it lies in; None for the learner's own.
+            snapshot: snapshot from the disk, made by `checkpoint`.
+            where: folder of the checkpoint, for messages; None for the learner's own folder.
 
         Raises:
-            LedgerError: when the ledger does not go on from the one that the checkpoint knows.
-            RunError: when the run was asked for otherwise; the differences are named.
+            LedgerError: if the ledger does not continue from the head in the checkpoint.
+            RunError: if the checkpoint is of a run with other settings; the message names them.
         """
         self._rewind(snapshot)
         self.matrix = restore_checkpoint(
@@ -366,12 +363,12 @@ class Learner:
         )
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Go back to where `snapshot` was taken; call `prepare` first."""
+        """Restore the state of the run at the time of `snapshot`; call `prepare` first."""
         self._rewind(snapshot)
         self.matrix = restore_snapshot(snapshot, self.session, self._optimizer, self._scheduler)
 
     def save(self) -> None:
-        """Write a checkpoint, when there is a folder."""
+        """Write a checkpoint, if there is a folder."""
         if self.folder:
             self.session.hold()
             self._notify("checkpoint.begin")
@@ -389,10 +386,10 @@ class Learner:
 
     @property
     def session(self) -> Session:
-        """Model, records and state between the steps of the loop.
+        """Session with model, records and state.
 
         Raises:
-            ConfigError: before `prepare`.
+            ConfigError: if `prepare` was not called.
         """
         if self._session is None:
             raise ConfigError("the learner has no stream yet; call fit(stream) or prepare(stream)")
@@ -400,7 +397,7 @@ class Learner:
 
     @property
     def training(self) -> TrainingPlan:
-        """Length and exposure of every experience."""
+        """Plan of training: number of steps and exposure of every experience."""
         return self.session.training
 
     @property
@@ -410,32 +407,32 @@ class Learner:
 
     @property
     def curator(self) -> LocalCurator:
-        """Holder of the records, which answers the strategy's questions."""
+        """Curator that holds the records and answers the queries of the strategy."""
         return self.session.curator
 
     @property
     def private_sum(self) -> PrivateSum | None:
-        """Ledger and noise of a private learner; None without privacy."""
+        """Private sum, with ledger and noise; None without privacy."""
         return self.session.private_sum
 
     @property
     def state(self) -> State:
-        """Tensors that the strategy remembers."""
+        """Tensors that the strategy keeps between steps and experiences."""
         return self.session.state
 
     @property
     def current_optimizer(self) -> Optimizer:
-        """Optimiser that takes the steps, made by `optimizer`; another one after a fresh start.
+        """Optimiser that takes the steps; it is replaced when training starts again.
 
         Raises:
-            ConfigError: before `prepare`.
+            ConfigError: if `prepare` was not called.
         """
         _ = self.session  # refuse before there is any
         return self._optimizer
 
     @property
     def position(self) -> Position:
-        """Progress of the run; the start before `prepare`."""
+        """Position of the run; the start of the stream before `prepare`."""
         return self._session.position if self._session else Position()
 
     @property
@@ -452,7 +449,7 @@ class Learner:
         self._initial = {name: value.clone() for name, value in self.model.state_dict().items()}
 
     def share_initial(self, other: "Learner") -> None:
-        """Keep the other's tensors for the values that both began with, where they are the same."""
+        """Use the other learner's tensors for equal initial values, to save memory."""
         for name, value in other._initial.items():
             own = self._initial.get(name)
             if own is not None and same_bits(own, value):
@@ -464,7 +461,7 @@ class Learner:
         self._scheduler = None
 
     def _new_schedule(self, index: int) -> None:
-        """Begin the schedule of an experience with steps, from the optimiser's first options."""
+        """Begin the schedule of an experience, with the initial options of the optimiser."""
         self._scheduler = None
         steps = self.training.steps(index)
         if self.scheduler and steps:
@@ -472,7 +469,7 @@ class Learner:
             self._scheduler = made_schedule(self.scheduler, self._optimizer, steps)
 
     def _rewind(self, snapshot: Snapshot) -> None:
-        """Take a snapshot's progress, and its schedule at the first step."""
+        """Restore the progress from a snapshot, and the schedule as it was at its first step."""
         self.progress = [(index, list(row)) for index, row in snapshot.facts.get(PROGRESS, ())]
         self._rates = None
         self._scheduler = None
@@ -480,7 +477,7 @@ class Learner:
             self._new_schedule(snapshot.facts["position"]["experience"])
 
     def noise_digest(self) -> str:
-        """Digest everything but the records that determines the next steps; "" without privacy."""
+        """Digest of all data but the records that determines the next steps; "" if not private."""
         if self.private_sum is None:
             return ""
         rates = self._replayed(self.scheduler).text if self.scheduler else "[]"
@@ -489,7 +486,10 @@ class Learner:
         return noise_digest(self.session, live, self._optimizer, self._scheduler, rates)
 
     def _replayed(self, scheduler: MakeSchedule) -> ReplayedRates:
-        """Learning rates of the experience, replayed again where the run does not simply go on."""
+        """Return the learning rates of all steps of the open experience under its schedule.
+
+        They are computed again only if its settings changed.
+        """
         steps = self.training.steps(self.position.experience)
         if self._rates is None or not self._rates.are_of(self.optimizer, scheduler, steps):
             self._rates = ReplayedRates(self.optimizer, scheduler, steps)

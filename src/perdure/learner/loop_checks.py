@@ -1,4 +1,4 @@
-"""Order of the calls in a loop over a session: each step is drawn, filled, taken and ended once."""
+"""Checks of the order of calls in a session's loop: every call once per batch."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,14 +14,14 @@ from perdure.errors import ConfigError, LoopError, PrivacyError
 from perdure.types import Params
 
 Stage = Literal["between", "drawn", "filled", "taken"]
-"""Stage of a step: none is open, its rows are drawn, `.grad` is filled, the optimiser took it."""
+"""Stage of a step: none is open, rows are drawn, `.grad` is filled, or the step is taken."""
 ROWS = frozenset(field.name for field in fields(Batch))
 CALLS = "session.backward(batch), optimizer.step(), session.after_step()"
 
 
 @dataclass(frozen=True, kw_only=True)
 class HiddenBatch:
-    """Batch of a private step, whose records only the session may use.
+    """Batch of a private step, whose records only the session may read.
 
     Args:
         step: number of the step in its experience.
@@ -45,7 +45,10 @@ class HiddenBatch:
 
 
 class StepOrder:
-    """Stage of the present step of a loop; a call out of order is refused by name."""
+    """Stage of the current step of a loop; calls in a wrong order are refused.
+
+    An error names the expected calls.
+    """
 
     def __init__(self) -> None:
         self.stage: Stage = "between"
@@ -57,7 +60,7 @@ class StepOrder:
         self._hooks: list[RemovableHandle] = []
 
     def hand_out(self, rows: Batch, step: int, *, hidden: bool) -> Batch | HiddenBatch:
-        """Begin a step; return the batch that the loop is given."""
+        """Begin a step, and return the batch for the user's loop."""
         self.stage = "drawn"
         self.step = step
         self._rows = rows
@@ -65,10 +68,10 @@ class StepOrder:
         return self._given
 
     def rows_of(self, batch: object) -> Batch:
-        """Return the rows of the step that `session.backward` is called for.
+        """Return the rows of the step for which `session.backward` was called.
 
         Raises:
-            LoopError: for another batch, a second call, or a call outside a step.
+            LoopError: if the batch is another one, or the call is a second one or outside a step.
         """
         if self._rows is None or self.stage == "between":
             raise LoopError(
@@ -89,7 +92,7 @@ class StepOrder:
         return self._rows
 
     def filled(self, trained: Params) -> None:
-        """Go on: the gradients are in place."""
+        """Record that the gradients of the step are filled."""
         self.stage = "filled"
         if self._watched and self._moving is None:
             self._moving = _any_number(trained)
@@ -98,7 +101,7 @@ class StepOrder:
         """Check that the optimiser may take its step now.
 
         Raises:
-            LoopError: before the gradients are filled, after they were zeroed, or for a second
+            LoopError: if the gradients are not filled yet or were set to 0, or if it is a second
                 step.
         """
         if self.stage in ("between", "drawn"):
@@ -121,14 +124,14 @@ class StepOrder:
         self._moving = False
 
     def taken(self) -> None:
-        """Go on: the optimiser took its step."""
+        """Record that the optimiser took its step."""
         self.stage = "taken"
 
     def end(self) -> None:
         """End the step.
 
         Raises:
-            LoopError: outside a step, or where one of the calls before was left out.
+            LoopError: if no step is open, or if one of the earlier calls is missing.
         """
         if self.stage == "between":
             raise LoopError(
@@ -144,10 +147,10 @@ class StepOrder:
         self.reset()
 
     def require_ended(self) -> None:
-        """Refuse the next batch while the present step is open.
+        """Refuse the next batch if the current step has not ended.
 
         Raises:
-            LoopError: naming the calls.
+            LoopError: names the missing calls.
         """
         if self.stage != "between":
             raise LoopError(
@@ -156,17 +159,17 @@ class StepOrder:
             )
 
     def reset(self) -> None:
-        """Leave the present step."""
+        """Forget the current step."""
         self.stage = "between"
         self._rows = None
         self._given = None
 
     @contextmanager
     def watching(self, optimizer: Optimizer, trained: Params) -> Iterator[None]:
-        """See the steps of an optimiser while this is open.
+        """Context manager that checks the steps of an optimiser.
 
         Args:
-            optimizer: of the user.
+            optimizer: optimiser of the user.
             trained: parameters that the experience trains.
         """
         refuse_other_parameters(optimizer, trained)
@@ -185,9 +188,10 @@ class StepOrder:
                 handle.remove()
 
     def refuse_accumulation(self, trained: Params) -> None:
-        """Refuse whatever adds to `.grad` in a watched loop from now on.
+        """From now on, refuse code that adds to `.grad` in a checked loop.
 
-        Not while the guard looks: under privacy no hook may stand on the path of rows to losses.
+        This starts after the guard's tests, because under privacy no hook may run between rows and
+        losses during these tests.
         """
         if self._watched:
             self._hooks = [
@@ -198,17 +202,17 @@ class StepOrder:
             ]
 
     def allow_accumulation(self) -> None:
-        """Undo `refuse_accumulation`."""
+        """End the effect of `refuse_accumulation`."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
 
 
 def refuse_other_parameters(optimizer: Optimizer, trained: Params) -> None:
-    """Refuse an optimiser that lacks a trained parameter.
+    """Refuse an optimiser that does not have all trained parameters.
 
     Raises:
-        ConfigError: naming the first.
+        ConfigError: names the first missing parameter.
     """
     held = {id(value) for group in optimizer.param_groups for value in group["params"]}
     lacking = [name for name, value in trained.items() if id(value) not in held]
@@ -222,7 +226,7 @@ def refuse_other_parameters(optimizer: Optimizer, trained: Params) -> None:
 
 
 def _any_number(trained: Params) -> bool:
-    """Tell if a gradient has a number other than 0."""
+    """Return True if a gradient has a value other than 0."""
     return any(param.grad is not None and bool(param.grad.any()) for param in trained.values())
 
 

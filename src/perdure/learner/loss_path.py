@@ -1,7 +1,9 @@
-"""The path of a row to its loss: an attack, views, the model, the losses of strategy and task.
+"""Computation from a row to its loss: an attack, views, the model, and the losses.
 
-Every part of it may be the user's own. Records are independent by construction only where none
-is: whatever is not this library's, or a listed module of torch's, is named by `foreign_parts`.
+The losses are those of strategy and task.
+
+Each part may be user code. Records are independent by construction only if no part is: every part
+that is neither this library's nor a listed module of torch is named by `foreign_parts`.
 """
 
 from collections.abc import Callable, Mapping
@@ -25,27 +27,27 @@ from perdure.tasks import SingleLabel, Task
 from perdure.utils.seeding import Seed, generator_from
 
 STRATEGIES = ("perdure.strategies.", "perdure.contract.")
-"""Packages whose strategies compute each loss from its own row; their tests hold it."""
+"""Packages whose strategies compute each loss from its own row, as tests check."""
 
 ATTACKS = ("perdure.adversarial.",)
-"""Packages whose attacks move each row by its own loss; their tests hold it."""
+"""Packages whose attacks change each row by its own loss, as tests check."""
 
 TASKS = ("perdure.tasks.",)
-"""Packages whose tasks compute each loss from its own row; their tests hold it."""
+"""Packages whose tasks compute each loss from its own row, as tests check."""
 
 VIEWS = ("perdure.data.augmentation",)
-"""Modules whose views are of one record each; their tests hold it."""
+"""Modules whose views use one record each, as tests check."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LossPath:
-    """All that a row meets on its way to its loss, apart from the model.
+    """All code between a row and its loss, except the model.
 
     Args:
-        strategy: whose losses they are.
+        strategy: strategy that computes the losses.
         adversary: attack on the rows; None for none.
         views: random versions of the rows; None for none.
-        precision: of the passes through the model.
+        precision: precision of the passes through the model.
         task: meaning of the rows' targets.
     """
 
@@ -56,7 +58,7 @@ class LossPath:
     task: Task = field(default_factory=SingleLabel)
 
     def losses(self, forward: Forward, batch: Batch, context: Context, state: State) -> Tensor:
-        """(n,) the strategy's loss of every row, averaged over views where there are any."""
+        """(n,) loss of the strategy for every row, averaged over views if there are any."""
         strategy = self.strategy
         with self._casting(batch.inputs.device.type):
             if self.views is None:
@@ -66,7 +68,7 @@ class LossPath:
             ).float()
 
     def _casting(self, device: str) -> AbstractContextManager[object]:
-        """Run the passes in `precision`, also where the caller's program casts by itself."""
+        """Run the passes in `precision`, also if the caller's program has switched on autocast."""
         low = self.precision == "bfloat16"
         if not low and not torch.is_autocast_enabled(device):
             return nullcontext()  # entering costs a tenth of a small step
@@ -80,16 +82,16 @@ class LossPath:
         batch: Batch,
         generator: torch.Generator,
     ) -> Batch:
-        """Return each record's own worst case at the present parameters.
+        """Return the inputs of the batch after the attack, each changed to raise its own loss.
 
         The attack runs on an unhooked copy of the model.
 
         Args:
-            losses: (forward, batch) to one loss per row.
-            model: under attack.
-            params: its parameters.
-            batch: rows.
-            generator: of the attack's own draws.
+            losses: function from (forward, batch) to one loss per row.
+            model: model that is attacked.
+            params: parameters of the model.
+            batch: rows to attack.
+            generator: random generator of the attack.
         """
         assert self.adversary is not None
         fixed = Forward(model, {name: value.detach() for name, value in params.items()})
@@ -111,20 +113,20 @@ class LossPath:
         watched: Callable[[], AbstractContextManager[None]],
         private: bool,
     ) -> Batch:
-        """Return the rows of a step under attack, with their views.
+        """Return the rows of a step after the attack, with their views.
 
-        Neither is ever shown an empty batch, nor, under privacy, one of fewer rows than
-        `FEWEST_ROWS`: their code may fail without rows, and an error would tell that no record was
-        drawn.
+        Attack and views never see an empty batch, nor, under privacy, one with fewer rows than
+        `FEWEST_ROWS`: their code may fail without rows, and an error would reveal that no record
+        was drawn.
 
         Args:
             batch: rows of the step.
-            losses: that an attack raises.
-            model: under attack.
-            params: its parameters.
-            seed_of: from the purpose of draws to their seed.
-            watched: opens a private pass.
-            private: fill small batches up.
+            losses: losses that the attack raises.
+            model: model that is attacked.
+            params: parameters of the model.
+            seed_of: function from a purpose to the seed of its random numbers.
+            watched: context manager around a private pass.
+            private: True to fill small batches with blank rows.
         """
         if not len(batch) or (self.adversary is None and self.views is None):
             return batch
@@ -137,12 +139,12 @@ class LossPath:
         return rows if len(rows) == len(batch) else rows.take(slice(0, len(batch)))
 
     def with_views(self, batch: Batch, seed: Seed) -> Batch:
-        """Return the rows with their views beside them, where there are any."""
+        """Return the rows together with their views; without views, the rows alone."""
         return self.views.attach(batch, seed) if self.views else batch
 
     @property
     def foreign_changes(self) -> str:
-        """Name of the attack or the views, where they are not this library's; "" where they are."""
+        """Name of the attack or the views if they are user code; "" if they are not."""
         if self.adversary is not None and not is_own_attack(self.adversary):
             return f"the attack {type(self.adversary).__name__}"
         if self.views is not None and not is_own_view(self.views):
@@ -151,7 +153,7 @@ class LossPath:
         return ""
 
     def foreign_parts(self) -> tuple[str, ...]:
-        """Names of the parts that are not this library's."""
+        """Names of the parts that are user code."""
         own = is_own_strategy(self.strategy)
         strategy = () if own else (f"{self.strategy.name}.losses()",)
         task = () if is_own_task(self.task) else (f"the task {type(self.task).__name__}",)
@@ -160,24 +162,24 @@ class LossPath:
 
 
 def is_own_strategy(strategy: Strategy) -> bool:
-    """Return whether all losses belong to strategies of this library."""
+    """Return True if all losses are computed by strategies of this library."""
     parts = getattr(strategy, "parts", ())
     own = is_own(type(strategy), STRATEGIES) and keeps_methods(strategy, "losses")
     return own and all(map(is_own_strategy, parts))
 
 
 def is_own_task(task: Task) -> bool:
-    """Return whether a task is one of this library's, as it stands there."""
+    """Return True if a task is one of this library's, with unchanged methods."""
     return is_own(type(task), TASKS) and keeps_methods(task, "losses", "distillation")
 
 
 def is_own_attack(adversary: Attack) -> bool:
-    """Return whether an attack is one of this library's, as it stands there."""
+    """Return True if an attack is one of this library's, with unchanged methods."""
     return is_own(type(adversary), ATTACKS) and keeps_methods(adversary, "perturb")
 
 
 def is_own_view(views: Views) -> bool:
-    """Return whether views are made by this library alone."""
+    """Return True if the code that makes the views is this library's, with unchanged methods."""
     own = is_own(type(views), VIEWS) and keeps_methods(views, "attach", "losses")
     change = views.change
     return own and is_own(type(change), VIEWS) and keeps_methods(change, "__call__")

@@ -1,12 +1,12 @@
-"""History that a trained model carries: which ledger was charged for it, and what nobody counted.
+"""Training history that a model carries: the ledgers that were charged, and uncounted training.
 
-Names of partitions do not identify records: `experience-0` is another set of records under another
-class order. So a partition keeps the charges of an older one of its name only where both were
-placed by the same public rule (`Records.placed_by`). The records of any other partition may be
-those of any older one, and count as exposed as the worst of these.
+Names of partitions do not identify records: `experience-0` contains other records for another class
+order. So a partition keeps the charges of an older one with its name only if the same public rule
+assigned the records of both (`Records.placed_by`). The records of any other partition may be those
+of any older partition, so they count as exposed as the worst of these.
 
-A mark on every module of the model, which goes with copies of the module and with parts of it that
-are built into another model. Bare weights (`state_dict`) carry none.
+The history is a mark on every module of the model, which copies of the module keep, also inside
+other models. Weights alone (`state_dict`) have no mark.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,9 +20,9 @@ from perdure.privacy.ledger.account import Account
 from perdure.privacy.ledger.entries import Entry, Stated, weakest
 
 ATTRIBUTE = "_perdure_training"
-"""Name of the mark in a module's `__dict__`."""
+"""Name of the mark in the `__dict__` of a module."""
 EARLIER = ", earlier"
-"""Added to the name of an older partition that now stands for other records."""
+"""Suffix for the name of an older partition if the name is now used for other records."""
 START_BARE = (
     "so no ledger counts what that training revealed; use an untrained model. To accept this, "
     "load the weights into a new model (new.load_state_dict(...)): the printed epsilon then says "
@@ -32,15 +32,15 @@ START_BARE = (
 
 @dataclass(kw_only=True, eq=False)
 class Training:
-    """One training that a model went through.
+    """One training of a model, as recorded in its mark.
 
     Args:
-        by: names the session that trained it.
-        sizes: those of its ledger, which go on growing while it trains.
-        rules: as `sizes`.
-        entries: as `sizes`.
-        uncounted: reason why no ledger has its cost; "" where one has.
-        simulated: whether noise came from a seed that the user chose.
+        by: name of the session that trained the model.
+        sizes: declared sizes in the session's ledger; the same object, so it grows during training.
+        rules: digests of the rules of the partitions; also the ledger's own object.
+        entries: entries of the ledger; also the ledger's own object.
+        uncounted: reason why no ledger has the cost; "" if one has.
+        simulated: True if noise came from a seed that the user chose.
     """
 
     by: str
@@ -52,21 +52,21 @@ class Training:
 
     @property
     def begun(self) -> bool:
-        """True where the model was trained at all."""
+        """True if the model was trained at all."""
         return bool(self.entries or self.uncounted)
 
 
 @dataclass(frozen=True)
 class Carried:
-    """Earlier charges of the records of a partition, and their declared facts.
+    """Earlier charges of the records of a partition, and its declared facts.
 
-    The size is 0 where only the charges are known.
+    The size is 0 if only the charges are known.
 
     Args:
         size: declared number of records.
-        charges: that they were exposed to.
-        rule: digest of the public rule that placed them; "" for none known.
-        independence: the weakest of what the charges' entries say.
+        charges: charges of the records.
+        rule: digest of the public rule that assigned the records; "" if none is known.
+        independence: weakest kind of independence in the entries of these charges.
     """
 
     size: int = 0
@@ -75,7 +75,7 @@ class Carried:
     independence: Stated = "by construction"
 
     def and_also(self, other: "Carried") -> "Carried":
-        """Return what records of both were exposed to."""
+        """Return the combined charges of records that have these charges and those of `other`."""
         return Carried(
             size=max(self.size, other.size),
             charges=merged([*self.charges, *other.charges]),
@@ -85,13 +85,13 @@ class Carried:
 
 
 History = Mapping[str, Carried]
-"""Partition to what its records were exposed to before the present ledger."""
+"""Partition to the charges of its records before the current ledger."""
 
 
 def trainings_of(model: nn.Module) -> list[Training]:
-    """Return the trainings that a model or any part of it went through, each once.
+    """Return the trainings of a model and of all its parts, each once.
 
-    Of several copies of one, the one that knows most counts.
+    If there are several copies of one training, the one with the most entries counts.
     """
     found: dict[str, Training] = {}
     for part in model.modules():
@@ -105,28 +105,28 @@ def trainings_of(model: nn.Module) -> list[Training]:
 
 
 def mark(model: nn.Module, training: Training) -> None:
-    """Attach a training to a model and all its parts, in place of an earlier one."""
+    """Attach a training to a model and all its parts; it replaces an earlier one."""
     for part in model.modules():
         vars(part)[ATTRIBUTE] = training
 
 
 def carried(model: nn.Module, training: Training) -> bool:
-    """Tell if a model and all its parts carry this very mark."""
+    """Return True if a model and all its parts carry exactly this training."""
     return all(vars(part).get(ATTRIBUTE) is training for part in model.modules())
 
 
 def forget(model: nn.Module) -> nn.Module:
-    """Take the marks off a model that is never released, such as the copy that an audit trains."""
+    """Remove the marks from a model that is never released, such as a copy for an audit."""
     for part in model.modules():
         vars(part).pop(ATTRIBUTE, None)
     return model
 
 
 def refuse_trained(trainings: Sequence[Training], *, warm_start: bool) -> None:
-    """Refuse a model that was trained before, unless that is asked for.
+    """Refuse a model that was trained before, unless a warm start was asked for.
 
     Raises:
-        ConfigError: naming what the model went through.
+        ConfigError: names the earlier training.
     """
     if trainings and not warm_start:
         told = "; ".join(mark.uncounted or "trained with privacy" for mark in trainings)
@@ -139,10 +139,10 @@ def refuse_trained(trainings: Sequence[Training], *, warm_start: bool) -> None:
 
 
 def refuse_unreplaced(trainings: Sequence[Training], folder: object) -> None:
-    """Refuse a trained model in a folder whose checkpoint has not replaced its weights yet.
+    """Refuse a trained model if the checkpoint in its folder has not replaced its weights yet.
 
     Raises:
-        ConfigError: naming what the model went through.
+        ConfigError: names the earlier training.
     """
     if trainings:
         told = "; ".join(mark.uncounted or "trained with privacy" for mark in trainings)
@@ -156,16 +156,17 @@ def refuse_unreplaced(trainings: Sequence[Training], folder: object) -> None:
 def history_of(
     trainings: Iterable[Training], partitions: Mapping[str, str], *, simulated: bool
 ) -> dict[str, Carried]:
-    """Return the charges of a stream's partitions, and of earlier ones, by past trainings.
+    """Return the earlier charges of a stream's partitions, and of older partitions.
 
     Args:
-        trainings: that the model went through.
-        partitions: of the stream that comes, to the digest of the rule that placed their records.
-        simulated: whether the noise to come is simulated.
+        trainings: trainings of the model.
+        partitions: partitions of the new stream, with the digests of the rules that assigned their
+            records.
+        simulated: True if the coming noise is simulated.
 
     Raises:
-        PrivacyError: for a training that no ledger counts, or whose noise was a simulation where
-            the one to come is not.
+        PrivacyError: if no ledger counts a training, or if its noise was simulated and the coming
+            noise is not.
     """
     history: dict[str, Carried] = {}
     for training in trainings:
@@ -186,13 +187,13 @@ def history_of(
 
 
 def exposed_before(account: Account, partitions: Mapping[str, str]) -> dict[str, Carried]:
-    """Return what an account says of its own partitions, and of those that come.
+    """Return the charges in an account, for its own partitions and for new ones.
 
-    An older partition whose name now stands for other records goes on under another one.
+    An older partition whose name is now used for other records gets another name.
 
     Args:
-        account: of an earlier training.
-        partitions: that come, to the digest of the rule that placed their records.
+        account: account of an earlier training.
+        partitions: new partitions, with the digests of the rules that assigned their records.
     """
     found: dict[str, Carried] = {}
     same = {

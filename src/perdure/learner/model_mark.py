@@ -1,4 +1,4 @@
-"""Mark that a session leaves on its model, and checks of marks that it finds."""
+"""Mark of a session on its model, and checks of the marks of earlier sessions."""
 
 import secrets
 from pathlib import Path
@@ -18,18 +18,18 @@ from perdure.privacy.ledger.ledger import Ledger
 
 
 class ModelMark:
-    """The training by one session, beside those that its model went through before.
+    """Record of a session's training, in addition to earlier trainings of the model.
 
-    A checkpoint of the folder is about to replace all that the model has learnt. Until it does,
-    `put` refuses a model that was trained before.
+    If the folder has a checkpoint that will replace the weights, `put` refuses a model that was
+    trained before, until the weights were replaced.
 
     Args:
-        model: that is trained.
-        folder: of the run; None where nothing is kept.
-        warm_start: go on from a model that was trained before.
+        model: model that is trained.
+        folder: folder of the run; None if there is none.
+        warm_start: True to continue from a model that was trained before.
 
     Raises:
-        ConfigError: for a trained model, where that was not asked for.
+        ConfigError: if the model was trained before and `warm_start` is False.
     """
 
     def __init__(self, model: nn.Module, folder: Path | None, *, warm_start: bool) -> None:
@@ -38,21 +38,21 @@ class ModelMark:
         self._by = secrets.token_hex(16)
         self._awaits_checkpoint = folder is not None and bool(Store(folder).numbers())
         self.before = [] if self._awaits_checkpoint else trainings_of(model)
-        """Trainings that the model goes on from."""
+        """Trainings of the model before this session."""
         self._known = {training.by: len(training.entries) for training in self.before}
         self._uncounted: Training | None = None
         refuse_trained(self.before, warm_start=warm_start)
 
     def put(self, ledger: Ledger | None, *, uncounted: str = "") -> None:
-        """Attach the session's spending to the model (see `model_history`).
+        """Attach the session's privacy cost to the model (see `model_history`).
 
         Args:
-            ledger: of the session; None without privacy.
-            uncounted: what it has learnt without a ledger; "" where it has learnt nothing yet.
+            ledger: ledger of the session; None without privacy.
+            uncounted: description of training without a ledger; "" if there was none yet.
 
         Raises:
-            ConfigError: where another learner has trained the model since the session was prepared,
-                or before, and the folder's checkpoint was not restored.
+            ConfigError: if another learner has trained the model since the session was prepared, or
+                before, without restoring the folder's checkpoint.
         """
         own = self._uncounted
         put = ledger is None and own is not None and uncounted in ("", own.uncounted)
@@ -80,9 +80,9 @@ class ModelMark:
             mark(self._model, self._uncounted)
 
     def weights_replaced(self) -> None:
-        """Note that a checkpoint of the folder's run has taken the place of the model's weights.
+        """Record that a checkpoint of the folder's run has replaced the model's weights.
 
-        Their earlier history is replaced too; the folder's ledger has the checkpoint's.
+        Earlier trainings of the model then do not count; the folder's ledger has the checkpoint's.
         """
         self._awaits_checkpoint = False
         self._known = {each.by: len(each.entries) for each in trainings_of(self._model)}

@@ -1,12 +1,12 @@
-"""Digest of everything apart from the records that determines a block of steps.
+"""Digest of everything except the records that determines a block of steps.
 
-The noise of the block is keyed by it. If anything here changes, a block that is run again draws
-fresh noise and is charged again. Otherwise two different sums could be released with the same
-noise, and their difference would be free of it.
+The digest is part of the key of the block's noise. If anything in it changes, a block that runs
+again draws other noise and is charged again. Without it, two different sums could be released with
+the same noise, and their difference would have no noise.
 
 The digest covers an explicit list of fields (`settings` below) and tensors (`probe_strategy`),
-never the `repr` of an object: renaming a class or a field of the library must not change which
-noise a simulation draws.
+never the `repr` of an object: a new name for a class or a field must not change the noise of a
+simulation.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ from perdure.utils.hashing import JSONValue, canonical, canonical_text, digest, 
 from perdure.utils.seeding import generator
 
 VERSION = 1
-"""Raise it when the list of fields changes: every simulation draws other noise from then on."""
+"""Version of the list of fields; after a change, every simulation draws other noise."""
 
 
 def noise_digest(
@@ -41,10 +41,10 @@ def noise_digest(
     """SHA-256 of the settings, the snapshot and the code's results on synthetic records.
 
     Args:
-        session: with the experience open whose steps come next.
-        snapshot: of the session and its optimiser now.
-        optimizer: that takes the steps.
-        scheduler: of its learning rate.
+        session: session that has opened the experience of the next steps.
+        snapshot: current snapshot of the session and its optimiser.
+        optimizer: optimiser that takes the steps.
+        scheduler: schedule of its learning rate.
         rates: learning rates of all steps of the experience, as JSON.
     """
     asked = {"version": VERSION, **settings(session, snapshot, optimizer, scheduler)}
@@ -65,12 +65,12 @@ def settings(
     optimizer: Optimizer,
     scheduler: LRScheduler | None,
 ) -> dict[str, JSONValue]:
-    """Every setting that determines the steps, under names that belong to the digest alone.
+    """All settings that determine the steps, by names that only the digest uses.
 
     The learning rates of a schedule are left out; `noise_digest` adds them.
 
     Raises:
-        ConfigError: for a strategy or attack with a field that cannot be described.
+        ConfigError: if a field of the strategy or attack cannot be described in JSON.
     """
     facts = snapshot.facts
     position = facts["position"]
@@ -110,26 +110,26 @@ def settings(
 
 
 def plan_settings(plan: Plan) -> JSONValue:
-    """Every field of a plan."""
+    """All fields of a plan, as JSON."""
     memory = memory_settings(plan.memory) if plan.memory else None
     trainable = canonical(plan.trainable)
     return [plan.pool, memory, plan.restart, trainable, plan.train, plan.applies_penalty]
 
 
 def memory_settings(plan: MemoryPlan) -> JSONValue:
-    """Every field of a memory plan."""
+    """All fields of a memory plan, as JSON."""
     return [plan.capacity, plan.selection, plan.per_class, plan.batch_size, plan.update, plan.use]
 
 
 def exposure_settings(exposure: Exposure) -> JSONValue:
-    """Every field of an exposure."""
+    """All fields of an exposure, as JSON."""
     return [dict(exposure.scope), exposure.rate, exposure.pool_size, exposure.slots]
 
 
 def module_settings(path: str, module: nn.Module) -> JSONValue:
-    """Place of a module, its class unless it is perdure's own, and its settings in order.
+    """Path of a module, its class unless it is perdure's own, and its settings in order.
 
-    A value of another kind (a transform, say) is left out: `probe_strategy` shows what it does.
+    Values of other kinds (such as a transform) are left out; `probe_strategy` shows their effect.
     """
     kind = type(module).__name__ if not type(module).__module__.startswith("perdure.") else ""
     own = [
@@ -146,7 +146,7 @@ def module_settings(path: str, module: nn.Module) -> JSONValue:
 def probe_strategy(session: Party) -> dict[str, Tensor]:
     """Results of views, model and strategy on synthetic records.
 
-    Other code under the same names shows here.
+    They differ if the code was changed without a change of names.
     """
     batch = session.curator.synthetic(4)
     batch = session.views.attach(batch, 0) if session.views else batch
@@ -166,7 +166,7 @@ def probe_strategy(session: Party) -> dict[str, Tensor]:
 
 
 def stored_like(batch: Batch, seed: int) -> Batch:
-    """The same synthetic rows in the role of stored ones, with something stored beside them."""
+    """Mark synthetic rows as coming from memory, with random stored tensors."""
     rng = generator(seed, "stored beside synthetic rows")
     stored = {
         name: torch.rand(value.shape, generator=rng).to(value)
@@ -178,7 +178,7 @@ def stored_like(batch: Batch, seed: int) -> Batch:
 
 
 def hooks(session: Party) -> dict[str, Tensor]:
-    """Results of the strategy's hooks on parameters and on a gradient, where it overrides any."""
+    """Results of the strategy's hooks on parameters and on a gradient; empty if it has none."""
     strategy = session.strategy
     state = session.state
     params = {name: value.detach().clone() for name, value in session.trained.items()}

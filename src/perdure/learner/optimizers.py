@@ -1,4 +1,4 @@
-"""Optimisers: made from what the user gave, refused where the loop cannot use them, and stepped."""
+"""Make, check and step the optimiser that a user asked for."""
 
 import copy
 import inspect
@@ -13,18 +13,18 @@ from perdure.errors import ConfigError
 from perdure.types import Params
 
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
-"""From parameters to an optimiser."""
+"""Function from parameters to an optimiser."""
 
 EXAMPLE = "partial(torch.optim.SGD, lr=0.1)"
 FAULTS = (TypeError, ValueError, LookupError, ArithmeticError)
-"""Errors of torch for options that do not fit."""
+"""Errors of torch for options that are not allowed."""
 
 
 def called(make: MakeOptimizer, parameters: Iterable[nn.Parameter]) -> Optimizer:
-    """Return what a maker returns, an optimiser or not; map the errors of torch.
+    """Call the user's function for an optimiser, and map errors of torch.
 
     Raises:
-        ConfigError: where the maker fails.
+        ConfigError: if the function fails.
     """
     try:
         return make(parameters)
@@ -39,9 +39,8 @@ def refuse_unusable(optimizer: object) -> None:
     """Refuse an optimiser that the loop cannot step.
 
     Raises:
-        ConfigError: for another object, and for an optimiser that asks for losses again inside a
-            step, or for gradients of another kind, or has options that are tensors, which no
-            checkpoint holds.
+        ConfigError: if the object is no optimiser, or is one that needs losses inside a step, or
+            gradients of another kind, or that has tensors as options, which no checkpoint holds.
     """
     name = type(optimizer).__name__
     if not isinstance(optimizer, Optimizer):
@@ -61,11 +60,11 @@ def refuse_unusable(optimizer: object) -> None:
 
 
 def made_optimizer(make: MakeOptimizer, params: Params) -> Optimizer:
-    """Return the optimiser of these parameters; refuse one that the loop cannot use.
+    """Make the optimiser of these parameters; refuse one that the loop cannot use.
 
     Raises:
-        ConfigError: where it is no optimiser, cannot be stepped by the loop, or holds none of the
-            parameters.
+        ConfigError: if the result is no optimiser, cannot be stepped by the loop, or has none of
+            the parameters.
     """
     made = called(make, params.values())  # type: ignore[arg-type]
     refuse_unusable(made)
@@ -81,10 +80,10 @@ def made_optimizer(make: MakeOptimizer, params: Params) -> Optimizer:
 
 
 def step_optimizer(optimizer: Optimizer) -> None:
-    """Take a step.
+    """Take one step of the optimiser.
 
     Raises:
-        ConfigError: where the optimiser cannot step with dense gradients on this device.
+        ConfigError: if the optimiser cannot step with dense gradients on this device.
     """
     try:
         optimizer.step()
@@ -98,7 +97,7 @@ def step_optimizer(optimizer: Optimizer) -> None:
 
 
 def needs_argument(step: Callable[..., object]) -> bool:
-    """Tell if a method `step` cannot be called without arguments: a closure, or a measured loss."""
+    """Return True if a method `step` needs arguments, such as a closure or a measured loss."""
     return any(
         each.default is each.empty and each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)
         for each in inspect.signature(step).parameters.values()
@@ -106,18 +105,18 @@ def needs_argument(step: Callable[..., object]) -> bool:
 
 
 def first_line(error: Exception) -> str:
-    """First line of an error's text; its type where it has none."""
+    """First line of an error's text; the name of its type if it has no text."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 # --------------------------------------------------------------------------- options
 
 Options = list[dict[str, Any]]
-"""Options of every group of parameters, such as its learning rate."""
+"""Options of each group of parameters, such as the learning rate."""
 
 
 def options_of(optimizer: Optimizer) -> Options:
-    """Copy the options of every group."""
+    """Copy the options of each group of parameters."""
     return [
         {name: copy.deepcopy(value) for name, value in group.items() if name != "params"}
         for group in optimizer.param_groups
@@ -125,9 +124,9 @@ def options_of(optimizer: Optimizer) -> Options:
 
 
 def put_options(optimizer: Optimizer, options: Options) -> None:
-    """Give every group these options and no others; momentum and other state stay.
+    """Give every group exactly these options; momentum and other state do not change.
 
-    A schedule leaves its last rate behind, and `initial_lr`, from which the next would begin.
+    This removes the last rate of a schedule, and `initial_lr`, from which the next would start.
     """
     for group, wanted in zip(optimizer.param_groups, copy.deepcopy(options), strict=False):
         for name in group.keys() - wanted.keys() - {"params"}:

@@ -1,7 +1,7 @@
-"""A party: one model, one strategy and one holder of records, between the steps of a loop.
+"""A party: one model, one strategy and one holder of records, with the parts of a training step.
 
-`Session` puts the order of a loop on top. `Learner`, the Avalanche plugin and a loop of the user's
-own stand on it, so that a strategy sees the same calls in the same order wherever it runs.
+`Session` adds the order of a loop. `Learner`, the Avalanche plugin and a user's own loop are built
+on it, so that a strategy always sees the same calls in the same order.
 """
 
 import math
@@ -51,18 +51,18 @@ from perdure.utils.seeding import Seed, derive, drawing_from, seed_globally
 
 HOOKS = ("losses", "references", "penalty", "project", "after_step", "after_step_in_place")
 OWNER = "curator"
-"""Name of a ledger's owner where none is given; a federation puts client-N in its place."""
+"""Default name of a ledger's owner; a federation uses client-N instead."""
 
 
 def _silent(point: str) -> None:
-    """Report nothing."""
+    """Default callback, which does nothing."""
 
 
 @dataclass(kw_only=True, eq=False)
 class Party:
-    """A model, a strategy and the records of one party, between the steps of a loop.
+    """A model, a strategy and the records of one party, with the parts of a training step.
 
-    Guarantee: under privacy a record influences the model through releases alone, each charged
+    Guarantee: under privacy a record influences the model only through releases, each charged
     before its noise is drawn; `reserve` charges the steps.
 
     The fields are described in `Session`, which adds the order of a loop.
@@ -112,11 +112,11 @@ class Party:
             raise
 
     def hold(self) -> None:
-        """Take the folder, and see that nobody wrote to the ledger since it was given up.
+        """Take the lock of the folder, and check that nobody else wrote to the ledger.
 
         Raises:
-            LedgerError: when another process or learner did.
-            RunError: when one holds the folder now.
+            LedgerError: if another process or learner wrote to it.
+            RunError: if another process or learner holds the folder.
         """
         if self._opened is not None:
             self._opened.ledger.chain.hold()
@@ -124,7 +124,7 @@ class Party:
             self.lock.acquire()
 
     def close(self) -> None:
-        """Give the folder up until the next use; steps that were reserved pay for nothing more."""
+        """Release the folder until the next use; steps that were reserved are not used any more."""
         if self.lock is None:
             return
         if self._opened is not None:
@@ -177,12 +177,12 @@ class Party:
 
     @property
     def private_sum(self) -> PrivateSum | None:
-        """Ledger and noise; None without privacy."""
+        """Private sum, with ledger and noise; None without privacy."""
         return self.held.private_sum
 
     @property
     def path(self) -> LossPath:
-        """Path of the rows to their losses, as it is now."""
+        """Computation from rows to losses, with the current settings."""
         return LossPath(
             strategy=self.strategy,
             adversary=self.adversary,
@@ -192,7 +192,7 @@ class Party:
         )
 
     def inspection(self) -> Inspection:
-        """Look of the guard at the path and at the state, as they are now."""
+        """Inspection of the current model, losses and state by the guard."""
         return Inspection(
             training=self.training,
             model=self.model,
@@ -238,13 +238,14 @@ class Party:
 
     @contextmanager
     def private_pass(self, values: bool = False) -> Iterator[None]:
-        """Refuse what runs inside and writes into a parameter, a buffer or the state.
+        """Context manager that refuses writes to a parameter, a buffer or the state.
 
         Args:
-            values: compare values, which version counters may miss; done once a block anyway.
+            values: also compare values, because version counters may miss writes; this happens once
+                per block anyway.
 
         Raises:
-            GuardError: naming the tensor.
+            GuardError: names the tensor.
         """
         if self._watch is None:
             yield
@@ -257,12 +258,12 @@ class Party:
     # ------------------------------------------------------------------ an experience
 
     def open(self, index: int) -> bool:
-        """Open experience `index`; return whether it begins now.
+        """Open experience `index`; return True if it begins now.
 
-        Called again after a resume in its middle, it only reopens the records.
+        After a resume in its middle, it only opens the records again, and returns False.
 
         Raises:
-            ConfigError: where another learner has trained the model since this one was prepared.
+            ConfigError: if another learner has trained the model since this one was prepared.
         """
         self.mark_model()
         experience = self.stream[index]
@@ -285,7 +286,7 @@ class Party:
         """Choose the parameters and hooks that an experience uses.
 
         Raises:
-            StrategyError: when the plan trains no parameter.
+            StrategyError: if the plan trains no parameter.
         """
         prefixes = plan.trainable
         self.trained = {
@@ -304,15 +305,15 @@ class Party:
         self.uses["observe"] = plan.memory is not None and plan.memory.update == "step"
 
     def reserve(self, steps: range, digest: str) -> None:
-        """Charge a block of steps to every exposed partition, before the first of them draws noise.
+        """Charge a block of steps to every exposed partition, before the block draws any noise.
 
         Args:
-            steps: of the open experience.
-            digest: of everything but the records that determines what the steps do (see
+            steps: steps of the open experience.
+            digest: digest of everything except the records that determines the steps (see
                 `noise_digest`).
 
         Raises:
-            GuardError: where the path of rows to their losses is not the one that was inspected.
+            GuardError: if the code from rows to losses is not the code that the guard tested.
         """
         if self._inspected:
             self._inspected.refuse_other(self.model, self.path)
@@ -323,18 +324,18 @@ class Party:
     # ------------------------------------------------------------------ a step
 
     def sample(self, step: int) -> Batch:
-        """Return the rows of one step: by coins under privacy, else shuffled, new beside stored."""
+        """Return the rows of one step: by Poisson sampling under privacy, shuffled without."""
         self.position.step = step
         return self.held.sample(step)
 
     def fill_gradients(self, batch: Batch) -> None:
-        """Fill `.grad` of the trained parameters: gradient, penalty, projection.
+        """Fill `.grad` of the trained parameters with gradient and penalty, after the projection.
 
-        The next step may use the memory of `.grad` again: copy what is to be kept. A path of rows
-        to their losses that was changed after its inspection is a `GuardError`.
+        The next step may reuse the memory of `.grad`, so copy a gradient to keep it. If the code
+        from rows to losses changed after its inspection, a `GuardError` is raised.
 
         Args:
-            batch: rows that `sample` returned for the present step.
+            batch: rows that `sample` returned for the current step.
         """
         step = self.position.step
         if self._inspected:
@@ -358,14 +359,14 @@ class Party:
         self.set_gradients(gradient, references)
 
     def _released(self, batch: Batch, step: int) -> Params | None:
-        """Return the gradient of a step; None where the step was charged again."""
+        """Return the gradient of a step; None if the step was charged again."""
         try:
             return self.curator.gradient(self.losses, self.trained, batch, step)
         except ChangedSumError:
             return None
 
     def _varied(self, batch: Batch, step: int) -> Batch:
-        """Return the rows of a step under attack, with their views."""
+        """Return the rows of a step after the attack, with their views."""
         return self.path.changed(
             batch,
             self.losses,
@@ -377,31 +378,31 @@ class Party:
         )
 
     def references(self) -> tuple[Params, ...]:
-        """Return the released reference gradients of the present step; () where none is used."""
+        """Return the released reference gradients of the current step; () if none is used."""
         if not self.uses["references"]:
             return ()
         return self.strategy.references(self._asked_by_hooks, self.trained, self.state)
 
     def losses(self, forward: Forward, batch: Batch) -> Tensor:
-        """(n,) the strategy's loss of every row, averaged over views where there are any."""
+        """(n,) loss of the strategy for every row, averaged over views if there are any."""
         return self.path.losses(forward, batch, self.held.context, self.state)
 
     def observe(self, batch: Batch) -> None:
-        """Offer the rows of a step to a memory that is updated every step."""
+        """Offer the rows of a step to a memory that is updated in every step."""
         if self.uses["observe"]:
             self.held.observe(batch, self.remember)
 
     def remember(self, forward: Forward, batch: Batch) -> Params:
-        """Return the tensors that memory stores beside each row."""
+        """Return the tensors that memory stores with each row."""
         with self.private_pass():
             return self.strategy.remember(forward, batch, self.state)
 
     def penalty(self) -> Tensor | None:
-        """Return the strategy's penalty, a scalar, at the present parameters; None without one."""
+        """Return the strategy's penalty, a scalar, for the current parameters; None without one."""
         return self.strategy.penalty(self.params, self.state) if self.uses["penalty"] else None
 
     def set_gradients(self, gradient: Params, references: tuple[Params, ...]) -> None:
-        """Put the gradient with penalty and projection into `.grad`."""
+        """Write the gradient, with penalty and projection, to `.grad`."""
         total = gradient
         if self.uses["penalty"] or self.uses["after_step"]:
             # The released gradient stays as it is: an optimiser may write into .grad too.
@@ -416,7 +417,7 @@ class Party:
             param.grad = total[name]
 
     def follow_step(self) -> None:
-        """Let the strategy follow the optimiser's step, and go to the next one."""
+        """Update the strategy's state after the optimiser's step, and go to the next step."""
         if self.uses["after_step"]:
             after = {name: param.detach() for name, param in self.trained.items()}
             self.state = self._memory.follow(
@@ -425,7 +426,7 @@ class Party:
         self.position.step += 1
 
     def rest(self) -> None:
-        """Let go of the gradients and copies of a step until the next one, which makes its own."""
+        """Free the gradients and copies of a step."""
         for param in self.params.values():
             param.grad = None
         self._memory = StepMemory()
@@ -437,8 +438,8 @@ class Party:
         """Offer the records to memory, let the strategy consolidate, and end the experience.
 
         Raises:
-            DataError: where an input is NaN or infinite, and so are parameters.
-            RunawayError: at the end of a stage, where training diverged and parameters are NaN or
+            DataError: if parameters are NaN or infinite because an input is.
+            RunawayError: at the end of a stage, if training diverged and parameters are NaN or
                 infinite.
         """
         ended = self.position.experience
@@ -460,7 +461,7 @@ class Party:
     # ------------------------------------------------------------------ inside
 
     def mark_model(self, *, learnt: bool = False) -> None:
-        """Let the model carry what this session spends on it, and has learnt (see `ModelMark`)."""
+        """Record on the model the privacy cost of this session, or its training without one."""
         without = self.trained_by or self._trained_on
         ledger = self.private_sum.ledger if self.private_sum else None
         self.mark.put(ledger, uncounted=without if learnt else "")
@@ -475,7 +476,7 @@ class Party:
         return f"trained without privacy on {', '.join(names)}"
 
     def seed_of(self, purpose: str, step: int) -> Seed:
-        """Return the seed of draws inside a step; secret under privacy (`PrivateSum.secret`)."""
+        """Return the seed of random numbers inside a step; it is secret under privacy."""
         if self.private_sum:
             return self.private_sum.secret(purpose, step)
         return derive(*self._place(purpose, step))
@@ -484,11 +485,10 @@ class Party:
         return self.seed, purpose, self.client, self.position.experience, step
 
     def _drawing(self, step: int) -> AbstractContextManager[None]:
-        """Let everything that a private step draws through torch start from the secret.
+        """Context manager that gives torch's random numbers in a private step a secret seed.
 
-        Whatever modules a model has: dropout inside attention or a recurrent layer and
-        `F.dropout` in a forward pass are not seen from outside. Without privacy `fill_gradients`
-        seeds the layers that are seen.
+        This covers dropout inside attention or a recurrent layer and `F.dropout` in a forward pass,
+        which cannot be seen from outside. Without privacy, `fill_gradients` seeds dropout layers.
         """
         if self.private_sum is None:
             return nullcontext()

@@ -1,4 +1,4 @@
-"""Prepare a private session: check model and strategy, calibrate the noise, open the ledger."""
+"""Preparation of a private session: check model and strategy, calibrate noise, open the ledger."""
 
 import warnings
 from collections.abc import Callable
@@ -57,23 +57,23 @@ def open_private_sum(
     history: History | None = None,
     make: MakePrivateSum = PrivateSum,
 ) -> PrivateSum:
-    """Calibrate the noise, open the ledger and reserve the plan of the whole stream in it.
+    """Calibrate the noise, open the ledger, and reserve the plan of the whole stream in it.
 
     Args:
         training: stream, strategy, privacy and length of every experience.
-        folder: where ledger and key are kept; None for neither.
-        client: number of the party, 0 when there is only one.
-        owner: its name in the ledger.
-        trace: called with the name of every point of a ledger write or noise draw.
-        independence: of records, as `inspect` found it.
-        lock: of the folder, held while the ledger is written to.
-        history: what a warm-started model cost before, carried over into the ledger.
-        make: makes the private sum; an audit gives its own.
+        folder: folder for ledger and key; None for none.
+        client: number of the party, 0 if there is only one.
+        owner: name of the party in the ledger.
+        trace: function that is called with the name of every stage of a ledger write or noise draw.
+        independence: how records are known to be independent, as `inspect` found.
+        lock: lock of the folder, which is held while the ledger is written.
+        history: earlier cost of a warm-started model, which is carried over into the ledger.
+        make: function that makes the private sum; an audit gives its own.
 
     Raises:
-        BudgetError: when the plan does not fit the budget.
-        LedgerError: when the ledger or its key is missing, shorter or other than the folder's
-            checkpoints, its `private/` or the user's state directory know.
+        BudgetError: if the plan does not fit the budget.
+        LedgerError: if the ledger or its key is missing, or if the ledger is shorter or other than
+            the folder's checkpoints, its `private/` or the user's state directory record.
     """
     privacy = training.privacy
     assert privacy is not None
@@ -125,10 +125,10 @@ def open_private_sum(
 
 
 def _own_key(folder: Path | None, privacy: Privacy, client: int, anchors: list[Anchor]) -> NoiseKey:
-    """Return the party's key.
+    """Return the noise key of the party.
 
     Raises:
-        LedgerError: when a checkpoint knows of a secret key that is gone.
+        LedgerError: if a checkpoint refers to a secret key that is missing.
     """
     if folder and privacy.seed is None:
         refuse_lost_key(folder, anchors)
@@ -138,11 +138,11 @@ def _own_key(folder: Path | None, privacy: Privacy, client: int, anchors: list[A
 def charge_before(
     ledger: Ledger, training: TrainingPlan, schedule: Schedule, carried: History
 ) -> None:
-    """Declare the partitions, charge earlier spending, and grant the plan of the stream.
+    """Declare the partitions, charge earlier costs, and grant the plan of the stream.
 
     Raises:
-        BudgetError: when the plan does not fit the budget.
-        LedgerError: for a partition that the ledger knows of another size or rule.
+        BudgetError: if the plan does not fit the budget.
+        LedgerError: if the ledger has a partition with another size or rule.
     """
     privacy = training.privacy
     assert privacy is not None
@@ -177,10 +177,10 @@ def charge_before(
 
 
 def released_before(spent: Spent, partition: str, simulated: bool) -> Entry:
-    """Ledger entry of a release that a partition's records were exposed to, as they carry it.
+    """Ledger entry for an earlier release of a partition's records, which the records carry.
 
     Raises:
-        PrivacyError: where that release was a simulation, and this ledger is none.
+        PrivacyError: if that release was simulated and this ledger is not.
     """
     if spent.simulated and not simulated:
         raise PrivacyError(
@@ -194,8 +194,8 @@ def released_before(spent: Spent, partition: str, simulated: bool) -> Entry:
 def carried_over(folder: Path | None, history: History, stream: Stream) -> dict[str, Carried]:
     """Return the exposure by a warm start, from the folder's ledger and from `history`.
 
-    A run that is resumed finds it in its ledger, whatever its model carries. A partition that came
-    after the warm start may hold any of the records that were exposed then.
+    A resumed run finds it in its ledger, whatever its model carries. A partition that was added
+    after the warm start may contain any of the records that were exposed then.
     """
     path = folder / LEDGER if folder else None
     bodies = load(path, None)[1] if path and head_path(path).exists() else []
@@ -221,7 +221,7 @@ def carried_over(folder: Path | None, history: History, stream: Stream) -> dict[
 
 
 def carried_entries(carried: History, simulated: bool) -> list[Entry]:
-    """Return the ledger's entries that a warm start carries over."""
+    """Return the ledger entries that a warm start carries over."""
     return [
         elsewhere(charge, partition, simulated, WARM_START, before.independence)
         for partition, before in carried.items()
@@ -230,7 +230,7 @@ def carried_entries(carried: History, simulated: bool) -> list[Entry]:
 
 
 def _joined(written: Carried | None, given: Carried | None) -> Carried:
-    """Join the charges of one partition in a ledger and in a model; equal charges are the same."""
+    """Combine the charges of one partition in a ledger and a model; equal charges count once."""
     if written is None or given is None:
         joined = written or given
         assert joined is not None
@@ -240,28 +240,28 @@ def _joined(written: Carried | None, given: Carried | None) -> Carried:
 
 
 def rule_of(records: Records) -> str:
-    """Return a digest of the rule that placed records into their partition; "" for none known."""
+    """Digest of the rule that assigned records to their partition; "" if it is not known."""
     return sha256(records.placed_by) if records.placed_by else ""
 
 
 def lasting_rule_of(records: Records) -> str:
-    """Return `rule_of` where a record of a later data set with this rule has this partition too.
+    """Return `rule_of` if the rule gives a record the same partition in later data sets, too.
 
-    "" for a data set without a name: another one without a name, such as other targets of the same
-    records, may place a record in another partition.
+    The result is "" for a data set without a name: another one without a name, such as one with
+    other targets for the same records, may assign a record to another partition.
     """
     return "" if OF_NAMELESS in records.placed_by else rule_of(records)
 
 
 def inspect(inspection: Inspection) -> Verdict:
-    """Guard model, stream and strategy, on synthetic records only.
+    """Check model, stream and strategy with the guard, on synthetic records only.
 
     Returns:
-        by what records are known to be independent of each other.
+        The reason why records are independent of each other.
 
     Raises:
-        GuardError: naming the part that breaks the bound on one record's influence, and the fix.
-        DataError: for records outside their declared domain.
+        GuardError: names the part that breaks the bound on one record's influence, and the fix.
+        DataError: if records are outside their declared domain.
     """
     training = inspection.training
     strategy = training.strategy
@@ -278,12 +278,12 @@ def inspect(inspection: Inspection) -> Verdict:
 
 
 def reached(inspection: Inspection) -> Verdict:
-    """Return the guard's verdict, by looking at everything or as it was reached before.
+    """Return the verdict of the guard, from the cache or by running all tests.
 
-    The model is left in training mode, dropout off.
+    The model stays in training mode, with dropout off.
 
     Raises:
-        GuardError: naming the part that breaks the bound on one record's influence, and the fix.
+        GuardError: names the part that breaks the bound on one record's influence, and the fix.
     """
     key = key_of(inspection)
     verdict = VERDICTS.recall(key, inspection) if key is not None else None
@@ -305,9 +305,10 @@ def reached(inspection: Inspection) -> Verdict:
 
 
 def declared_records(stream: Stream) -> int:
-    """Return the declared number of training records of a stream, each counted once.
+    """Declared number of training records of a stream, each counted once.
 
-    Experiences of one partition hold copies of its records, or, within one stage, pieces of them.
+    Experiences with the same partition have copies of its records or, within a stage, parts of
+    them.
     """
     sizes: dict[str, dict[int, int]] = {}
     for experience in stream:
@@ -318,7 +319,7 @@ def declared_records(stream: Stream) -> int:
 
 
 def warn_of_delta(delta: float, records: int) -> None:
-    """Warn where delta allows to hand out a record as it is and still be differentially private."""
+    """Warn if delta is so large that publishing a whole record would be allowed."""
     if delta * records >= 1:
         warnings.warn(
             f"privacy.delta = {delta:g} is not below 1 / {records}, the declared number of "
@@ -329,10 +330,10 @@ def warn_of_delta(delta: float, records: int) -> None:
 
 
 def refuse_places(stream: Stream) -> None:
-    """Refuse a stream whose records were placed by a rule that other records shape.
+    """Refuse a stream in which the experience of a record depends on other records.
 
     Raises:
-        GuardError: saying what to write.
+        GuardError: says how to build the stream instead.
     """
     if any(experience.train.drawn_by_position for experience in stream):
         raise GuardError(
@@ -366,7 +367,7 @@ def refuse_outside(stream: Stream) -> None:
     """Refuse training records outside their declared domain, before a curator holds them.
 
     Raises:
-        DataError: naming the experience.
+        DataError: names the experience.
     """
     for experience in stream:
         records = experience.train
@@ -385,7 +386,7 @@ def refuse_optimizer(optimizer: MakeOptimizer, params: Params) -> None:
     """Refuse an optimiser that needs more than one gradient per step.
 
     Raises:
-        GuardError: naming the optimiser.
+        GuardError: names the optimiser.
     """
     copies = [nn.Parameter(value.detach().clone()) for value in params.values()]
     check_optimizer(called(optimizer, copies))

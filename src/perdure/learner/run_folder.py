@@ -1,4 +1,4 @@
-"""Checkpoints of a run: a snapshot with the run's fingerprint and its ledger's head."""
+"""Checkpoints of a run: snapshots with the run's fingerprint and its ledger's head."""
 
 from dataclasses import asdict, replace
 
@@ -13,18 +13,18 @@ from perdure.learner.party import Party
 from perdure.learner.snapshots import restore_snapshot
 
 RUN = "run"
-"""Key of the fingerprint among the facts of a checkpoint."""
+"""Name of the fingerprint among the facts of a checkpoint."""
 
 
 def checkpoint_of(snapshot: Snapshot, party: Party, fingerprint: Fingerprint) -> Snapshot:
-    """Return a snapshot for the disk, with fingerprint and, under privacy, the ledger's head.
+    """Return a snapshot to write to disk, with the fingerprint and the ledger's head.
 
-    So its folder is neither taken for that of another run, nor used without its ledger.
+    With these two, a folder of another run, or one whose private ledger is missing, is refused.
 
     Args:
-        snapshot: of the party and its optimiser.
-        party: whose run it is.
-        fingerprint: of the run.
+        snapshot: snapshot of the party and its optimiser.
+        party: party whose run it is.
+        fingerprint: fingerprint of the run.
     """
     facts = {**snapshot.facts, HEAD: None, RUN: fingerprint}
     if party.private_sum:
@@ -42,19 +42,19 @@ def restore_checkpoint(
     fingerprint: Fingerprint,
     where: object,
 ) -> list[list[float]]:
-    """Bring a party and its optimiser back to a checkpoint of its run; return the accuracies.
+    """Restore a party and its optimiser from a checkpoint of its run; return the accuracies.
 
     Args:
-        checkpoint: from the disk.
-        party: it is changed.
-        optimizer: it is changed.
-        scheduler: it is changed.
-        fingerprint: of the run as it is asked for now.
-        where: for messages, the folder that the checkpoint lies in.
+        checkpoint: checkpoint from the disk.
+        party: party to restore.
+        optimizer: optimiser to restore.
+        scheduler: schedule to restore.
+        fingerprint: fingerprint of the run that is asked for now.
+        where: folder of the checkpoint, for messages.
 
     Raises:
-        LedgerError: when the ledger does not go on from the one that the checkpoint knows.
-        RunError: when the run was asked for otherwise; the differences are named.
+        LedgerError: if the ledger does not continue from the head in the checkpoint.
+        RunError: if the checkpoint is of a run with other settings; the message names them.
     """
     facts = dict(checkpoint.facts)
     fix = "give these as stored, or another folder"
@@ -71,7 +71,7 @@ def restore_checkpoint(
 
 
 def write_checkpoint(party: Party, checkpoint: Snapshot) -> None:
-    """Write the next checkpoint into the party's folder."""
+    """Write the next checkpoint to the party's folder."""
     assert party.folder is not None
     store = Store(party.folder)
     store.save(max([*store.numbers(), 0]) + 1, checkpoint)

@@ -1,6 +1,6 @@
-"""Refusals of a learner.
+"""Checks of a learner before and after training.
 
-Outputs that do not fit, a ledger begun anew, no state, numbers that ran away.
+They refuse outputs that do not fit, a second ledger, a missing state, and values that are NaN.
 """
 
 import torch
@@ -32,16 +32,16 @@ def refuse_misfits(
     """Refuse a model, stream, strategy, attack or views that do not fit each other, before a run.
 
     Args:
-        model: it is shown two rows of zeros.
-        training: the strategy is asked for its plan of every experience of one class.
-        stream: of `training`, on the model's device.
-        adversary: of every batch, or None.
-        views: of every record, or None.
+        model: model, which runs on two rows of zeros.
+        training: plan of the run; the strategy is asked for its plan of experiences with one class.
+        stream: stream of `training`, on the model's device.
+        adversary: attack on every batch, or None.
+        views: views of every record, or None.
 
     Raises:
-        ConfigError: for a model that fails on rows or views, or has not one output for every class,
-            and for an experience that has nothing to learn.
-        StrategyError: for an experience that the strategy refuses.
+        ConfigError: if the model fails on rows or views, or does not have one output per class, or
+            if an experience has nothing to learn.
+        StrategyError: if the strategy refuses an experience.
     """
     refuse_attack(adversary, stream)
     refuse_trivial(training)
@@ -51,14 +51,14 @@ def refuse_misfits(
 
 
 def refuse_outputs(model: nn.Module, stream: Stream, *, trained: bool) -> None:
-    """Refuse a model that fails on a stream's rows, or has not the outputs of its task.
+    """Refuse a model that fails on a stream's rows, or does not have the outputs of the task.
 
-    It is shown two rows of zeros.
+    The model runs on two rows of zeros.
 
     Args:
-        model: in any mode.
-        stream: of its records.
-        trained: whether its parameters follow gradients.
+        model: model in any mode.
+        stream: stream whose rows have the right shape.
+        trained: True if the parameters of the model are trained by gradients.
     """
     rows = torch.zeros_like(stream[0].train.inputs[:2])
     if not len(rows):
@@ -134,12 +134,12 @@ def _refuse_views(views: Views, model: nn.Module, stream: Stream) -> None:
 
 
 def refuse_trivial(training: TrainingPlan) -> None:
-    """Refuse a stream that has nothing to learn, before anything is trained on it.
+    """Refuse a stream that has nothing to learn, before training.
 
-    A strategy may refuse an experience of one class too, when it is asked for its plan.
+    The strategy may refuse an experience of one class too, when it makes its plan.
 
     Raises:
-        ConfigError: where a record is told the only class that it may have.
+        ConfigError: if an experience has only one class, so that every prediction is right.
     """
     stream = training.stream
     alone = "and the loss is always 0; give every experience 2 classes or more"
@@ -156,7 +156,7 @@ def refuse_trivial(training: TrainingPlan) -> None:
 
 
 def refuse_attack(adversary: Attack | None, stream: Stream) -> None:
-    """Refuse an attack on inputs that cannot be moved by a little, such as tokens."""
+    """Refuse an attack on inputs that cannot change by a small amount, such as tokens."""
     dtype = stream[0].train.inputs.dtype
     if adversary is not None and not dtype.is_floating_point:
         allowed = f"None: inputs are {dtype}, but an attack needs floating-point inputs"
@@ -164,7 +164,7 @@ def refuse_attack(adversary: Attack | None, stream: Stream) -> None:
 
 
 def refuse_second_ledger(position: Position) -> None:
-    """Refuse to begin a ledger anew for a model that private records have trained already."""
+    """Refuse to begin a second ledger for a model that private records have trained already."""
     if position != Position():
         raise PrivacyError(
             "this Learner has already trained this model with privacy, and a new ledger would "
@@ -174,7 +174,7 @@ def refuse_second_ledger(position: Position) -> None:
 
 
 def require_state(hook: str, strategy: Strategy, answer: object) -> State:
-    """The answer of a hook that has to return a state."""
+    """Return the result of a hook if it is a `State`; refuse any other result."""
     if not isinstance(answer, State):
         given = f"{hook}() of {strategy.name} returned {answer!r}"
         raise StrategyError(
@@ -189,19 +189,19 @@ def _finite(value: Tensor) -> bool:
 
 
 def refuse_runaway(params: Params, training: TrainingPlan, experience: int) -> None:
-    """Refuse to go on where training ran away.
+    """Refuse to continue after training has diverged.
 
-    Without privacy its records are looked at for the cause; a private message must not depend on a
-    record.
+    Without privacy, the records are searched for the cause; a message under privacy must not depend
+    on a record.
 
     Args:
-        params: after training.
-        training: of the run.
-        experience: that was trained.
+        params: parameters after training.
+        training: plan of the run.
+        experience: index of the experience that was trained.
 
     Raises:
-        DataError: where an input that is NaN or infinite is the cause.
-        RunawayError: otherwise.
+        DataError: if an input that is NaN or infinite is the cause.
+        RunawayError: in all other cases.
     """
     lost = [name for name, value in params.items() if not _finite(value.detach())]
     if lost:

@@ -1,4 +1,4 @@
-"""Learning-rate schedules: one for every experience, made from its number of steps."""
+"""Learning-rate schedules: one per experience, made from its number of steps."""
 
 from typing import Protocol
 
@@ -22,28 +22,28 @@ EXAMPLE = "lambda optimizer, steps: CosineAnnealingLR(optimizer, T_max=steps)"
 
 
 STEPS_TRIED = 100
-"""Steps for which a schedule is tried before the length of an experience is known."""
+"""Number of steps for a test of a schedule before the length of an experience is known."""
 
 
 class MakeSchedule(Protocol):
-    """From an optimiser and the number of steps of an experience to a schedule."""
+    """Function from an optimiser and the number of steps of an experience to a schedule."""
 
     def __call__(self, optimizer: Optimizer, /, *, steps: int) -> LRScheduler:
-        """Return the schedule of one experience, which is stepped after every step.
+        """Return the schedule of one experience, which is updated after every step.
 
         Args:
-            optimizer: with the options that it was made with.
-            steps: of the experience, 1 or more.
+            optimizer: optimiser with its initial options.
+            steps: number of steps of the experience, 1 or more.
         """
         ...
 
 
 def made_schedule(make: MakeSchedule, optimizer: Optimizer, steps: int) -> LRScheduler:
-    """Return the schedule of an experience; refuse one that the loop cannot use.
+    """Make the schedule of an experience; refuse one that the loop cannot use.
 
     Raises:
-        ConfigError: where the maker does not take `steps`, or returns no schedule of this optimiser
-            that follows from the number of the step alone.
+        ConfigError: if the function does not take `steps`, or does not return a schedule of this
+            optimiser that depends only on the number of the step.
     """
     try:
         made: object = make(optimizer, steps=steps)
@@ -79,9 +79,9 @@ def refuse_schedule(
     """Refuse a schedule that the loop cannot use, before a run begins.
 
     Args:
-        optimizer: from parameters to the optimiser.
-        scheduler: from the optimiser and the number of steps to its schedule.
-        steps: of an experience; None for `STEPS_TRIED`.
+        optimizer: function from parameters to the optimiser.
+        scheduler: function from the optimiser and the number of steps to its schedule.
+        steps: number of steps of an experience; None for `STEPS_TRIED`.
     """
     own = called(optimizer, [nn.Parameter(torch.zeros(1))])
     made_schedule(scheduler, own, steps or STEPS_TRIED)
@@ -91,7 +91,7 @@ def take_step(optimizer: Optimizer, schedule: LRScheduler | None) -> None:
     """Take a step of the optimiser, and set the learning rate of the next one.
 
     Raises:
-        ConfigError: where either of them fails.
+        ConfigError: if either of them fails.
     """
     step_optimizer(optimizer)
     if schedule is not None:
@@ -102,7 +102,7 @@ def step_schedule(schedule: LRScheduler) -> None:
     """Set the learning rate of the next step.
 
     Raises:
-        ConfigError: where the schedule is over before the experience.
+        ConfigError: if the schedule ends before the experience.
     """
     try:
         schedule.step()
@@ -117,17 +117,17 @@ def step_schedule(schedule: LRScheduler) -> None:
 
 
 class ReplayedRates:
-    """Learning rates of the steps of an experience under a schedule.
+    """Learning rates of all steps of an experience under a schedule.
 
-    A schedule may be a function that no state holds, so it is run, once for all blocks.
+    A schedule may be any function, so it is run in advance, once for all blocks.
 
     Args:
-        optimizer: from parameters to the optimiser.
-        scheduler: from the optimiser and the number of steps to its schedule.
-        steps: of the experience.
+        optimizer: function from parameters to the optimiser.
+        scheduler: function from the optimiser and the number of steps to its schedule.
+        steps: number of steps of the experience.
 
     Raises:
-        ConfigError: for a schedule that the loop cannot use.
+        ConfigError: if the loop cannot use the schedule.
     """
 
     def __init__(self, optimizer: MakeOptimizer, scheduler: MakeSchedule, steps: int) -> None:
@@ -142,6 +142,6 @@ class ReplayedRates:
         self.text = canonical_text(self.rates)
 
     def are_of(self, optimizer: object, scheduler: object, steps: int) -> bool:
-        """Return whether these very makers are replayed here, for as many steps."""
+        """Return True if these rates belong to the same two functions and number of steps."""
         known = self._made_from
         return optimizer is known[0] and scheduler is known[1] and steps == known[2]

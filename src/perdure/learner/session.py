@@ -1,6 +1,6 @@
-"""A session: a party in a loop of the user's own, which calls it in a fixed order.
+"""A session: a party for the user's own training loop, with a fixed order of calls.
 
-The loop of `Learner` is this very loop.
+The loop of `Learner` uses a session, too.
 """
 
 from collections.abc import Callable, Iterator
@@ -91,8 +91,7 @@ class Session(Party):
             support the task of the records.
         GuardError: under privacy, if a model, strategy or optimiser breaks the sensitivity bound.
         BudgetError: if the training plan does not fit the budget.
-        LedgerError: if the ledger of the folder is missing, or shorter or other than its recorded
-            heads.
+        LedgerError: if the ledger of the folder is missing, or does not contain its recorded heads.
         PrivacyError: if the run of the folder has privacy and this one has none, or the reverse.
         RunError: if the folder is in use, or has another run.
     """
@@ -122,38 +121,38 @@ class Session(Party):
 
     @property
     def remaining(self) -> tuple[Experience, ...]:
-        """Experiences that are not completed yet, in order."""
+        """Experiences that are not yet completed, in order."""
         return self.stream.experiences[self.position.experience :]
 
     def experience(self, experience: Experience | int) -> "Batches":
-        """Open an experience for a `with`; at its end, consolidate and save a checkpoint.
+        """Open an experience in a `with`; at the end, consolidate it and save a checkpoint.
 
-        A strategy that starts afresh (`Plan.restart`) gets the model's first parameters back, and
-        the optimiser the state and settings with which the session was given it.
+        If the strategy trains from the start again (`Plan.restart`), the model gets its initial
+        parameters again, and the optimiser its initial state and settings.
 
-        An experience that is left before its last step, by an exception or a `break`, is not
-        consolidated. Open it again to go on with its next step; under privacy the steps that are
-        left are charged again. A step that was left between `backward` and the optimiser's step is
-        drawn again: a memory of every step is offered its rows twice.
+        An experience that ends before its last step, by an exception or a `break`, is not
+        consolidated. Open it again to continue with its next step; under privacy the remaining
+        steps are charged again. A step that stopped between `backward` and the optimiser's step is
+        drawn again, so a memory that is updated in every step gets its rows twice.
 
         Args:
-            experience: of the session's stream, or its index; each once, in order.
+            experience: experience of the session's stream, or its index; each once, in order.
 
         Returns:
-            The batches of the experience, which the `with` opens.
+            The batches of the experience, for use in the `with`.
 
         Raises:
-            ConfigError: for anything else, or an optimiser that lacks a trained parameter.
-            DataError: before the first private experience, for training inputs that are NaN or
-                infinite.
-            LoopError: for an experience out of order, inside another, or left by a `break`.
-            RunawayError: where training diverged and parameters are NaN or infinite.
+            ConfigError: if the argument is something else, or the optimiser lacks a trained
+                parameter.
+            DataError: before the first private experience, if training inputs are NaN or infinite.
+            LoopError: if the experience is out of order, inside another one, or left by a `break`.
+            RunawayError: if training diverged, so that parameters are NaN or infinite.
         """
         return Batches(self, self._opened_experience(experience))
 
     @contextmanager
     def _opened_experience(self, experience: Experience | int) -> Iterator[list[range]]:
-        """Open an experience; give the blocks of steps that are left of it."""
+        """Open an experience, and yield its remaining blocks of steps."""
         optimizer = self._loop_optimizer()
         index = self._in_turn(experience)
         self.hold()
@@ -181,17 +180,17 @@ class Session(Party):
             self.save()
 
     def backward(self, batch: "Batch | HiddenBatch") -> None:
-        """Fill `.grad` of the trained parameters: mean gradient, penalty, projection.
+        """Fill `.grad` of the trained parameters: mean gradient and penalty, after the projection.
 
         Under privacy every record's gradient is clipped, and noise is added. The gradients replace
-        those of the step before: no `zero_grad()` is needed.
+        those of the last step, so `zero_grad()` is not needed.
 
         Args:
-            batch: that the loop was given, as it is.
+            batch: batch of the loop, unchanged.
 
         Raises:
-            LoopError: for another batch, a second call, a call outside a step, a model that is in
-                evaluation mode, or gradients that are switched off.
+            LoopError: if the batch is another one, the call is a second one or outside a step, the
+                model is in evaluation mode, or gradients are switched off.
         """
         rows = self._order.rows_of(batch)
         if not torch.is_grad_enabled():
@@ -201,32 +200,32 @@ class Session(Party):
             )
         if self._training_mode and not self.model.training:
             raise LoopError(
-                "the model is in evaluation mode inside the loop; call model.train() after what "
-                "put it there, or measure with session.evaluate()"
+                "the model is in evaluation mode inside the loop; call model.train() after "
+                "model.eval(), or use session.evaluate() to evaluate"
             )
         self.fill_gradients(rows)
         self._order.filled(self.trained)
 
     def after_step(self) -> None:
-        """Let the strategy follow the optimiser's step, and end the step of the loop.
+        """Update the strategy after the optimiser's step, and end the step of the loop.
 
         Raises:
-            LoopError: before `backward` and the optimiser's step, or outside a step.
+            LoopError: if `backward` or the optimiser's step is missing, or no step is open.
         """
         self._order.end()
         self.follow_step()
 
     def evaluate(self, stream: Stream | None = None, batch_size: int = 2048) -> list[float]:
-        """Measure the accuracy in percent on the test records of every stage.
+        """Evaluate the accuracy in percent on the test records of every stage.
 
         Args:
-            stream: whose test records are used; None for the session's.
-            batch_size: rows of one pass.
+            stream: stream whose test records are used; None for the session's stream.
+            batch_size: number of rows of one pass.
         """
         return measurements(self, self.stream if stream is None else stream, batch_size)
 
     def save(self) -> None:
-        """Write a checkpoint, where there is a folder; the end of every stage does so."""
+        """Write a checkpoint, if there is a folder; this also happens at the end of every stage."""
         if self.folder and self.optimizer is not None:
             self.hold()
             snapshot = take_snapshot(self, self.optimizer, None, [])
@@ -237,14 +236,14 @@ class Session(Party):
     # ------------------------------------------------------------------ the loop itself
 
     def steps(self, block: range, digest: Callable[[], str]) -> Iterator[Batch | HiddenBatch]:
-        """Charge a block of steps of the open experience, then hand out the batch of each.
+        """Charge a block of steps of the open experience, then yield the batch of each step.
 
         Args:
             block: numbers of the steps.
-            digest: gives the noise digest of the block (see `reserve`).
+            digest: function that computes the noise digest of the block (see `reserve`).
 
         Raises:
-            LoopError: where the step before was not ended.
+            LoopError: if the previous step was not ended.
         """
         self.notify("block.begin")
         self._order.allow_accumulation()
@@ -261,7 +260,7 @@ class Session(Party):
         self.notify("block.end")
 
     def noise_digest(self) -> str:
-        """Digest everything but the records that determines the next steps; "" without privacy."""
+        """Digest of all data but the records that determines the next steps; "" if not private."""
         if self.private_sum is None:
             return ""
         optimizer = self._loop_optimizer()
@@ -284,7 +283,7 @@ class Session(Party):
         return self.optimizer
 
     def _in_turn(self, experience: object) -> int:
-        """Index of the experience that is opened, which has to be the next one."""
+        """Return the index of the experience to open, which must be the next one."""
         index = experience.index if isinstance(experience, Experience) else experience
         if type(index) is not int or not 0 <= index < len(self.stream):
             raise ConfigError.of(
@@ -303,7 +302,7 @@ class Session(Party):
             following = f"experience {expected}" if expected < len(self.stream) else "none"
             raise LoopError(
                 f"experience {index} was opened "
-                + (f"inside experience {expected}" if self._open else f"where {following} is next")
+                + (f"inside experience {expected}" if self._open else f"but {following} is next")
                 + "; open each once, in order, as `for experience in session.remaining`"
             )
         if not self._finite:
@@ -312,7 +311,7 @@ class Session(Party):
         return index
 
     def _leave(self) -> None:
-        """Close the experience; a step that the optimiser took already is over."""
+        """Close the experience; a step that the optimiser has already taken is completed."""
         if self._order.stage == "taken":
             self.follow_step()
         self._order.reset()
@@ -327,7 +326,7 @@ class Session(Party):
         )
 
     def _restart(self, optimizer: Optimizer) -> None:
-        """Put the optimiser back to how it was given."""
+        """Restore the initial state and settings of the optimiser."""
         start = deepcopy(self._start)
         # a schedule keeps settings of its own beside those of the optimiser
         start["param_groups"] = [
@@ -360,11 +359,11 @@ class Session(Party):
 
 
 class Batches:
-    """The batches of an experience, in order, all epochs of it; its length is the steps left.
+    """All batches of an experience, over all epochs, in order; its length is the remaining steps.
 
     Args:
-        session: that charges and draws them.
-        opened: opens the experience, and gives the blocks of steps that are left.
+        session: session that charges and draws the batches.
+        opened: context manager that opens the experience and returns its remaining steps.
     """
 
     def __init__(self, session: Session, opened: AbstractContextManager[list[range]]) -> None:

@@ -1,4 +1,4 @@
-"""Copies of everything that a run needs to go on, and the way back to them."""
+"""Functions that copy, and restore, everything that is needed to continue a run."""
 
 from typing import Any
 
@@ -23,14 +23,14 @@ def take_snapshot(
     *,
     copy: bool = True,
 ) -> Snapshot:
-    """Copy everything that a run needs to go on; memory rows apart, because they are private.
+    """Copy everything that is needed to continue a run; private memory rows are separate.
 
     Args:
-        session: as it is now.
-        optimizer: as it is now.
-        scheduler: as it is now.
+        session: session to copy.
+        optimizer: optimiser to copy.
+        scheduler: schedule to copy.
         matrix: accuracies so far.
-        copy: False leaves the tensors as they are, to be read before anything goes on.
+        copy: False to return the tensors without copies; read them before the run continues.
     """
     moments, facts = flatten_optimizer(optimizer)
     live = {f"model.{n}": t for n, t in session.model.state_dict().items()}
@@ -58,15 +58,15 @@ def restore_snapshot(
     *,
     of_the_run: bool = False,
 ) -> list[list[float]]:
-    """Bring a session and its optimiser back to a snapshot; return the accuracies so far.
+    """Restore a session and its optimiser from a snapshot; return the accuracies so far.
 
     Args:
-        snapshot: to go back to.
-        session: it is changed.
-        optimizer: it is changed.
-        scheduler: it is changed.
-        of_the_run: whether the snapshot is known to be a checkpoint of the session's own run, whose
-            ledger counts what its weights went through.
+        snapshot: snapshot to restore.
+        session: session to change.
+        optimizer: optimiser to change.
+        scheduler: schedule to change.
+        of_the_run: True if the snapshot is a checkpoint of the session's own run, whose ledger has
+            the cost of its weights.
     """
     session.model.load_state_dict(_under("model.", snapshot.tensors))
     if of_the_run:
@@ -90,5 +90,5 @@ def restore_snapshot(
 
 
 def _under(prefix: str, tensors: Any) -> dict[str, Any]:
-    """Entries whose name begins with a prefix, without it."""
+    """Entries whose name begins with a prefix, by the rest of the name."""
     return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}

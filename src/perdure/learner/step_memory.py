@@ -1,4 +1,4 @@
-"""Tensors as large as the model that a step needs, in memory that the next step uses again."""
+"""Memory for tensors as large as the model that every step needs, reused in each step."""
 
 import torch
 
@@ -8,10 +8,10 @@ from perdure.types import Params
 
 
 class StepMemory:
-    """Copies that the steps of an experience need, and the state that a strategy follows them in.
+    """Copies of tensors that the steps of an experience need, in reused memory.
 
-    Fresh memory for a tensor as large as the model is given by the system page by page, which costs
-    several times as much as the arithmetic on it.
+    The operating system provides new memory for a tensor as large as the model page by page, which
+    takes several times as long as computing with it.
     """
 
     def __init__(self) -> None:
@@ -22,17 +22,18 @@ class StepMemory:
         self._followed: State | None = None
 
     def copy_of(self, gradient: Params) -> Params:
-        """Copy a released gradient, so that penalty and optimiser may write into it."""
+        """Copy a released gradient, so that penalty and optimiser may write to the copy."""
         self._total = _copied(gradient, self._total)
         return self._total
 
     def begin(self, params: Params, gradient: Params, *, again: bool) -> None:
-        """Keep the tensors that a strategy is given after the step.
+        """Keep the tensors that the strategy gets after the step.
 
         Args:
             params: trained parameters before the step.
-            gradient: the released one.
-            again: the strategy keeps no reference to the copy of `params`, and follows in place.
+            gradient: the released gradient.
+            again: True if the strategy keeps no reference to the copy of `params`, and updates its
+                state in place.
         """
         self._before = _copied(params, self._before if again else {})
         self._gradient = gradient
@@ -43,8 +44,8 @@ class StepMemory:
     ) -> State:
         """Return the state after the step.
 
-        The tensors that `after_step` made in the last step are in nobody else's hands, so that the
-        strategy may write into them, unless the state was set from outside in between.
+        No other code refers to the tensors that `after_step` made in the last step, so the strategy
+        may write to them, unless the state was set from outside in between.
         """
         in_place = self._again and state is self._followed
         follow = strategy.after_step_in_place if in_place else strategy.after_step
@@ -53,7 +54,10 @@ class StepMemory:
 
 
 def _copied(values: Params, kept: Params) -> Params:
-    """Copy into kept memory; into new memory where there is none, or where it is the source."""
+    """Copy tensors to memory that is reused.
+
+    Allocate it if there is none, or if it is the source.
+    """
     if not kept or any(value is kept[name] for name, value in values.items()):
         kept = {name: torch.empty_like(value.detach()) for name, value in values.items()}
     with torch.no_grad():

@@ -1,8 +1,8 @@
-"""Synthetic batches as a step may draw them: new rows, stored rows, rows of several experiences.
+"""Synthetic batches like those of a step: new rows, stored rows, and rows of several experiences.
 
-Losses see more of a row than its input: its class, its id, the experience that it came from, its
-role, and what memory stored beside it. A loss may couple records through any of them, so the guard
-changes all of them with the neighbours.
+A loss sees more of a row than its input: its class, its id, its experience, a mark if it is from
+memory, and stored tensors. A loss may couple records through any of them, so the guard changes all
+of them in the other rows of a batch.
 """
 
 from collections.abc import Callable
@@ -28,28 +28,31 @@ from perdure.utils.modules import evaluating
 from perdure.utils.seeding import generator
 
 Roles = Literal["new", "stored", "in turn", "one stored", "one new"]
-"""Roles of the rows of a batch: all alike, alternating, or all but the last alike."""
+"""Which rows of a batch are from memory: none, all, every second one, or only the last one.
+
+"one new" marks all but the last one.
+"""
 
 NEIGHBOURS = 2**20
-"""First id of the neighbours: no row that is kept has one from here on."""
+"""Smallest id of the rows that are changed in a test; kept rows have smaller ids."""
 
 STORED_ROWS = 16
-"""Synthetic records whose answers of `remember` are stored beside the stored rows."""
+"""Number of synthetic records whose results of `remember` are used as stored tensors."""
 
 
 LARGE = 100.0
-"""Factor of what is stored beside neighbours."""
+"""Factor for the stored tensors of rows that are changed in a test."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mixture:
-    """Roles of the rows in two batches with other neighbours.
+    """Choice of new and stored rows in two batches that share some rows.
 
     Args:
-        name: in words, for messages.
-        kept: roles of the rows that both batches have.
-        one: roles of the neighbours in the one batch.
-        other: roles of the neighbours in the other batch.
+        name: description for messages.
+        kept: roles of the rows that both batches share.
+        one: roles of the other rows of the first batch.
+        other: roles of the other rows of the second batch.
     """
 
     name: str
@@ -63,17 +66,17 @@ MIXTURES = (
     Mixture(name="stored rows beside new ones", kept="stored", one="stored", other="new"),
     Mixture(name="new and stored rows", kept="in turn", one="stored", other="new"),
 )
-"""Mixtures in which other neighbours are of another role, and another number of them stored."""
+"""Pairs of batches with different roles of the other rows, and different numbers of stored ones."""
 
 DROPPED: tuple[Roles, ...] = ("in turn", "stored", "one stored", "one new")
-"""Roles in the tests that leave out one record at a time; leaving out the last one leaves a batch
-of one role in two of them.
+"""Roles in tests that remove one record at a time; in the last two, removing the last row leaves
+a batch with one role.
 """
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ReadContext(Context):
-    """Public facts that note when the declared size is read.
+    """Public facts that record when a loss reads the declared size.
 
     Args:
         read: names of the facts that were read so far.
@@ -89,19 +92,19 @@ class ReadContext(Context):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SyntheticRows:
-    """Batches of synthetic records in an experience of a stream.
+    """Source of synthetic batches in an experience of a stream.
 
-    The facts of a row are a declared output, its id, its experience and 1 where it is stored. For
-    single-label records the output is the label; targets of other tasks are made from it and the
-    id, extreme ones for neighbours.
+    The facts of a row are a declared output, its id, its experience, and 1 if it is stored. For
+    single-label records the output is the label. Targets of other tasks are made from it and the
+    id; rows that are changed in a test get extreme ones.
 
     Args:
         training: stream and strategy.
-        model: that is trained.
-        context: from an experience's index and its declared size to its public facts.
-        state: of the strategy.
-        seed: of what is stored beside the rows.
-        device: where the model is.
+        model: model that is trained.
+        context: function from an experience's index and declared size to its public facts.
+        state: state of the strategy.
+        seed: seed of the stored tensors.
+        device: device of the model.
     """
 
     training: TrainingPlan
@@ -112,26 +115,27 @@ class SyntheticRows:
     device: str | torch.device
 
     def rehearses(self, index: int) -> bool:
-        """Return whether stored rows join the batches of an experience."""
+        """Return True if the batches of an experience contain rows from memory."""
         plan = self._plans[index]
         rehearsed = plan.memory is not None and plan.memory.rehearsed and plan.pool != "memory"
         return rehearsed and index > 0
 
     def mixes(self, index: int) -> bool:
-        """Return whether rows of several roles or experiences meet in a batch of an experience."""
+        """Return True if a batch of an experience can have rows of several roles or experiences."""
         plan = self._plans[index]
         return self.rehearses(index) or (plan.pool != "experience" and index > 0)
 
     def facts(
         self, index: int, rows: int, roles: Roles = "new", *, neighbours: bool = False
     ) -> Tensor:
-        """(rows, 4) facts of rows that a step of experience `index` may draw.
+        """Make synthetic facts (rows, 4) of a step's rows: label, id, experience, 1 if from memory.
 
         Args:
-            index: of the experience.
-            rows: how many.
-            roles: of the rows; all are new where nothing is rehearsed.
-            neighbours: rows of the first classes and with other ids, instead of classes in turn.
+            index: index of the experience.
+            rows: number of rows.
+            roles: roles of the rows; all rows are new if the experience has no rehearsal.
+            neighbours: True for rows of the first classes and with large ids; False for rows with
+                all classes in turn.
         """
         number = torch.arange(rows)
         stored = _roles(roles, rows) if self.rehearses(index) else torch.zeros_like(number)
@@ -149,7 +153,7 @@ class SyntheticRows:
         return torch.stack([labels, ids, tasks, stored], dim=1).to(self.device)
 
     def beside(self, index: int, pair: Neighbours, mixture: Mixture) -> tuple[Tensor, Tensor]:
-        """Facts of the rows of the one and of the other batch of a pair."""
+        """Make the synthetic facts (see `facts`) of the rows of both batches of a pair."""
         n = len(pair.one)
         kept = self.facts(index, len(pair.kept), mixture.kept)
         one = self.facts(index, n, mixture.one, neighbours=True)
@@ -157,7 +161,7 @@ class SyntheticRows:
         return one.index_copy(0, pair.kept, kept), other
 
     def batch(self, index: int, inputs: Tensor, facts: Tensor) -> Batch:
-        """Batch of these rows, with values stored beside them where memory may have stored some."""
+        """Build a batch of these rows, with stored tensors if memory may have stored some."""
         outputs, ids, tasks, stored = facts.unbind(1)
         stream = self.training.stream
         # the ids tell targets apart that have no class, such as numbers
@@ -175,18 +179,18 @@ class SyntheticRows:
         )
 
     def context_of(self, index: int) -> Context:
-        """Public facts of an experience, as its steps are given them."""
+        """Public facts of an experience, as the steps of a run see them."""
         declared = self.training.stream[index].train.declared_size
         facts = vars(self.context(index, declared_size=declared))
         return ReadContext(**facts, read=self._read)
 
     @property
     def sizes_read(self) -> bool:
-        """Return whether a loss has read a declared size so far."""
+        """Return True if a loss has read a declared size so far."""
         return bool(self._read)
 
     def remembered(self, batch: Batch) -> Params:
-        """Answers of the strategy's `remember`, each record asked about alone."""
+        """Results of the strategy's `remember` for synthetic records, each alone."""
         strategy = self.training.strategy
         with torch.no_grad(), evaluating(self.model):
             return rows_one_by_one(
@@ -196,9 +200,9 @@ class SyntheticRows:
             )
 
     def _beside_rows(self, ids: Tensor, stored: Tensor) -> Params:
-        """Return values beside the rows: of other records where they are stored, else zeros.
+        """Stored tensors of rows: from other records for stored rows, zeros for new rows.
 
-        Beside neighbours they are large.
+        They are large for rows that are changed in a test.
         """
         places = ids % STORED_ROWS
         found = {}
@@ -216,12 +220,12 @@ class SyntheticRows:
 
     @cached_property
     def _plans(self) -> list[Plan]:
-        """Plan of every experience: they are asked for with every batch."""
+        """Plan of every experience, computed once because every batch needs it."""
         return [self.training.of(experience) for experience in self.training.stream]
 
     @cached_property
     def _values(self) -> Params:
-        """Values that `remember` gives for random records of the first experience."""
+        """Results of `remember` for random records of the first experience."""
         strategy = self.training.strategy
         if not strategy.uses("remember"):
             return {}
@@ -233,7 +237,7 @@ class SyntheticRows:
 
 
 def _roles(roles: Roles, rows: int) -> Tensor:
-    """(rows,) int64, 1 for a stored row."""
+    """(rows,) int64, 1 for a row from memory and 0 for a new row."""
     number = torch.arange(rows)
     last = number == rows - 1
     chosen = {

@@ -9,14 +9,14 @@ from torch import Tensor, nn
 from perdure.models.config import ACTIVATIONS, ModelConfig, Normalisation
 
 LARGEST_GROUP_COUNT = 16
-"""Groups of a normalisation at most, as in De et al.
+"""Most groups of a group normalisation, as in De et al. 2022.
 
-2022 (High-Accuracy Differentially Private Image Classification).
+The paper is "High-Accuracy Differentially Private Image Classification".
 """
 
 
 def mlp_body(config: ModelConfig, inputs: int) -> tuple[nn.Module, int]:
-    """Multilayer perceptron on flat inputs, and the size of its features."""
+    """Make a multilayer perceptron on flat inputs; return it with the length of its features."""
     sizes = (inputs, *config.hidden)
     return nn.Sequential(
         nn.Flatten(), *fully_connected(sizes, ACTIVATIONS[config.activation])
@@ -26,7 +26,7 @@ def mlp_body(config: ModelConfig, inputs: int) -> tuple[nn.Module, int]:
 def fully_connected(
     sizes: tuple[int, ...], activation: type[nn.Module] = nn.ReLU
 ) -> list[nn.Module]:
-    """Fully connected layers between these sizes, each with its activation."""
+    """Make fully connected layers with these widths, each followed by its activation."""
     return [
         part
         for before, after in pairwise(sizes)
@@ -35,7 +35,7 @@ def fully_connected(
 
 
 def cnn_body(config: ModelConfig, channels: int) -> tuple[nn.Module, int]:
-    """Three convolutions with pooling, and the size of their features."""
+    """Make three convolutions with pooling; return them with the length of the features."""
     sizes = (channels, config.width // 2, config.width, 2 * config.width)
     layers: list[nn.Module] = []
     for before, after in pairwise(sizes):
@@ -45,7 +45,7 @@ def cnn_body(config: ModelConfig, channels: int) -> tuple[nn.Module, int]:
 
 
 def resnet_body(config: ModelConfig, channels: int) -> tuple[nn.Module, int]:
-    """ResNet-18 up to its last mean over positions, and the size of its features."""
+    """Make a ResNet-18 up to the mean over positions; return it with the length of the features."""
     sizes = [config.width * 2**stage for stage in range(4)]
     stem = nn.Conv2d(channels, sizes[0], 3, padding=1, bias=config.norm == "none")
     layers = [stem, _norm(config.norm, sizes[0]), nn.ReLU()]
@@ -66,9 +66,9 @@ def _norm(kind: Normalisation, channels: int) -> nn.Module:
 
 
 class _MeanOverPositions(nn.Module):
-    """(n, channels, height, width) to (n, channels).
+    """Mean over positions, from (n, channels, height, width) to (n, channels).
 
-    Adaptive pooling would not run on every device.
+    Adaptive pooling does not run on every device.
     """
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""A body with a head of full width: the interface of every model."""
+"""Base class of the models: a body for features, and a head over all classes."""
 
 from collections.abc import Callable
 from typing import Literal

@@ -1,12 +1,12 @@
-"""Models with a fixed full-width head and `features`.
+"""Built-in models with a fixed full-width head and the method `features`.
 
-A multilayer perceptron, a small CNN, ResNet-18, a frozen body.
+They are a multilayer perceptron, a small CNN and ResNet-18.
 
-Any of them may have a generator beside it (`generative`).
+Each of them can have an additional generator (`generative`).
 
-The head never grows: growing it from labels that turned up would leak them. Normalisation is by
-group, which looks at one record at a time; BatchNorm is there for runs without privacy and only
-when asked for. Nothing works in place on what autograd or vmap needs, so
+The head never grows, because growing it with the labels that occur would reveal them. Normalisation
+is group normalisation, which uses one record at a time; BatchNorm is available for runs without
+privacy. No operation writes in place to values that autograd or vmap needs, so
 `torch.func.functional_call`, `vmap` and `grad` all work.
 """
 
@@ -133,11 +133,13 @@ def resnet18(
 
 
 def _body(config: ModelConfig, input_shape: tuple[int, ...]) -> tuple[nn.Module, int]:
-    """Body and the length of its features."""
+    """Make the body of a model; return it with the length of its features."""
     if config.name in ("mlp", "generative"):
         return mlp_body(config, math.prod(input_shape))
     if len(input_shape) != 3 or min(input_shape[1:]) < 4:
         raise ConfigError.of(
-            "input_shape", input_shape, f"(channels, height, width) from 4 x 4 on for {config.name}"
+            "input_shape",
+            input_shape,
+            f"(channels, height, width), at least 4 x 4 pixels for {config.name}",
         )
     return (cnn_body if config.name == "cnn" else resnet_body)(config, input_shape[0])

@@ -1,7 +1,7 @@
-"""A head that looks at angles only: a class cannot win by the length of its weights.
+"""Cosine head, whose logits depend on the angles between features and class weights only.
 
-Rows of logits depend on the same rows of features, and on nothing else: no statistic is taken or
-kept.
+A class therefore cannot win by the length of its weights. Each row of logits depends only on the
+same row of features; no statistics are computed or stored.
 """
 
 import math
@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 SCALE = 10.0
-"""Where eta starts; Gidaris and Komodakis, Dynamic few-shot visual learning without forgetting,
-CVPR 2018.
+"""Initial value of eta, from Gidaris and Komodakis, Dynamic few-shot visual learning without
+forgetting, CVPR 2018.
 """
 SHORTEST = 1e-6
-"""Added to lengths, in squares, so that a vector of zeros has a direction (none) and a gradient."""
+"""Number whose square is added to squared lengths, so that a vector of zeros has a gradient."""
 
 
 class CosineHead(nn.Module):
@@ -46,7 +46,7 @@ class CosineHead(nn.Module):
         return self.scale * cosines(features, self.weight)
 
     def extra_repr(self) -> str:
-        """Sizes, as torch's own layers show them."""
+        """Show the sizes as torch's own layers do."""
         return f"in_features={self.in_features}, out_features={self.out_features}"
 
 
@@ -61,5 +61,5 @@ def directions(vectors: Tensor) -> Tensor:
 
 
 def reciprocal_lengths(vectors: Tensor) -> Tensor:
-    """(..., 1) one over the length of vectors (..., f)."""
+    """(..., 1) one divided by the length of each vector (..., f)."""
     return (vectors.square().sum(-1, keepdim=True) + SHORTEST**2).rsqrt()

@@ -4,9 +4,9 @@
     z  <- z + attention(norm(z)),    z <- z + mlp(norm(z))          depth times
     features = norm(z)
 
-Attention is plain linear layers for query, key, value and output, as in
-`perdure.models.vision_transformer`, so low-rank adapters fit by `low_rank(model, modules=("query",
-"value"))`. Nothing draws at random.
+Attention consists of plain linear layers for query, key, value and output, as in
+`perdure.models.vision_transformer`, so `low_rank(model, modules=("query", "value"))` can add
+adapters. There is no randomness in the forward pass.
 
 Source: Radford et al., Language Models are Unsupervised Multitask Learners, 2019, section 2.3.
 """
@@ -25,17 +25,17 @@ from perdure.utils.seeding import seeded
 
 
 class CausalAttention(Attention):
-    """Self-attention in which a token does not see those after it."""
+    """Self-attention in which a token does not attend to later tokens."""
 
     def scores(self, query: Tensor, key: Tensor) -> Tensor:
-        """(n, heads, T, T) scaled products, minus infinity for later tokens."""
+        """(n, heads, T, T) scaled inner products, minus infinity for later tokens."""
         length = query.shape[-2]
         later = torch.ones(length, length, dtype=torch.bool, device=query.device).triu(1)
         return super().scores(query, key).masked_fill(later, -torch.inf)
 
 
 class CausalBlock(Block):
-    """Block of a decoder."""
+    """Transformer block with causal attention."""
 
     attention_type: ClassVar[type[Attention]] = CausalAttention
 
@@ -75,7 +75,7 @@ class Decoder(nn.Module):
         self.norm = nn.LayerNorm(width, eps=EPSILON)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Feature vectors of tokens (n, L)."""
+        """Feature vectors (n, width) of tokens (n, L), or (n, L, width) with `every_position`."""
         places = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
         states = self.tokens(x) + self.positions(places)
         for block in self.blocks:

@@ -1,10 +1,9 @@
-"""Bodies that are never trained.
+"""Bodies that are never trained: fixed transforms, or a backbone with given weights.
 
-Fixed transforms, or a backbone with the weights that the user has.
+Only the head of such a model has parameters.
 
-A frozen body holds no parameters, only buffers that are neither stored nor sent: all parties build
-it alike, from a seed or from their own file of weights. It stays in evaluation mode, whatever mode
-the model is put into.
+A frozen body has no parameters, only buffers that are neither stored nor sent: all parties build
+the same body, from a seed or from their own file of weights. It always stays in evaluation mode.
 """
 
 import copy
@@ -18,7 +17,7 @@ from perdure.models.classifier import Classifier, Head
 from perdure.utils.seeding import seeded
 
 Transform = Callable[[Tensor], Tensor]
-"""(n, ...) to (n, ...), row by row, such as `perdure.models.scattering.Scattering()`."""
+"""Function from (n, ...) to (n, ...), row by row, such as `Scattering()`."""
 
 _RUNNING = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
 
@@ -31,7 +30,7 @@ class Fixed(nn.Module):
         self.transform = transform
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the transform to (n, ...)."""
+        """Apply the transform to inputs (n, ...)."""
         return self.transform(x)
 
     def extra_repr(self) -> str:
@@ -66,7 +65,7 @@ class FixedNorm(nn.Module):
         self.register_buffer("shift", shift.to(norm.running_mean.dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply it to (n, channels, ...)."""
+        """Apply the normalisation to inputs (n, channels, ...)."""
         shape = (1, -1, *[1] * (x.dim() - 2))
         return x * self.scale.view(shape) + self.shift.view(shape)
 
@@ -92,19 +91,19 @@ class Frozen(nn.Module):
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Feature vectors of inputs (n, ...), flattened."""
+        """Feature vectors (n, feature_size) of inputs (n, ...)."""
         answer: Tensor = self.features(x)
         return answer.flatten(1)
 
     def train(self, mode: bool = True) -> "Frozen":
-        """Stay in evaluation mode, whatever is asked."""
+        """Stay in evaluation mode, for any value of `mode`."""
         return super().train(False)
 
 
 def without_statistics(module: nn.Module) -> nn.Module:
-    """Return the module with every normalisation by running statistics as `FixedNorm`.
+    """Replace every normalisation with running statistics in a module by a `FixedNorm`.
 
-    Changed in place.
+    The module is changed in place and returned.
     """
     if isinstance(module, _RUNNING) and module.running_mean is not None:
         return FixedNorm(module)
@@ -119,9 +118,9 @@ def without_statistics(module: nn.Module) -> nn.Module:
 
 
 def without_parameters(module: nn.Module) -> nn.Module:
-    """Return the module with its parameters as buffers, and no buffer in its `state_dict`.
+    """Turn the parameters of a module into buffers that are not in its `state_dict`.
 
-    Changed in place.
+    The module is changed in place and returned.
     """
     for part in module.modules():
         for name, value in [*part.named_parameters(recurse=False)]:
@@ -134,10 +133,10 @@ def without_parameters(module: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def width(body: nn.Module, input_shape: tuple[int, ...]) -> int:
-    """Length of the feature vectors that the body makes of inputs of this shape.
+    """Length of the feature vectors that a body computes for inputs of this shape.
 
     Raises:
-        ConfigError: when it does not take them.
+        ConfigError: if the body cannot use such inputs.
     """
     try:
         shape = tuple(body(torch.zeros(2, *input_shape)).shape)

@@ -1,4 +1,4 @@
-"""Gated recurrent units, out of linear layers.
+"""Gated recurrent units, built from linear layers.
 
     r = sigmoid(W_r x_t + U_r h_{t-1}),      z = sigmoid(W_z x_t + U_z h_{t-1})
     n = tanh(W_n x_t + r (U_n h_{t-1})),     h_t = (1 - z) n + z h_{t-1}            all with biases
@@ -20,7 +20,9 @@ from perdure.models.sequences import recurrent
 
 
 class GRULayer(nn.Module):
-    """One layer; `inputs` and `state` hold the weights of torch's, in its order of gates.
+    """One layer of a GRU.
+
+    The weights of `inputs` and `state` are those of torch, with the gates in torch's order.
 
     Args:
         ins: length of an input vector.
@@ -36,7 +38,7 @@ class GRULayer(nn.Module):
             nn.init.uniform_(value, -1 / math.sqrt(hidden), 1 / math.sqrt(hidden))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(n, L, ins) to the states (n, L, hidden)."""
+        """Compute the states (n, L, hidden) of inputs (n, L, ins)."""
         entered = self.inputs(x)
         state = entered.new_zeros(len(x), self.hidden)
         states = []

@@ -2,7 +2,7 @@
 
     W x + b + scale * B A x                    A (rank, ins) at random, B (outs, rank) at 0
 
-Everything else of the model is frozen, but for the parts that are named.
+All other parts of the model are frozen, except those that the user names.
 
 Source: Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, ICLR 2022, section 4.1.
 """
@@ -35,7 +35,7 @@ class LowRankLinear(nn.Module):
         self.change = LowRank(ins, outs, rank, scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(n, ..., ins) to (n, ..., outs)."""
+        """Compute outputs (n, ..., outs) of inputs (n, ..., ins)."""
         outputs: Tensor = self.layer(x)
         change: Tensor = self.change(x)
         return outputs + change
@@ -106,10 +106,10 @@ def low_rank(
 
 
 def _named(model: nn.Module, names: str | Sequence[str], field: str) -> dict[str, nn.Module]:
-    """Modules whose dotted name is, or ends with, one of these.
+    """Modules whose dotted name equals, or ends with, one of the given names.
 
     Raises:
-        ConfigError: naming linear layers that there are, for a name that nothing has.
+        ConfigError: if no module has a given name; the message names some linear layers.
     """
     found: dict[str, nn.Module] = {}
     for wanted in (names,) if isinstance(names, str) else tuple(names):
@@ -129,13 +129,13 @@ def _named(model: nn.Module, names: str | Sequence[str], field: str) -> dict[str
 
 
 def _is_linear(module: nn.Module) -> bool:
-    """Return whether a module is a linear layer of torch, or the `Conv1D` of Hugging Face."""
+    """Return True for a linear layer of torch, or the `Conv1D` of Hugging Face."""
     of_hugging_face = type(module).__module__.startswith("transformers.")
     return isinstance(module, nn.Linear) or (of_hugging_face and type(module).__name__ == "Conv1D")
 
 
 def _sizes(name: str, layer: nn.Module) -> tuple[int, int]:
-    """Lengths of inputs and outputs of a linear layer."""
+    """Lengths of the inputs and the outputs of a linear layer."""
     if not _is_linear(layer):
         kind = type(layer).__name__
         raise ConfigError.of(
@@ -151,11 +151,11 @@ def _sizes(name: str, layer: nn.Module) -> tuple[int, int]:
 
 
 def _freeze(model: nn.Module, kept: set[int]) -> None:
-    """Make buffers of all parameters but these, and store no buffer of a part without any.
+    """Turn all parameters except some into buffers, which are stored only next to parameters.
 
     Args:
-        model: changed in place.
-        kept: identities of the parameters that stay.
+        model: model, which is changed in place.
+        kept: identities (`id`) of the parameters that stay parameters.
     """
     for part in model.modules():
         own = [*part.named_parameters(recurse=False)]

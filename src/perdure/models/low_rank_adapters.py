@@ -3,8 +3,8 @@
     W x + sum over experiences t of scale * B_t A_t x          A_t (rank, width), B_t (width, rank)
 
 for the query and the value projection of every block. B_t starts at 0, so a set that was not
-trained adds exactly nothing, and the model after experience t is that of the sum up to t: there is
-nothing to merge. `perdure.models.low_rank` puts one set on named layers of any model.
+trained adds exactly 0. The model after experience t is the sum up to t, and nothing has to be
+merged. `perdure.models.low_rank` adds one set to named layers of any model.
 
 Source: Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, ICLR 2022, sections 4.1 and
 4.2.
@@ -23,10 +23,10 @@ class LowRank(nn.Module):
     """Low-rank linear map, x to scale * B A x, that starts as 0.
 
     Args:
-        ins: length of x.
-        outs: length of B A x.
-        rank: of B A.
-        scale: alpha / rank of the paper.
+        ins: length of the input x.
+        outs: length of the output B A x.
+        rank: rank of B A.
+        scale: factor of the product, alpha / rank in the paper.
     """
 
     def __init__(self, ins: int, outs: int, rank: int, scale: float) -> None:
@@ -37,13 +37,13 @@ class LowRank(nn.Module):
         nn.init.zeros_(self.up.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(n, ..., ins) to (n, ..., outs)."""
+        """Compute outputs (n, ..., outs) of inputs (n, ..., ins)."""
         change: Tensor = self.up(self.down(x))
         return self.scale * change
 
 
 class LowRankPair(nn.Module):
-    """Adapters of the query and the value projection of one block."""
+    """Adapters for the query and the value projection of one block."""
 
     def __init__(self, width: int, rank: int, scale: float) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ class Adapted(nn.Module):
         return self.backbone.encode(self.backbone.tokens(x), additions)[:, 0]
 
     def _addition(self, block: int) -> Addition:
-        """Sums over experiences of the block's adapters, for its query and value projections."""
+        """Sum of a block's adapters over experiences, for its query and value projections."""
         pairs = [blocks[block] for blocks in self.adapters]  # type: ignore[index]
 
         def query(x: Tensor) -> Tensor:

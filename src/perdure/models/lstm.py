@@ -1,10 +1,10 @@
-"""Long short-term memory, out of linear layers.
+"""Long short-term memory, built from linear layers.
 
     i, f, g, o = W x_t + b + U h_{t-1} + c      in four equal parts
     c_t = sigmoid(f) c_{t-1} + sigmoid(i) tanh(g),        h_t = sigmoid(o) tanh(c_t)
 
-`torch.nn.LSTM` computes the same in fused steps, which have no gradients per record and no second
-derivatives everywhere; these layers do what all strategies and the clipping of privacy ask for.
+`torch.nn.LSTM` computes the same in fused steps, which have no per-record gradients and not always
+second derivatives; these layers support all strategies and private clipping.
 
 Source: Hochreiter and Schmidhuber, Long Short-Term Memory, Neural Computation 1997; gates as in
 torch.
@@ -21,7 +21,9 @@ from perdure.models.sequences import recurrent
 
 
 class LSTMLayer(nn.Module):
-    """One layer; `inputs` and `state` hold the weights of torch's, in its order of gates.
+    """One layer of an LSTM.
+
+    The weights of `inputs` and `state` are those of torch, with the gates in torch's order.
 
     Args:
         ins: length of an input vector.
@@ -37,7 +39,7 @@ class LSTMLayer(nn.Module):
             nn.init.uniform_(value, -1 / math.sqrt(hidden), 1 / math.sqrt(hidden))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(n, L, ins) to the states (n, L, hidden)."""
+        """Compute the states (n, L, hidden) of inputs (n, L, ins)."""
         entered = self.inputs(x)
         state = entered.new_zeros(len(x), self.hidden)
         cell = state

@@ -1,11 +1,11 @@
-"""Prompts on a frozen transformer.
+"""Prompts for a frozen transformer, for L2P and CODA-Prompt.
 
-Each record picks some prompts of a pool (L2P), or gets a weighted sum of components (CODA-Prompt).
+Each record uses some prompts of a pool (L2P), or a weighted sum of components (CODA-Prompt).
 
-Both ask the frozen transformer without prompts for a query q(x), its features, and run it again
-with prompts. Which prompts a record gets is a function of that record and the parameters alone.
-Prompts and keys are rows of `nn.Embedding` and columns of `nn.Linear`, so that book-keeping has the
-per-record gradients of all of them.
+In both, the frozen transformer first runs without prompts to compute a query q(x), which is its
+features, and then runs again with prompts. The prompts of a record depend only on that record and
+the parameters. Prompts and keys are rows of `nn.Embedding` and columns of `nn.Linear`, so that
+book-keeping can compute all per-record gradients.
 """
 
 import torch
@@ -21,15 +21,15 @@ from perdure.utils.seeding import seeded
 
 
 class PromptPool(nn.Module):
-    """A frozen transformer that puts prompts before the tokens of its input.
+    """Frozen transformer with a pool of prompts, which are put before the tokens of an input.
 
     A record gets the `chosen` prompts whose keys have the largest cosine with its query.
 
         features(x) = mean of the last states of the prompts' tokens
 
     Attributes:
-        prompts: embedding with the `pool` prompts, each a row of `length` tokens, flattened.
-        keys: embedding with their keys, (pool, width).
+        prompts: embedding with `pool` prompts; each row is a prompt of `length` tokens, flattened.
+        keys: embedding with the keys of the prompts, (pool, width).
     """
 
     def __init__(self, backbone: Transformer, pool: int, length: int, chosen: int) -> None:
@@ -101,7 +101,7 @@ def prompted(
     """
     _check(num_classes=num_classes, pool=pool, length=length, chosen=chosen)
     if chosen > pool:
-        raise ConfigError.of("chosen", chosen, f"at most the {pool} of the pool")
+        raise ConfigError.of("chosen", chosen, f"at most pool = {pool}")
     with seeded(seed):
         return Prompted(PromptPool(backbone, pool, length, chosen), backbone.width, num_classes)
 
@@ -114,13 +114,13 @@ class Components(nn.Module):
 
         p(q) = sum over components m of cos(q * attention_m, key_m) prompt_m
 
-    The attention vector of a component weighs the entries of the query; it is no self-attention.
+    The attention vector of a component weights the entries of the query; it is not self-attention.
 
     Args:
         prompts: (components, size) initial prompts, with size = 2 * length * width: the keys and
             values of a prompt in one vector. `prompts.weight` is the transpose.
-        keys: (components, width), initial.
-        attention: (components, width), initial.
+        keys: (components, width) initial keys.
+        attention: (components, width) initial attention vectors.
     """
 
     def __init__(self, prompts: Tensor, keys: Tensor, attention: Tensor) -> None:
@@ -143,9 +143,9 @@ class Components(nn.Module):
 
 
 class ComposedPrompts(nn.Module):
-    """A frozen transformer with composed prompts, as prefixes of its first `depth` blocks.
+    """Frozen transformer with composed prompts, used as prefixes in its first `depth` blocks.
 
-    `components.T.BLOCK` are the `Components` of experience T for a block.
+    `components.T.BLOCK` are the `Components` of experience T for one block.
     """
 
     def __init__(
@@ -170,11 +170,11 @@ class ComposedPrompts(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Feature vectors (n, width) of inputs (n, ...), by the components of all experiences."""
+        """Feature vectors (n, width) of inputs (n, ...), with the components of all experiences."""
         return self.upto(x, len(self.components) - 1)
 
     def upto(self, x: Tensor, experience: int) -> Tensor:
-        """Feature vectors (n, width), by the components of experiences 0 to `experience`."""
+        """Feature vectors (n, width), with the components of experiences 0 to `experience`."""
         tokens = self.backbone.tokens(x)
         query = self.backbone.encode(tokens)[:, 0]
         blocks = zip(*self.components[: experience + 1], strict=True)
@@ -184,7 +184,7 @@ class ComposedPrompts(nn.Module):
         return self.backbone.encode(tokens, [self._addition(prefix) for prefix in prefixes])[:, 0]
 
     def _addition(self, prefix: Tensor) -> Addition:
-        """Prompt vectors (n, size) as keys and values (n, length, width) of a block's attention."""
+        """Convert prompt vectors (n, size) to keys and values (n, length, width) for attention."""
         keys, values = prefix.reshape(len(prefix), 2, self.length, -1).unbind(1)
         return Addition(keys=keys, values=values)
 
@@ -193,7 +193,7 @@ class Composed(Classifier):
     """Classifier with a linear head on `ComposedPrompts`; made by `composed`."""
 
     def upto(self, x: Tensor, experience: int) -> Tensor:
-        """Logits (n, num_classes) by the components of experiences 0 to `experience`."""
+        """Logits (n, num_classes), with the components of experiences 0 to `experience`."""
         assert isinstance(self.body, ComposedPrompts)
         logits: Tensor = self.head(self.body.upto(x, experience))
         return logits

@@ -1,4 +1,4 @@
-"""Random convolutions: features from filters that are drawn at random and never trained.
+"""Random convolutions: features from random filters that are never trained.
 
 R+ = mean over a square of relu(w_k * x),   R- = mean over a square of relu(-w_k * x)
 """
@@ -77,7 +77,7 @@ class RandomConvolutions(nn.Module):
         """Features (n, 2 * filters, h / pool, w / pool) of images (n, channels, h, w).
 
         Raises:
-            DataError: for another shape.
+            DataError: if the images have another shape.
         """
         if (
             images.dim() != 4
@@ -93,7 +93,7 @@ class RandomConvolutions(nn.Module):
         return pooled.sqrt() if self.root else pooled
 
     def extra_repr(self) -> str:
-        """Show the arguments."""
+        """Show the arguments in the printed module."""
         filters, channels, size, _ = self.kernels.shape
         return (
             f"channels={channels}, filters={filters}, size={size}, pool={self.pool}, "

@@ -1,15 +1,15 @@
-"""The scattering transform: features that nobody trains, so they cost no privacy.
+"""The scattering transform: fixed features of images, which cost no privacy.
 
-The scattering transform cascades wavelets and moduli and averages what comes out:
+The scattering transform alternates wavelets and absolute values, and averages the results:
 
     S0 = x * phi,   S1 = |x * psi_a| * phi,   S2 = ||x * psi_a| * psi_b| * phi
     with b at a coarser scale than a
 
 psi are Morlet wavelets of J scales and L orientations, phi is a Gaussian as wide as the widest of
-them, and averages are kept at every 2^J-th pixel. Small shifts and bends of an image change them
-little.
+them, and averages are kept at every 2^J-th pixel. Small shifts and deformations of an image change
+the averages only a little.
 
-It makes the body of a classifier by `perdure.models.frozen.frozen`.
+Use it as the body of a classifier with `perdure.models.frozen.frozen`.
 
 """
 
@@ -25,11 +25,11 @@ from perdure.errors import ConfigError, DataError
 from perdure.utils.checked_fields import CheckedFields
 
 WIDTH = 0.8
-"""Standard deviation, in pixels, of the envelope at the finest scale; doubles with every scale."""
+"""Standard deviation, in pixels, of the envelope at the finest scale; it doubles per scale."""
 FREQUENCY = 3 * math.pi / 4
-"""Centre frequency at the finest scale, in radians a pixel; halves with every scale."""
+"""Centre frequency at the finest scale, in radians per pixel; it halves per scale."""
 CUT = 3.0
-"""Standard deviations at which wavelets are cut off."""
+"""Number of standard deviations at which wavelets are cut off."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,7 @@ class Scattering(CheckedFields):
 
     @property
     def channels(self) -> int:
-        """Channels made of one input channel."""
+        """Number of output channels for one input channel."""
         pairs = self.scales * (self.scales - 1) // 2
         return 1 + self.scales * self.orientations + self.orientations**2 * pairs
 
@@ -71,15 +71,15 @@ class Scattering(CheckedFields):
     def __call__(self, images: Tensor, batch_size: int = 32) -> Tensor:
         """Features (n, c * channels, h / 2^J, w / 2^J), float32, of images (n, c, h, w).
 
-        Orders 0, 1, 2 in turn.
+        The channels of orders 0, 1 and 2 follow one another.
 
         Args:
-            images: with sides above 2^J and divisible by it.
-            batch_size: planes at a time; few enough that what comes between stays in the
-                processor's cache (256 take twice as long).
+            images: images with sides above 2^J and divisible by 2^J.
+            batch_size: number of channels processed at a time; small enough that intermediate
+                results stay in the processor's cache (256 takes twice as long).
 
         Raises:
-            DataError: for another shape.
+            DataError: if the images have another shape.
         """
         margin = 2**self.scales
         if images.dim() != 4 or any(side % margin or side <= margin for side in images.shape[2:]):
@@ -99,15 +99,15 @@ class Scattering(CheckedFields):
         return answer.view(shape)
 
     def _transformed(self, planes: Tensor) -> Tensor:
-        """Averages (n, channels, h / 2^J, w / 2^J) of planes (n, 1, h, w)."""
+        """Averages (n, channels, h / 2^J, w / 2^J) of single-channel images (n, 1, h, w)."""
         return torch.cat(
             list(self._orders(F.pad(planes, (2**self.scales,) * 4, mode="reflect"))), 1
         )
 
     def _orders(self, planes: Tensor) -> Iterator[Tensor]:
-        """Averages of padded planes (n, 1, H, W).
+        """Yield the averages of padded images (n, 1, H, W), order by order.
 
-        Order 0, then 1 by scale, then 2 by both scales.
+        Order 0 comes first, then order 1 by scale, then order 2 by both scales.
         """
         scales = range(self.scales)
         yield self._average(planes, 0)
@@ -120,7 +120,7 @@ class Scattering(CheckedFields):
                 yield self._average(modulus(first[fine], coarse - fine, self.orientations), coarse)
 
     def _average(self, planes: Tensor, resolution: int) -> Tensor:
-        """Gaussian averages at every 2^J-th pixel of planes given at every 2^resolution-th."""
+        """Gaussian averages at every 2^J-th pixel, from values at every 2^resolution-th pixel."""
         rows, columns = (
             low_pass(side << resolution, self.scales, resolution).to(planes.device)
             for side in planes.shape[-2:]
@@ -129,11 +129,11 @@ class Scattering(CheckedFields):
 
 
 def modulus(planes: Tensor, scale: int, orientations: int) -> Tensor:
-    """|x * psi| (n, c * L, h / 2^scale, w / 2^scale) of planes (n, c, h, w).
+    """|x * psi| (n, c * L, h / 2^scale, w / 2^scale) of images x (n, c, h, w).
 
-    The planes are periodic.
+    Images are continued periodically.
 
-    A coarse wavelet on planes given at every 2^j-th pixel is the wavelet that is j scales finer.
+    A coarse wavelet for values at every 2^j-th pixel equals the wavelet that is j scales finer.
     """
     kernels = morlet(scale, orientations).to(planes.device)
     reach = kernels.shape[-1] // 2
@@ -146,12 +146,12 @@ def modulus(planes: Tensor, scale: int, orientations: int) -> Tensor:
 def morlet(scale: int, orientations: int) -> Tensor:
     """Morlet wavelets (L, k, k), complex64, of one scale.
 
-    They sum to zero, and their envelopes to about one.
+    They sum to 0, and their envelopes sum to about 1.
 
         psi(u) = (exp(i xi u.e) - b) exp(-((u.e)^2 + s^2 (u.e')^2) / (2 sigma^2)) s / (2 pi sigma^2)
 
-    with e the direction pi l / L, e' across it, sigma = 0.8 * 2^scale, xi = 3 pi / 4 / 2^scale and
-    s = 4 / L.
+    with e the direction pi l / L, e' perpendicular to it, sigma = 0.8 * 2^scale, xi = 3 pi / 4 /
+    2^scale and s = 4 / L.
     """
     sigma = WIDTH * 2**scale
     slant = min(1.0, 4 / orientations)
@@ -172,14 +172,14 @@ def morlet(scale: int, orientations: int) -> Tensor:
 
 
 def low_pass(side: int, scales: int, resolution: int) -> Tensor:
-    """Matrix (side / 2^J - 2, side / 2^j).
+    """Matrix (side / 2^J - 2, side / 2^j) of Gaussian averages.
 
-    Gaussian averages around every 2^J-th pixel, the margins left out.
+    The averages are around every 2^J-th pixel, without the margins.
 
     Args:
-        side: of the padded plane, in pixels.
+        side: side of the padded image, in pixels.
         scales: J; the standard deviation is 0.8 * 2^(J-1) pixels.
-        resolution: j, where the plane is given at every 2^j-th pixel.
+        resolution: j; values are given at every 2^j-th pixel.
     """
     margin = 2**scales
     centres = torch.arange(margin, side - margin, margin, dtype=torch.float64)
@@ -189,9 +189,9 @@ def low_pass(side: int, scales: int, resolution: int) -> Tensor:
 
 
 def blur(size: int, deviation: float) -> Tensor:
-    """Matrix (size, size) float64 that smooths a line of pixels by a Gaussian.
+    """Matrix (size, size) float64 that smooths a line of pixels with a Gaussian.
 
-    Beyond the ends there are zeros.
+    Pixels outside the line count as 0.
     """
     if not deviation:
         return torch.eye(size, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Common parts of models of sequences: token embeddings, recurrent bodies, the last position."""
+"""Common parts of sequence models: token embeddings, recurrent bodies, the last position."""
 
 from collections.abc import Callable, Sequence
 
@@ -13,10 +13,10 @@ class RecurrentBody(nn.Module):
     """Recurrent layers over sequences of tokens, or of feature vectors.
 
     Args:
-        layers: each from (n, L, ins) to (n, L, hidden).
-        embedding: from tokens (n, L) to vectors (n, L, ins); None where inputs are vectors.
-        padding: token id behind the end of a sequence; None for none.
-        every_position: give (n, L, hidden) instead of the state at the last token.
+        layers: layers, each from (n, L, ins) to (n, L, hidden).
+        embedding: embedding from tokens (n, L) to vectors (n, L, ins); None if inputs are vectors.
+        padding: token id after the end of a sequence; None for no padding.
+        every_position: return (n, L, hidden) instead of the state at the last token.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class RecurrentBody(nn.Module):
         self.every_position = every_position
 
     def forward(self, x: Tensor) -> Tensor:
-        """(n, hidden) of tokens (n, L) or vectors (n, L, ins), or (n, L, hidden)."""
+        """Features (n, hidden) of tokens (n, L) or vectors (n, L, ins); or (n, L, hidden)."""
         states = x if self.embedding is None else self.embedding(x)
         for layer in self.layers:
             states = layer(states)
@@ -42,12 +42,12 @@ class RecurrentBody(nn.Module):
 
 
 def last_of(states: Tensor, x: Tensor, padding: int | None) -> Tensor:
-    """(n, f) states at the last token of each sequence, of states (n, L, f).
+    """States (n, f) at the last token of each sequence, from states (n, L, f) of all positions.
 
     Args:
-        states: of all positions.
+        states: (n, L, f) states of all positions.
         x: tokens (n, L), or vectors without padding.
-        padding: token id behind the end of a sequence; None for none.
+        padding: token id after the end of a sequence; None for no padding.
     """
     if padding is None:
         return states[:, -1]
@@ -68,10 +68,10 @@ def recurrent(
     layers: int,
     every_position: bool,
 ) -> Classifier:
-    """Make a recurrent model of layers of one kind; see `perdure.models.lstm` for the arguments.
+    """Make a recurrent model from one kind of layer.
 
     Args:
-        layer: makes one, from the lengths of its inputs and of its state.
+        layer: function that makes a layer, from the lengths of its inputs and of its state.
         input_shape: see `perdure.models.lstm`.
         num_classes: see `perdure.models.lstm`.
         seed: see `perdure.models.lstm`.
@@ -105,10 +105,10 @@ def recurrent(
 
 
 def check_sizes(**sizes: int) -> None:
-    """Refuse sizes that are no whole numbers from 1.
+    """Refuse sizes that are not whole numbers, 1 or more.
 
     Raises:
-        ConfigError: naming the first of them.
+        ConfigError: names the first such size.
     """
     for name, value in sizes.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -116,12 +116,12 @@ def check_sizes(**sizes: int) -> None:
 
 
 def check_tokens(shape: tuple[int, ...], vocabulary: int | None, padding: int | None) -> None:
-    """Refuse input shapes and padding that do not fit the vocabulary.
+    """Refuse input shapes and padding that contradict the vocabulary.
 
     Args:
-        shape: of one input.
-        vocabulary: number of tokens; None where inputs are vectors.
-        padding: token id that fills sequences up; None for none.
+        shape: shape of one input.
+        vocabulary: number of tokens; None if inputs are vectors.
+        padding: token id that fills sequences; None for no padding.
 
     Raises:
         ConfigError: if an argument is not allowed; the message names it.
@@ -132,7 +132,7 @@ def check_tokens(shape: tuple[int, ...], vocabulary: int | None, padding: int | 
                 "input_shape", shape, "(length, features), or (length,) with vocabulary=TOKENS"
             )
         if padding is not None:
-            raise ConfigError.of("padding", padding, "None where inputs are vectors")
+            raise ConfigError.of("padding", padding, "None if inputs are vectors")
         return
     check_sizes(vocabulary=vocabulary)
     if len(shape) != 1:

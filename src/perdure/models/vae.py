@@ -1,4 +1,4 @@
-"""A classifier with a variational autoencoder beside it, for generative replay."""
+"""Classifier together with a variational autoencoder, for generative replay."""
 
 import math
 from collections.abc import Sequence
@@ -48,7 +48,7 @@ class Generative(Classifier):
         """Mean and log variance (n, latent) of the latent vectors of inputs (n, ...).
 
         Raises:
-            ConfigError: for inputs of another shape than the generator was made for.
+            ConfigError: if inputs have another shape than the generator.
         """
         if tuple(x.shape[1:]) != self.input_shape:
             raise ConfigError.of(

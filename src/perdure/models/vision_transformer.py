@@ -1,15 +1,16 @@
-"""A vision transformer with places for prompts and adapters.
+"""Vision transformer that can be trained, or frozen with prompts or adapters.
 
-It is trained, or frozen under them.
+Prompts and adapters are added to the attention of its blocks.
 
     z_0 = [class token; E patch_1; ...; E patch_T] + positions
     z  <- z + attention(norm(z)),    z <- z + mlp(norm(z))          depth times
-    features = norm(z)_0                                            what the class token became
+    features = norm(z)_0                                            the last state of the class
+    token
 
-Attention is plain linear layers for query, key, value and output. The class token is row 0 of the
-table of positions, where its own place adds nothing new. So every parameter belongs to a layer
-whose per-record gradients book-keeping knows. Nothing draws at random, and a record's tokens meet
-no other record's.
+Attention consists of plain linear layers for query, key, value and output. The class token is row 0
+of the table of positions, because a separate parameter would be redundant. So every parameter
+belongs to a layer for which book-keeping can compute per-record gradients. There is no randomness
+in the forward pass, and the tokens of a record do not interact with those of other records.
 
 Source: Dosovitskiy et al., An image is worth 16 x 16 words, ICLR 2021, section 3.1.
 """
@@ -31,22 +32,23 @@ from perdure.models.frozen import without_parameters
 from perdure.utils.seeding import seeded
 
 EPSILON = 1e-6
-"""Of the normalisations; what weights of timm and torchvision were trained with."""
+"""Epsilon of the normalisation layers, as used for the weights of timm and torchvision."""
 POSITION_SCALE = 0.02
-"""Standard deviation of positions, class token and prompts at the start."""
+"""Initial standard deviation of positions, class token and prompts."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Addition:
-    """Additions to the attention of one block.
+    """Changes of the attention of one transformer block: added tensors, and prefixes.
 
     Args:
-        query: (n, T, width) to (n, T, width), added to the query of the same input; None for
-            nothing.
-        value: (n, T, width) to (n, T, width), added to the value of the same input; None for
-            nothing.
-        keys: (n, L, width), put before those of the tokens (prefix tuning); None for nothing.
-        values: (n, L, width), put before those of the tokens; None for nothing.
+        query: function from (n, T, width) to (n, T, width), whose result is added to the query of
+            the same input; None for nothing.
+        value: function from (n, T, width) to (n, T, width), whose result is added to the value of
+            the same input; None for nothing.
+        keys: (n, L, width) keys that are put before those of the tokens (prefix tuning); None for
+            none.
+        values: (n, L, width) values that are put before those of the tokens; None for none.
     """
 
     query: Callable[[Tensor], Tensor] | None = None
@@ -65,7 +67,7 @@ class Attention(nn.Module):
 
     Args:
         width: length of a token's vector.
-        heads: that share it evenly.
+        heads: number of heads, each with an equal part of the width.
     """
 
     def __init__(self, width: int, heads: int) -> None:
@@ -74,7 +76,7 @@ class Attention(nn.Module):
         self.query, self.key, self.value, self.output = (nn.Linear(width, width) for _ in range(4))
 
     def forward(self, x: Tensor, addition: Addition = NOTHING) -> Tensor:
-        """(n, T, width) to (n, T, width)."""
+        """Compute attention outputs (n, T, width) of tokens (n, T, width)."""
         query = self.query(x)
         key = self.key(x)
         value = self.value(x)
@@ -89,21 +91,23 @@ class Attention(nn.Module):
         return together
 
     def scores(self, query: Tensor, key: Tensor) -> Tensor:
-        """(n, heads, T, S) scaled products of queries (n, heads, T, f) and keys of S tokens."""
+        """(n, heads, T, S) scaled inner products of queries (n, heads, T, f) and S keys."""
         return query @ key.mT / math.sqrt(query.shape[-1])
 
     def _split(self, x: Tensor) -> Tensor:
-        """(n, T, width) to (n, heads, T, width / heads)."""
+        """Reshape (n, T, width) to (n, heads, T, width / heads)."""
         return x.reshape(*x.shape[:2], self.heads, -1).transpose(1, 2)
 
 
 class Block(nn.Module):
-    """Attention and a two-layer perceptron, each on normalised tokens and added to what entered.
+    """Transformer block: attention and a two-layer perceptron, each with a residual connection.
+
+    Both use normalised tokens.
 
     Args:
         width: length of a token's vector.
-        heads: of the attention.
-        hidden: units of the perceptron.
+        heads: number of heads of the attention.
+        hidden: number of hidden units of the perceptron.
     """
 
     attention_type: ClassVar[type[Attention]] = Attention
@@ -116,7 +120,7 @@ class Block(nn.Module):
         self.contract = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor, addition: Addition = NOTHING) -> Tensor:
-        """(n, T, width) to (n, T, width)."""
+        """Compute tokens (n, T, width) after the block, from tokens (n, T, width)."""
         x = x + self.attention(self.norm1(x), addition)
         inner: Tensor = self.contract(F.gelu(self.expand(self.norm2(x))))
         return x + inner
@@ -168,7 +172,7 @@ class Transformer(nn.Module):
         return self.encode(self.tokens(x))[:, 0]
 
     def tokens(self, x: Tensor) -> Tensor:
-        """(n, 1 + T, width): the class token and the patches, at their positions."""
+        """Tokens (n, 1 + T, width) of inputs: the class token and the patches, with positions."""
         places = torch.arange(self.positions.num_embeddings, device=x.device).expand(len(x), -1)
         positions: Tensor = self.positions(places)
         return torch.cat(
@@ -176,10 +180,10 @@ class Transformer(nn.Module):
         )
 
     def encode(self, tokens: Tensor, additions: Sequence[Addition] = ()) -> Tensor:
-        """(n, T, width) to (n, T, width) through all blocks, normalised.
+        """Run tokens (n, T, width) through all blocks and the last normalisation.
 
         Args:
-            additions: to the first blocks, one each.
+            additions: additions to the attention of the first blocks, one per block.
         """
         for number, block in enumerate(self.blocks):
             tokens = block(tokens, additions[number] if number < len(additions) else NOTHING)
@@ -188,11 +192,11 @@ class Transformer(nn.Module):
 
 
 def patches(x: Tensor, patch: int) -> Tensor:
-    """(n, T, numbers): the patches of inputs, row by row, each with its channels one after another.
+    """Cut inputs into patches (n, T, numbers), row by row, each with its channels in turn.
 
     Args:
         x: (n, channels, height, width) or (n, features).
-        patch: side of a square, length of a run.
+        patch: side of a square patch, or length of a run of features.
     """
     if x.dim() == 2:
         return x.reshape(len(x), -1, patch)
@@ -245,7 +249,7 @@ def transformer(
 
 
 def tiny(input_shape: Sequence[int]) -> Transformer:
-    """Make a small transformer for checks: one block, tokens of 16 numbers, always the same.
+    """Make a small transformer for checks: one block, tokens of 16 numbers, fixed weights.
 
     Patches are as large as possible.
     """
@@ -258,13 +262,12 @@ def tiny(input_shape: Sequence[int]) -> Transformer:
 
 
 def fixed(backbone: nn.Module) -> Transformer:
-    """Copy of a backbone that nothing trains, stores or sends.
+    """Copy a backbone without trainable, stored or sent parameters.
 
-    Its parameters are buffers, as in `perdure.models.frozen`.
+    Its parameters become buffers, as in `perdure.models.frozen`.
 
     Raises:
-        ConfigError: for anything but a `Transformer`, which alone has the places for prompts and
-            adapters.
+        ConfigError: if the backbone is not a `Transformer`, which prompts and adapters need.
     """
     if not isinstance(backbone, Transformer):
         allowed = (
@@ -337,7 +340,7 @@ def from_timm(weights: Path | str | Mapping[str, Tensor], *, heads: int) -> Tran
 
 
 def _renamed(given: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], set[str]]:
-    """Weights by our names, and the names that were used."""
+    """Weights with the names of this library, and the names of timm that were used."""
     places = given["pos_embed"][0]
     first = places[:1] + given["cls_token"][0]
     named = {

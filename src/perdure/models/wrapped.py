@@ -1,8 +1,8 @@
-"""Models of other libraries and of the user's own, with one tensor of outputs and with features.
+"""Wrapper for models of other libraries and for a user's own models.
 
-Learners, sessions, federations, attacks and explainers call a model with one tensor and take one
-tensor from it. `wrap` puts that shape around a model that returns a tuple, a dict or a
-`ModelOutput` of Hugging Face, that takes its input by keyword, or that needs a mask for padding.
+Learners, sessions, federations, attacks and explainers call a model with one tensor and expect one
+tensor. `wrap` adapts a model that returns a tuple, a dict or a `ModelOutput` of Hugging Face, that
+takes its input by keyword, or that needs a mask for padding. It can also give the model features.
 """
 
 from collections.abc import Mapping
@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from perdure.errors import ConfigError
 
 MASK = "attention_mask"
-"""Keyword of the mask that Hugging Face's models take: 1 for a token, 0 for padding."""
+"""Keyword of the mask that models of Hugging Face take: 1 for a token, 0 for padding."""
 
 
 Caught = list[tuple[Tensor, Tensor]]
-"""Tensors at a layer: copies as they were then, and the tensors themselves."""
+"""Tensors recorded at a layer: each as a copy of its first value, and as the tensor itself."""
 
 
 class Wrapped(nn.Module):
@@ -49,7 +49,7 @@ class Wrapped(nn.Module):
         self.padding = padding
 
     def forward(self, x: Tensor) -> Tensor:
-        """Outputs (n, ...) of inputs (n, ...)."""
+        """Compute outputs (n, ...) of inputs (n, ...)."""
         named: dict[str, Tensor] = {}
         if self.padding is not None:
             named[MASK] = (x != self.padding).long()
@@ -58,7 +58,7 @@ class Wrapped(nn.Module):
         return self._chosen(self.model(x, **named))
 
     def _chosen(self, answer: Any) -> Tensor:
-        """Part of the model's answer that is the output."""
+        """Return the chosen output from the value that the model returned."""
         chosen = answer
         if self.output is not None:
             by_place = isinstance(self.output, int) or isinstance(answer, Mapping)
@@ -73,20 +73,21 @@ class Wrapped(nn.Module):
         return chosen
 
     def extra_repr(self) -> str:
-        """Settings, for messages and for the digest of a run."""
+        """Show the settings, for messages and for the digest of a run."""
         return f"output={self.output!r}, input_name={self.input_name!r}, padding={self.padding}"
 
 
 class WrappedWithFeatures(Wrapped):
-    """A wrapped model whose features are caught at one of its layers.
+    """Wrapped model whose features are the input or output of one of its layers.
 
     Args:
-        model: see `Wrapped`.
-        output: see `Wrapped`.
-        input_name: see `Wrapped`.
-        padding: see `Wrapped`.
+        model: any module.
+        output: key, name or position of the output in the returned value; None for the value
+            itself.
+        input_name: keyword argument for the inputs; "" for the first argument.
+        padding: token id that fills sequences; None for no mask.
         layer: name of the layer.
-        entering: True for what enters that layer, False for what leaves it.
+        entering: True for the input of that layer, False for its output.
         feature_size: length of one feature vector.
     """
 
@@ -111,13 +112,13 @@ class WrappedWithFeatures(Wrapped):
         return self.with_features(x)[1]
 
     def with_features(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Outputs (n, ...) and features (n, feature_size) of one pass.
+        """Compute outputs (n, ...) and features (n, feature_size) in one pass.
 
         Args:
             x: inputs (n, ...).
 
         Raises:
-            ConfigError: where the layer does not give one row a record.
+            ConfigError: if the layer does not give one row per record.
         """
         caught: Caught = []
         layer = self.model.get_submodule(self.layer)
@@ -133,7 +134,7 @@ class WrappedWithFeatures(Wrapped):
         return outputs, self._rows(caught, outputs)
 
     def _rows(self, caught: Caught, outputs: Tensor) -> Tensor:
-        """The one tensor that was caught, without axes of length 1 behind the features."""
+        """Return the tensor recorded at the layer, without axes of length 1 after the features."""
         given = f"{'head' if self.entering else 'features'} = {self.layer!r}"
         if len(caught) != 1:
             raise ConfigError(
@@ -158,7 +159,7 @@ class WrappedWithFeatures(Wrapped):
         return features
 
     def extra_repr(self) -> str:
-        """Settings, for messages and for the digest of a run."""
+        """Show the settings, for messages and for the digest of a run."""
         return (
             f"{super().extra_repr()}, layer={self.layer!r}, entering={self.entering}, "
             f"feature_size={self.feature_size}"
@@ -242,10 +243,10 @@ def wrap(
 
 
 def outputs_in(answer: object) -> list[str | int]:
-    """Values of `wrap`'s argument `output` that pick a tensor out of a model's answer.
+    """Possible values of `wrap`'s argument `output` that select a tensor from a model's result.
 
     Args:
-        answer: of a model; not a tensor.
+        answer: value that a model returned, which is not a tensor.
     """
     if isinstance(answer, tuple | list):
         return [place for place, value in enumerate(answer) if isinstance(value, Tensor)]
@@ -254,10 +255,10 @@ def outputs_in(answer: object) -> list[str | int]:
 
 
 def _layer(model: nn.Module, name: str, where: str) -> nn.Module:
-    """Find a layer by its name.
+    """Return a layer of a model by its name.
 
     Raises:
-        ConfigError: naming the last layers that there are.
+        ConfigError: if there is no such layer; the message names the last layers.
     """
     found: dict[str, nn.Module] = dict(model.named_modules()) if isinstance(name, str) else {}
     if not name or name not in found:
@@ -267,10 +268,10 @@ def _layer(model: nn.Module, name: str, where: str) -> nn.Module:
 
 
 def _size_at(layer: nn.Module, name: str, where: str) -> int:
-    """Length of the vectors that enter a head, or leave another layer.
+    """Length of the vectors that are the input of a head, or the output of another layer.
 
     Raises:
-        ConfigError: where the layer does not tell.
+        ConfigError: if the layer does not have this length as an attribute.
     """
     entering = where == "head"
     known = ("in_features", "in_channels") if entering else ("out_features", "out_channels")
@@ -286,12 +287,12 @@ def _size_at(layer: nn.Module, name: str, where: str) -> int:
 
 
 def _catch_input(caught: Caught, layer: nn.Module, entered: tuple[object, ...]) -> None:
-    """Keep what enters a layer; a forward pre-hook."""
+    """Forward pre-hook that records the input of a layer."""
     _keep(caught, *entered)
 
 
 def _catch_output(caught: Caught, layer: nn.Module, entered: object, left: object) -> None:
-    """Keep what leaves a layer; a forward hook."""
+    """Forward hook that records the output of a layer."""
     _keep(caught, *(left if isinstance(left, tuple | list) else [left]))
 
 

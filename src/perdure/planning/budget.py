@@ -1,4 +1,4 @@
-"""Noise that a training plan needs: charges of partitions, calibration, and the budget's cap."""
+"""Noise for a training plan: charges of partitions, calibration, and the cap of a budget."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -17,9 +17,9 @@ Histories = dict[str, list[Charge]]
 
 
 def planned(training: TrainingPlan, schedule: Schedule) -> Histories:
-    """Charges of every partition over the whole declared stream, spent elsewhere included.
+    """Charges of every partition over the whole declared stream, with charges made elsewhere.
 
-    From public facts only.
+    They depend on public facts only.
     """
     privacy = training.privacy
     stages = horizon(training)
@@ -76,13 +76,13 @@ def charges(
 
 
 def scheduled(training: TrainingPlan) -> Schedule:
-    """Noise multipliers that meet the budget, or the partitions that leave the pools.
+    """Compute noise multipliers for the budget, or the partitions that leave the pools.
 
-    Partitions leave where the noise is given and the budget is a cap.
+    Partitions leave the pools if the noise is given and the budget is a cap.
 
     Raises:
-        BudgetError: when no noise is enough, or new records could not be used once.
-        ConfigError: for budgets that do not fit the stream.
+        BudgetError: if no noise is large enough, or new records could not be used even once.
+        ConfigError: if the number of budgets does not match the stream.
     """
     privacy = training.privacy
     assert privacy is not None
@@ -103,7 +103,7 @@ def scheduled(training: TrainingPlan) -> Schedule:
 
 
 def one_by_one(training: TrainingPlan, targets: Sequence[float]) -> tuple[float, ...]:
-    """A noise multiplier for every experience, where its records are used in no other one."""
+    """Compute one noise multiplier per experience, if no records are used in a later one."""
     privacy = training.privacy
     stages = horizon(training)
     assert privacy is not None
@@ -140,7 +140,7 @@ def one_by_one(training: TrainingPlan, targets: Sequence[float]) -> tuple[float,
 
 
 def targets(training: TrainingPlan, partitions: Iterable[str]) -> float | dict[str, float]:
-    """Epsilon of every partition: one for all, or its experience's."""
+    """Target epsilon of every partition: one number for all, or one for each experience."""
     assert training.privacy is not None
     epsilons = training.privacy.epsilons
     if len(epsilons) == 1:
@@ -153,9 +153,9 @@ def targets(training: TrainingPlan, partitions: Iterable[str]) -> float | dict[s
 
 
 def excluded_by_cap(training: TrainingPlan, noise_multiplier: float) -> tuple[frozenset[str], ...]:
-    """Partitions out of the pools in every experience.
+    """Partitions that are left out of the pools in each experience.
 
-    Those whose records would exceed the cap by one more use.
+    The epsilon of their records would exceed the cap with one more use.
     """
     privacy = training.privacy
     stages = horizon(training)
@@ -192,12 +192,12 @@ def excluded_by_cap(training: TrainingPlan, noise_multiplier: float) -> tuple[fr
 
 
 def horizon(training: TrainingPlan) -> Sequence[Experience]:
-    """Experiences to plan for.
+    """Return the experiences that the noise is calibrated for.
 
-    Those of the stream, and as many more like the last as were declared to come.
+    They are those of the stream, and later ones like the last one, up to the declared horizon.
 
     Raises:
-        ConfigError: when the stream is longer than what was declared.
+        ConfigError: if the stream is longer than the declared horizon.
     """
     stream = training.stream
     known = stream.experiences
@@ -228,14 +228,14 @@ def elsewhere(
     purpose: str = "spent elsewhere",
     independence: Stated = "",
 ) -> Entry:
-    """Ledger entry of earlier exposure of a partition's records, outside this ledger.
+    """Ledger entry for a charge of a partition's records that was made outside this ledger.
 
     Args:
-        charge: what they were exposed to.
-        partition: its name.
-        simulated: whether this ledger's noise is.
-        purpose: name in the ledger.
-        independence: by what records were known to be independent of each other then.
+        charge: the charge.
+        partition: name of the partition.
+        simulated: True if this ledger's noise is simulated.
+        purpose: name of the charge in the ledger.
+        independence: how records were known to be independent of each other then.
     """
     sampled = charge.sampling_rate < 1
     return Entry(

@@ -1,4 +1,4 @@
-"""Exposure of every partition, from declared sizes and without looking at a record."""
+"""Exposure of every partition, computed from declared sizes without reading a record."""
 
 import math
 from collections.abc import Sequence, Set
@@ -18,20 +18,22 @@ def exposure(
     bands: int | None = None,
     excluded: Set[str] = frozenset(),
 ) -> Exposure:
-    """Exposure in the last of `experiences`, from declared sizes only.
+    """Compute the exposure in the last of `experiences`, from declared sizes only.
 
-    One rate over new records and memory (joint pooling). Records of earlier experiences that may be
-    in memory are charged whether or not they were kept.
+    New records and memory are one pool with one sampling rate. Records of earlier experiences that
+    may be in memory are charged whether they are stored or not.
 
     Args:
-        plan: of the strategy.
-        batch_size: expected records per step.
-        rate: sampling rate, instead of that.
-        bands: least distance of a record's steps, where they are in a fixed order.
-        excluded: partitions out of every pool.
+        experiences: all experiences so far; the exposure is for the last one.
+        plan: plan of the strategy for the experience.
+        batch_size: expected number of records per step.
+        rate: sampling rate; None for batch_size / declared pool size.
+        bands: smallest distance between two steps of a record, if the order is fixed; None if it is
+            not.
+        excluded: partitions that are left out of all pools.
 
     Raises:
-        ConfigError: for an epoch shorter than `bands`.
+        ConfigError: if an epoch has fewer steps than `bands`.
     """
     size, exposed = pool_size(experiences, plan, excluded)
     past = experiences[:-1]
@@ -56,9 +58,9 @@ def exposure(
 def pool_size(
     experiences: Sequence[Experience], plan: Plan, excluded: Set[str] = frozenset()
 ) -> tuple[float, set[str]]:
-    """Declared number of pooled records and their partitions.
+    """Declared number of records in the pool, and their partitions.
 
-    Records that are rehearsed beside the pool are not counted.
+    Records that are rehearsed in addition to the pool are not counted.
     """
     pooled = experiences[-1:] if plan.pool == "experience" else experiences
     partitions = set(partitions_of(pooled) - excluded)
@@ -91,10 +93,10 @@ def reference_exposures(
     batch_size: int,
     excluded: Set[str] = frozenset(),
 ) -> dict[str, Exposure]:
-    """Exposure by every reference gradient of a step in the last of `experiences`, by name.
+    """Compute the exposure by each reference gradient of a step in the last of `experiences`.
 
-    One over all that is stored (`reference`), or one for every earlier experience (`reference 0`,
-    ...).
+    There is one over all stored records, named `reference`, or one per earlier experience, named
+    `reference 0`, `reference 1` and so on.
     """
     if not plan.memory or plan.memory.rehearsed:
         return {}

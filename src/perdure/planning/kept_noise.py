@@ -1,8 +1,8 @@
-"""Calibrated noise, kept in a run's folder by plan, so that a plan is calibrated once.
+"""File of calibrated noise multipliers in a run's folder, so that each plan is calibrated once.
 
-Guarantee: what is kept saves work and decides nothing. Whoever recalls a noise multiplier grants
-the plan with it (`Ledger.grant`), which refuses it unless its epsilon was checked, now or when the
-same plan was sealed into the ledger. A file that somebody changed cannot make a run cost more.
+Guarantee: the file only saves computing time. A noise multiplier from the file is used in
+`Ledger.grant`, which refuses the plan unless its epsilon was checked, now or when the same plan was
+written to the ledger. So a changed file cannot make a run cost more privacy.
 """
 
 import hashlib
@@ -24,28 +24,28 @@ from perdure.utils.hashing import canonical_text
 FILE = "calibration.json"
 VERSION = 1
 REFERENCES = (1.0, 2.0)
-"""Noise multipliers whose histories tell a plan: all that depends on the noise is linear in it."""
+"""Noise multipliers at which histories identify a plan; all charges are linear in the noise."""
 
 
 class KeptNoise:
-    """Noise multipliers of the plans of one folder.
+    """Calibrated noise multipliers of the plans of one folder.
 
     Args:
-        folder: of the run or client; None keeps nothing.
+        folder: folder of the run or client; None to store nothing.
     """
 
     def __init__(self, folder: Path | None) -> None:
         self._path = folder / FILE if folder else None
 
     def recall(self, training: TrainingPlan) -> Schedule | None:
-        """Return the noise that was found for this plan; None where none is kept."""
+        """Return the stored noise for this plan; None if there is none."""
         if not _is_calibrated(training):
             return None
         noise = self._read().get(plan_key(training), [])
         return Schedule(noise=tuple(noise)) if _fits(noise, training) else None
 
     def keep(self, training: TrainingPlan, schedule: Schedule) -> None:
-        """Keep the noise that was found for this plan."""
+        """Store the noise that was calibrated for this plan."""
         if self._path is None or not _is_calibrated(training):
             return
         key = plan_key(training)
@@ -57,7 +57,7 @@ class KeptNoise:
                 write_json(self._path, {"version": VERSION, "plans": plans})
 
     def _read(self) -> Mapping[str, list[float]]:
-        """Plans of the file; none where it is not there or not readable."""
+        """Plans in the file; empty if the file is missing or not readable."""
         try:
             found = json.loads(self._path.read_text()) if self._path else {}
             plans = found["plans"] if found.get("version") == VERSION else {}
@@ -67,7 +67,7 @@ class KeptNoise:
 
 
 def plan_key(training: TrainingPlan) -> str:
-    """Return a digest of everything that the noise of a plan follows from."""
+    """Digest of everything that decides the calibrated noise of a plan."""
     privacy = training.privacy
     assert privacy is not None
     histories = [
@@ -84,7 +84,7 @@ def plan_key(training: TrainingPlan) -> str:
 
 
 def _is_calibrated(training: TrainingPlan) -> bool:
-    """Return whether noise is found for a budget, and the ledger checks it when it is granted."""
+    """Return True if the noise is calibrated for a budget, which the ledger checks."""
     privacy = training.privacy
     return (
         privacy is not None
@@ -95,7 +95,7 @@ def _is_calibrated(training: TrainingPlan) -> bool:
 
 
 def _fits(noise: object, training: TrainingPlan) -> bool:
-    """Return whether a kept value is noise for this plan."""
+    """Return True if a stored value can be the noise of this plan."""
     privacy = training.privacy
     assert privacy is not None
     wanted = len(horizon(training)) if isinstance(privacy.epsilon, tuple) else 1

@@ -1,4 +1,4 @@
-"""Length of every experience and exposure of every partition, from declared sizes alone."""
+"""Number of steps of each experience and exposure of each partition, from declared sizes only."""
 
 import math
 from collections.abc import Mapping, Sequence, Set
@@ -19,7 +19,7 @@ NOBODY: frozenset[str] = frozenset()
 
 
 def charge_of(spent: Spent) -> Charge:
-    """Return the charge of a release that all records were exposed to, once."""
+    """Return the charge for a release to which all records were exposed once."""
     return Charge(1.0, spent.noise_multiplier, 1, "grid-gaussian")
 
 
@@ -63,15 +63,15 @@ class TrainingPlan:
         return [*before, *self.carried.get(partition, self.carried_at_most)]
 
     def spent_by_records(self, partition: str) -> tuple[Spent, ...]:
-        """Return the releases that a partition's records were exposed to, as they carry them.
+        """Return the earlier releases of a partition's records, which the records carry.
 
-        A partition that is still to come may hold records of any kind.
+        For a partition that is not in the stream yet, all releases of the stream are assumed.
         """
         return self._spent.get(partition, self._spent_by_any)
 
     @cached_property
     def _spent(self) -> dict[str, tuple[Spent, ...]]:
-        """Releases that the records of each partition carry, each once."""
+        """Return the earlier releases of each partition's records, each once, by partition."""
         found: dict[str, dict[Spent, None]] = {}
         for experience in self.stream:
             records = experience.train
@@ -85,20 +85,20 @@ class TrainingPlan:
     def of(self, experience: Experience) -> Plan:
         """Return the strategy's plan of an experience.
 
-        Under privacy the strategy is shown the experience without its training records.
+        Under privacy the strategy gets the experience without its training records.
         """
         return self.strategy.plan(experience.without_records() if self.privacy else experience)
 
     def upto(self, index: int) -> Sequence[Experience]:
-        """Return the experiences of the stream up to `index`, that one included."""
+        """Return the experiences of the stream up to and including `index`."""
         return self.stream.upto(index)
 
     def exposure(self, experiences: Sequence[Experience], excluded: Set[str] = NOBODY) -> Exposure:
         """Return the exposure of every partition in the last of `experiences`.
 
         Args:
-            experiences: all so far, the one in question last.
-            excluded: partitions that are out of every pool.
+            experiences: all experiences so far; the exposure is for the last one.
+            excluded: partitions that are left out of all pools.
         """
         rate = self.privacy.sampling_rate if self.privacy else None
         bands = self.privacy.bands if self.privacy else None
@@ -120,8 +120,8 @@ class TrainingPlan:
         """Return the number of optimiser steps in the last of `experiences`.
 
         Args:
-            experiences: all so far, the one in question last.
-            excluded: partitions that are out of every pool.
+            experiences: all experiences so far; the number is for the last one.
+            excluded: partitions that are left out of all pools.
         """
         plan = self.of(experiences[-1])
         if not plan.train:
@@ -139,12 +139,12 @@ class TrainingPlan:
         return self.steps_of(self.upto(index), excluded)
 
     def block(self, index: int, number: int, of: int) -> range:
-        """Return the steps of one piece of an experience.
+        """Return the steps of one part of an experience.
 
         Args:
-            index: of the experience.
-            number: of the piece, from 0.
-            of: number of pieces that the experience is trained in.
+            index: index of the experience.
+            number: number of the part, from 0.
+            of: number of parts of the experience.
         """
         return split_steps(self.steps(index), of)[number]
 
@@ -153,6 +153,6 @@ class TrainingPlan:
         return [block for block in split_steps(self.steps(index), self.blocks) if block.stop > step]
 
     def declared_pool_size(self, index: int) -> int:
-        """Return the declared number of records that experience `index` is trained on."""
+        """Return the declared number of records on which experience `index` is trained."""
         size, _ = pool_size(self.upto(index), self.of(self.stream[index]))
         return round(size)

@@ -1,6 +1,6 @@
-"""Gradients over the rows of a batch.
+"""Gradients over the rows of a batch: their mean, or their clipped sum.
 
-Their mean, or their clipped sum by the fastest way that fits the model.
+The clipped sum uses the fastest way that the model allows.
 """
 
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ from perdure.utils.chunking import FEWEST_ROWS
 
 
 def micro_batches(batch: Batch, size: int | None) -> Iterator[Batch]:
-    """Micro-batches of at most `size` rows; the batch itself where it fits."""
+    """Yield micro-batches of at most `size` rows; the batch itself if it is small enough."""
     if size is None or len(batch) <= size:
         yield batch
         return
@@ -38,10 +38,10 @@ def micro_batches(batch: Batch, size: int | None) -> Iterator[Batch]:
 def mean_gradient(
     forward: Forward, losses: Losses, params: Params, batch: Batch, at_once: int | None
 ) -> tuple[Params, Tensor]:
-    """Gradient of the mean loss of the valid rows, and that loss ().
+    """Gradient of the mean loss of the valid rows, and the mean loss ().
 
     Args:
-        at_once: rows of one pass through the model; None for all.
+        at_once: number of rows of one pass through the model; None for all.
     """
     count = batch.valid.sum()
     # where that is known without waiting for a device; a factor of 1 changes no bit
@@ -124,11 +124,11 @@ def clipped_gradient(
 def _record_by_record(
     forward: Forward, losses: Losses, params: Params, batch: Batch, clip: Clip, *, by_loop: bool
 ) -> Params | None:
-    """Clipped sum of gradients that are formed, by vmap where it runs and else by a loop.
+    """Clipped sum of per-record gradients, by vmap if possible and by a loop if not.
 
-    A run is checked before it begins, and still a batch may go another way than the synthetic
-    records did (a row that is NaN, rows that would not fit into memory). An error would come after
-    the charge, and would tell that the batch was such a one.
+    The code is tested before a run, but a batch may still behave differently from synthetic records
+    (a row with NaN, rows that do not fit into memory). An error would come after the charge, and
+    would reveal this property of the batch.
     """
     rows = gradient_rows(losses, forward.module)
     try:
@@ -151,12 +151,12 @@ def _record_by_record(
 def _from_batch(
     forward: Forward, losses: Losses, params: Params, rows: Batch, clip: Clip, least: int
 ) -> Params | None:
-    """Clipped sum from passes of a whole batch; None where the model is known to neither way.
+    """Clipped sum from passes over a whole batch; None if no fast way covers the model.
 
-    Rows that are not finite are left out, and the others go again, as if those were not there.
+    Rows that are not finite are left out, and the pass is repeated without them.
 
     Args:
-        least: rows that a pass has at least; what is missing is filled up.
+        least: smallest number of rows in a pass; missing rows are filled with copies.
     """
     if not len(rows):
         return None
@@ -188,7 +188,7 @@ def _in_one_pass(
     clip: Clip,
     least: int,
 ) -> Params | None:
-    """Clipped sum of the first `count` rows, from one pass of all of them."""
+    """Clipped sum of the first `count` rows, from one pass over all rows."""
 
     def run() -> Tensor:
         every = losses(forward, rows)

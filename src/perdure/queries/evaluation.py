@@ -1,7 +1,7 @@
-"""Sums of queries: functions that give one row per record, to which a curator adds noise.
+"""Sums of queries, which are functions with one row per record that a curator releases.
 
-The curator clips the rows of a query. `Gram`, `SquaredGradient` and their like know a faster way to
-their sum, clipped or not: they are a `SummedQuery`.
+The curator clips the rows of a query. `Gram`, `SquaredGradient` and similar queries can compute
+their sum, clipped or not, in a faster way: they are subclasses of `SummedQuery`.
 """
 
 import sys
@@ -33,7 +33,7 @@ class SummedQuery(ABC):
 
     @abstractmethod
     def __call__(self, forward: Forward, batch: Batch) -> Tensor | Params:
-        """Rows (n, ...), or a mapping of such; row i depends on record i only."""
+        """Rows (n, ...) of one tensor, or of several by name; row i depends on record i only."""
 
     def exact_sum(self, forward: Forward, batch: Batch, chunk: int) -> Params:
         """Sum the rows without privacy.
@@ -41,7 +41,7 @@ class SummedQuery(ABC):
         Args:
             forward: the model.
             batch: the records.
-            chunk: most records at a time.
+            chunk: largest number of records that are processed at a time.
         """
         return exact_row_sum(self, forward, batch, chunk)
 
@@ -52,12 +52,12 @@ class SummedQuery(ABC):
 
         Args:
             module: the model.
-            params: its parameters by name.
-            tensors: name to (n, ...), the records.
+            params: parameters of the model by name.
+            tensors: the records, name to (n, ...).
             clip: bound on each row.
 
         Returns:
-            Name to sum, in the shape of one row; None without records.
+            Name to sum, in the shape of one row; None if there are no records.
         """
         return clipped_row_sum(self, module, params, tensors, clip)
 
@@ -67,17 +67,17 @@ class SummedQuery(ABC):
         return {name: rows.shape[1:] for name, rows in answer.items()}
 
     def on_synthetic(self, forward: Forward, batch: Batch) -> Params:
-        """Answer on synthetic records that tells the query from others."""
+        """Result on synthetic records, which distinguishes the query from other queries."""
         return self.exact_sum(forward, batch, CHUNK)
 
     def unpacked(self, released: Params) -> Params:
-        """Released sum in the form that is handed out; a function of the release alone."""
+        """Convert a released sum to its final form, using only the release."""
         return released
 
 
 @dataclass(frozen=True)
 class _RowQuery(SummedQuery):
-    """A function of the user's, as a query with the default ways to its sums."""
+    """Query from a user's function, with the default ways to compute its sums."""
 
     rows: Query
 
@@ -97,9 +97,9 @@ def exact_sum(query: Query, forward: Forward, batch: Batch, chunk: int) -> Param
 def bounded_sum(
     query: Query, module: nn.Module, params: Params, tensors: Mapping[str, Tensor], clip: Clip
 ) -> Params | None:
-    """Sum over the records of the query's rows, each clipped; None when there is no record.
+    """Sum over the records of the query's clipped rows; None if there is no record.
 
-    Guarantee: one record moves it by at most `clip.norm` in L2 norm, whatever the query does.
+    Guarantee: one record changes the sum by at most `clip.norm` in L2 norm, for any query.
     """
     if isinstance(query, SummedQuery) and _is_own(type(query)):
         # of the class: an attribute of the object could clip otherwise
@@ -108,10 +108,10 @@ def bounded_sum(
 
 
 def _is_own(kind: type[SummedQuery]) -> bool:
-    """Tell if this very class is defined in a file of this package.
+    """Return True if a class is defined in a file of this package.
 
-    A subclass is defined elsewhere, and a class that took over the names of another one
-    (`functools.wraps`) is not found under them.
+    A subclass that is defined elsewhere does not count, nor does a class that only copies the name
+    (`functools.wraps`) of one of the package's classes.
     """
     inside = kind.__module__.startswith(f"{__package__}.")
     return inside and getattr(sys.modules[kind.__module__], kind.__name__, None) is kind
@@ -120,18 +120,18 @@ def _is_own(kind: type[SummedQuery]) -> bool:
 def shapes_of(
     query: Query, forward: Forward, tensors: Mapping[str, Tensor]
 ) -> dict[str, torch.Size]:
-    """Shapes of one row, from a synthetic record with the shapes of `tensors`.
+    """Shapes of one row of the query, from a synthetic record like those in `tensors`.
 
-    An empty partition still gets its noise.
+    They are known without records, so that an empty partition gets its noise, too.
     """
     return _summed(query).shapes(forward, Batch.from_tensors(blank_row(tensors)))
 
 
 def evaluate_on_synthetic(query: Query, forward: Forward, batch: Batch) -> Params:
-    """Answer of the query on synthetic records, which tells one question from another."""
+    """Result of the query on synthetic records, which distinguishes it from other queries."""
     return _summed(query).on_synthetic(forward, batch)
 
 
 def unpacked(query: Query, released: Params) -> Params:
-    """Released sum of the query in the form that is handed out."""
+    """Convert a released sum of the query to its final form."""
     return _summed(query).unpacked(released)

@@ -17,7 +17,7 @@ from perdure.types import Params
 from perdure.utils.chunking import chunks
 
 Table = Callable[[Forward, Batch], Tensor]
-"""(forward, batch) -> (n, width)."""
+"""Function from (forward, batch) to a table (n, width)."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Gram(SummedQuery):
         return math.sqrt(length**4 + cross + self.totals**2)
 
     def __call__(self, forward: Forward, batch: Batch) -> Params:
-        """Each record's vector before it is clipped: (n, d (d + 1) / 2), (n, d, c) and (n, c).
+        """Each record's unclipped vector, as tensors (n, d (d + 1) / 2), (n, d, c) and (n, c).
 
         The sums below are computed without these rows, which are large.
         """
@@ -104,10 +104,10 @@ class Gram(SummedQuery):
         Args:
             forward: the model.
             batch: n records.
-            strict: refuse longer targets instead of clipping them.
+            strict: True to refuse targets with a norm above 1 instead of clipping them.
 
         Raises:
-            DataError: for other shapes, or (where `strict`) for longer targets.
+            DataError: if shapes are wrong, or (if `strict`) a target has a norm above 1.
         """
         parts = {"features": _table(self.features, forward, batch, "features")}
         if self.targets:
@@ -136,7 +136,7 @@ class Gram(SummedQuery):
     def clipped_sum(
         self, module: nn.Module, params: Params, tensors: Mapping[str, Tensor], clip: Clip
     ) -> Params | None:
-        """Sum over records of their clipped vectors, or None without records."""
+        """Sum over records of their clipped vectors; None if there are no records."""
         sums: Params = {}
         with torch.no_grad():
             for rows in asked_alone(rows_of(self.parts, module), params, tensors):
@@ -146,23 +146,23 @@ class Gram(SummedQuery):
         return self.packed(sums) if sums else None
 
     def packed(self, sums: Params) -> Params:
-        """Scaled form of sums or rows, in which a record's norm is bounded; see the class."""
+        """Scale sums or rows to the form in which a record's norm is bounded (see the class)."""
         scales = {"cross": self.weight, "totals": self.totals}
         return {n: svec(value) if n == "gram" else scales[n] * value for n, value in sums.items()}
 
     def unpacked(self, released: Params) -> Params:
-        """Undo `packed` for a released sum: symmetric `gram`, `cross` and `totals`."""
+        """Convert a released sum from the scaled form to symmetric `gram`, `cross` and `totals`."""
         scales = {"cross": self.weight, "totals": self.totals}
         return {
             n: unsvec(value) if n == "gram" else value / scales[n] for n, value in released.items()
         }
 
     def on_synthetic(self, forward: Forward, batch: Batch) -> Params:
-        """Features and targets, without rows of d^2 numbers."""
+        """Features and targets of synthetic records, without rows of d^2 numbers."""
         return self.parts(forward, batch)
 
     def shapes(self, forward: Forward, batch: Batch) -> dict[str, torch.Size]:
-        """Shapes of one record's vector, without forming it."""
+        """Shapes of one record's vector, computed without the vector."""
         parts = self.parts(forward, batch)
         d = parts["features"].shape[1]
         shapes = {"gram": torch.Size([d * (d + 1) // 2])}
@@ -216,7 +216,7 @@ def unsvec(vector: Tensor) -> Tensor:
 
 
 def _table(table: Table, forward: Forward, batch: Batch, name: str) -> Tensor:
-    """Evaluate the features or targets and check that they are (n, width)."""
+    """Evaluate features or targets, and check that they have the shape (n, width)."""
     answer = table(forward, batch)
     if answer.dim() != 2 or len(answer) != len(batch):
         raise DataError(
@@ -226,5 +226,5 @@ def _table(table: Table, forward: Forward, batch: Batch, name: str) -> Tensor:
 
 
 def _finite(values: Tensor) -> Tensor:
-    """Values with 0 in place of NaN and infinity, so that one record cannot spoil a sum."""
+    """Replace NaN and infinity by 0, so that one record cannot spoil a sum."""
     return torch.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)

@@ -1,9 +1,9 @@
-"""Gradients of every record, added up by groups of records in one sum.
+"""Gradients of all records, added up per group of records in one sum.
 
-A record fills the place of its own group and leaves all others 0, so its row has the norm of one
-gradient whatever the number of groups. Such rows, which are as many times a gradient as there are
-groups, are never formed: a gradient is clipped as it is and added to what its group has. Where all
-layers are linear the gradient is not formed either.
+The row of a record has its gradient at the index of its group and 0 at all others, so its norm is
+the norm of one gradient for any number of groups. Such rows, as large as one gradient per group,
+are never formed: a gradient is clipped and then added to the sum of its group. If all layers are
+linear, the gradient is not formed either.
 """
 
 from collections.abc import Callable, Mapping
@@ -43,7 +43,7 @@ class GroupedGradient(SquaredGradient):
     def __call__(self, forward: Forward, batch: Batch) -> Params:
         """Rows by parameter name, (n, groups, *parameter shape).
 
-        They are long; the sum below does without them.
+        These rows are long; the sum is computed without them.
         """
         params = forward.params or dict(forward.module.named_parameters())
 
@@ -63,7 +63,7 @@ class GroupedGradient(SquaredGradient):
         }
 
     def size_of(self, values: Tensor) -> Tensor:
-        """The value itself."""
+        """Return the values unchanged, because gradients are summed with their signs."""
         return values
 
     @torch.no_grad()
@@ -74,9 +74,9 @@ class GroupedGradient(SquaredGradient):
         tensors: Mapping[str, Tensor],
         clip: Clip | None = None,
     ) -> Params | None:
-        """Sum of the rows, clipped where `clip` is given; None without records.
+        """Sum of the rows, clipped if `clip` is given; None if there are no records.
 
-        Memory is that of the sum, and of the gradients of a few records (see `per_pass`).
+        It needs memory for the sum and for the gradients of a few records (see `per_pass`).
         """
         if not len(tensors["labels"]):
             return None
@@ -105,7 +105,7 @@ class GroupedGradient(SquaredGradient):
         tensors: Mapping[str, Tensor],
         clip: Clip | None,
     ) -> None:
-        """Add the gradients of the records, a few at a time, each in its place."""
+        """Add the gradients of the records, a few at a time, to the sums of their groups."""
         for piece, count in filled_chunks(tensors, per_pass(params), fill=clip is not None):
             rows = torch.func.vmap(lambda record: self._row(module, params, record))(piece)
             rows = {name: value[:count] for name, value in rows.items()}
@@ -117,12 +117,12 @@ class GroupedGradient(SquaredGradient):
                 total.index_add_(0, places, rows[name])
 
     def _row(self, module: nn.Module, params: Params, tensors: Mapping[str, Tensor]) -> Params:
-        """Gradient of one record."""
+        """Compute the gradient of one record, by parameter name."""
         row, _ = self._sizes(lambda p: (Forward(module, p), {}), params, tensors)
         return row
 
     def _place(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Group of one record, and the number of groups where it is in none."""
+        """Number of one record's group; `groups` if the record is in no group."""
         number = self.group(batch_of_one(tensors))[0]
         return torch.where((number >= 0) & (number < self.groups), number, self.groups).long()
 
@@ -131,7 +131,7 @@ class GroupedGradient(SquaredGradient):
 
 
 def _add_outer(sums: Params, layers: Mapping[str, nn.Linear], outer: Outer, places: Tensor) -> None:
-    """Add the outer products of the records, all of a group at once."""
+    """Add the outer products of the records, one group at a time."""
     order = places.argsort(stable=True)
     sizes = places.bincount(minlength=len(next(iter(sums.values())))).tolist()
     for name, (u, v) in outer.items():

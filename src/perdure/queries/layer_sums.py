@@ -1,12 +1,12 @@
 """Sums over records of squared or absolute gradients, layer by layer.
 
-The gradient of a linear layer is sum_t d_t a_t^T over the places t where a record calls it, with
-a_t what entered and d_t the gradient at its output; a convolution is a linear layer on patches.
-With one place the square is the outer product of d^2 and a^2, and no row is formed. With several,
-rows are formed a cacheful at a time. Of all other parameters every record gets a view of its own,
-so that one backward pass gives all their rows.
+The gradient of a linear layer is sum_t d_t a_t^T over the positions t of a record, with a_t the
+input and d_t the gradient at the output; a convolution is a linear layer on patches. With one
+position, the square is the outer product of d^2 and a^2, and no row is formed. With several, rows
+are formed, as many at a time as the processor's cache holds. For all other parameters, every record
+gets its own view of the parameter, so that one backward pass gives all their rows.
 
-One forward pass serves all terms, and a term takes one backward pass, without gradients of the
+All terms share one forward pass. Each term takes one backward pass, without the gradients of the
 layers' weights.
 """
 
@@ -28,16 +28,16 @@ from perdure.types import Params
 from perdure.utils.chunking import blank_row, chunks
 
 Terms = Callable[[Forward, Batch], tuple[Tensor, Tensor]]
-"""(forward, batch) -> (losses (n, k), weights (n, k)); weights carry no gradient."""
+"""Function from (forward, batch) to losses (n, k) and weights (n, k); weights have no gradient."""
 
 MatrixLayer = nn.Linear | nn.Conv1d | nn.Conv2d
-"""A layer whose weight, as a matrix, is multiplied with what enters it at every place."""
+"""Layer whose weight, as a matrix, is multiplied with its input at every position."""
 
 PASS_NUMBERS = 2**25
-"""Numbers (128 MiB) that are kept of the records of one pass."""
+"""Most numbers (128 MiB) that are kept for the records of one pass."""
 
 TERMS_AT_ONCE = 10
-"""Terms whose gradients are kept together, so that patches are formed once for all of them."""
+"""Most terms whose gradients are kept together, so that patches are formed once for all."""
 
 
 # --------------------------------------------------------------------------- hooks
@@ -50,8 +50,9 @@ class LayerTap:
     Calls are numbered: the first of layer `body.1` is `body.1/0`.
 
     Attributes:
-        calls: layer and shape of the output, in the order of the calls in the pass. A call of
-            another shape than its shift's gets none, so look here before you trust a gradient.
+        calls: layer and shape of the output, in the order of the calls in the pass. A call whose
+            shape differs from its shift's gets no shift, so compare shapes before you use a
+        gradient.
     """
 
     def __init__(self) -> None:
@@ -60,10 +61,10 @@ class LayerTap:
         self._inputs: Params = {}
 
     def start_pass(self, shifts: Params) -> Params:
-        """Forget the last pass and use these shifts, by call, in the next one.
+        """Forget the last pass, and use these shifts, by call, in the next one.
 
         Returns:
-            an empty mapping, which the hooks fill during the pass: call to its input.
+            An empty mapping from call to input, which the hooks fill during the pass.
         """
         self.calls = []
         self._shifts = shifts
@@ -71,7 +72,7 @@ class LayerTap:
         return self._inputs
 
     def hook(self, name: str) -> Callable[..., Tensor]:
-        """Forward hook of the layer `name`, which gets named arguments too."""
+        """Build the forward hook of the layer `name`."""
 
         def listen(
             _: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor
@@ -89,7 +90,7 @@ class LayerTap:
 
 @contextmanager
 def tapped(layers: Mapping[str, nn.Module]) -> Iterator[LayerTap]:
-    """Hook a tap to the layers, and unhook it at the end."""
+    """Context manager that attaches hooks to the layers, and removes them at the end."""
     tap = LayerTap()
     # first of the layer's hooks: the others may change the output
     handles = [
@@ -118,15 +119,16 @@ def sum_by_layers(
     Every record is in a batch of one, under `torch.func.vmap`.
 
     Args:
-        terms: losses and weights of every record.
+        terms: function that computes losses and weights of every record.
         size_of: size of each number, with size(x y) = size(x) size(y).
         module: the model.
-        params: all its parameters, by name.
-        tensors: name to (n, ...), the records.
+        params: all parameters of the model, by name.
+        tensors: the records, name to (n, ...).
 
     Returns:
-        sums by parameter name. None without records, without linear or convolution layers, with
-        `nn.MultiheadAttention`, and where the losses depend on a layer's weight past its own calls.
+        The sums by parameter name. None if there are no records, no linear or convolution layers,
+        or an `nn.MultiheadAttention`, or if the losses depend on a layer's weight outside of its
+        own calls.
     """
     passes = _Passes.of(terms, size_of, module, params, tensors)
     if passes is None or not len(tensors["labels"]):
@@ -140,14 +142,14 @@ def sum_by_layers(
 
 @dataclass(frozen=True, kw_only=True)
 class _Passes:
-    """Forward and backward passes over pieces of the records.
+    """Forward and backward passes over parts of the records.
 
     Args:
-        terms: see `sum_by_layers`.
-        size_of: see `sum_by_layers`.
-        module: see `sum_by_layers`.
-        params: see `sum_by_layers`.
-        layers: those that are tapped, by name.
+        terms: function that computes losses and weights of every record.
+        size_of: size of each number.
+        module: the model.
+        params: all parameters of the model, by name.
+        layers: layers with hooks, by name.
         outputs: call to the shape of its output for one record, in the order of the calls.
     """
 
@@ -167,7 +169,7 @@ class _Passes:
         params: Params,
         tensors: Mapping[str, Tensor],
     ) -> "_Passes | None":
-        """Run one blank record to see which layers are called; None where they are not enough."""
+        """Run one blank record to find the calls of layers; None if these layers are not enough."""
         # torch's attention looks for gradients, does not see them through vmap, and goes without
         if any(isinstance(part, nn.MultiheadAttention) for part in module.modules()):
             return None
@@ -192,13 +194,13 @@ class _Passes:
 
     @property
     def others(self) -> Params:
-        """Parameters of no tapped layer."""
+        """Parameters that belong to none of the layers with hooks."""
         known = _parameter_names(self.layers)
         return {name: value for name, value in self.params.items() if name not in known}
 
     @property
     def records_at_once(self) -> int:
-        """Records of one pass: their outputs and gradients are kept together."""
+        """Number of records of one pass, limited by the memory for outputs and gradients."""
         numbers = 2 * sum(value.numel() for value in self.others.values())
         for shape in self.outputs.values():
             # beside the gradients, what autograd keeps of the layer and of those behind it
@@ -206,7 +208,7 @@ class _Passes:
         return min(CHUNK, max(1, PASS_NUMBERS // max(1, numbers)))
 
     def add(self, tensors: Mapping[str, Tensor], total: Params) -> bool:
-        """Add the records' sums; False where the model called other layers than before."""
+        """Add the sums over some records; False if the model called other layers than before."""
         n = len(tensors["labels"])
         with torch.enable_grad(), tapped(self.layers) as tap:
             # views: nothing is kept n times
@@ -248,13 +250,14 @@ class _Passes:
     def _add_layer(
         self, name: str, entered: Params, backs: list[Params], weights: Tensor, total: Params
     ) -> None:
-        """Add one layer's part of some terms.
+        """Add the contribution of one layer to the sums, for some of the terms.
 
         Args:
-            name: the layer.
-            entered: call to what entered it, (n, ...).
-            backs: for every term, call to the gradient at its output, (n, ...).
-            weights: (n, terms).
+            name: name of the layer.
+            entered: call to the input of the layer in this call, (n, ...).
+            backs: for every term, call to the gradient at the layer's output, (n, ...).
+            weights: (n, terms) weights of the terms.
+            total: sums by parameter name, which are added to.
         """
         layer = self.layers[name]
         calls = [call for call in self.outputs if _layer(call) == name]
@@ -283,7 +286,7 @@ class _Passes:
 
 
 def matrix_layers(module: nn.Module, params: Params) -> dict[str, MatrixLayer]:
-    """Linear and convolution layers that own a weight among the parameters, by name."""
+    """Linear and convolution layers with a weight among the parameters, by name."""
     return {
         name: layer
         for name, layer in module.named_modules()
@@ -296,7 +299,7 @@ def matrix_layers(module: nn.Module, params: Params) -> dict[str, MatrixLayer]:
 
 
 def _is_plain(layer: MatrixLayer) -> bool:
-    """Return whether the layer owns just weight and bias, and pads with a number of zeros."""
+    """Return True if a layer has only weight and bias, and pads with a number of zeros."""
     names = {name for name, _ in layer.named_parameters()}
     zeros = isinstance(layer, nn.Linear) or (
         layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
@@ -305,7 +308,7 @@ def _is_plain(layer: MatrixLayer) -> bool:
 
 
 def fan_in(layer: MatrixLayer) -> int:
-    """Numbers of the input that one place of the output sees, in all groups."""
+    """Number of input values that one output position depends on, over all groups."""
     return (
         layer.in_features
         if isinstance(layer, nn.Linear)
@@ -314,11 +317,11 @@ def fan_in(layer: MatrixLayer) -> int:
 
 
 def places_of_input(layer: MatrixLayer, entered: Tensor) -> Tensor:
-    """(n, groups, fan in of a group, places): the factor of the layer's weight.
+    """(n, groups, fan in of a group, places) input of a layer as the factor of its weight.
 
     Args:
         layer: the layer.
-        entered: (n, ...) what entered it in every record.
+        entered: (n, ...) input of the layer for every record.
     """
     n = len(entered)
     if isinstance(layer, nn.Linear):
@@ -331,7 +334,7 @@ def places_of_input(layer: MatrixLayer, entered: Tensor) -> Tensor:
 
 
 def places_of_output(layer: MatrixLayer, back: Tensor) -> Tensor:
-    """(n, groups, outputs of a group, places) of the gradient at the layer's output."""
+    """(n, groups, outputs of a group, places) gradient at the layer's output."""
     if isinstance(layer, nn.Linear):
         return back.reshape(len(back), 1, -1, layer.out_features).mT
     images = back.reshape(-1, *back.shape[1 - layer.weight.dim() :])
@@ -339,26 +342,29 @@ def places_of_output(layer: MatrixLayer, back: Tensor) -> Tensor:
 
 
 def _places_of_terms(layer: MatrixLayer, backs: list[Tensor]) -> Tensor:
-    """(n, groups, terms, outputs of a group, places) of the gradients of several terms."""
+    """(n, groups, terms, outputs of a group, places) gradients at the output for several terms."""
     together = torch.stack(backs, 1)
     places = places_of_output(layer, together.flatten(0, 1))
     return places.view(*together.shape[:2], *places.shape[1:]).transpose(1, 2)
 
 
 def _joined(calls: list[Tensor]) -> Tensor:
-    """Places of several calls side by side."""
+    """Concatenate the positions of several calls along the last axis."""
     return calls[0] if len(calls) == 1 else torch.cat(calls, -1)
 
 
 def _by_group(values: Tensor, n: int, groups: int) -> Tensor:
-    """(n, groups, channels of a group, images x places) of (n x images, channels, places)."""
+    """Reshape (n x images, channels, places) to (n, groups, channels, images x places).
+
+    The third axis has the channels of a group.
+    """
     images = len(values) // n
     split = values.reshape(n, images, groups, -1, values.shape[-1])
     return split.permute(0, 2, 3, 1, 4).flatten(3)
 
 
 def _parameter_names(layers: Mapping[str, nn.Module]) -> set[str]:
-    """Names in the model of the layers' parameters."""
+    """Names of the layers' parameters in the model."""
     return {
         f"{name}.{own}".removeprefix(".")
         for name, layer in layers.items()
@@ -367,17 +373,17 @@ def _parameter_names(layers: Mapping[str, nn.Module]) -> set[str]:
 
 
 def _numbered(calls: list[TapedCall]) -> dict[str, torch.Size]:
-    """Shape of the output of every call, by the names that `LayerTap` gives."""
+    """Shape of the output of every call, by the names that `LayerTap` gives to calls."""
     names = [call.layer for call in calls]
     return {f"{name}/{names[:i].count(name)}": calls[i].shape for i, name in enumerate(names)}
 
 
 def _layer(call: str) -> str:
-    """Layer of a call."""
+    """Return the name of the layer from the name of one of its calls."""
     return call.rpartition("/")[0]
 
 
 def _add(total: Params, name: str, value: Tensor) -> None:
-    """Add to the sum of a parameter, whatever the shape."""
+    """Add a value to the sum of a parameter, reshaped to the parameter's shape."""
     own = total[name.removeprefix(".")]
     own += value.reshape(own.shape)

@@ -15,7 +15,7 @@ from perdure.types import Params
 from perdure.utils.chunking import chunks, filled, filled_chunks
 
 CHUNK = 1024
-"""Records that are looked at together; it bounds memory only."""
+"""Number of records that are evaluated together; it only limits memory."""
 
 
 def rows_of(query: Query, module: nn.Module) -> Rows:
@@ -29,9 +29,9 @@ def rows_of(query: Query, module: nn.Module) -> Rows:
 
 
 def rows_one_by_one(query: Query, forward: Forward, batch: Batch) -> Params:
-    """Rows of the query, each record asked about by itself under `torch.func.vmap`.
+    """Rows of the query, each record evaluated alone under `torch.func.vmap`.
 
-    Without records, (0, ...) by the same names: the query is then asked about a blank record.
+    Without records, the rows are (0, ...) with the same names; a blank record shows the names.
     """
     params = {name: value.detach() for name, value in forward.module.named_parameters()}
     tensors = batch.tensors()
@@ -41,7 +41,7 @@ def rows_one_by_one(query: Query, forward: Forward, batch: Batch) -> Params:
 
 
 def asked_alone(rows: Rows, params: Params, tensors: Mapping[str, Tensor]) -> Iterator[Params]:
-    """Evaluate `rows` on each record by itself, `CHUNK` records at a time."""
+    """Evaluate `rows` on each record alone, `CHUNK` records at a time."""
     each = torch.func.vmap(rows, in_dims=(None, 0))
     for piece, count in filled_chunks(tensors, CHUNK):
         with explain_vmap_errors():
@@ -50,7 +50,7 @@ def asked_alone(rows: Rows, params: Params, tensors: Mapping[str, Tensor]) -> It
 
 
 def gradient_rows(losses: Losses, module: nn.Module) -> Rows:
-    """Gradient of one record's loss, the record alone in its batch."""
+    """Build the function for one record's loss gradient, with the record alone in a batch."""
 
     def loss(params: Params, tensors: Mapping[str, Tensor]) -> Tensor:
         return losses(Forward(module, params), batch_of_one(tensors)).squeeze(0)
@@ -59,7 +59,7 @@ def gradient_rows(losses: Losses, module: nn.Module) -> Rows:
 
 
 def exact_row_sum(query: Query, forward: Forward, batch: Batch, chunk: int) -> Params:
-    """Sum of the query's rows, of `chunk` records at a time."""
+    """Sum of the query's rows, computed for `chunk` records at a time."""
     sums: Params = {}
     for piece in chunks(batch.tensors(), chunk):
         for name, rows in as_params(query(forward, Batch.from_tensors(piece))).items():
@@ -70,29 +70,29 @@ def exact_row_sum(query: Query, forward: Forward, batch: Batch, chunk: int) -> P
 def clipped_row_sum(
     query: Query, module: nn.Module, params: Params, tensors: Mapping[str, Tensor], clip: Clip
 ) -> Params | None:
-    """Sum of the query's clipped rows, each record asked about by itself; None without records.
+    """Sum of the query's clipped rows, each record evaluated alone; None without records.
 
-    Guarantee: one record moves it by at most `clip.norm` in L2 norm, whatever the query does.
+    Guarantee: one record changes the sum by at most `clip.norm` in L2 norm, for any query.
     """
     return clipped_sum(rows_of(query, module), params, tensors, clip, per_pass(params))
 
 
 def as_params(answer: Tensor | Params) -> Params:
-    """Give a bare tensor the name `value`."""
+    """Give a single tensor the name `value`; return named tensors unchanged."""
     return {"value": answer} if isinstance(answer, Tensor) else answer
 
 
 @torch.no_grad()
 def numbers_of(of: Of, batch: Batch, *, alone: bool) -> Tensor:
-    """(n,) what `of` says of each record.
+    """(n,) numbers that the function `of` returns for the records.
 
     Args:
-        alone: ask it about each record by itself, under `torch.func.vmap`, so that no number can
-            depend on another record.
+        of: function from a batch to (n,) numbers.
+            batch: the records.
 
     Raises:
-        DataError: for another shape than one number per record.
-        PrivacyError: for what cannot be asked about one record alone.
+        DataError: if the shape is not one number per record.
+        PrivacyError: if the function cannot be evaluated on one record alone.
     """
 
     def one(tensors: Mapping[str, Tensor]) -> Tensor:
@@ -109,7 +109,7 @@ def numbers_of(of: Of, batch: Batch, *, alone: bool) -> Tensor:
 
 @contextmanager
 def explain_vmap_errors() -> Iterator[None]:
-    """Say why a function does not run on each record alone."""
+    """Turn an error of `torch.func.vmap` into a PrivacyError that says what is allowed."""
     try:
         yield
     except RuntimeError as error:
@@ -133,5 +133,5 @@ def _numbers(of: Of, batch: Batch) -> Tensor:
 
 
 def add_to(sums: Params, name: str, value: Tensor) -> None:
-    """Add a value to the sum of this name, or begin the sum with it."""
+    """Add a value to the sum with this name; if there is none, the value becomes the sum."""
     sums[name] = sums[name] + value if name in sums else value

@@ -1,33 +1,34 @@
-"""The catalogue of what may be asked of private records.
+"""Statistics that can be released: sums, means, Gram matrices, histograms, quantiles, top-k.
 
-Sums, means, Gram matrices, histograms, quantiles, top-k.
+The table lists their sensitivity and mechanism.
 
-Neighbours differ by one record, added or removed. Under privacy every answer is charged on disk
-before its noise is drawn, to the records of the current experience, each of which it touches once
-(no sampling). Without, it is exact.
+Neighbouring data sets differ by one record, added or removed. Under privacy every release is
+charged on disk before its noise is drawn, to the records of the current experience, each of which
+is used once (no sampling). Without privacy the result is exact.
 
-    asked for                             one record moves               mechanism
+    release                               one record changes            mechanism
     curator.release(query, clip_norm=C)   the sum by C in L2 norm        Gaussian, s = m C
     curator.release(Gram(), clip_norm=C)  (gram, cross, totals) by C     symmetric Gaussian, s = m C
     mean(curator, query, clip_norm=C)     the mean by C / declared size  Gaussian, s = m C / size
     histogram(curator, of, bins=B)        one count by 1                 discrete Gaussian, s = m
-    quantile(curator, of, q, candidates)  two scores by 1 to each other  exponential, e = 2 / m
+    quantile(curator, of, q, candidates)  a score difference by 1        exponential, e = 2 / m
     top_k(curator, of, bins=B, k=k)       one count by 1                 k x exponential, e = 2 / m
 
 m is the noise multiplier of a step times `Privacy.release_noise`, s a standard deviation and e an
-epsilon. Each sum and each histogram costs 1 / (2 m^2) of zero-concentrated privacy, and a
-selection, being of bounded range, at most as much: e^2 / 8. The ledger charges selections as e-DP
-and leaves the range aside: few of them cost less than as many sums, many of them more.
+epsilon. Each sum and each histogram costs 1 / (2 m^2) of zero-concentrated privacy. A selection has
+bounded range, so it costs at most as much: e^2 / 8. The ledger charges selections as e-DP and does
+not use the bounded range: few selections then cost less than as many sums, many selections cost
+more.
 
-A strategy says in its `PrivacyCost` what it will ask for: sums, means and Gram matrices are
-`releases`, histograms are `histograms`, a quantile is one of the `selections` and a top-k is k of
-them. Where a budget was granted, what was not declared is refused.
+A strategy declares its releases in its `PrivacyCost`: sums, means and Gram matrices are `releases`,
+histograms are `histograms`, a quantile is one of the `selections` and a top-k is k of them. If a
+budget was granted, releases that were not declared are refused.
 
-Under privacy what a function says of a record depends on that record alone, since it is evaluated
-on each by itself, in batches of one under `torch.func.vmap`. Write it with masks and `where`,
-without `.item()`, and let it draw nothing at random. Nor may an error depend on a record: a bin
-outside the range or a NaN is refused without privacy; with it the record is in no bin, or above all
-candidates.
+Under privacy the result of a function for a record depends on that record only, because each record
+is evaluated alone, in a batch of one under `torch.func.vmap`. Write the function with masks and
+`where`, without `.item()` and without random numbers. Errors may not depend on a record either:
+without privacy a bin outside the range or a NaN is refused; with privacy such a record is in no
+bin, or above all candidates.
 """
 
 from collections.abc import Sequence
@@ -60,7 +61,7 @@ def mean(curator: Curator, query: Query, *, clip_norm: float, purpose: str) -> P
 def histogram(curator: Curator, of: Of, *, bins: int, purpose: str) -> Tensor:
     """Release the number of records in each bin, (bins,) int64.
 
-    With noise, a count may be below 0. To set it to 0 costs no privacy.
+    With noise, a count may be below 0; setting it to 0 costs no privacy.
 
     Guarantee: one discrete Gaussian release of sensitivity 1, because a record is in one bin at
     most.

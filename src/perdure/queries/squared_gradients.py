@@ -1,16 +1,16 @@
-"""Squared or absolute gradients of every record.
+"""Sums of squared or absolute per-record gradients.
 
-Fisher information and memory aware synapses add them up.
+They are used for Fisher information and memory aware synapses.
 
 Without privacy they are summed layer by layer (see `layer_sums`). With privacy they are summed
-without rows where all layers are linear. The gradient of a linear layer is d a^T, with
-d what comes back to its output and a what entered it. So its square is the outer product of d^2 and
-a^2, the sum over terms is one over d^2 alone, and a record's norm is |sum_k w_k d_k^2| |a^2|. The
-same holds for the absolute value, |d| and |a|.
+without rows if all layers are linear. The gradient of a linear layer is d a^T, with a the input and
+d the gradient at the output. So its square is the outer product of d^2 and a^2, the sum over terms
+is a sum over d^2 only, and a record's norm is |sum_k w_k d_k^2| |a^2|. The same holds for the
+absolute value, with |d| and |a|.
 
-That is all of the gradient only where the losses depend on a weight through the own call of its
-layer alone. Elsewhere (tied weights, `F.linear(z, layer.weight.T)`, a replaced `forward`) the rows
-are formed.
+This is the complete gradient only if the losses depend on a weight through the layer's own call and
+nothing else. In other cases (tied weights, `F.linear(z, layer.weight.T)`, a replaced `forward`) the
+rows are formed.
 """
 
 from collections.abc import Callable, Mapping
@@ -32,8 +32,8 @@ from perdure.types import Params
 from perdure.utils.chunking import filled_chunks
 
 Outer = dict[str, tuple[Tensor, Tensor]]
-"""Layer to (u (n, out), v (n, in)): record i's row of the layer's weight is u_i v_i^T, of its bias
-u_i.
+"""Layer to (u (n, out), v (n, in)): record i's row is u_i v_i^T for the weight and u_i for the
+bias.
 """
 
 
@@ -62,7 +62,7 @@ class SquaredGradient(SummedQuery):
         return torch.func.vmap(one)(batch.tensors())
 
     def size_of(self, values: Tensor) -> Tensor:
-        """Square each number; the shape (...) stays.
+        """Square each number; the shape (...) does not change.
 
         The size of a product is the product of the factors' sizes.
         """
@@ -70,10 +70,10 @@ class SquaredGradient(SummedQuery):
 
     @torch.no_grad()
     def exact_sum(self, forward: Forward, batch: Batch, chunk: int) -> Params:
-        """Sum of the rows without privacy; rows are formed where `summed` does not know it.
+        """Sum of the rows without privacy; if `summed` cannot compute it, rows are formed.
 
-        A model that does not run under `torch.func.vmap` is run on one record after another: it was
-        trained, and nothing here has to be hidden.
+        A model that does not run under `torch.func.vmap` runs on one record after another, because
+        without privacy nothing has to be hidden.
         """
         module = forward.module
         params = forward.params or {name: p.detach() for name, p in module.named_parameters()}
@@ -108,7 +108,7 @@ class SquaredGradient(SummedQuery):
     def clipped_sum(
         self, module: nn.Module, params: Params, tensors: Mapping[str, Tensor], clip: Clip
     ) -> Params | None:
-        """Sum of the clipped rows; rows are formed where `summed` does not know it."""
+        """Sum of the clipped rows; if `summed` cannot compute it, rows are formed."""
         total = self.summed(module, params, tensors, clip)
         return total or clipped_row_sum(self, module, params, tensors, clip)
 
@@ -121,18 +121,18 @@ class SquaredGradient(SummedQuery):
         tensors: Mapping[str, Tensor],
         clip: Clip | None = None,
     ) -> Params | None:
-        """Sum the rows, clipped where `clip` is given.
+        """Sum the rows, clipped if `clip` is given.
 
         Args:
             module: the model.
-            params: its parameters by name.
-            tensors: name to (n, ...), the records.
+            params: parameters of the model by name.
+            tensors: the records, name to (n, ...).
             clip: bound on each row; None for no bound.
 
         Returns:
-            One sum a parameter, in its shape. None without records; without `clip`, also for a
-            model that `sum_by_layers` does not know; with `clip`, also where rows are no outer
-            products (see `outer_layers`).
+            One sum per parameter, in the parameter's shape. None if there are no records; without
+            `clip`, also if `sum_by_layers` does not support the model; with `clip`, also if rows
+            are not outer products (see `outer_layers`).
         """
         if clip is None:
             return sum_by_layers(self.terms, self.size_of, module, params, tensors)
@@ -158,11 +158,11 @@ class SquaredGradient(SummedQuery):
         point: Params,
         tensors: Mapping[str, Tensor],
     ) -> tuple[Params, Params]:
-        """sum_k w_k size(d l_k / d point) of one record, and the mapping that `at` returned.
+        """Compute sum_k w_k size(d l_k / d point) for one record; also return the mapping of `at`.
 
         Args:
-            at: from the point to the model there, and a mapping that fills while the model runs.
-            point: tensors that gradients are taken with respect to, by name.
+            at: function from the point to the model with these tensors, and to a mapping that is
+                filled while the model runs.
             tensors: one record.
         """
 
@@ -189,12 +189,12 @@ class SquaredGradient(SummedQuery):
 
         Args:
             module: the model.
-            params: its parameters by name.
-            tensors: name to (n, ...), the records; only shapes and dtypes are used.
+            params: parameters of the model by name.
+            tensors: the records, name to (n, ...); only shapes and dtypes are used.
 
         Returns:
-            Layers by name. None where another module has a parameter, or where the losses depend
-            on a parameter otherwise than through one call of its layer by the method of its class.
+            Layers by name. None if another module has a parameter, or if the losses depend on a
+            parameter in another way than through one call of the unchanged method of its layer.
         """
         layers = linear_layers(module)
         if not layers or not all(map(runs_as_built, layers.values())):
@@ -217,7 +217,7 @@ class SquaredGradient(SummedQuery):
     ) -> Outer | None:
         """Rows as outer products, for all records of `tensors`.
 
-        None where a layer is not called exactly once, on one vector a record.
+        None if a layer is not called exactly once, with one vector per record.
         """
         with tapped(layers) as tap:
 
@@ -251,12 +251,12 @@ class AbsoluteGradient(SquaredGradient):
     """
 
     def size_of(self, values: Tensor) -> Tensor:
-        """Absolute value."""
+        """Return the absolute value of each number; the shape (...) does not change."""
         return values.abs()
 
 
 def first_rows(outer: Outer, count: int) -> Outer:
-    """Outer products of the first records alone."""
+    """Outer products of the first `count` records."""
     return {name: (u[:count], v[:count]) for name, (u, v) in outer.items()}
 
 
@@ -270,9 +270,10 @@ def _sums(layers: Mapping[str, nn.Linear], outer: Outer, clip: Clip) -> Params:
 
 
 def clipped_outer(layers: Mapping[str, nn.Linear], outer: Outer, clip: Clip | None) -> Outer:
-    """Outer products that make each record's clipped row; as they are where there is no clip.
+    """Scale outer products so that each record's row is clipped; unchanged without a clip.
 
-    Clipped ones are in float64: over many records, sums in float32 move by more than the clip norm.
+    Scaled ones are in float64: over many records, sums in float32 change by more than the clip
+    norm.
     """
     if clip is None:
         return outer
@@ -292,8 +293,8 @@ def clipped_outer(layers: Mapping[str, nn.Linear], outer: Outer, clip: Clip | No
 def linear_layers(module: nn.Module) -> dict[str, nn.Linear] | None:
     """Return the linear layers with parameters by name, if all parameters are theirs and trained.
 
-    None where another module has a parameter, two layers share one, one does not require a
-    gradient, or a layer's parameters are not its weight and bias.
+    None if another module has a parameter, two layers share one, a parameter does not require a
+    gradient, or a layer has other parameters than weight and bias.
     """
     linear = {name: layer for name, layer in module.named_modules() if type(layer) is nn.Linear}
     # Layers of a frozen body hold buffers instead of parameters: they have no gradient to square.

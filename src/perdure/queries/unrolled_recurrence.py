@@ -1,7 +1,7 @@
-"""Recurrent layers written out step by step, so that they run on each record alone.
+"""Recurrent layers computed step by step, so that they run on each record alone.
 
-torch's own `nn.GRU`, `nn.LSTM` and `nn.RNN` are one fused operation, for which `torch.func.vmap`
-has no rule. Written out as linear layers they compute the same, up to rounding.
+torch's `nn.GRU`, `nn.LSTM` and `nn.RNN` are single fused operations, for which `torch.func.vmap`
+has no rule. Written as linear layers they compute the same, up to rounding.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,17 +14,17 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 State = tuple[Tensor, ...]
-"""(hidden,), of an LSTM (hidden, cell); each (n, width)."""
+"""State of a recurrent layer: (hidden,), or (hidden, cell) for an LSTM; each (n, width)."""
 Cell = Callable[[Tensor, State, Sequence[Tensor]], State]
-"""(gates of the input, state, recurrent weights) -> the next state."""
+"""Function from the gates of the input, the state and recurrent weights to the next state."""
 
 
 @contextmanager
 def unrolled_recurrence(module: nn.Module) -> Iterator[None]:
-    """Write the recurrent layers of a model out, for as long as this is open.
+    """Context manager in which recurrent layers are computed step by step.
 
     Args:
-        module: nothing changes for one without such layers.
+        module: the model; without such layers nothing changes.
     """
     if not any(isinstance(part, nn.RNNBase) for part in module.modules()):
         yield
@@ -35,7 +35,7 @@ def unrolled_recurrence(module: nn.Module) -> Iterator[None]:
 
 
 class _Unrolled(TorchFunctionMode):
-    """Takes the calls of the fused operations; packed sequences are left to torch."""
+    """Mode that replaces the fused operations; packed sequences are left to torch."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

@@ -1,4 +1,4 @@
-"""The pictures of a run. matplotlib is loaded when the first one is drawn, never pyplot."""
+"""Pictures of a run; matplotlib (without pyplot) is loaded when the first one is drawn."""
 
 from collections.abc import Sequence
 from itertools import zip_longest
@@ -43,14 +43,14 @@ MOST_CELLS = 10  # a wider matrix has no room for numbers in its cells
 
 
 def pictures(result: Result, run: Path) -> list[Picture]:
-    """Every picture that the result has numbers for, in the order of the page.
+    """Draw every picture for which the result has numbers, in the order of the page.
 
     Args:
-        result: a checked result.
-        run: folder of the run, where the explanation tensors are.
+        result: checked result of a run.
+        run: folder of the run, which has the explanation tensors.
 
     Raises:
-        RunError: when the explanation file is missing or does not fit.
+        RunError: if the explanation file is missing, or does not match the result.
     """
     from matplotlib import rc_context
 
@@ -249,7 +249,7 @@ def _epsilons(result: Result) -> Picture | None:
 
 
 def _same_terms(result: Result) -> dict[str, list[tuple[ArmResult, str]]]:
-    """Private arms with a history, grouped by what their epsilons are about: units never mix."""
+    """Group private arms with a history by unit, relation and delta, which must not be mixed."""
     groups: dict[str, list[tuple[ArmResult, str]]] = {}
     for arm, label in by_privacy(result["arms"]):
         if arm["epsilon"] and arm["epsilon_over_time"]:
@@ -259,7 +259,7 @@ def _same_terms(result: Result) -> dict[str, list[tuple[ArmResult, str]]]:
 
 
 def _merged(arms: Sequence[tuple[ArmResult, str]]) -> "list[Line]":
-    """Arms whose epsilons agree at every moment, as one line with all their names."""
+    """Combine arms with equal epsilons at every time into one line with all their names."""
     lines: dict[tuple[float | None, ...], list[str]] = {}
     for arm, label in arms:
         lines.setdefault(tuple(arm["epsilon_over_time"] or ()), []).append(label)
@@ -293,7 +293,7 @@ def _epsilon_lines(axes: "Axes", title: str, lines: "list[Line]") -> None:
 
 
 def _name_line_ends(axes: "Axes", lines: "list[Line]") -> None:
-    """Write the names beside the ends of the lines, pushed apart where they would overlap."""
+    """Write the names next to the ends of the lines, moved apart if they would overlap."""
     top = axes.get_ylim()[1]
     ceiling = 1.0 + LINE_HEIGHT / 2
     for k in sorted(range(len(lines)), key=lambda k: -lines[k][1][-1]):
@@ -371,9 +371,9 @@ def _figure(height: float) -> "Figure":
 def _panels(
     result: Result, height: float, *, sharex: bool = False, sharey: bool = False
 ) -> "tuple[Figure, list[tuple[ArmResult, str, Axes]]]":
-    """One panel per arm.
+    """Make one panel per arm.
 
-    A row for those without privacy, then a row for those with, `COLUMNS` to a row.
+    Arms without privacy come first, then arms with privacy, at most `COLUMNS` in a row.
     """
     rows = _rows(result)
     figure = _figure(height * len(rows) + 0.35)
@@ -400,7 +400,7 @@ def _rows(result: Result) -> list[list[tuple[ArmResult, str]]]:
 
 
 def array(rows: Sequence[Sequence[float | None]]) -> "np.ndarray[Any, Any]":
-    """Rows of numbers as a float array; null becomes NaN."""
+    """Convert rows of numbers to a float array; null becomes NaN."""
     import numpy as np
 
     return np.array(

@@ -1,6 +1,6 @@
-"""A ledger for its reader.
+"""Tables of a ledger: partitions, their charges, and their epsilons.
 
-Every partition, what its records were exposed to, and the epsilon that follows.
+They are used by the command `perdure ledger`.
 """
 
 import math
@@ -28,19 +28,19 @@ TERMS = (
 
 @dataclass(frozen=True, kw_only=True)
 class ChargeSummary:
-    """One mechanism that the records of a partition were exposed to, equal ones added up.
+    """Charges of one mechanism to the records of a partition, with equal charges added up.
 
     Args:
-        purpose: as in the ledger's entries.
-        mechanism: as in the ledger's entries.
-        accounted: kind of noise that the accountant counts (see `Charge`).
-        sampling: as in the ledger's entries.
+        purpose: purpose in the ledger's entries.
+        mechanism: mechanism in the ledger's entries.
+        accounted: kind of noise that the accountant uses (see `Charge`).
+        sampling: sampling in the ledger's entries.
         sampling_rate: probability that a record was in a step.
-        noise_multiplier: as in the ledger's entries.
-        clip_norm: as in the ledger's entries.
+        noise_multiplier: noise multiplier in the ledger's entries.
+        clip_norm: clip norm in the ledger's entries.
         steps: number of steps.
-        participations: in how many of the steps one record was at most; all of them where it was
-            drawn by chance.
+        participations: largest number of the steps that contained one record; all of them if
+            records were sampled at random.
     """
 
     purpose: str
@@ -66,13 +66,17 @@ class ChargeSummary:
 
 @dataclass(frozen=True, kw_only=True)
 class Exposed:
-    """One partition of one owner, and what its records spent.
+    """Privacy cost of one partition of one owner.
 
     Args:
-        epsilon_pld: what is reported.
-        epsilon_rdp: looser, to compare; None where RDP knows no bound.
-        worst: whether no other partition spent more (under replace-one, whether it is one of the
-            two that did).
+        owner: name of the owner.
+        partition: name of the partition.
+        declared_size: declared number of its records.
+        uses: charges of the partition.
+        epsilon_pld: epsilon that is reported.
+        epsilon_rdp: looser epsilon, for comparison; None if RDP has no bound.
+        worst: True if no other partition has a larger epsilon (under replace-one, True for both
+            partitions of the worst pair).
     """
 
     owner: str
@@ -86,7 +90,7 @@ class Exposed:
 
 @dataclass(frozen=True, kw_only=True)
 class Projected:
-    """Epsilon of one partition so far, and after one more charge."""
+    """Epsilon of one partition now, and after one more charge."""
 
     owner: str
     partition: str
@@ -95,11 +99,11 @@ class Projected:
 
 
 def silent() -> None:
-    """Show nothing."""
+    """Default callback, which does nothing."""
 
 
 def places(account: Merged) -> dict[str, tuple[str, str]]:
-    """Name of every partition in the merged account to its owner and its own name there."""
+    """Map each partition of the merged account to its owner and its name in that ledger."""
     own = [(part.account.owner, name) for part in account.parts for name in part.account.sizes]
     return dict(zip(account.partitions, own, strict=True))
 
@@ -108,8 +112,8 @@ def exposures(account: Merged, delta: float, tick: Callable[[], None] = silent) 
     """Return one row per partition, in the order of the ledgers.
 
     Args:
-        account: what was spent.
-        delta: in (0, 1).
+        account: account with the charges.
+        delta: delta of the epsilons, in (0, 1).
         tick: called after every partition; each can take a second.
     """
     rows = []
@@ -134,7 +138,7 @@ def exposures(account: Merged, delta: float, tick: Callable[[], None] = silent) 
 
 
 def uses(entries: Iterable[Entry], partition: str) -> tuple[ChargeSummary, ...]:
-    """Charges of `entries` to a partition, in the order of the ledger.
+    """Return the charges of a partition, in the order of the ledger's entries.
 
     The steps of equal mechanisms are added up.
     """
@@ -161,7 +165,7 @@ def uses(entries: Iterable[Entry], partition: str) -> tuple[ChargeSummary, ...]:
 
 
 def renyi(account: Merged, partition: str, delta: float) -> float | None:
-    """Epsilon by RDP, or None where it has no bound."""
+    """Compute epsilon by RDP; None if RDP has no bound."""
     try:
         return account.epsilon([partition], delta=delta, accountant="rdp")
     except PrivacyError:
@@ -175,10 +179,10 @@ def projections(
     chosen: Sequence[str],
     tick: Callable[[], None] = silent,
 ) -> list[Projected]:
-    """Epsilon of each chosen partition before and after one more charge. Nothing is written.
+    """Compute the epsilon of each chosen partition before and after one more charge.
 
     Args:
-        chosen: names in the merged account.
+        chosen: names of partitions in the merged account.
         tick: called after every partition.
     """
     rows = []
@@ -199,7 +203,7 @@ def projections(
 
 
 def exposure_table(rows: Sequence[Exposed]) -> Table:
-    """One row per partition below its owner, the worst in bold."""
+    """Draw a table with one row per partition below its owner, with the worst one in bold."""
     drawn = _empty("records", "exposed to", "epsilon\nby PLD", "by RDP", "")
     drawn.caption = Text(TERMS)
     for owner, own in groupby(rows, key=lambda row: row.owner):
@@ -218,7 +222,7 @@ def exposure_table(rows: Sequence[Exposed]) -> Table:
 
 
 def projection_table(rows: Sequence[Projected]) -> Table:
-    """One row per partition below its owner, the one that would have spent most in bold."""
+    """Draw a table with one row per partition below its owner, the worst one after it in bold."""
     drawn = _empty("epsilon now", "epsilon after")
     most = max((row.after for row in rows), default=0.0)
     for owner, own in groupby(rows, key=lambda row: row.owner):
@@ -252,12 +256,12 @@ def _head(drawn: Table, owner: str) -> None:
 
 
 def told(uses: Sequence[ChargeSummary]) -> str:
-    """One line a mechanism."""
+    """Describe charges in words, one line per mechanism."""
     return "\n".join(printable(str(use)) for use in uses) or "nothing yet"
 
 
 def printable(text: str) -> str:
-    """Text of a ledger that may be anybody's: what could steer a terminal is written out."""
+    """Replace characters of a ledger's text that could control a terminal by their escapes."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
@@ -265,13 +269,13 @@ def printable(text: str) -> str:
 
 
 def document(rows: Iterable[Exposed]) -> list[dict[str, Any]]:
-    """Rows as strict JSON can hold them.
+    """Convert rows to objects that strict JSON can hold.
 
-    Null stands for an infinite epsilon, or one that RDP has no bound for.
+    Null means an infinite epsilon, or no bound by RDP.
     """
     return [finite(asdict(row)) for row in rows]
 
 
 def finite(row: Mapping[str, object]) -> dict[str, object]:
-    """Row with null for infinite numbers, which JSON does not have."""
+    """Replace infinite numbers in a row by null, because JSON has no infinity."""
     return {n: None if isinstance(v, float) and math.isinf(v) else v for n, v in row.items()}

@@ -1,4 +1,4 @@
-"""Options of a strategy for a reader: `name = value`, without those that are at their default."""
+"""Options of a strategy for reports: `name = value`, without options at their defaults."""
 
 import ast
 from collections.abc import Sequence
@@ -11,10 +11,10 @@ from perdure.strategies import find, names
 def shown_options(arm: ArmResult, arms: Sequence[ArmResult]) -> list[str]:
     """Return the options of `arm` that a reader needs, each as `name = value`.
 
-    These are the options that differ from the strategy's defaults, and those that tell the arm from
-    another one of the same strategy and privacy. A strategy that is not installed here has no known
-    defaults, and all its options are returned. Options that are not written as
-    `Name(option=value, ...)` are returned as they are.
+    These are the options that differ from the strategy's defaults, and those that distinguish the
+    arm from another one with the same strategy and privacy. If the strategy is not installed here,
+    its defaults are not known, and all options are returned. Text that is not written as
+    `Name(option=value, ...)` is returned unchanged.
 
     >>> arm = {"strategy": "lwf", "options": "LwF(temperature=2.0, strength=4.0)", "private": True}
     >>> shown_options(arm, [arm])
@@ -28,7 +28,7 @@ def shown_options(arm: ArmResult, arms: Sequence[ArmResult]) -> list[str]:
 
 
 def telling_options(arm: ArmResult, arms: Sequence[ArmResult]) -> list[str]:
-    """Return the options of `arm` that tell it from others of the same strategy and privacy."""
+    """Return the options that distinguish `arm` from others with the same strategy and privacy."""
     options = read_options(arm["options"])
     rivals = _options_of_rivals(arm, arms)
     if options is None:
@@ -56,7 +56,7 @@ def _differing(options: dict[str, str], compared: Sequence[dict[str, str]]) -> l
 def read_options(text: str) -> dict[str, str] | None:
     """Split `Name(option=value, ...)` into its options, or return None for any other text.
 
-    The text is parsed and never evaluated: a result may be anybody's.
+    The text is parsed and never evaluated, because a result may come from anybody.
     """
     try:
         call = ast.parse(text, mode="eval").body
@@ -70,7 +70,7 @@ def read_options(text: str) -> dict[str, str] | None:
 
 
 def option(name: str, value: str) -> str:
-    """Write one option; texts without quotes, whole numbers without a trailing `.0`."""
+    """Write one option: texts without quotes, whole numbers without a trailing `.0`."""
     try:
         constant = ast.literal_eval(value)
     except ValueError:
@@ -81,7 +81,7 @@ def option(name: str, value: str) -> str:
 
 
 def _defaults(strategy: str) -> dict[str, str]:
-    """Default of every option of an installed strategy, written as `read_options` writes it."""
+    """Default of every option of an installed strategy, in the form of `read_options`."""
     if strategy not in names():
         return {}
     defaults = {}

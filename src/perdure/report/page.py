@@ -1,6 +1,6 @@
-"""One finished run as one self-contained page.
+"""Report page of a finished run, as one self-contained HTML file.
 
-No script, no request, readable on screen and on paper.
+The page has no scripts, loads nothing, and can be read on screen and on paper.
 """
 
 from collections.abc import Sequence
@@ -63,11 +63,11 @@ def write_figures(run: Path) -> list[Path]:
 
 
 def html(result: Result, drawn: Sequence[Picture], config: str | None) -> str:
-    """Return the page as text.
+    """Return the HTML page as text.
 
     Args:
-        result: a checked result.
-        drawn: the pictures, in order.
+        result: checked result of the run.
+        drawn: pictures in their order on the page.
         config: text of the configuration file, if there is one.
     """
     sections = (

@@ -1,4 +1,4 @@
-"""One picture of a run: a figure with its words, drawn as SVG for pages and files or as PNG."""
+"""A picture of a run: a figure with its texts, drawn as SVG or as PNG."""
 
 import io
 import re
@@ -42,14 +42,14 @@ STYLE: Any = {  # matplotlib types its settings by a literal of every name
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Picture:
-    """One figure with its words.
+    """Figure of a run with its texts.
 
     Args:
-        name: file stem.
+        name: stem of the file name.
         title: heading.
-        caption: how to read it.
-        alternative: what it shows, for those who do not see it.
-        figure: the drawing.
+        caption: explanation of the figure.
+        alternative: description of the figure for people who cannot see it.
+        figure: figure of matplotlib.
     """
 
     name: str
@@ -59,15 +59,15 @@ class Picture:
     figure: "Figure"
 
     def svg(self) -> str:
-        """Draw as SVG text; the same result gives the same bytes."""
+        """Draw the picture as SVG text; the same result gives the same bytes."""
         content = io.StringIO()
         self._save(content, "svg", {"Date": None, "Creator": None})
         return re.sub(r"[ \t]+$", "", content.getvalue(), flags=re.MULTILINE)
 
     def inline_svg(self) -> str:
-        """Draw as an <svg> element for a page.
+        """Draw the picture as an <svg> element for an HTML page.
 
-        Ids are unique to this picture, nothing is fetched.
+        Ids are unique to this picture, and no file is loaded.
         """
         svg = self.svg()
         body = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
@@ -79,7 +79,7 @@ class Picture:
         return _opening(svg, self.alternative) + body.replace("url(#", f"url(#{self.name}-")
 
     def png(self) -> bytes:
-        """Draw as PNG at 160 dots per inch."""
+        """Draw the picture as PNG at 160 dots per inch."""
         content = io.BytesIO()
         self._save(content, "png", {"Software": None})
         return content.getvalue()
@@ -92,9 +92,9 @@ class Picture:
 
 
 def _opening(svg: str, alternative: str) -> str:
-    """Return the opening tag for a page.
+    """Return the opening tag of an <svg> element for an HTML page.
 
-    As wide as the page at most, named for those who do not see it.
+    It limits the width to the page, and has the description for people who cannot see it.
     """
     box = re.search(r'viewBox="([^"]*)"', svg)
     assert box is not None, "matplotlib writes a viewBox"

@@ -1,4 +1,4 @@
-"""A replay as a table in the terminal, readable in 100 columns."""
+"""Table of a replay for the terminal, readable in 100 columns."""
 
 from collections.abc import Mapping
 
@@ -12,15 +12,17 @@ from perdure.privacy.settings import Privacy
 from perdure.testing.replay import ReplayResult
 
 SHOWN = 20
-"""Findings of an arm that are listed one by one."""
+"""Most findings of an arm that are listed one by one."""
 
 
 def replay_table(config: Config, results: Mapping[str, ReplayResult]) -> Table:
-    """One row per arm, place and release: the largest change over the charged sensitivity.
+    """Draw a table of the largest change of each release, relative to the charged sensitivity.
+
+    There is one row per arm, client and kind of release.
 
     Args:
-        config: that was replayed.
-        results: by arm.
+        config: config that was replayed.
+        results: results of the replay by arm.
     """
     drawn = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     for header in ("strategy", "clipping", "place", "release"):
@@ -42,7 +44,7 @@ def replay_table(config: Config, results: Mapping[str, ReplayResult]) -> Table:
 
 
 def clipping_name(privacy: Privacy | None) -> str:
-    """`flat`, `per-layer`, `adaptive`, with the bands of correlated noise."""
+    """Name of the clipping: `flat`, `per-layer` or `adaptive`, with bands of correlated noise."""
     if privacy is None:
         return ""
     name = "adaptive" if isinstance(privacy.clipping, Adaptive) else privacy.clipping
@@ -50,7 +52,7 @@ def clipping_name(privacy: Privacy | None) -> str:
 
 
 def findings(results: Mapping[str, ReplayResult]) -> list[str]:
-    """One line for each output that is not explained and each draw that is not paid for."""
+    """List each output that is not explained, and each draw of noise that was not charged."""
     lines = []
     for arm, result in results.items():
         found = [f"{arm}: {name} differs without a release" for name in result.unexplained]
@@ -59,5 +61,5 @@ def findings(results: Mapping[str, ReplayResult]) -> list[str]:
         if len(found) > SHOWN:
             lines.append(f"{arm}: {len(found) - SHOWN} more")
         if result.holds:
-            lines.append(f"{arm}: every change is within what was charged")
+            lines.append(f"{arm}: every change is at most as large as charged")
     return lines

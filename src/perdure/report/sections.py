@@ -1,4 +1,4 @@
-"""The sections of the page, each a function from the result to HTML. Every text is escaped here."""
+"""Sections of the report page: functions from the result to HTML, in which all text is escaped."""
 
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
@@ -104,7 +104,7 @@ GLOSSARY = (
 
 
 def answer(result: Result) -> str:
-    """Return the two sentences that most readers came for, made from the numbers."""
+    """Return two sentences with the best results without and with privacy."""
     arms = by_privacy(result["arms"])
     free = best([named for named in arms if not named[0]["private"]])
     paid = best([named for named in arms if named[0]["private"]])
@@ -144,7 +144,7 @@ def _price(arm: ArmResult, free: tuple[ArmResult, str] | None) -> str:
 
 
 def arms_table(result: Result) -> str:
-    """Return all arms with their numbers, grouped by privacy; the best of each group marked."""
+    """Return a table of all arms, grouped by privacy, with the best arm of each group marked."""
     heads = [f"{name}<small>{unit}</small>" for _, name, unit in NUMBERS]
     heads.append(
         "robust accuracy<small>%, "
@@ -176,7 +176,7 @@ def _group(result: Result, private: bool) -> str:
 
 
 def _arm_row(arm: ArmResult, label: str, options: Sequence[str], wins: bool) -> str:
-    """Return the arm's numbers, and a second row with its options where it has any to show."""
+    """Return the row of an arm's numbers, and a second row if it has options to show."""
     star = (
         '&nbsp;<span class="star" role="img" aria-label="best of its group">★</span>'
         if wins
@@ -217,7 +217,7 @@ def _epsilon_cell(arm: ArmResult) -> str:
 
 
 def gallery(result: Result, pictures: Sequence[Picture]) -> str:
-    """Return the pictures with captions, and the numbers behind them as tables."""
+    """Return the pictures with captions, and tables of the numbers in the pictures."""
     return "".join(_figure(picture) for picture in pictures) + _numbers_behind(result)
 
 
@@ -246,7 +246,7 @@ def _matrix_table(arm: ArmResult, label: str) -> str:
 
 
 def facts(result: Result, config: str | None) -> str:
-    """Return how the run was made, and how to make it again."""
+    """Return the settings of the run, and the command to repeat it."""
     stream = result["stream"]
     federation = result["federation"]
     order = "; ".join(
@@ -304,13 +304,13 @@ def _again(result: Result, config: str | None) -> str:
 
 
 def glossary() -> str:
-    """Return the words of the page, explained to someone who has not read the papers."""
+    """Return a glossary of the words on the page."""
     words = "".join(f"<div><dt>{word}</dt><dd>{escape(text)}</dd></div>" for word, text in GLOSSARY)
     return f'<dl class="glossary">{words}</dl>'
 
 
 def spending_table(arm: ArmResult, label: str) -> str:
-    """Return what privacy was spent on, as a table."""
+    """Return the charges of an arm as a table."""
     rows = (
         _row(
             entry["purpose"],
@@ -324,9 +324,9 @@ def spending_table(arm: ArmResult, label: str) -> str:
 
 
 def _table(caption: str, columns: Iterable[str], body: str) -> str:
-    """Return a table that scrolls sideways by itself.
+    """Return a table that can scroll sideways.
 
-    Caption, columns and body are escaped already.
+    Caption, columns and body must be escaped before.
     """
     head = "".join(f'<th scope="col">{column}</th>' for column in columns)
     return (

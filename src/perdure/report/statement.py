@@ -1,4 +1,4 @@
-"""The privacy statement of the page, in words that a privacy officer can sign or refuse."""
+"""Privacy statement of the report page, in plain words for a privacy officer."""
 
 import math
 from html import escape
@@ -28,7 +28,7 @@ RELATIONS = {
 
 
 def statement(result: Result) -> str:
-    """Return the privacy statement, arm by arm and for all models together."""
+    """Return the privacy statement for each arm, and for all models together."""
     private = [(arm, label) for arm, label in by_privacy(result["arms"]) if arm["epsilon"]]
     if not private:
         return (
@@ -44,8 +44,8 @@ def guess_limit(epsilon: float, delta: float) -> float:
 
     (e^epsilon + delta) / (e^epsilon + 1)
 
-    Guarantee: exact for (epsilon, delta)-differential privacy, whatever the guesser knows or
-    computes.
+    Guarantee: exact for (epsilon, delta)-differential privacy, for every method and knowledge of
+    the guesser.
 
     Source: Kairouz, Oh and Viswanath 2015, section 2 (total variation of the dominating pair).
 

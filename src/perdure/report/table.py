@@ -1,4 +1,4 @@
-"""One finished run as a table in the terminal, readable in 100 columns.
+"""Table of a finished run for the terminal, readable in 100 columns.
 
 Below its strategy, each arm shows the options that differ from the strategy's defaults.
 """
@@ -26,19 +26,19 @@ UNITS = (
     "accuracy, robust: % right at the end · forgetting: points lost · epsilon: no unit · time: s"
 )
 LONGEST_OPTION = 20
-"""Columns that an option gets before it wraps: with them the table fits in 100 columns."""
+"""Width of an option in columns before it wraps, so that the table fits in 100 columns."""
 
 
 def table(result: Mapping[str, object]) -> Table:
-    """One row per arm, those without privacy first.
+    """Draw a table with one row per arm, those without privacy first.
 
-    The best average accuracy of each group in bold.
+    The best average accuracy of each group is in bold.
 
     Args:
-        result: a run's `result.json` as read, schema 1.
+        result: content of a run's `result.json`, in schema 1.
 
     Raises:
-        RunError: when the result is of another schema or incomplete.
+        RunError: if the result has another schema, or is incomplete.
     """
     run = checked(result)
     drawn = _empty(run)

@@ -1,4 +1,4 @@
-"""Wording of results: labels, numbers and units, the same in every place."""
+"""Wording of results (labels, numbers, units), the same in all reports."""
 
 import math
 from collections.abc import Sequence
@@ -11,9 +11,9 @@ MISSING = "–"
 
 
 def labels(arms: Sequence[ArmResult]) -> list[str]:
-    """Name each arm by its strategy.
+    """Return a name for each arm: its strategy, with options if they are needed.
 
-    Where a strategy occurs twice at the same privacy, the options that tell its arms apart follow.
+    They are needed if a strategy occurs twice with the same privacy; options that differ are added.
     """
     named = []
     for arm in arms:
@@ -23,23 +23,23 @@ def labels(arms: Sequence[ArmResult]) -> list[str]:
 
 
 def by_privacy(arms: Sequence[ArmResult]) -> list[tuple[ArmResult, str]]:
-    """Arms with their labels, those without privacy first, otherwise in the order of the run."""
+    """Return arms with their names, those without privacy first, otherwise in the run's order."""
     return sorted(zip(arms, labels(arms), strict=True), key=lambda named: named[0]["private"])
 
 
 def best(arms: Sequence[tuple[ArmResult, str]]) -> tuple[ArmResult, str] | None:
-    """Return the arm with the highest average accuracy; None where none was measured."""
+    """Return the arm with the highest average accuracy; None if no accuracy was evaluated."""
     measured = [named for named in arms if is_number(named[0]["average_accuracy"])]
     return max(measured, key=lambda named: named[0]["average_accuracy"] or 0.0, default=None)
 
 
 def is_number(value: float | None) -> bool:
-    """Return whether a value was measured: neither null nor NaN."""
+    """Return True if a value is a number: neither null nor NaN."""
     return value is not None and not math.isnan(value)
 
 
 def decimal(value: float | None, digits: int = 1) -> str:
-    """Write a number with fixed digits and a true minus sign; a dash where it was not measured."""
+    """Write a number with fixed digits and a true minus sign; a dash for a missing number."""
     if value is None or math.isnan(value):
         return MISSING
     rounded = round(value, digits) + 0.0  # + 0.0 turns -0.0 into 0.0
@@ -47,9 +47,9 @@ def decimal(value: float | None, digits: int = 1) -> str:
 
 
 def epsilon_number(value: float | None) -> str:
-    """Write an epsilon with two decimals, rounded up.
+    """Write an epsilon with two decimals, rounded up, so that it is never below the true value.
 
-    A printed epsilon never claims more than is true.
+    A missing epsilon is written as a dash.
     """
     if value is None or math.isnan(value):
         return MISSING
@@ -62,12 +62,12 @@ def small(value: float) -> str:
 
 
 def terms(epsilon: Epsilon) -> str:
-    """Write what an epsilon is about: unit, relation, delta."""
+    """Write unit, relation and delta of an epsilon in words."""
     return f"per {epsilon['unit']}, {epsilon['relation']}, δ = {small(epsilon['delta'])}"
 
 
 def phrase(epsilon: Epsilon) -> str:
-    """Write an epsilon with everything without which it means nothing."""
+    """Write an epsilon with its unit, relation, delta, and a note if it is simulated."""
     label = f"; {SIMULATION}" if epsilon["simulated"] else ""
     return f"{epsilon_number(epsilon['value'])} ({terms(epsilon)}{label})"
 
@@ -78,7 +78,7 @@ def count(number: int, noun: str) -> str:
 
 
 def attack_name(attack: AttackResult | None) -> str:
-    """Write an attack with its strength: PGD-10, L∞ 0.1."""
+    """Write the name of an attack with its strength, such as PGD-10, L∞ 0.1."""
     if attack is None:
         return "no attack"
     steps = attack.get("steps", 1)
@@ -88,7 +88,7 @@ def attack_name(attack: AttackResult | None) -> str:
 
 
 def explainer_name(method: str) -> str:
-    """Write an explainer as its papers call it; one from elsewhere keeps its own name."""
+    """Write the name of an explainer as in its paper; an unknown explainer keeps its name."""
     shipped = {
         "kernel_shap": "Shapley values (SHAP)",
         "exact_shapley": "Shapley values",

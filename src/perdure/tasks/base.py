@@ -1,4 +1,4 @@
-"""Base class of the tasks, and helpers that they share."""
+"""Base class of tasks, and shared helper functions."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -12,10 +12,10 @@ from perdure.errors import ConfigError, DataError
 from perdure.utils.checked_fields import CheckedFields
 
 MASKED = -1e9
-"""Output for a class that may not be predicted: its probability underflows to exactly zero."""
+"""Output for a class that may not be predicted; its probability is exactly 0 in float32."""
 
 EXTREME = 2**40
-"""First number from which `Task.synthetic` makes targets that records seldom have."""
+"""Smallest number for which `Task.synthetic` makes extreme targets, which records seldom have."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +42,8 @@ class Task(CheckedFields, ABC):
     per record, and row i depends on record i alone; under privacy this row is clipped.
 
     Class attributes:
-    name: name in tables.
-    metric: metric of models on this task.
+        name: name in tables.
+        metric: metric of models on this task.
 
     In the methods, n is the number of records and C the width of the head.
     """
@@ -56,9 +56,9 @@ class Task(CheckedFields, ABC):
         """Compute one loss per record.
 
         Args:
-            outputs: (n, ..., C) of the model.
-            targets: of the records, in the shape of the task.
-            mask: (C,) or (n, C) bool, the outputs that count for a record; None for all.
+            outputs: (n, ..., C) outputs of the model.
+            targets: targets of the records, in the shape of the task.
+            mask: (C,) or (n, C) bool, the outputs that are used for a record; None for all.
 
         Returns:
             (n,) losses.
@@ -78,12 +78,12 @@ class Task(CheckedFields, ABC):
         """Compute the distance of the outputs from a teacher's, one number per record.
 
         Args:
-            outputs: (n, ..., C) of the model.
-            teacher: (n, ..., C) of the model that is imitated.
-            targets: of the records; they say which positions are padding, and nothing else.
-            known: (C,) bool, the outputs that the teacher answers with; None for all.
-            allowed: (C,) bool, the outputs that the model answers with; None for all.
-            temperature: both outputs are divided by it.
+            outputs: (n, ..., C) outputs of the model.
+            teacher: (n, ..., C) outputs of the teacher.
+            targets: targets of the records, used only to find positions of padding.
+            known: (C,) bool, the outputs that the teacher was trained on; None for all.
+            allowed: (C,) bool, the outputs that the model may predict; None for all.
+            temperature: number by which both outputs are divided.
 
         Returns:
             (n,) distances.
@@ -94,7 +94,7 @@ class Task(CheckedFields, ABC):
         """Turn outputs (n, ..., C) into predicted targets, of the shape and dtype of targets.
 
         Args:
-            outputs: of the model.
+            outputs: (n, ..., C) outputs of the model.
             mask: (C,) or (n, C) bool, the outputs that may be predicted; None for all.
         """
 
@@ -103,13 +103,13 @@ class Task(CheckedFields, ABC):
         """Compute the numbers (n, k) of each record whose sum over records gives the metric.
 
         Args:
-            outputs: (n, ..., C), `MASKED` where an output may not be predicted.
-            targets: of the records.
+            outputs: (n, ..., C) outputs, `MASKED` for classes that may not be predicted.
+            targets: targets of the records.
         """
 
     @abstractmethod
     def score(self, totals: Tensor, records: int) -> float:
-        """Compute the metric.
+        """Compute the metric from sums over records.
 
         Args:
             totals: (k,) float64, the sum of `measures` over the records.
@@ -118,46 +118,46 @@ class Task(CheckedFields, ABC):
 
     @abstractmethod
     def check(self, targets: Tensor) -> None:
-        """Refuse targets of another dtype or shape, at the door.
+        """Refuse targets with a wrong dtype or shape, when `Records` are made.
 
         Args:
             targets: one row per record.
 
         Raises:
-            DataError: in one plain line.
+            DataError: if the targets are not allowed.
         """
 
     @abstractmethod
     def undeclared(self, targets: Tensor, classes: Sequence[int]) -> str:
-        """Say what targets have that the declared outputs do not allow; "" for nothing.
+        """Describe targets that the declared outputs do not allow; "" if there are none.
 
         Args:
             targets: one row per record, of the shape of the task.
             classes: the declared outputs.
 
         Returns:
-            Such as "labels [7]", for a message that goes on with what is declared.
+            A text such as "labels [7]", which becomes the beginning of a message.
         """
 
     @abstractmethod
     def synthetic(self, targets: Tensor, classes: Sequence[int], numbers: Tensor) -> Tensor:
-        """Make targets that depend on no record.
+        """Make synthetic targets, which depend on no record.
 
         Args:
-            targets: (m, ...) of which shape of a row, dtype and device are taken, and no value.
+            targets: (m, ...) targets; only the shape of a row, the dtype and the device are used.
             classes: the declared outputs.
-            numbers: (n,) int64 from 0; other numbers give other targets, as far as there are any.
-                From `EXTREME` on they give extreme ones, such as large numbers or padding alone: a
-                loss may couple records through those alone.
+            numbers: (n,) int64 from 0; different numbers give different targets, as far as
+                possible. Numbers of at least `EXTREME` give extreme targets, such as large numbers
+                or only padding, because a loss may couple records only for these.
 
         Returns:
-            (n, ...) targets.
+            (n, ...) synthetic targets.
         """
 
     def balance_groups(self, targets: Tensor) -> Tensor | None:
-        """Return the group (n,) int64 of each record that a memory keeps in balance.
+        """Return the group (n,) int64 of each record, for memories that balance groups.
 
-        None, the default, means that targets give no groups: all records are one.
+        None, the default, means that all records belong to one group.
         """
         return None
 
@@ -166,7 +166,7 @@ class Task(CheckedFields, ABC):
         return num_classes
 
     def output_shape(self, targets: Tensor, width: int) -> tuple[int, ...]:
-        """Shape of the outputs for these targets (n, ...) by a head of this width."""
+        """Shape of the outputs for targets (n, ...), with a head of the given width."""
         return (len(targets), width)
 
 
@@ -192,13 +192,13 @@ def check_shape(targets: Tensor, *, dtype: torch.dtype, dims: int, needed: str, 
 
     Args:
         targets: one row per record.
-        dtype: that is allowed.
-        dims: number of dimensions that is allowed.
-        needed: the allowed shape and dtype, in words.
-        fix: the call that converts them.
+        dtype: allowed dtype.
+        dims: allowed number of dimensions.
+        needed: description of the allowed shape and dtype.
+        fix: advice with the call that converts the targets.
 
     Raises:
-        DataError: when they do not fit.
+        DataError: if dtype or number of dimensions differs.
     """
     if targets.dtype != dtype:
         raise DataError(f"labels are {targets.dtype}; {fix}")

@@ -1,15 +1,15 @@
-"""Multi-label classification: any number of labels a record.
+"""Multi-label classification: any number of labels per record.
 
     loss_i = mean over the labels c of the mask of BCE(sigmoid(outputs_ic), y_ic)
     metric = macro-F1 in percent: mean over labels of 2 TP / (2 TP + FP + FN)
 
-Targets are (n, C) float32 of 0 and 1, outputs (n, C) logits; a label is predicted where its logit
-is above 0, a probability above 1/2.
+Targets are (n, C) float32 of 0 and 1, outputs (n, C) logits; a label is predicted if its logit is
+above 0, which is a probability above 1/2.
 
-Macro-F1 (CF1 in the field's tables) is a function of counts that add up over records, where mean
-average precision needs the order of all scores; a share of labels that are right would reward a
-model that predicts none. The mean runs over the labels that some record has: a label of a later
-experience, which no record of this one is annotated with, says nothing.
+Macro-F1 (also called CF1) is computed from counts that add up over records, while mean average
+precision needs the order of all scores. The share of correct labels would reward a model that
+predicts none. The mean is over the labels that some record has: a label of a later experience,
+which no record here is annotated with, gives no information.
 """
 
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ class MultiLabel(Task):
     metric: ClassVar[Metric] = Metric(name="macro-F1", unit="%")
 
     def losses(self, outputs: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(n,) binary cross entropy, averaged over the labels of the mask."""
+        """(n,) binary cross entropy of each record, averaged over the labels of the mask."""
         each = F.binary_cross_entropy_with_logits(outputs, targets, reduction="none")
         return _mean(each, mask)
 
@@ -46,23 +46,23 @@ class MultiLabel(Task):
         allowed: Tensor | None = None,
         temperature: float = 1.0,
     ) -> Tensor:
-        """(n,) binary cross entropy under the teacher's answers, averaged over its labels."""
+        """(n,) binary cross entropy with the teacher's probabilities, averaged over its labels."""
         q = torch.sigmoid(teacher / temperature)
         each = F.binary_cross_entropy_with_logits(outputs / temperature, q, reduction="none")
         return _mean(each, known)
 
     def predictions(self, outputs: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(n, C) float32, 1 where a logit is above 0."""
+        """(n, C) float32 predicted labels: 1 if a logit is above 0."""
         return (mask_outputs(outputs, mask) > 0).float()
 
     def measures(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """(n, 3C) labels found, labels predicted, and labels present."""
+        """(n, 3C) counts per label: found, predicted, and present."""
         predicted = outputs > 0
         present = targets > 0
         return torch.cat([predicted & present, predicted, present], dim=1).double()
 
     def score(self, totals: Tensor, records: int) -> float:
-        """Macro-F1 in percent over the labels that are present; NaN where none is."""
+        """Macro-F1 in percent over the labels that are present; NaN if none is."""
         found, predicted, present = totals.view(3, -1)
         counts = present > 0
         return 100.0 * float((2 * found / (predicted + present))[counts].mean())
@@ -73,7 +73,7 @@ class MultiLabel(Task):
             targets,
             dtype=torch.float32,
             dims=2,
-            needed="(n, C) of 0 and 1, one column a label",
+            needed="(n, C) of 0 and 1, one column per label",
             fix="convert them with labels.float()",
         )
         wrong = ((targets != 0) & (targets != 1)).nonzero()
@@ -82,20 +82,20 @@ class MultiLabel(Task):
             value = float(targets[row, column])
             raise DataError(
                 f"labels have {value} in row {row}, column {column}; allowed: 0 and 1; set 1 "
-                "where a record has the label"
+                "if a record has the label"
             )
 
     def undeclared(self, targets: Tensor, classes: Sequence[int]) -> str:
-        """Labels that a record has and that are not declared, or too few columns."""
+        """Describe labels of the records that are not declared, or missing columns; "" for none."""
         if max(classes, default=-1) >= targets.shape[1]:
             return f"labels of {targets.shape[1]} columns"
         found = set(targets.any(0).nonzero().flatten().tolist()) - set(classes)
         return f"labels {sorted(found)}" if found else ""
 
     def synthetic(self, targets: Tensor, classes: Sequence[int], numbers: Tensor) -> Tensor:
-        """Declared labels in turn, and the one after it in every second row.
+        """Make targets with one declared label in turn, and a second one in every second row.
 
-        From `EXTREME` on all declared labels, or none, in turn.
+        For numbers of at least `EXTREME`, rows have all declared labels or none, in turn.
         """
         width = targets.shape[1]
         columns = torch.tensor(classes)
@@ -109,7 +109,7 @@ class MultiLabel(Task):
 
 
 def _mean(each: Tensor, mask: Tensor | None) -> Tensor:
-    """(n,) mean of the columns (n, C) of a mask."""
+    """(n,) mean over the columns of values (n, C) that a mask selects."""
     if mask is None:
         return each.mean(1)
     mask = fitted(mask, each)

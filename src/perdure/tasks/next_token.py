@@ -1,12 +1,12 @@
-"""Next token: a sequence a record, in which every token is predicted from those before it.
+"""Next-token prediction: one sequence per record; each token is predicted from those before it.
 
     loss_i = sum over the positions t of -log softmax(outputs_it)[y_it]
     metric = bits per token: total loss / (tokens * log 2)
 
-Inputs are (n, L) int64 tokens, targets (n, L) int64: the token that follows each position, and
-`padding` where none follows. Outputs are (n, L, C) logits over the C tokens of the vocabulary. The
-record is the sequence: its loss is the sum over its tokens, and under privacy one sequence is one
-clipped row. Bits per token are bits per character where tokens are characters.
+Inputs are (n, L) int64 tokens, and targets are (n, L) int64: the token that follows each position,
+or `padding` after the end. Outputs are (n, L, C) logits over the C tokens of the vocabulary. A
+record is a sequence: its loss is the sum over its tokens, and under privacy one sequence is one
+clipped row. Bits per token are bits per character if tokens are characters.
 """
 
 import math
@@ -34,7 +34,7 @@ class NextToken(Task):
     metric: ClassVar[Metric] = Metric(name="bits per token", unit="bits", higher_is_better=False)
 
     def losses(self, outputs: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(n,) cross entropy of the tokens of each sequence, summed."""
+        """(n,) cross entropy of each sequence, summed over its tokens."""
         return self._entropies(mask_outputs(outputs, mask), targets).sum(1)
 
     def distillation(
@@ -47,22 +47,22 @@ class NextToken(Task):
         allowed: Tensor | None = None,
         temperature: float = 1.0,
     ) -> Tensor:
-        """(n,) cross entropy under the teacher's answers, summed over the tokens."""
+        """(n,) cross entropy with the teacher's probabilities, summed over the tokens."""
         q = torch.softmax(mask_outputs(teacher, known) / temperature, dim=2)
         log_p = torch.log_softmax(mask_outputs(outputs, allowed) / temperature, dim=2)
         return torch.where(targets == self.padding, 0.0, -(q * log_p).sum(2)).sum(1)
 
     def predictions(self, outputs: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(n, L) int64, the most probable token after each position."""
+        """(n, L) int64: the most probable token after each position."""
         return mask_outputs(outputs, mask).argmax(2)
 
     def measures(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """(n, 2): the loss, and the number of tokens."""
+        """(n, 2) loss and number of tokens of each sequence."""
         tokens = (targets != self.padding).sum(1)
         return torch.stack([self._entropies(outputs, targets).double().sum(1), tokens], dim=1)
 
     def score(self, totals: Tensor, records: int) -> float:
-        """Bits per token; NaN where all is padding."""
+        """Bits per token; NaN if all targets are padding."""
         loss, tokens = totals.tolist()
         return float(loss / (tokens * math.log(2))) if tokens else math.nan
 
@@ -77,15 +77,16 @@ class NextToken(Task):
         )
 
     def undeclared(self, targets: Tensor, classes: Sequence[int]) -> str:
-        """Tokens outside of the declared vocabulary."""
+        """Describe tokens outside of the declared vocabulary; "" if there are none."""
         strange = ~torch.isin(targets, targets.new_tensor([*classes, self.padding]))
         return f"tokens {sorted(set(targets[strange].tolist()))}" if strange.any() else ""
 
     def synthetic(self, targets: Tensor, classes: Sequence[int], numbers: Tensor) -> Tensor:
-        """Declared tokens in turn, with padding at the end of every third sequence but the first.
+        """Make sequences of declared tokens, which take turns.
 
-        The first token is never padding, so that every sequence has a loss. From `EXTREME` on there
-        is one token, or padding alone, in turn.
+        Every third sequence ends with padding. The first token is never padding, so that every
+        sequence has a loss. For numbers of at least `EXTREME`, a sequence has a single token
+        repeated, or only padding after the first, in turn.
         """
         length = targets.shape[1]
         position = torch.arange(length)
@@ -96,11 +97,11 @@ class NextToken(Task):
         return torch.where(padded, self.padding, made).to(targets)
 
     def output_shape(self, targets: Tensor, width: int) -> tuple[int, ...]:
-        """(n, L, C)."""
+        """Shape (n, L, C) of the outputs for targets (n, L)."""
         return (*targets.shape, width)
 
     def _entropies(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """(n, L) cross entropy of every token, 0 for padding."""
+        """(n, L) cross entropy of each token, and 0 for padding."""
         each = F.cross_entropy(
             logits.flatten(0, 1), targets.flatten(), ignore_index=self.padding, reduction="none"
         )

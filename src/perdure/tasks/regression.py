@@ -3,8 +3,8 @@
     loss_i = mean over the outputs c of (outputs_ic - y_ic)^2
     metric = root mean squared error over records and outputs, in the unit of the targets
 
-Targets and outputs are (n, k) float32. Scale targets of very different sizes by declared constants:
-the loss and the metric weigh a unit of every output alike.
+Targets and outputs are (n, k) float32. Scale targets of very different sizes by declared constants,
+because the loss and the metric give equal weight to one unit of every output.
 """
 
 import math
@@ -19,7 +19,7 @@ from perdure.errors import DataError
 from perdure.tasks.base import EXTREME, Metric, Task, check_shape
 
 FAR = 1e4
-"""Absolute value of large synthetic targets."""
+"""Absolute value of the large synthetic targets."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ class Regression(Task):
     metric: ClassVar[Metric] = Metric(name="RMSE", unit="", higher_is_better=False)
 
     def losses(self, outputs: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(n,) squared error, averaged over outputs; all outputs count."""
+        """(n,) squared error of each record, averaged over outputs; masks are ignored."""
         return (outputs - targets).square().mean(1)
 
     def distillation(
@@ -43,19 +43,19 @@ class Regression(Task):
         allowed: Tensor | None = None,
         temperature: float = 1.0,
     ) -> Tensor:
-        """(n,) squared distance from the teacher, averaged over outputs."""
+        """(n,) squared distance from the teacher's outputs, averaged over outputs."""
         return ((outputs - teacher) / temperature).square().mean(1)
 
     def predictions(self, outputs: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The outputs (n, k)."""
+        """Return the outputs (n, k) unchanged, because they are the predictions."""
         return outputs
 
     def measures(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """(n, 1) squared error, averaged over outputs."""
+        """(n, 1) squared error of each record, averaged over outputs."""
         return (outputs.double() - targets.double()).square().mean(1, keepdim=True)
 
     def score(self, totals: Tensor, records: int) -> float:
-        """Root mean squared error."""
+        """Root mean squared error over all records and outputs."""
         return math.sqrt(float(totals[0]) / records)
 
     def check(self, targets: Tensor) -> None:
@@ -77,12 +77,15 @@ class Regression(Task):
             )
 
     def undeclared(self, targets: Tensor, classes: Sequence[int]) -> str:
-        """Another number of columns than of declared outputs."""
+        """Describe a number of columns that differs from the declared outputs.
+
+        "" if it does not.
+        """
         columns = targets.shape[1]
         return "" if set(range(columns)) == set(classes) else f"labels of {columns} columns"
 
     def synthetic(self, targets: Tensor, classes: Sequence[int], numbers: Tensor) -> Tensor:
-        """Small numbers of both signs in turn; from `EXTREME` on large ones, of both signs too."""
+        """Make small numbers of both signs in turn; from `EXTREME` on, large ones of both signs."""
         number = numbers.cpu()[:, None]
         small = (number + torch.arange(targets.shape[1])) % 5 - 2.0
         large = torch.where(number % 3 == 0, FAR / 10, -FAR)

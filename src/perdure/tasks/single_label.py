@@ -37,21 +37,21 @@ class SingleLabel(Task):
         allowed: Tensor | None = None,
         temperature: float = 1.0,
     ) -> Tensor:
-        """(n,) cross entropy of the softened answers under the teacher's."""
+        """(n,) cross entropy of each record with the teacher's probabilities, at a temperature."""
         q = torch.softmax(mask_outputs(teacher, known) / temperature, dim=1)
         log_p = torch.log_softmax(mask_outputs(outputs, allowed) / temperature, dim=1)
         return -(q * log_p).sum(1)
 
     def predictions(self, outputs: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(n,) int64 class of the largest logit."""
+        """(n,) int64: the class with the largest logit."""
         return mask_outputs(outputs, mask).argmax(1)
 
     def measures(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """(n, 1): 1 where the largest logit is the label's."""
+        """(n, 1) values: 1 if the label has the largest logit, 0 if not."""
         return (outputs.argmax(1) == targets).double()[:, None]
 
     def score(self, totals: Tensor, records: int) -> float:
-        """Accuracy in percent."""
+        """Accuracy in percent over all records."""
         return 100.0 * float(totals[0]) / records
 
     def check(self, targets: Tensor) -> None:
@@ -65,14 +65,14 @@ class SingleLabel(Task):
         )
 
     def undeclared(self, targets: Tensor, classes: Sequence[int]) -> str:
-        """Labels outside of the declared classes."""
+        """Describe labels outside of the declared classes; "" if there are none."""
         strange = ~torch.isin(targets, targets.new_tensor(list(classes)))
         return f"labels {sorted(set(targets[strange].tolist()))}" if strange.any() else ""
 
     def synthetic(self, targets: Tensor, classes: Sequence[int], numbers: Tensor) -> Tensor:
-        """Declared classes in turn."""
+        """Make targets (n,) with all declared classes in turn."""
         return targets.new_tensor(list(classes))[(numbers % len(classes)).to(targets.device)]
 
     def balance_groups(self, targets: Tensor) -> Tensor:
-        """The class of each record."""
+        """Return the class (n,) of each record as its group."""
         return targets

@@ -1,4 +1,4 @@
-"""Run a strategy through every check of its contract, in order."""
+"""Run all checks of the strategy contract, in order."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -25,9 +25,9 @@ CHECKS: Mapping[str, Callable[[StrategyFixture], str | None]] = {
     "resume": resume,
     "federated": federated,
 }
-"""Name to check, in order.
+"""Name to check, in the order in which they run.
 
-A check raises ConformanceError, or gives the reason why a part of it does not apply.
+A check raises ConformanceError, or returns the reason why a part of it does not apply.
 """
 ON_CUDA = ("alone", "rows", "vmap", "private")
 
@@ -67,30 +67,32 @@ def check_strategy(
 
         declared    a frozen, hashable dataclass of hyper-parameters; a model that is the same every
                     time
-        alone       a whole stream: names, shapes, types and devices of the state as `init` laid
-                    them out; finite numbers; no probability for a class that may not be predicted;
-                    no penalty where the plan says so
-        pure        a hook changes neither parameters nor state nor rows nor the strategy, and says
+        alone       a whole stream: the state keeps the names, shapes, types and devices from
+                    `init`; numbers are finite; no probability for a class that may not be
+        predicted;
+                    no penalty if the plan says so
+        pure        a hook changes neither parameters nor state nor rows nor the strategy, and
+        returns
                     the same twice; `derive` writes to `local` names only
-        rows        loss, prediction, what memory stores and every row of every question: the same
-                    alone, in the batch, and among other or fewer neighbours
-        bounds      one record moves the clipped gradient, and the sum of every question, by at most
-                    its clip norm
-        vmap        the hooks on tensors give for stacked parameters and states what they give one
-                    by one
-        private     records are reached through a curator's releases only; what was asked is what
-                    `privacy_cost` declares, what the plan reserves and what the ledger holds; on
-                    other records, with the same answers, the same model and state come out to the
-                    bit
-        resume      stopped in the middle, saved and loaded, it ends in the same bits, without and
-                    with privacy
-        federated   the only client of a federation ends where the learner alone does, to the bit;
+        rows        loss, prediction, stored tensors and the rows of every query of a record: the
+        same
+                    alone, in the batch, and among other or fewer rows
+        bounds      one record changes the clipped gradient, and the sum of every query, by at most
+                    the clip norm
+        vmap        hooks on tensors give the same for stacked parameters and states as for each
+                    alone
+        private     records are used only through releases of a curator; the releases are those that
+                    `privacy_cost` declares, the plan reserves and the ledger contains; with other
+                    records but the same releases, the model and the state are bit-identical
+        resume      after a stop in the middle, a save and a load, the run ends with the same bits,
+                    without and with privacy
+        federated   the only client of a federation ends like the learner alone, bit-identically;
                     states of two clients are combined as declared
 
     If there is a CUDA device, the checks in `ON_CUDA` run also on it.
 
     Args:
-        strategy: an instance; a copy of it is tested.
+        strategy: strategy to check; a copy of it is used.
         scenario: scenario of the streams.
         model: function from a stream (inputs of 4 numbers in [0, 1], 6 classes) to a model, the
             same in every call; None for the strategy's `small_model` if it has one, or else a small

@@ -32,7 +32,7 @@ BLOCKS = 2
 BATCH = 6
 CLIP_NORM = 0.5
 NOISE = 0.01
-"""Variance of the noise in a gradient, for `after_step`."""
+"""Variance of the noise of a gradient that is passed to `after_step`."""
 SIMULATED = Privacy(noise_multiplier=1.0, clip_norm=CLIP_NORM, seed=0)
 
 
@@ -41,17 +41,17 @@ class NotApplicable(Exception):  # noqa: N818  # it is none of the errors that a
 
 
 def require(ok: bool, found: str, *, allowed: str, fix: str) -> None:
-    """Raise an error with the fault that was found, unless `ok`.
+    """Raise an error that describes a fault, unless `ok` is True.
 
     Raises:
-        ConformanceError: saying what was found, what is allowed and how to mend it.
+        ConformanceError: says what was found, what is allowed and how to fix it.
     """
     if not ok:
         raise ConformanceError(f"{found}; allowed: {allowed}; {fix}")
 
 
 def small_stream(scenario: Scenario) -> Stream:
-    """Three experiences of two classes, which a linear model tells apart.
+    """Build a stream of three experiences with two classes each, which a linear model can separate.
 
     There are six training records per class.
     """
@@ -76,9 +76,9 @@ def small_stream(scenario: Scenario) -> Stream:
 
 
 def other_records(stream: Stream) -> Stream:
-    """The same public facts with other records.
+    """Build a stream with the same public facts and other records.
 
-    Other inputs, labels in another order, one record less.
+    Inputs differ, labels have another order, and one record is missing.
     """
 
     def other(records: Records) -> Records:
@@ -94,7 +94,7 @@ def other_records(stream: Stream) -> Stream:
 
 
 def run(learner: Learner, stream: Stream) -> None:
-    """Train a prepared learner from where it is to the end of the stream.
+    """Train a prepared learner from its position to the end of the stream.
 
     A row of accuracies is appended to `learner.matrix` at the end of every stage.
     """
@@ -110,19 +110,19 @@ def run(learner: Learner, stream: Stream) -> None:
 
 
 Builder = Callable[[Stream], nn.Module]
-"""Makes a model for a stream, the same every time."""
+"""Function that makes a model for a stream; every call makes the same one."""
 
 
 @dataclass(kw_only=True)
 class StrategyFixture:
-    """Unused copies of the strategy for a check, and learners for them.
+    """Unused copies of a strategy for the checks, and learners for them.
 
     Args:
-        strategy: an instance, copied before anything runs.
-        scenario: of the stream.
-        device: of models and records.
-        model: from the stream to a model; None for the strategy's own small one, else a small
-            perceptron.
+        strategy: an instance, which is copied before anything runs.
+        scenario: scenario of the stream.
+        device: device of models and records.
+        model: function from the stream to a model; None for the strategy's own small model, or for
+            a small perceptron if it has none.
     """
 
     strategy: Strategy
@@ -137,15 +137,15 @@ class StrategyFixture:
 
     @property
     def name(self) -> str:
-        """The strategy's name, for messages."""
+        """Name of the strategy, for messages."""
         return self.strategy.name
 
     def fresh(self) -> Strategy:
-        """A copy of the strategy as it was before anything ran."""
+        """Return a copy of the strategy in its initial state."""
         return copy.deepcopy(self.strategy)
 
     def build(self) -> nn.Module:
-        """A small model, the same every time."""
+        """Build a small model; every call builds the same one."""
         if self.model:
             return self.model(self.stream)
         inputs = self.stream.input_shape
@@ -160,10 +160,10 @@ class StrategyFixture:
         strategy: Strategy | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> Learner:
-        """A learner of a small model; alike every time.
+        """Make a learner of a small model; every call makes an equal one.
 
         Args:
-            strategy: None for a fresh copy.
+            privacy: privacy settings; None for none.
         """
         return Learner(
             model=self.build(),
@@ -178,13 +178,13 @@ class StrategyFixture:
         )
 
     def prepared(self, privacy: Privacy | None = None, stream: Stream | None = None) -> Learner:
-        """A learner that is ready for the first experience."""
+        """Make a learner that is ready for the first experience."""
         learner = self.learner(privacy)
         learner.prepare(stream or self.stream)
         return learner
 
     def middle(self, privacy: Privacy | None = None) -> Learner:
-        """A learner in the middle of its second experience, so that state and memory are filled."""
+        """Make a learner in the middle of its second experience, with filled state and memory."""
         learner = self.prepared(privacy)
         for index, blocks in ((0, BLOCKS), (1, 1)):
             learner.begin(index)
@@ -196,16 +196,16 @@ class StrategyFixture:
 
 
 class MidRunFixture:
-    """A learner in the middle of its second experience, with arguments for every hook.
+    """Learner in the middle of its second experience, with arguments for every hook.
 
-    Questions are asked as under privacy, but answered without noise.
+    Queries are asked as under privacy, but answered without noise.
 
     Attributes:
         batch: all rows that a step may draw, new and stored.
-        context: of the open experience, as in a step with both kinds of rows.
+        context: context of the open experience, as in a step with new and stored rows.
         params: copy of the parameters.
-        gradient: small random gradient, the same every time.
-        later: parameters one step of size 0.1 against this gradient later.
+        gradient: small random gradient, always the same.
+        later: parameters after one step of size 0.1 along the negative gradient.
     """
 
     def __init__(self, fixture: StrategyFixture) -> None:
@@ -234,28 +234,28 @@ class MidRunFixture:
 
     @property
     def forward(self) -> Forward:
-        """The model at `params`."""
+        """The model with the parameters `params`."""
         return Forward(self.learner.model, self.params)
 
     def door(self) -> RecordingCurator:
-        """A recording curator: to the strategy it looks private, and it answers exactly."""
+        """Make a recording curator, which looks private to the strategy and answers exactly."""
         return RecordingCurator(self.learner.curator, clip_norm=CLIP_NORM)
 
     @cached_property
     def references(self) -> tuple[Params, ...]:
-        """Reference gradients, as many as the strategy asks for."""
+        """Reference gradients that the strategy asks for."""
         return self.strategy.references(self.door().curator, self.learner.params, self.state)
 
     @cached_property
     def questions(self) -> list[Question]:
-        """All questions that the strategy asks of records, beyond the gradient of a step."""
+        """All queries of the strategy about records, in addition to the gradient of a step."""
         door = self.door()
         self.strategy.references(door.curator, self.learner.params, self.state)
         self.strategy.after_experience(door.curator, self.params, self.state)
         return door.asked
 
     def calls(self) -> Mapping[str, Callable[[], object]]:
-        """Calls of every hook of the strategy, by its name."""
+        """Functions that call each hook of the strategy, by the name of the hook."""
         strategy = self.strategy
         state = self.state
         params = self.params
@@ -282,12 +282,12 @@ class MidRunFixture:
         }
 
     def losses(self, forward: Forward, batch: Batch) -> Tensor:
-        """(n,) the strategy's losses."""
+        """(n,) losses of the strategy for a batch."""
         return self.strategy.losses(forward, batch, self.context, self.state)
 
 
 def tensors_of(answer: object) -> dict[str, Tensor]:
-    """Named tensors of a hook's answer, whatever its type."""
+    """Named tensors in the result of a hook, for any type of result."""
     if isinstance(answer, Tensor):
         return {"value": answer.detach()}
     if isinstance(answer, Mapping):
@@ -302,7 +302,7 @@ def tensors_of(answer: object) -> dict[str, Tensor]:
 
 
 def differing(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> list[str]:
-    """Names that only one mapping has, or whose tensors are not equal; see `equal`."""
+    """Names that only one mapping has, or whose tensors differ (see `equal`)."""
     shared = one.keys() & other.keys()
     return sorted(
         (one.keys() ^ other.keys()) | {name for name in shared if not equal(one[name], other[name])}
@@ -317,5 +317,5 @@ def equal(one: Tensor, other: Tensor) -> bool:
 
 
 def copied(tensors: Mapping[str, Tensor]) -> Params:
-    """Detached copies of the tensors."""
+    """Return detached copies of the tensors."""
     return {name: value.detach().clone() for name, value in tensors.items()}

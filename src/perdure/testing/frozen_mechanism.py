@@ -1,9 +1,9 @@
-"""A private sum whose answers are recorded once and then given again, for `perdure.testing.replay`.
+"""Private sum whose answers are recorded in one run and repeated in a second run, for `replay`.
 
-A private sum releases an integer sum with integer noise. The key that draws the noise sees
-the exact integers, the entry of the ledger that pays, and the scale, and it decides who is in a
-step. So it is the place to listen at: whatever clips, samples, reserves or counts above it may be
-wrong, and shows there.
+A private sum releases an integer sum with integer noise. The key that draws the noise gets the
+exact integers, the ledger entry that pays, and the scale, and it decides which records enter a
+step. So all draws are recorded at the key: an error in clipping, sampling, reserving or counting is
+visible there.
 """
 
 import hashlib
@@ -25,29 +25,30 @@ from perdure.privacy.private_sum import VOTE, MakePrivateSum, PrivateSum, Releas
 from perdure.privacy.settings import Privacy
 
 ROUNDING = 1e-9
-"""Relative, of the float64 arithmetic on noise multipliers here."""
+"""Relative rounding error of float64 arithmetic with noise multipliers."""
 BESIDE_THE_RATE = 1e-6
-"""Relative distance from its rate of the coin of the record that the two data sets differ in."""
+"""Relative distance, from the sampling rate, of the sampling number of the removed record."""
 ONES = hashlib.sha256(b"perdure replay").digest()
 
 
 class OtherReleaseError(PrivacyError):
-    """The second run asks for another release than the first one; nothing can answer it."""
+    """The second run of a replay asks for a release that the first run did not have."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Draw:
-    """One answer of a private sum.
+    """One draw of noise by a private sum.
 
     Args:
-        release: gradient, count, reference, release:NAME.
-        step: of the run.
-        exact: (n,) what noise was added to.
-        answer: what left.
-        allowed: most that one record may move the exact values by, as it was charged; 0 where the
-            record's coin keeps it out of the step.
-        spread: the move is the largest minus the smallest change (a selection), not the L2 norm.
-        joint: digest of the entry whose draws are bounded together; "" for each by itself.
+        release: kind of release: gradient, count, reference, or release:NAME.
+        step: step of the run.
+        exact: (n,) exact values to which noise was added.
+        answer: released values.
+        allowed: largest change of the exact values by one record for which the ledger was charged;
+            0 if the record is not sampled in the step.
+        spread: True if the change is the largest minus the smallest difference (a selection), and
+            not the L2 norm.
+        joint: digest of the entry whose draws are bounded together; "" if each is bounded alone.
     """
 
     release: str
@@ -59,7 +60,7 @@ class Draw:
     joint: str = ""
 
     def moved(self, other: "Draw") -> float:
-        """Distance between the exact values of two runs."""
+        """Distance between the exact values of two runs, which is compared with `allowed`."""
         here = self.exact.double()
         there = other.exact.double()
         # scores may be infinite on both sides
@@ -71,11 +72,11 @@ class Draw:
 
 @dataclass(kw_only=True, eq=False)
 class Tape:
-    """Answers that one private sum gave, in order, and everything that its ledger did not pay for.
+    """Draws of one private sum in order, and all problems with its ledger.
 
     Args:
-        record: id of the record that the two data sets differ in.
-        given: answers of the first run, which this run gets again; None for the first run.
+        record: id of the record in which the two data sets differ.
+        given: draws of the first run, whose answers this run gets; None in the first run.
     """
 
     record: int
@@ -85,10 +86,12 @@ class Tape:
     ledger: Ledger | None = None
 
     def answer(self, own: Draw) -> Tensor:
-        """Return the answer to give: this run's own in the first run, else the first run's.
+        """Return the values to release: in the second run, those of the first run.
+
+        In the first run they are the run's own.
 
         Raises:
-            OtherReleaseError: where the first run asked for something else.
+            OtherReleaseError: if the first run had another release at this point.
         """
         place = len(self.draws)
         if self.given is not None:
@@ -106,11 +109,11 @@ class Tape:
 
 
 class ReplayKey(NoiseKey):
-    """A simulated key whose coins go by record, and which listens to every draw.
+    """Simulated key whose sampling numbers depend on the record, and which records every draw.
 
     Args:
-        tape: of the run.
-        privacy: of the run.
+        tape: tape of the run.
+        privacy: privacy settings of the run.
     """
 
     __slots__ = ("_beyond", "_drawn", "_privacy", "_spent", "_tape", "expected")
@@ -125,15 +128,15 @@ class ReplayKey(NoiseKey):
         self.expected: dict[str, float] = {}
 
     def mac(self, message: bytes) -> str:
-        """Return one fingerprint for all data, so that it explains no difference of two ledgers."""
+        """Return the same fingerprint for all data, so that it never differs between runs."""
         return "0" * 64
 
     def coins(self, records: Tensor, *, entry: str, step: int) -> Tensor:
-        """(n,) a coin of each record's own, whatever other records there are.
+        """(n,) sampling number of each record, independent of the other records.
 
-        The record that the data sets differ in is drawn with certainty in even steps: its coin lies
-        just below the rate that was charged. In odd steps it lies just above, and may move nothing:
-        a step that draws it nevertheless is sampled at a higher rate than the ledger says.
+        The removed record is certainly sampled in even steps: its number is just below the charged
+        rate. In odd steps its number is just above the rate, so it may change nothing. A step that
+        samples it anyway has a higher sampling rate than the ledger says.
         """
         place, paid = self._paying(entry)
         out = torch.empty(len(records), dtype=torch.float64)
@@ -151,16 +154,16 @@ class ReplayKey(NoiseKey):
         return out
 
     def tags(self, ids: Tensor, purpose: str) -> Tensor:
-        """(n,) each record's number; 0 for the one that differs, so that memory keeps it."""
+        """(n,) secret number of each record; 0 for the removed record, so that memory keeps it."""
         found = super().tags(ids, purpose)
         return torch.where(ids.cpu() == self._tape.record, torch.zeros_like(found), found)
 
     def add_noise(
         self, total: Tensor, scale: float, *, purpose: str, entry: str, step: int, nonce: str = ""
     ) -> None:
-        """Add noise to `total`, or turn it into the first run's answer; see `NoiseKey.add_noise`.
+        """Add noise to `total` and record the draw; in the second run, use the first run's answer.
 
-        Purpose, entry, step and nonce are noted.
+        The arguments are those of `NoiseKey.add_noise`.
         """
         exact = total.clone()
         super().add_noise(total, scale, purpose=purpose, entry=entry, step=step, nonce=nonce)
@@ -187,7 +190,7 @@ class ReplayKey(NoiseKey):
         total.copy_(self._tape.answer(own))
 
     def _paying(self, digest: str) -> tuple[int, Entry | None]:
-        """Position in the ledger of the entry with this digest, and the entry."""
+        """Position in the ledger of the entry with this digest, and the entry itself."""
         entries = self._tape.ledger.entries if self._tape.ledger else ()
         for place, entry in enumerate(entries):
             if entry.digest == digest:
@@ -202,7 +205,7 @@ class ReplayKey(NoiseKey):
         place: tuple[object, ...],
         exact: Tensor,
     ) -> None:
-        """Note a draw that no entry pays for, or whose noise was met by another sum before."""
+        """Record a draw that no entry pays for, or whose noise was already used for another sum."""
         if paid is None:
             self._tape.unpaid.append(f"{purpose} of step {step} has no entry in the ledger")
         elif not paid.first_step <= step < paid.first_step + paid.steps:
@@ -212,7 +215,7 @@ class ReplayKey(NoiseKey):
             self._tape.unpaid.append(f"{purpose} of step {step} meets noise of another sum again")
 
     def _unit(self, paid: Entry | None, purpose: str) -> tuple[float, float]:
-        """Integers in one clip norm, and the share by which a record may move a sum further."""
+        """Return the integers per clip norm, and the largest change by a record in clip norms."""
         if paid is None or paid.grid is None:
             return 1.0, 1.0
         adaptive = self._privacy.clipping
@@ -226,10 +229,10 @@ class ReplayKey(NoiseKey):
 
 
 def frozen(make: MakePrivateSum, tape: Tape) -> MakePrivateSum:
-    """Return a maker of private sums that draw from a `ReplayKey`.
+    """Return a function that makes private sums which draw from a `ReplayKey`.
 
     Args:
-        make: makes the private sum under audit.
+        make: function that makes the private sum under test.
         tape: tape that records the draws.
     """
 
@@ -253,7 +256,7 @@ def frozen(make: MakePrivateSum, tape: Tape) -> MakePrivateSum:
 
 
 def _reserving(mechanism: PrivateSum, key: ReplayKey) -> Callable[..., None]:
-    """`reserve` that notes the declared number of records in a step, by entry."""
+    """Wrap `reserve` so that it records the declared number of records in a step, by entry."""
     real = mechanism.reserve
 
     def reserve(**facts: object) -> None:
@@ -268,7 +271,7 @@ def _reserving(mechanism: PrivateSum, key: ReplayKey) -> Callable[..., None]:
 
 
 def _answering(real: Callable[..., Tensor], tape: Tape, *, spread: bool) -> Callable[..., Tensor]:
-    """`count` or `select`, on the tape; one record moves a count, or two scores, by 1."""
+    """Wrap `count` or `select` to record it; a record changes a count or score difference by 1."""
 
     def answer(exact: Tensor, *, purpose: str, occasion: ReleaseKey) -> Tensor:
         value = real(exact, purpose=purpose, occasion=occasion)

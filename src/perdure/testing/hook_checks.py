@@ -1,4 +1,4 @@
-"""Checks of the hooks one by one, on a learner in the middle of its second experience."""
+"""Checks of single hooks, on a learner in the middle of its second experience."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -31,16 +31,16 @@ from perdure.types import Params
 
 ROUNDING = 1 + 1e-4
 EVERY = 5
-"""Every how manyth row is looked at by itself."""
+"""Every row whose number is a multiple of this is also evaluated alone."""
 RowsOfBatch = Callable[[Batch], Mapping[str, Tensor]]
 
 # --------------------------------------------------------------------------- a hook changes nothing
 
 
 def pure(fixture: StrategyFixture) -> None:
-    """Check that hooks are pure.
+    """Check that hooks are pure functions.
 
-    Every hook leaves alone what it is given and what the strategy is, and says the same twice.
+    A hook changes neither its arguments nor the strategy, and returns the same in a second call.
     """
     scene = MidRunFixture(fixture)
     for hook, call in scene.calls().items():
@@ -126,7 +126,7 @@ def _derive_keeps_to_local_names(scene: MidRunFixture) -> None:
 
 
 def held(scene: MidRunFixture) -> dict[str, Tensor]:
-    """Everything that a hook is given."""
+    """Return everything that is passed to hooks, by name."""
     parts: dict[str, Mapping[str, Tensor]] = {
         "parameter": scene.params,
         "state": scene.state,
@@ -144,7 +144,7 @@ def held(scene: MidRunFixture) -> dict[str, Tensor]:
 
 
 def inside(value: object) -> object:
-    """Return the contents of an object, fields or not, to be compared."""
+    """Return the contents of an object, for a comparison."""
     if isinstance(value, Strategy):
         return {name: inside(part) for name, part in vars(value).items()}
     if isinstance(value, dict):
@@ -158,7 +158,7 @@ def inside(value: object) -> object:
 
 
 def rows(fixture: StrategyFixture) -> str | None:
-    """Every row is the same alone, in the batch, and among other or fewer neighbours."""
+    """Check that every row is the same alone, in the batch, and among other or fewer rows."""
     scene = MidRunFixture(fixture)
     skipped = scene_couples(fixture.strategy)
     for what, ask in _asked_by_row(scene).items():
@@ -169,7 +169,7 @@ def rows(fixture: StrategyFixture) -> str | None:
 
 
 def scene_couples(strategy: Strategy) -> str | None:
-    """Why the loss of a row need not be its own."""
+    """Reason why a row's loss may depend on other rows; None if it may not."""
     return (
         "the strategy declares couples_records, so privacy refuses it"
         if strategy.couples_records
@@ -259,9 +259,9 @@ def _same(
 
 
 def bounds(fixture: StrategyFixture) -> None:
-    """Check the sensitivity of the clipped gradient and of the sum of every question.
+    """Check the sensitivity of the clipped gradient and of the sum of every query.
 
-    One record less moves them by at most the clip norm.
+    Removing one record changes them by at most the clip norm.
     """
     if skipped := scene_couples(fixture.strategy):
         raise NotApplicable(skipped)
@@ -334,7 +334,7 @@ def _but(dropped: int, batch: Batch) -> Tensor:
 
 
 def vmap(fixture: StrategyFixture) -> None:
-    """Hooks on tensors give the same for stacked parameters and states as one by one."""
+    """Check that hooks give the same for stacked parameters and states as for each alone."""
     reason = fixture.strategy.not_vmappable_because
     if reason is not None:
         require(
@@ -378,7 +378,7 @@ def vmap(fixture: StrategyFixture) -> None:
 
 
 def _stacks(scene: MidRunFixture) -> tuple[Params, Params, Params, Params]:
-    """Three parameters, later ones, states and references, the first as they are."""
+    """Three parameters, later parameters, states and references; the first are unchanged."""
     rng = torch.Generator().manual_seed(4)
 
     def near(value: Tensor) -> Tensor:

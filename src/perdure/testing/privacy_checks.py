@@ -1,6 +1,6 @@
-"""Checks under privacy: every request is declared, planned and charged.
+"""Checks under privacy: every release is declared, planned and charged.
 
-Nothing else of the records comes out.
+Records influence a run through releases only.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,7 @@ ANSWERS = ("gradient", "reference", "release", "count", "select")
 
 
 def private(fixture: StrategyFixture) -> None:
-    """A whole private run, and the same answers on other records."""
+    """Check a whole private run, and a second run with the same releases on other records."""
     if fixture.strategy.couples_records:
         _refused(fixture)
         raise NotApplicable("the strategy declares couples_records, so privacy refuses it")
@@ -126,7 +126,7 @@ def _charged_as_asked(learner: Learner, watched: RecordingStrategy, drawn: int) 
     drawn += sum(q.times - 1 for q in watched.asked)
     require(
         drawn == charged == asked,
-        f"noise was drawn {drawn} times, {charged} were charged and {asked} asked for",
+        f"noise was drawn {drawn} times, {charged} draws were charged and {asked} requested",
         allowed="one draw and one charge for everything asked",
         fix="ask the curator that the hook is given",
     )
@@ -157,7 +157,7 @@ def _reuses_as_declared(fixture: StrategyFixture, learner: Learner, since: int) 
 # ---------------------------------------------------------------- the same answers on other records
 
 Answer = tuple[Any, Any, float]
-"""Answer of the mechanism, its last gradient, and its clip norm at that time."""
+"""Result of a release, the last gradient of the private sum, and its clip norm at that time."""
 
 
 def _recorded(mechanism: PrivateSum) -> list[Answer]:
@@ -180,9 +180,9 @@ def _recorded(mechanism: PrivateSum) -> list[Answer]:
 def _same_from_other_records(
     fixture: StrategyFixture, first: Learner, answers: list[Answer]
 ) -> None:
-    """All that comes out is a function of the answers.
+    """Check that all results depend on the records through the releases only.
 
-    Other records with the same answers give the same bits.
+    Other records with the same releases must give the same bits.
     """
     other = other_records(fixture.stream)
     learner = fixture.prepared(SIMULATED, other)

@@ -1,6 +1,6 @@
-"""A door between a strategy and the curator.
+"""Curator that records every query of a strategy, and passes it on to the real curator.
 
-Only what a strategy may ask for passes, and every question is noted.
+Requests that hooks may not make are refused.
 """
 
 from collections.abc import Callable
@@ -18,21 +18,21 @@ from perdure.errors import ConformanceError
 from perdure.types import Params
 
 Kind = Literal["releases", "memory_releases", "histograms", "selections", "references"]
-"""Kind of a question to the curator, by its name in `PrivacyCost`."""
+"""Kind of a query to the curator, by its name in `PrivacyCost`."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Question:
-    """One question to a curator.
+    """One query to a curator.
 
     Args:
-        kind: what it is.
-        rows: the function of records that was asked about.
-        clip_norm: its bound, where it has one.
-        purpose: its name.
-        times: choices, of a selection.
-        of: earlier experience, of a reference gradient.
-        place: experience and step.
+        kind: kind of the query.
+        rows: function of records that the query evaluates.
+        clip_norm: bound on one record's row, if there is one.
+        purpose: name of the query in the ledger.
+        times: number of choices, for a selection.
+        of: earlier experience, for a reference gradient.
+        place: experience and step of the query.
     """
 
     kind: Kind
@@ -45,13 +45,13 @@ class Question:
 
 
 class RecordingCurator:
-    """Stands before a curator.
+    """Curator for hooks that records all queries before it asks the real curator.
 
     Args:
-        real: the curator, as hooks see it.
-        clip_norm: None to be as the curator is; a number to look as one under privacy would.
-        asked: list that questions are noted in; None for a new one.
-        step: returns the number of the present step in the open experience.
+        real: the real curator, in the form that hooks see.
+        clip_norm: None to look like the real curator; a number to look private with this clip norm.
+        asked: list to which queries are added; None for a new list.
+        step: function that returns the number of the current step in the open experience.
     """
 
     def __init__(
@@ -68,13 +68,13 @@ class RecordingCurator:
 
     @property
     def curator(self) -> Curator:
-        """Return the same object, typed as a curator."""
+        """Return this object, typed as a curator."""
         return cast(Curator, self)
 
     def release(
         self, query: Callable[..., Any], *, clip_norm: float, purpose: str, over: Any = "experience"
     ) -> Params:
-        """`Curator.release`, noted."""
+        """Record a release, and ask the real curator for it."""
         kind: Kind = "memory_releases" if over == "memory" else "releases"
         self.asked.append(
             Question(kind=kind, rows=query, purpose=purpose, place=self._place, clip_norm=clip_norm)
@@ -82,12 +82,12 @@ class RecordingCurator:
         return self._real.release(query, clip_norm=clip_norm, purpose=purpose, over=over)
 
     def count(self, of: Callable[..., Tensor], *, bins: int, purpose: str) -> Tensor:
-        """`Curator.count`, noted."""
+        """Record a histogram, and ask the real curator for it."""
         self.asked.append(Question(kind="histograms", rows=of, purpose=purpose, place=self._place))
         return self._real.count(of, bins=bins, purpose=purpose)
 
     def select(self, of: Callable[..., Tensor], utility: Any, *, purpose: str) -> Tensor:
-        """`Curator.select`, noted."""
+        """Record a selection, and ask the real curator for it."""
         self.asked.append(
             Question(
                 kind="selections", rows=of, purpose=purpose, place=self._place, times=utility.k
@@ -98,7 +98,7 @@ class RecordingCurator:
     def reference(
         self, losses: Callable[..., Tensor], params: Params, *, of: int | None = None
     ) -> Params:
-        """`Curator.reference`, noted."""
+        """Record a reference gradient, and ask the real curator for it."""
         self.asked.append(
             Question(kind="references", rows=losses, purpose="reference", place=self._place, of=of)
         )
@@ -122,11 +122,11 @@ class RecordingCurator:
 
 @dataclass(init=False, repr=False, eq=False)
 class RecordingStrategy:
-    """A strategy whose hooks reach the curator through a door; all else is the strategy's own.
+    """Strategy whose hooks get a recording curator; everything else is unchanged.
 
     Attributes:
-        asked: questions so far.
-        step: returns the number of the present step; set it once there is a learner.
+        asked: queries so far.
+        step: function that returns the number of the current step; set it after a learner was made.
     """
 
     # A field, because the noise digest describes a strategy by its fields; `asked` is none.
@@ -145,22 +145,22 @@ class RecordingStrategy:
 
     @property
     def strategy(self) -> Strategy:
-        """Return the same object, typed as a strategy."""
+        """Return this object, typed as a strategy."""
         return cast(Strategy, self)
 
     def references(self, curator: Curator, params: Params, state: State) -> tuple[Params, ...]:
-        """`Strategy.references`, through a door."""
+        """Call `references` of the strategy with a recording curator."""
         return self._strategy.references(self._door(curator), params, state)
 
     def after_experience(self, curator: Curator, params: Params, state: State) -> State:
-        """`Strategy.after_experience`, through a door."""
+        """Call `after_experience` of the strategy with a recording curator."""
         return self._strategy.after_experience(self._door(curator), params, state)
 
     def _door(self, curator: Curator) -> Curator:
         return RecordingCurator(curator, asked=self.asked, step=self.step).curator
 
     def count_of(self, kind: Kind, experience: int) -> int:
-        """Count the questions of this kind at an experience."""
+        """Number of queries of this kind in an experience."""
         return sum(q.times for q in self.asked if q.kind == kind and q.place[0] == experience)
 
 
@@ -168,5 +168,5 @@ ONCE: tuple[Kind, ...] = ("releases", "memory_releases", "histograms", "selectio
 
 
 def declared(cost: PrivacyCost, kind: Kind) -> int:
-    """The number that `privacy_cost` gives for a kind."""
+    """Number that `privacy_cost` declares for a kind of query."""
     return int(getattr(cost, kind))

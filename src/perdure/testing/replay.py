@@ -1,12 +1,11 @@
-"""Replay: a private experiment on two data sets that differ in one record, with frozen answers.
+"""Repeat a private experiment without one record, with the releases of the first run.
 
-The second run gets exactly the answers that the first one got, so both go through the same states,
-and whoever is in a step goes by a record's own coin. Then the two may differ in one way only: in
-the exact sums before noise, by no more than was charged. Everything else that differs is an output
-that a record reached without a release. After "Re:cord-play" (arXiv 2602.17454).
+The second run gets exactly the released answers of the first run, so both go through the same
+states, and a number per record decides which records are in a step. Then the runs may differ in one
+way only: in the exact sums before noise, by no more than was charged. Every other difference is an
+output that a record influenced without a release. After "Re:cord-play" (arXiv 2602.17454).
 
-A replay finds mistakes on the data, model and settings that it runs, and proves nothing about
-others.
+A replay finds errors for the data, model and settings of its runs, and proves nothing about others.
 """
 
 import math
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
     from perdure.federated import Federation
 
 Outputs = Mapping[str, object]
-"""Everything that leaves a run, by name."""
+"""All outputs of a run, by name."""
 ALONE = "alone"
 DROPOUTS = (
     nn.Dropout,
@@ -76,17 +75,17 @@ class ReplayResult:
 
     @property
     def largest(self) -> float:
-        """The largest ratio; 0 where nothing was released."""
+        """Largest ratio of a change to its charged sensitivity; 0 if nothing was released."""
         return max((row.ratio for row in self.releases), default=0.0)
 
     @property
     def holds(self) -> bool:
-        """True where every change is explained by a release and within its charge."""
+        """True if every change is explained by a release, and no larger than charged."""
         return self.largest <= 1 and not self.unexplained and not self.unpaid
 
 
 class ReplayRun:
-    """One of the two runs: its releases, and everything else that left it.
+    """One of the two runs of a replay: its releases, and all its other outputs.
 
     >>> first = ReplayRun(record=3)
     >>> first.attach(learner).fit(stream)
@@ -95,9 +94,10 @@ class ReplayRun:
     >>> compared(first, second)
 
     Args:
-        record: id of the record that the two data sets differ in.
-        earlier: the first run, whose answers this one gets; None for the first one.
-        alone: the first run holds no other record, so that draws may go by a row's place.
+        record: id of the record in which the two data sets differ.
+        earlier: the first run, whose releases this run gets; None for the first run.
+        alone: True if the first run has no other record, so that random numbers may depend on the
+            position of a row.
     """
 
     def __init__(
@@ -114,10 +114,10 @@ class ReplayRun:
         self._messages = 0
 
     def attach(self, learner: Learner, place: str = ALONE) -> Learner:
-        """Listen to a learner that is not prepared yet; returns the same learner.
+        """Record the run of a learner that is not prepared yet; return the same learner.
 
         Raises:
-            ConfigError: for one whose draws inside a step go by a row's place in the batch.
+            ConfigError: if random numbers inside a step depend on a row's position in the batch.
         """
         if not self.alone:
             refuse_draws_by_place(learner)
@@ -136,7 +136,7 @@ class ReplayRun:
         return learner
 
     def listen(self, message: "Message") -> None:
-        """Note a message of a federation."""
+        """Record a message of a federation as an output."""
         from flwr.app import Array
 
         name = f"message {self._messages}"
@@ -152,7 +152,7 @@ class ReplayRun:
                 self.outputs[f"{name}, {part}.{field_name}"] = kept
 
     def finish(self) -> None:
-        """Note everything that the learners hold at the end, other than their private rows."""
+        """Record everything that the learners hold at the end, except their private rows."""
         for place, learner in self.learners.items():
             # a second run that ended in `prepare` has no session to look at
             with suppress(ConfigError):
@@ -162,7 +162,7 @@ class ReplayRun:
 
 
 def outputs_of(learner: Learner) -> dict[str, object]:
-    """Parameters, state, optimiser, public facts and ledger of a learner, by name."""
+    """Parameters, state, optimiser, public facts and ledger entries of a learner, by name."""
     snapshot = learner.snapshot()
     found: dict[str, object] = dict(snapshot.tensors) | {
         f"fact {name}": value for name, value in snapshot.facts.items()
@@ -249,15 +249,15 @@ def replayed(
     record: int,
     alone: bool = False,
 ) -> ReplayResult:
-    """Run any experiment on two data sets, and compare (see `replay`).
+    """Run any experiment on two data sets, and compare the runs (see `replay`).
 
     Args:
-        experiment: attaches its learners to the run, trains them, and adds what it writes to the
-            run's `outputs`.
+        experiment: function that attaches its learners to the run, trains them, and adds its other
+            outputs to the run's `outputs`.
         data: argument of the first run.
         neighbour: argument of the second run.
-        record: id of the record that the two differ in.
-        alone: there is no other record in either.
+        record: id of the record in which the two data sets differ.
+        alone: True if neither data set has another record.
     """
     first = ReplayRun(record=record, alone=alone)
     experiment(first, data)
@@ -277,7 +277,7 @@ def replayed(
 
 
 def compared(first: ReplayRun, second: ReplayRun) -> ReplayResult:
-    """Compare two runs that are finished."""
+    """Compare two finished runs."""
     rows = [
         row
         for place, tape in first.tapes.items()
@@ -306,9 +306,9 @@ def compared(first: ReplayRun, second: ReplayRun) -> ReplayResult:
 
 
 def changes(place: str, tape: Tape, other: Tape) -> list[ReleaseChange]:
-    """Largest change of every kind of release at one place.
+    """Largest change of every kind of release of one learner or client.
 
-    Draws that are bounded together, those of correlated noise, are added up in squares.
+    Draws of correlated noise are bounded together, so their changes are added in squares.
     """
     ratios: dict[str, list[float]] = {}
     joint: dict[tuple[str, str], float] = {}
@@ -328,7 +328,7 @@ def changes(place: str, tape: Tape, other: Tape) -> list[ReleaseChange]:
 
 
 def same(one: Outputs, other: Outputs, name: str) -> bool:
-    """True where both have the output, and it is equal; NaN equals NaN."""
+    """Return True if both runs have the output and it is equal; NaN equals NaN."""
     if name not in one or name not in other:
         return False
     here = one[name]
@@ -339,15 +339,15 @@ def same(one: Outputs, other: Outputs, name: str) -> bool:
 
 
 def without_record(stream: Stream, record: int) -> Stream:
-    """Return the stream with one record less; everything declared stays."""
+    """Return the stream without one record; all declared facts stay the same."""
     return with_records(stream, lambda ids: ids != record)
 
 
 def with_records(stream: Stream, kept: Callable[[Tensor], Tensor]) -> Stream:
-    """Return the stream with some of its training records; everything declared stays.
+    """Return the stream with some of its training records; all declared facts stay the same.
 
     Args:
-        kept: from ids (n,) to a mask (n,).
+        stream: the stream.
     """
     parts = []
     for experience in stream:
@@ -359,13 +359,14 @@ def with_records(stream: Stream, kept: Callable[[Tensor], Tensor]) -> Stream:
 
 
 def refuse_draws_by_place(learner: Learner) -> None:
-    """Refuse a learner that draws at random by a row's place in the batch.
+    """Refuse a learner with random numbers that depend on a row's position in the batch.
 
-    A record less moves the others to other places. Their draws would differ between the two runs,
-    which the secret of the step excuses, and a replay could not tell this from a fault.
+    Removing one record moves the others to other positions. Their random numbers would then differ
+    between the two runs. This is allowed, because the numbers are secret, but a replay could not
+    distinguish it from an error.
 
     Raises:
-        ConfigError: naming the part.
+        ConfigError: names the part with random numbers.
     """
     allowed = "none in a replay, because its random draws depend on a row's position in the batch"
     for name in ("views", "adversary"):

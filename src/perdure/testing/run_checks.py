@@ -29,9 +29,9 @@ from perdure.testing.fixtures import (
 
 
 def declared(fixture: StrategyFixture) -> None:
-    """Check for a frozen, hashable dataclass.
+    """Check that the strategy is a frozen, hashable dataclass.
 
-    The model must not change from one learner to the next.
+    Its model must be the same in every call.
     """
     kind = type(fixture.strategy)
     fix = "write @dataclass(frozen=True, kw_only=True) above the class"
@@ -84,7 +84,7 @@ def declared(fixture: StrategyFixture) -> None:
     moved = differing(fixture.build().state_dict(), fixture.build().state_dict())
     require(
         not moved,
-        f"its model is made with another {', '.join(moved[:3])} every time",
+        f"its model is made with different {', '.join(moved[:3])} in every call",
         allowed="the same model",
         fix="seed the initialisation, as perdure.models.classifiers.build does",
     )
@@ -94,7 +94,7 @@ def declared(fixture: StrategyFixture) -> None:
 
 
 def alone(fixture: StrategyFixture) -> None:
-    """Check a whole stream.
+    """Check a whole stream without federation and without a stop.
 
     The state keeps its layout, numbers are finite, and masks and the plan are respected.
     """
@@ -134,7 +134,7 @@ def _free_of_penalty(learner: Learner) -> None:
 
 
 def layout(state: State) -> dict[str, str]:
-    """Name to shape, type, place and rule."""
+    """Describe the tensors of a state: name to shape, dtype, device and rule."""
     return {
         name: f"{tuple(value.shape)} {value.dtype} {value.device.type} {state.rules[name]}"
         for name, value in state.items()
@@ -179,7 +179,7 @@ def _predictions(learner: Learner) -> None:
         require(
             logits.shape == (len(experience.test), c),
             f"predict() gives shape {tuple(logits.shape)}",
-            allowed=f"({len(experience.test)}, {c}), one logit a class of the full head",
+            allowed=f"({len(experience.test)}, {c}), one logit per class of the full head",
             fix="keep the whole head",
         )
         require(
@@ -191,7 +191,7 @@ def _predictions(learner: Learner) -> None:
         leak = torch.softmax(logits, dim=1)[:, ~allowed]
         require(
             not bool(leak.any()),
-            "predict() gives a chance to a class that may not be predicted",
+            "predict() gives a probability above 0 to a class that may not be predicted",
             allowed="the classes in context.allowed",
             fix="return torch.where(context.allowed, logits, MASKED)",
         )
@@ -201,7 +201,7 @@ def _predictions(learner: Learner) -> None:
 
 
 def resume(fixture: StrategyFixture) -> str | None:
-    """Stopped in the middle of an experience, saved and loaded, it ends in the same bits."""
+    """Check that a run that is stopped in the middle, saved and loaded ends with the same bits."""
     for privacy in (None,) if fixture.strategy.couples_records else (None, SIMULATED):
         _resumed(fixture, privacy)
     return (
@@ -247,7 +247,7 @@ def _to_the_end(learner: Learner) -> None:
 
 
 def federated(fixture: StrategyFixture) -> None:
-    """One client is the learner alone; two are combined as declared."""
+    """Check that one client ends like the learner alone, and two are combined as declared."""
     _only_client(fixture)
     _two_clients(fixture)
 
@@ -269,7 +269,7 @@ def _only_client(fixture: StrategyFixture) -> None:
     )
     require(
         learner.matrix == server.matrix,
-        "a server predicts otherwise than its only client",
+        "a server makes other predictions than its only client",
         allowed="the same accuracies",
         fix="predict from state declared 'sum' or 'mean', or from what derive() makes of it",
     )

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Atomic writes: a file is written completely or not at all."""
 
 import json
 import os
@@ -12,26 +12,26 @@ from torch import Tensor
 from perdure.errors import StorageError
 
 PRIVATE = 0o600
-"""Mode of a file that only its owner may read; that of its folder is 0700."""
+"""Mode of a file that only its owner may read; the mode of its folder is 0700."""
 
 
 def private_folder(path: Path) -> None:
-    """Make a folder that only its owner can enter, or shut one that others can."""
+    """Create a folder that only its owner can enter, or restrict an existing one."""
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     if stat.S_IMODE(path.stat().st_mode) & 0o077:
         path.chmod(0o700)
 
 
 def write_atomically(path: Path, data: bytes, *, private: bool = False) -> None:
-    """Replace the file in one step and see it, and its name, through to the disk.
+    """Replace a file in one step, and sync the file and its name to the disk.
 
     Args:
-        path: of the file.
-        data: its content.
-        private: whether only the owner may read it; its folder is shut, too.
+        path: path of the file.
+        data: new content.
+        private: True if only the owner may read the file; its folder is restricted, too.
 
     Raises:
-        StorageError: where it cannot be written; the file is then as it was before.
+        StorageError: if the file cannot be written; it is then unchanged.
     """
     with writing(path):
         _write_atomically(path, data, private=private)
@@ -64,10 +64,10 @@ def _write_atomically(path: Path, data: bytes, *, private: bool) -> None:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Say which file cannot be written, and why, where something inside fails to write it.
+    """Context manager that turns errors of writing into StorageError with the file and the reason.
 
     Raises:
-        StorageError: for a full disk, a limit, or a folder that may not be written.
+        StorageError: if the disk is full, a limit is reached, or writing is not permitted.
     """
     try:
         yield
@@ -78,15 +78,15 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write JSON, keys in the order given."""
+    """Write a value as JSON, with keys in the given order."""
     write_atomically(path, (json.dumps(value, indent=1, allow_nan=True) + "\n").encode())
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], *, private: bool = False) -> None:
-    """Write safetensors; tensors that share memory are written apart.
+    """Write tensors as safetensors; tensors that share memory are written separately.
 
     Args:
-        private: whether only the owner may read the file.
+        path: path of the file.
     """
     from safetensors.torch import save
 

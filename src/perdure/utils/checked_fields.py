@@ -1,4 +1,4 @@
-"""Types of settings, checked where a user gives them, in Python as in TOML.
+"""Type checks of settings, when they are made in Python or read from TOML.
 
     @dataclass(frozen=True, kw_only=True)
     class Settings(CheckedFields):
@@ -7,7 +7,7 @@
 
     Settings(size=2.5)  # settings.size = 2.5 is not allowed; allowed: a whole number
 
-The annotations say what is allowed; nobody writes the check again.
+The checks follow from the annotations.
 """
 
 import inspect
@@ -36,15 +36,15 @@ WORDS: dict[Any, str] = {
 
 
 class CheckedFields:
-    """Base of dataclasses whose fields are checked against their annotations when one is made.
+    """Base class of dataclasses whose fields are checked against their annotations.
 
-    Where `__post_init__` of the class refuses a value too, its own message is the one that is
-    raised. A list is taken for a tuple, and text for a path. Annotations that cannot be read are
-    not checked.
+    If `__post_init__` of the class refuses a value too, the message of `__post_init__` is raised. A
+    list is accepted for a tuple, and text for a path. Annotations that cannot be read are not
+    checked.
     """
 
     def __init_subclass__(cls) -> None:
-        """Put the check around the class's own `__post_init__`."""
+        """Wrap the `__post_init__` of a subclass with the check."""
         super().__init_subclass__()
         if "__post_init__" in vars(cls):
             type.__setattr__(cls, "__post_init__", _checked(vars(cls)["__post_init__"]))
@@ -78,12 +78,13 @@ def check_fields(
     """Refuse fields of a dataclass that have another type than their annotation.
 
     Args:
-        settings: an instance; lists become tuples, and text a path, where these are wanted.
-        prefix: in front of a field's name in messages; None for the name of the class.
+        settings: an instance; lists become tuples and text becomes a path, if the annotation asks
+            for it.
+        prefix: text before a field's name in messages; None for the name of the class.
         only: names of the fields to check; None for all.
 
     Raises:
-        ConfigError: naming the field, what was given and what is allowed.
+        ConfigError: names the field, the given value and the allowed values.
     """
     fault = _fault(settings, prefix, only)
     if fault is not None:
@@ -93,7 +94,7 @@ def check_fields(
 def _fault(
     settings: Any, prefix: str | None = None, only: Collection[str] | None = None
 ) -> ConfigError | None:
-    """The error for the first field that does not fit; those before it are as they are kept."""
+    """Error for the first field with a wrong type; None if there is none."""
     kind = type(settings)
     where = _name(kind) if prefix is None else prefix
     for name, hint in _hints(kind).items():  # type: ignore[arg-type]  # classes are hashable
@@ -108,14 +109,14 @@ def _fault(
 
 @cache
 def _hints(kind: type) -> dict[str, Any]:
-    """Types of the fields of a dataclass; `Any` for one that cannot be read."""
+    """Types of the fields of a dataclass; `Any` for a type that cannot be read."""
     if not is_dataclass(kind):
         return {}
     return {field.name: _hint(kind, field.name) for field in fields(kind) if field.init}
 
 
 def _hint(kind: type, name: str) -> Any:
-    """Type of one field, where the class that defines it says so."""
+    """Type of one field, from the annotation in the class that defines it."""
     owner = next(base for base in kind.__mro__ if name in inspect.get_annotations(base))
     alone = types.SimpleNamespace(__annotations__={name: inspect.get_annotations(owner)[name]})
     try:
@@ -125,7 +126,7 @@ def _hint(kind: type, name: str) -> Any:
 
 
 def _name(kind: type) -> str:
-    """Name of a class in messages: its file's where they are alike, as in a config."""
+    """Return the name of a class in lower case and a dot; underscores are as in its file's name."""
     stem = kind.__module__.rpartition(".")[2]
     plain = kind.__name__.lower()
     return f"{stem if stem.replace('_', '') == plain else plain}."
@@ -134,17 +135,17 @@ def _name(kind: type) -> str:
 # --------------------------------------------------------------------------- values and types
 
 MISFIT = object()
-"""Answer for a value that does not have the type."""
+"""Result for a value that does not have the required type."""
 
 
 def _fitted(value: object, hint: Any) -> object:
-    """The value as a field of this type holds it; `MISFIT` where it has another type."""
+    """Convert a value to the type of a field; `MISFIT` if it has another type."""
     found = (_of_one(value, option) for option in options(hint))
     return next((fitted for fitted in found if fitted is not MISFIT), MISFIT)
 
 
 def _of_one(value: object, hint: Any) -> object:
-    """As `_fitted`, for a type without alternatives."""
+    """Convert a value to one type without alternatives; `MISFIT` if it has another type."""
     origin = typing.get_origin(hint)
     if origin is tuple:
         return _as_tuple(value, typing.get_args(hint))
@@ -185,13 +186,13 @@ def _as_tuple(value: object, kinds: tuple[Any, ...]) -> object:
 
 
 def options(hint: Any) -> tuple[Any, ...]:
-    """Types that a field may have, from its annotation."""
+    """Types that a field may have, by its annotation."""
     union = typing.get_origin(hint) in (types.UnionType, typing.Union)
     return typing.get_args(hint) if union else (hint,)
 
 
 def described(hint: Any) -> str:
-    """Describe a type in words, as "a whole number or None"."""
+    """Describe a type in words, such as "a whole number or None"."""
     return " or ".join(_words(hint))
 
 

@@ -1,4 +1,4 @@
-"""Cut batches into pieces that fit into memory, and fill small ones up."""
+"""Cut batches into pieces that fit into memory, and fill up small batches."""
 
 from collections.abc import Callable, Iterator, Mapping
 
@@ -6,27 +6,27 @@ import torch
 from torch import Tensor
 
 FEWEST_ROWS = 16
-"""Rows of the smallest private batch that a model, or another function of records, is shown.
+"""Fewest rows of a private batch that a model, or another function of records, gets.
 
-Kernels for one row, or for three, round otherwise than those for many. So one record more would
-change the rounding of the others, and on inputs far from 0, before a normalisation or a softmax,
-that is no rounding any more. Nothing was found to change from 5 rows on; see the tests of slack.
+Kernels for one row, or for three, round differently from kernels for many rows. So one more record
+would change the rounding of the others; for inputs far from 0, before a normalisation or a softmax,
+the difference can be large. No difference was found from 5 rows on; see the tests of slack.
 """
 
 
 HELD_BYTES = 2**28
-"""Most bytes of rows that are copied as a whole; of more, pieces are read one after another."""
+"""Most bytes of rows that are copied at once; more bytes are read piece by piece."""
 
 PIECE_BYTES = 2**24
-"""Bytes of such a piece."""
+"""Number of bytes of one piece."""
 
 
 def row_slices(rows: Tensor, *, always: bool = False) -> Iterator[slice]:
-    """Cut the rows (n, ...) into pieces that may be copied: one where all of them are small.
+    """Cut rows (n, ...) into pieces that may be copied; a single piece if the rows are small.
 
     Args:
-        rows: of which shape and dtype are read only.
-        always: whether small ones are cut as well.
+        rows: tensor; only its shape and dtype are read.
+        always: True to cut small rows as well.
     """
     n = len(rows)
     size = max(1, n)
@@ -37,7 +37,7 @@ def row_slices(rows: Tensor, *, always: bool = False) -> Iterator[slice]:
 
 
 def by_pieces(answer: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
-    """Answer (n, ...) for rows (n, ...): all at once where they are small, else piece by piece."""
+    """Apply a function to rows (n, ...) piece by piece; at once if the rows are small."""
     parts = [answer(rows[piece]) for piece in row_slices(rows)]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -55,18 +55,18 @@ def chunks(tensors: Mapping[str, Tensor], size: int) -> Iterator[dict[str, Tenso
 def filled_chunks(
     tensors: Mapping[str, Tensor], size: int, *, fill: bool = True
 ) -> Iterator[tuple[dict[str, Tensor], int]]:
-    """Cut the rows into pieces, and fill up the last one.
+    """Cut the rows into pieces, and fill up the last piece with copies.
 
-    It gets the size of the others, or, where there are none, `FEWEST_ROWS` rows (`size`, where that
-    is less): how a row is rounded then does not depend on how many others there are.
+    The last piece gets the size of the others; a single piece gets at least `FEWEST_ROWS` rows (or
+    `size`, if that is smaller). So the rounding of a row does not depend on the number of rows.
 
     Args:
         tensors: name to (n, ...).
         size: largest number of rows in a piece.
-        fill: False to leave the last piece as it is.
+        fill: False to leave the last piece unchanged.
 
     Returns:
-        the pieces, each with the number of its rows that are no filling. They come first.
+        The pieces, each with the number of its rows before filling; these rows come first.
     """
     for i, piece in enumerate(chunks(tensors, size)):
         count = len(next(iter(piece.values())))
@@ -75,14 +75,14 @@ def filled_chunks(
 
 
 def filled(tensors: Mapping[str, Tensor], least: int = FEWEST_ROWS) -> dict[str, Tensor]:
-    """Add copies of the first row behind the rows, until there are `least`.
+    """Append copies of the first row, until there are `least` rows.
 
-    Copies, because they run wherever the row itself runs, and are finite where it is: another row
-    might make a loss raise, or spoil a sum. Without any row the filling is blank.
+    Copies are used because they are finite if the row itself is; another row might raise an error
+    in a loss, or spoil a sum. If there is no row, blank rows are used.
 
     Args:
         tensors: name to (n, ...).
-        least: rows there must be.
+        least: smallest number of rows.
     """
     missing = least - len(next(iter(tensors.values())))
     if missing <= 0:
@@ -95,5 +95,5 @@ def filled(tensors: Mapping[str, Tensor], least: int = FEWEST_ROWS) -> dict[str,
 
 
 def blank_row(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """One row of zeros like the rows of `tensors`, of which there may be none."""
+    """One row of zeros with the shapes of the rows in `tensors`, which may be empty."""
     return {name: value.new_zeros(1, *value.shape[1:]) for name, value in tensors.items()}

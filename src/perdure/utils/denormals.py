@@ -1,9 +1,9 @@
-"""Numbers too small for a full mantissa: slow on most processors, and frequent in training.
+"""Denormal numbers, which are slow on most processors and frequent in training.
 
-Where the gradient of a weight stays 0 (of a pixel that is black in every later experience), Adam's
-first moment loses a tenth in every step; after some 800 it is below 1.2e-38, and steps over such
-numbers are slow. Taken as 0, nothing is lost, and a Split MNIST run of 5 x 1,000 steps takes two
-thirds of the time.
+If the gradient of a weight stays 0 (for example of a pixel that is black in all later experiences),
+Adam's first moment shrinks by a tenth in every step. After about 800 steps it is below 1.2e-38, and
+further steps with such numbers are slow. If they are treated as 0, nothing is lost, and a Split
+MNIST run of 5 x 1,000 steps takes two thirds of the time.
 """
 
 import sys

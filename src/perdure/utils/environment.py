@@ -1,4 +1,4 @@
-"""Where a number was measured: machine, versions, command; and how a benchmark stores its rows."""
+"""Facts about a measurement (machine, versions, command), and the storage of benchmark results."""
 
 import os
 import platform

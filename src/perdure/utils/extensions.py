@@ -1,6 +1,6 @@
-"""Extensions found by name: one a file of a package, or one an entry point of a distribution.
+"""Search for extensions by name: one per file of a package, or one per entry point.
 
-EXTENSIONS = Extensions(
+Entry points are registered by other distributions.
     kind="attack",                   # the word that messages use
     package="perdure.adversarial",   # every file of its folder is one extension
     group="perdure.attacks",         # entry-point group of other distributions
@@ -78,11 +78,12 @@ class Extensions(Generic[T]):
 
         Args:
             name: a name of `names()`, or "module:name".
-            field: where the name was given, for the message; None for the kind.
+            field: name of the setting or argument with this value, for the message; None for the
+                kind.
 
         Raises:
-            ConfigError: when nothing has this name, it cannot be imported, it is not of this kind,
-                its file does not define exactly one, or two sources claim the name.
+            ConfigError: if nothing has this name, it cannot be imported, it is of another kind, its
+                file does not define exactly one, or two sources have the same name.
         """
         if ":" in name:
             return self._of_module(name, field or self.kind)
@@ -103,12 +104,12 @@ class Extensions(Generic[T]):
         return sorted(entries, key=lambda entry: (entry.name, _source(entry)))
 
     def attribute(self, name: str) -> T:
-        """Return the extension of the package's own folder whose class is called `name`.
+        """Return the extension in the package's own folder whose class is called `name`.
 
-        For the package's `__getattr__`: `from perdure.strategies import EWC` finds ewc.py.
+        It is for the package's `__getattr__`: `from perdure.strategies import EWC` finds ewc.py.
 
         Raises:
-            AttributeError: when no file defines it.
+            AttributeError: if no file defines it.
         """
         by_class_name = {file.replace("_", ""): file for file in self.files()}
         file = by_class_name.get(name.lower())
@@ -198,20 +199,20 @@ def is_proper_subclass(value: object, base: type[Any]) -> bool:
 def _installed(group: str, path: tuple[str, ...]) -> EntryPoints:
     """Entry points of a group in the distributions on `path`, which is `sys.path`.
 
-    They are kept because reading them can take a tenth of a second.
+    They are cached, because reading them can take a tenth of a second.
     """
     return entry_points(group=group)
 
 
 def _source(entry: EntryPoint) -> str:
-    """Name of the distribution that registers an entry point."""
+    """Name of the distribution that registers an entry point, for messages."""
     return f"distribution {entry.dist.name}" if entry.dist is not None else "an unnamed source"
 
 
 def _imported(load: Callable[[], object], given: str, allowed: str) -> object:
-    """Import an object; its code may raise anything, which becomes one line.
+    """Import an object, and turn any error of its code into a ConfigError of one line.
 
-    The traceback stays with the error as its cause.
+    The original error is kept as the cause.
     """
     try:
         return load()

@@ -1,4 +1,4 @@
-"""Refusal of a model's outputs that are NaN or infinite, before any of them counts as largest."""
+"""Refuse outputs of a model that are NaN or infinite, before predictions are made from them."""
 
 import torch
 from torch import Tensor
@@ -7,17 +7,17 @@ from perdure.errors import ConfigError
 
 
 def finite_outputs(outputs: Tensor, *, first: int = 0) -> Tensor:
-    """Return a model's outputs (n, ..., C) as they are, where every record has a largest one.
+    """Return a model's outputs (n, ..., C) unchanged, if the largest one of each record is finite.
 
-    `argmax` takes NaN for the largest number, so a model that answers NaN would be measured as one
-    that predicts its first class. A class may be ruled out by -infinity.
+    `argmax` treats NaN as the largest number, so a model with NaN outputs would seem to predict its
+    first class. A class may be excluded by -infinity.
 
     Args:
-        outputs: of the model.
+        outputs: outputs of the model.
         first: number of the first record, for the message.
 
     Raises:
-        ConfigError: where the largest output of a record is NaN or infinite.
+        ConfigError: if the largest output of a record is NaN or infinite.
     """
     largest = torch.isfinite(outputs.amax(-1))
     if not bool(largest.all()):

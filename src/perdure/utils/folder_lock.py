@@ -1,4 +1,4 @@
-"""A lock that keeps a folder to one object of one process."""
+"""Lock that gives one object of one process exclusive use of a folder."""
 
 import gc
 import os
@@ -14,22 +14,23 @@ LOCK = ".lock"
 
 
 class FolderLock:
-    """Keep a folder to one holder at a time, in this process and in every other one.
+    """Exclusive lock of a folder, for all objects and processes.
 
-    Guarantee: while it is held, no second `FolderLock` of the folder can be taken, in a forked
-    child neither. The system gives it up however the process ends, and it goes with the object that
-    holds it. Whoever removes the lock's file takes it away: `held` is false from then on.
+    Guarantee: while it is held, no second `FolderLock` of the folder can be acquired, also not in a
+    forked child. The operating system releases it when the process ends in any way, and it is
+    released with the object that holds it. If the lock file is deleted, `held` becomes False.
 
     >>> lock = FolderLock(Path("runs/mine"))   # doctest: +SKIP
     >>> lock.acquire()                         # doctest: +SKIP
     True
 
     Args:
-        folder: made where it is not there yet.
+        folder: folder to lock; it is created if it does not exist.
 
     Attributes:
-        taken: how often this object took the folder; whatever was read from it before it was taken
-            last may have been changed by others since.
+        taken: number of times that this object acquired the lock; data read before the last time
+            may
+           have been changed by others since.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -41,16 +42,16 @@ class FolderLock:
 
     @property
     def held(self) -> bool:
-        """True where this object holds the folder, in this process."""
+        """True if this object holds the lock, in this process."""
         if self._descriptor is None or self._process != present_process():
             return False
         return self._file == _identity(self.folder / LOCK)
 
     def acquire(self) -> bool:
-        """Take the folder; return whether it was not held before.
+        """Acquire the lock; return True if this object did not hold it before.
 
         Raises:
-            RunError: when another process or object works in it, or it cannot be written.
+            RunError: if another process or object holds the lock, or the folder cannot be written.
         """
         if self.held:
             return False
@@ -93,7 +94,7 @@ class FolderLock:
         return True
 
     def release(self) -> None:
-        """Give the folder up; nothing happens where it is not held."""
+        """Release the lock; nothing happens if it is not held."""
         import fcntl
 
         if self._descriptor is None:
@@ -104,7 +105,7 @@ class FolderLock:
         self._drop()
 
     def _drop(self) -> None:
-        """Close a file that is not locked any more, or that the parent of a fork goes on with."""
+        """Close the lock file if it is not locked any more, or belongs to the parent of a fork."""
         if self._descriptor is not None:
             self._descriptor = None
             self._closing()
@@ -115,7 +116,7 @@ def _open(path: Path) -> int:
 
 
 def _identity(path: Path) -> tuple[int, int]:
-    """Device and number of a file; zeros where it is not there."""
+    """Device and inode of a file; zeros if it does not exist."""
     try:
         found = path.stat()
     except OSError:
@@ -124,7 +125,7 @@ def _identity(path: Path) -> tuple[int, int]:
 
 
 def _taken(descriptor: int) -> bool:
-    """Lock a file unless another descriptor holds it."""
+    """Lock a file; return False if another descriptor holds the lock."""
     import fcntl
 
     try:
@@ -136,10 +137,10 @@ def _taken(descriptor: int) -> bool:
 
 @contextmanager
 def locked(folder: Path | None) -> Iterator[None]:
-    """Keep a folder to this process while something runs in it; None locks nothing.
+    """Context manager that locks a folder for this process; None locks nothing.
 
     Raises:
-        RunError: when it is in use, or cannot be written.
+        RunError: if the folder is in use, or cannot be written.
     """
     lock = FolderLock(folder) if folder else None
     if lock is not None:

@@ -1,8 +1,8 @@
-"""The name of the present process, which changes in every forked child.
+"""Identity of the current process, which differs in every forked child.
 
-A process number does not tell a child from its parent: in two process namespaces both may have the
-same one. So whatever belongs to one process alone (a nonce, a lock, a log, numbers drawn by a
-thread) keeps the name under which it was made, and compares.
+A process number does not distinguish a child from its parent: in two process namespaces both may
+have the same one. So objects that belong to one process (a nonce, a lock, a log, numbers drawn by a
+thread) store the identity of the process that made them, and compare it.
 """
 
 import os
@@ -10,11 +10,11 @@ from typing import NamedTuple
 
 
 class Process(NamedTuple):
-    """Name of a process.
+    """Identity of a process.
 
     Args:
-        token: made anew in every forked child, and compared by identity.
-        number: of the process, for a fork that Python does not see.
+        token: object that is new in every forked child, and is compared by identity.
+        number: process number, for a fork that Python does not notice.
     """
 
     token: object
@@ -22,11 +22,11 @@ class Process(NamedTuple):
 
 
 _tokens = [object()]
-"""Token of the present process, alone."""
+"""List with the token of the current process."""
 
 
 def present_process() -> Process:
-    """Return the name of the present process."""
+    """Return the identity of the current process."""
     return Process(_tokens[0], os.getpid())
 
 

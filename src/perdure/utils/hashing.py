@@ -1,13 +1,12 @@
-"""Numbers that belong to a record.
+"""Pseudo-random numbers per record, computed by a hash of the record's id.
 
-Drawn, as it were, by its id, and the same wherever and whenever they are asked for.
+They are the same in every process and at every time.
 
-The hooks of a strategy have no generator: a row may depend on its record only, and a resumed run
-must say the same. So what they draw is a hash of the record's id and of what it is drawn for. It
-runs under `torch.func.vmap`.
+Hooks of a strategy have no random generator: a row may depend on its record only, and a resumed run
+must get the same numbers. So they use a hash of the record's id and of the purpose. It runs under
+`torch.func.vmap`.
 
-Guarantee: none; everyone can compute these numbers. They are never used for noise, nor for what
-must stay secret.
+Guarantee: none; everyone can compute these numbers. They are never used for noise or for secrets.
 
 Source: Steele, Lea and Flood, Fast splittable pseudorandom number generators, OOPSLA 2014 (the
 mixing function).
@@ -36,12 +35,13 @@ STEP, FIRST, SECOND = (
 
 
 def hashed(ids: Tensor, *stream: int | Tensor) -> Tensor:
-    """Hash ids to int64 words of which every bit depends on all bits of the id.
+    """Hash ids to int64 words; every bit of a word depends on all bits of the id.
 
     Args:
-        ids: (n,) int64.
-        stream: what the number is for, such as `seeds.derive("label", experience)`: another stream
-            gives other numbers. Tensors int64 of any shape that goes with that of `ids`.
+        ids: (n,) int64 ids.
+        stream: numbers for the purpose, such as `seeds.derive("label", experience)`: other numbers
+            give independent values. int64 tensors whose shapes broadcast with `ids` are allowed,
+            too.
     """
     salt = torch.zeros((), dtype=torch.int64, device=ids.device)
     for part in stream:
@@ -69,7 +69,7 @@ def normals(ids: Tensor, *stream: int | Tensor) -> Tensor:
 
 
 def shifted(words: Tensor, places: int) -> Tensor:
-    """Move bits to the right, zeros coming in, where torch's own brings in the sign."""
+    """Shift bits to the right and fill with zeros; torch's own shift fills with the sign bit."""
     moved: Tensor = (words >> places) & (2 ** (64 - places) - 1)
     return moved
 
@@ -83,14 +83,14 @@ def _mixed(words: Tensor) -> Tensor:
 
 
 def canonical(value: object) -> JSONValue:
-    """Describe a value in JSON, the same for equal values in every process.
+    """Describe a value as JSON that is the same for equal values in every process.
 
-    A dataclass becomes its class's name and its fields, a function its name and what it closes
-    over, a set is sorted, and a tensor becomes its dtype, shape and numbers.
+    A dataclass becomes the name of its class and its fields, a function its name and the values of
+    its closure, a set is sorted, and a tensor becomes its dtype, shape and numbers.
 
     Raises:
-        ConfigError: for a value of another kind, of which no process could tell that it is equal to
-            another.
+        ConfigError: if the value is of another kind, for which equality over processes is not
+            defined.
     """
     if value is None or isinstance(value, bool | int | float | str):
         return value
@@ -125,21 +125,21 @@ def _canonical_object(value: object) -> JSONValue:
 
 
 def is_plain(value: object) -> bool:
-    """Tell if a value consists of numbers and text only."""
+    """Return True if a value consists only of numbers and text."""
     if isinstance(value, tuple | list):
         return all(is_plain(item) for item in value)
     return value is None or isinstance(value, bool | int | float | str)
 
 
 def canonical_text(value: object) -> str:
-    """`canonical` as text with sorted keys, for a digest."""
+    """Canonical JSON text of a value, with sorted keys, for a digest."""
     return json.dumps(canonical(value), sort_keys=True, separators=(",", ":"))
 
 
 def digest(tensors: Tensors) -> bytes:
-    """SHA-256 that changes with any value.
+    """SHA-256 of named tensors, which changes with any value.
 
-    Of private records only its keyed MAC may leave the curator.
+    For private records, only a keyed MAC of the digest may leave the curator.
     """
     total = hashlib.sha256()
     for name, value in sorted(tensors.items()):

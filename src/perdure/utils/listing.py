@@ -1,9 +1,9 @@
-"""Lists of values in messages."""
+"""Short lists of values for messages."""
 
 from collections.abc import Sequence
 
 MOST = 8
-"""Values that a message lists."""
+"""Most values that a message lists."""
 
 
 def shown(values: Sequence[object]) -> str:

@@ -1,4 +1,4 @@
-"""Modes, buffers and running statistics of modules."""
+"""Functions for the modes, buffers and running statistics of modules."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from perdure.types import Params
 
 WHOLE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""Whole numbers with as many bytes as a number of a tensor; others are compared byte by byte."""
+"""Integer dtypes by the number of bytes; tensors of other sizes are compared byte by byte."""
 
 
 @contextmanager
@@ -63,7 +63,7 @@ def _put_into_mode(module: nn.Module, *, training: bool) -> None:
 
 @contextmanager
 def untouched(module: nn.Module) -> Iterator[None]:
-    """Put the running statistics of BatchNorm back."""
+    """Context manager that restores the buffers of a module, such as running statistics."""
     before = {buffer: buffer.clone() for buffer in module.buffers()}
     try:
         yield
@@ -78,7 +78,7 @@ def trainable_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
-    """Tell if two tensors are the same to the bit, the sign of zeros and dtype included."""
+    """Return True if two tensors have the same bits, dtype and device, also for signs of zeros."""
     if (one.shape, one.dtype, one.device) != (other.shape, other.dtype, other.device):
         return False
     whole = WHOLE.get(one.element_size(), torch.uint8)

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 PIECE = 2**16
-"""Numbers of a piece: 256 kB in float32. A temporary tensor of this size is reused from the heap,
-where one of 100 MB is given to the process page by page, at four times the cost of filling it.
+"""Numbers in a piece: 256 kB in float32. Temporary tensors of this size reuse memory, while the
+operating system provides memory for one of 100 MB page by page, which takes four times as long as
+filling it.
 """
 
 

@@ -1,9 +1,9 @@
-"""Randomness that is a function of one seed and of where it is used, never of what ran before.
+"""Random numbers that depend only on one seed and the place of use, never on earlier draws.
 
-So a resumed run needs no generator state: it derives the same numbers again.
-Private noise and coins do not come from here: see `perdure.privacy.noise.key`. The draws of a
-private step through torch (dropout, views, attack starts) start from secret bytes of that key, all
-of which count: see `generator_from`.
+So a resumed run needs no state of a generator: it derives the same numbers again. Private noise and
+sampling do not use this module: see `perdure.privacy.noise.key`. Random numbers of torch inside a
+private step (dropout, views, attack starts) use a generator that is filled with secret bytes of
+that key: see `generator_from`.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from torch import Tensor
 from perdure.errors import ConfigError
 
 Seed = int | bytes
-"""A number that anyone may know, or at least `SECRET_BYTES` secret bytes."""
+"""A public number, or at least `SECRET_BYTES` secret bytes."""
 
 SECRET_BYTES = 32
 TWISTER_WORDS = 624
@@ -41,10 +41,10 @@ def generator(seed: int, *where: object) -> torch.Generator:
 
 
 def generator_from(seed: Seed) -> torch.Generator:
-    """CPU generator that starts from a number, or from every bit of secret bytes.
+    """CPU generator whose state is set from a number, or from all bits of secret bytes.
 
-    torch's CPU generator keeps 32 bits of the number that `manual_seed` is given, so that a secret
-    start could be guessed. Secret bytes fill its whole state of 19,968 bits instead.
+    torch's CPU generator keeps only 32 bits of the number given to `manual_seed`, so a secret seed
+    could be guessed. Secret bytes fill all 19,968 bits of its state instead.
 
     >>> generator_from(7).initial_seed()
     7
@@ -60,10 +60,10 @@ def generator_from(seed: Seed) -> torch.Generator:
 
 
 def seed_globally(seed: int) -> None:
-    """Let torch's global generators start from a number, as `torch.manual_seed` does.
+    """Set the seed of torch's global generators, as `torch.manual_seed` does, but faster.
 
-    That writes down the stack for every kind of accelerator that is not in use: 0.3 ms where the
-    stack is shallow, as long as a step of a small model.
+    `torch.manual_seed` records the call stack for every kind of accelerator that is not in use,
+    which takes 0.3 ms, as long as a step of a small model.
     """
     if torch.accelerator.is_available():
         torch.manual_seed(seed)
@@ -73,7 +73,7 @@ def seed_globally(seed: int) -> None:
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Leave torch's global generator of the processor as it was."""
+    """Context manager that restores the state of torch's global CPU generator."""
     before = torch.default_generator.get_state()
     try:
         yield
@@ -83,10 +83,11 @@ def undisturbed() -> Iterator[None]:
 
 @contextmanager
 def drawing_from(seed: Seed, device: torch.device | str = "cpu") -> Iterator[None]:
-    """Let torch's global generators draw from `seed`; the processor's is left as it was.
+    """Context manager in which torch's global generators start from `seed`.
 
-    With secret bytes the generator of `device` is left as it was, too, so that what is drawn
-    afterwards tells nothing of them. An accelerator's generator (Philox) keeps 64 bits.
+    The state of the CPU generator is restored afterwards. With secret bytes the state of the
+    generator of `device` is restored, too, so that later numbers reveal nothing about them. An
+    accelerator's generator (Philox) keeps 64 bits.
     """
     place = torch.device(device)
     if isinstance(seed, int):
@@ -111,10 +112,11 @@ def _accelerator_from(secret: bytes, place: torch.device) -> Iterator[None]:
 
 
 def _twister_state(secret: bytes) -> Tensor:
-    """State of torch's CPU generator whose words are SHAKE-256 of the secret.
+    """State of torch's CPU generator, filled with SHAKE-256 of the secret.
 
     Raises:
-        ConfigError: for fewer than `SECRET_BYTES` bytes, or a torch whose state has another layout.
+        ConfigError: if there are fewer than `SECRET_BYTES` bytes, or the state of this torch
+            version has another layout.
     """
     if len(secret) < SECRET_BYTES:
         raise ConfigError.of("secret", f"{len(secret)} bytes", f"{SECRET_BYTES} or more")
@@ -126,7 +128,7 @@ def _twister_state(secret: bytes) -> Tensor:
 
 @cache
 def _fresh_state() -> npt.NDArray[np.uint8]:
-    """State of a CPU generator that has drawn nothing, to be filled with other words."""
+    """State of a CPU generator before its first draw, in which the random words are replaced."""
     state: npt.NDArray[np.uint8] = torch.Generator().manual_seed(0).get_state().numpy()
     if len(state) != TWISTER_STATE_BYTES:
         given = f"{len(state)} bytes in torch {torch.__version__}"

@@ -1,4 +1,4 @@
-"""Numbers that a hook may read where it runs alone, and may not under `torch.func.vmap`."""
+"""Numbers that a hook can read when it runs alone, but not under `torch.func.vmap`."""
 
 from torch import Tensor
 

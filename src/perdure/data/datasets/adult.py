@@ -1,4 +1,4 @@
-"""Adult, the census table of UCI, from its published files."""
+"""Adult, the census table of UCI, read from its published files."""
 
 import csv
 import math
@@ -127,7 +127,7 @@ ADULT_CATEGORIES: dict[int, tuple[str, ...]] = {
         "Holand-Netherlands",
     ),
 }
-"""Column to the categories that the data set's own documentation lists (spelt as there)."""
+"""Column to the categories that the documentation of the data set lists, in its spelling."""
 
 ADULT_COLUMNS = 15
 ADULT_FEATURES = len(ADULT_NUMERIC) + sum(map(len, ADULT_CATEGORIES.values()))
@@ -172,8 +172,8 @@ def read_adult(path: Path) -> tuple[Tensor, Tensor]:
     an income above 50K.
 
     Raises:
-        DataError: with the line number, when a row has other columns, numbers or categories than
-            documented.
+        DataError: if a row has other columns, numbers or categories than documented; the message
+            has the line number.
 
     Source: Becker and Kohavi 1996, "Adult", UCI Machine Learning Repository.
     """
@@ -184,9 +184,9 @@ def read_adult(path: Path) -> tuple[Tensor, Tensor]:
 
 
 def _adult_lines(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Rows with line numbers, without blank lines and header.
+    """Rows with their line numbers, without blank lines and header.
 
-    The remark on top of the original test file is left out too.
+    The remark at the top of the original test file is left out, too.
     """
     try:
         with path.open(newline="", encoding="utf-8") as lines:

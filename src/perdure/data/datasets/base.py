@@ -1,9 +1,8 @@
-"""Type of a data set, and the folders where published files and caches are looked for.
+"""Type of a data set, and the folders for published files and caches.
 
-The data root is the argument, else the environment variable PERDURE_DATA, else the user's cache
-folder (XDG_CACHE_HOME or ~/.cache, and perdure within it). Ids are indices into the published
-source: ids of the test part follow the ids of the training part, so that one id never names two
-records.
+The data root is the argument `root`, or the environment variable PERDURE_DATA, or the user's cache
+folder (`perdure` in XDG_CACHE_HOME or ~/.cache). Ids are indices into the published source: ids of
+the test part follow the ids of the training part, so that no id is used for two records.
 """
 
 import contextlib
@@ -102,13 +101,13 @@ class Dataset:
 
 
 def require_data_set(data: object) -> None:
-    """Refuse what is no `Dataset`, and name the functions that make one.
+    """Refuse a value that is not a `Dataset`; the message names the functions that make one.
 
     Args:
-        data: given by the user.
+        data: value given by the user.
 
     Raises:
-        DataError: in one line.
+        DataError: if the value is not a `Dataset`.
     """
     require_type(data, Dataset, "data", "a perdure.data.Dataset")
 
@@ -146,7 +145,7 @@ def from_published_split(
         num_classes: number of classes.
         facts: public facts on the data set, one sentence each.
         declared_size: public number of training records; None for the number of rows.
-        value_range: least and greatest number of an input, known from the source's definition.
+        value_range: smallest and largest number of an input, known from the source's definition.
     """
     ids = torch.arange(len(train[0]))
     after = torch.arange(len(test[0])) + len(train[0])
@@ -188,7 +187,7 @@ def from_stratified_split(
         test_share: share of every class in the test part, between 0 and 1.
         facts: public facts on the data set, one sentence each.
         declared_size: public number of training records; None for the number of rows.
-        value_range: least and greatest number of an input, known from the source's definition.
+        value_range: smallest and largest number of an input, known from the source's definition.
 
     Raises:
         ConfigError: if `test_share` is not between 0 and 1.
@@ -224,7 +223,7 @@ def from_stratified_split(
 
 
 def declared_domain(inputs: Tensor, value_range: tuple[float, float] | None) -> InputDomain | None:
-    """Domain of inputs (n, ...) with a declared range; None where no range is declared."""
+    """Domain of inputs (n, ...) with a declared range; None if no range is declared."""
     if value_range is None:
         return None
     return InputDomain(shape=tuple(inputs.shape[1:]), dtype=inputs.dtype, range=value_range)
@@ -236,7 +235,7 @@ def bytes_to_unit(images: Tensor) -> Tensor:
 
 
 def download_failed(place: Path, name: str, hint: str, error: Exception) -> DataError:
-    """Build the error that names the place, the data set, the reason and the remedy."""
+    """Build the error for a failed download, with folder, data set, reason and fix."""
     reason = (str(error).splitlines() or [type(error).__name__])[-1]
     return DataError(
         f"no {name} in {place} and the download failed ({reason}); {hint}, or set PERDURE_DATA to "
@@ -245,9 +244,9 @@ def download_failed(place: Path, name: str, hint: str, error: Exception) -> Data
 
 
 def load_or_make(path: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Tensors at `path`.
+    """Load tensors from `path`; if that fails, make them and save them.
 
-    Where they are not there or not readable, make them and keep them if that works.
+    An error while saving is ignored.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file

@@ -5,7 +5,7 @@ import torch
 from perdure.data.datasets.base import Dataset, from_stratified_split
 
 STANDARDISED = (-10.0, 20.0)
-"""Range of a standardised measurement, declared: round numbers well beyond the published table."""
+"""Declared range of a standardised measurement: round numbers beyond the published table."""
 
 
 def breast_cancer(

@@ -74,7 +74,7 @@ def cifar10(root: str | Path | None = None, *, declared_size: int | None = None)
 
 
 def _download_cifar10(base: Path) -> None:
-    """Have torchvision fetch the binary version of CIFAR-10 into the data root."""
+    """Download the binary version of CIFAR-10 into the data root with torchvision."""
     from torchvision.datasets.utils import download_and_extract_archive
 
     try:
@@ -121,7 +121,7 @@ def read_cifar_binary(paths: list[Path]) -> tuple[Tensor, Tensor]:
     Each record is one label byte and 3072 pixel bytes, red then green then blue, row by row.
 
     Raises:
-        DataError: when a file is not a whole number of records.
+        DataError: if a file is not a whole number of records.
 
     Source: Krizhevsky 2009, "Learning multiple layers of features from tiny images"; binary
     version.
@@ -139,15 +139,15 @@ def read_cifar_binary(paths: list[Path]) -> tuple[Tensor, Tensor]:
 
 
 def read_image_zip(archive: Path, part: str) -> tuple[Tensor, Tensor]:
-    """Images (n, 3, 32, 32) uint8 and labels (n,) int64 of PART/CLASS/NAME.jpg.
+    """Images (n, 3, 32, 32) uint8 and labels (n,) int64 of the files PART/CLASS/NAME.jpg.
 
-    They are in the order of the names.
+    The images are in the order of their names.
 
-    A label is the place of its class in alphabetical order, which is CIFAR-10's own order.
+    A label is the index of the class in alphabetical order, which is the order of CIFAR-10.
 
     Raises:
-        DataError: when the archive is damaged, has no images of `part`, or one of an unknown class
-            or size.
+        DataError: if the archive is damaged, has no images of `part`, or has an image of an unknown
+            class or size.
     """
     try:
         with zipfile.ZipFile(archive) as opened:
@@ -165,9 +165,9 @@ def read_image_zip(archive: Path, part: str) -> tuple[Tensor, Tensor]:
 
 
 def zip_digest(archive: Path) -> str:
-    """Short digest of an archive's names and check sums.
+    """Short digest of an archive's file names and check sums.
 
-    The same for the same content, read without it.
+    Archives with equal content have equal digests; the content itself is not read.
     """
     try:
         with zipfile.ZipFile(archive) as opened:

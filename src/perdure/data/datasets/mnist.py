@@ -57,7 +57,7 @@ def mnist(root: str | Path | None = None, *, declared_size: int | None = None) -
 
 
 def _mnist_file(folder: Path, stem: str, dimensions: int) -> Path | None:
-    """Path of an MNIST file without .gz where it or its gzipped form exists, else None."""
+    """Path of an MNIST file without .gz, if the file or its gzipped form exists; None if not."""
     path = folder / f"{stem}-{'images' if dimensions == 3 else 'labels'}-idx{dimensions}-ubyte"
     return path if path.is_file() or path.with_name(path.name + ".gz").is_file() else None
 
@@ -86,7 +86,7 @@ def _mnist_part(folder: Path, stem: str) -> tuple[Tensor, Tensor]:
 
 
 def _download_mnist(base: Path) -> None:
-    """Have torchvision fetch MNIST into the data root."""
+    """Download MNIST into the data root with torchvision."""
     from torchvision.datasets import MNIST
 
     try:
@@ -98,20 +98,20 @@ def _download_mnist(base: Path) -> None:
 
 
 def parse_idx(content: bytes, source: str) -> Tensor:
-    """Array of unsigned bytes in the IDX format.
+    """Parse an array of unsigned bytes in the IDX format.
 
     Layout: two zero bytes, the element type, the number of dimensions; each dimension as a
     big-endian 32-bit integer; then the elements, last dimension fastest.
 
     Args:
         content: the whole file, unzipped.
-        source: its name, for the error message.
+        source: name of the file, for the error message.
 
     Returns:
-        uint8 tensor of the dimensions in the header.
+        uint8 tensor with the dimensions in the header.
 
     Raises:
-        DataError: when the magic number or the length is wrong.
+        DataError: if the magic number or the length is wrong.
 
     Source: LeCun, Cortes, Burges, "The MNIST database of handwritten digits", file formats.
     """

@@ -1,4 +1,4 @@
-"""Find a data set by its name: its file's, an entry point's, or "module:name"."""
+"""Search for a data set by name: the name of its file, of an entry point, or "module:name"."""
 
 import inspect
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from perdure.errors import ConfigError
 from perdure.utils.extensions import Extensions
 
 GIVEN = ("root", "seed")
-"""Parameters that `load` passes to those data sets that have them."""
+"""Arguments that `load` passes to the functions of data sets, if they have them."""
 
 
 def _is_loader(value: object) -> TypeGuard[Callable[..., Dataset]]:

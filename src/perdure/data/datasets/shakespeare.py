@@ -17,9 +17,9 @@ SHAKESPEARE_URL = (
 )
 SHAKESPEARE_FILES = ("tinyshakespeare.txt", "input.txt")
 CHARACTERS = "\n !$&',-.3:;?ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
-"""Characters of the published text; the token of a character is its place, and 0 is a new line."""
+"""Characters of the published text; a character's token is its index, and 0 is a new line."""
 TEST_SHARE = 10
-"""One sequence in so many of each speaker is for the test."""
+"""One of this many sequences of each speaker is in the test part."""
 
 
 def shakespeare(root: str | Path | None = None, *, length: int = 64) -> Dataset:
@@ -64,8 +64,8 @@ def shakespeare(root: str | Path | None = None, *, length: int = 64) -> Dataset:
             coded = torch.tensor([tokens[each] for each in text[: count * length]])
         except KeyError as strange:
             raise DataError(
-                f"{path} has the character {strange} in the lines of {name}; allowed: those of the "
-                f"published text; get it from {SHAKESPEARE_URL}"
+                f"{path} has the character {strange} in the lines of {name}; allowed: those in "
+                f"the published text; get it from {SHAKESPEARE_URL}"
             ) from None
         targets.append(coded.long().view(count, length))
         speaker_of += [number] * count
@@ -95,13 +95,13 @@ def shakespeare(root: str | Path | None = None, *, length: int = 64) -> Dataset:
 
 
 def read_speeches(path: Path) -> dict[str, str]:
-    """Lines of each speaker, joined, from a file of speeches with an empty line between them.
+    """Lines of each speaker, joined, from a file of speeches separated by empty lines.
 
     Args:
-        path: of the text.
+        path: path of the text file.
 
     Raises:
-        DataError: when the file cannot be read, or has a speech without a speaker.
+        DataError: if the file cannot be read, or has a speech without a speaker.
     """
     try:
         text = path.read_text(encoding="utf-8")

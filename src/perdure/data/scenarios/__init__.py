@@ -1,7 +1,7 @@
-"""Streams of experiences.
+"""Scenarios: functions that make a stream of experiences from a data set.
 
-Each file makes one kind: splits by class, by time and by domain, permuted and rotated copies,
-classes that come back, one-pass and blurry streams.
+Each file makes one kind of stream: splits by class, by time and by domain, permuted and rotated
+copies, repeated classes, one-pass streams and blurry streams.
 
 These functions decide the privacy history (*partition*) of each record:
 

@@ -1,4 +1,4 @@
-"""Streams whose experiences follow from an attribute of the records: their time, their domain."""
+"""Scenarios that use an attribute of the records: their time, or their domain."""
 
 from collections.abc import Sequence
 
@@ -37,7 +37,7 @@ def by_time(
         boundaries: public, ascending times at which a new experience begins.
         attribute: name of the time among `Records.attributes`.
         declared_size: public number of training records of an experience, one for all or one each.
-            Default: an equal share of the declared size of `data`, else the realised one.
+            Default: an equal share of the declared size of `data`; without one, the actual size.
 
     Raises:
         ConfigError: if boundaries are not ascending, if there are more experiences than different
@@ -84,7 +84,7 @@ def by_domain(
             ascending order.
         attribute: name of the domain among `Records.attributes`.
         declared_size: public number of training records of an experience, one for all or one each.
-            Default: an equal share of the declared size of `data`, else the realised one.
+            Default: an equal share of the declared size of `data`; without one, the actual size.
 
     Raises:
         ConfigError: if a domain is twice in the order, or if `declared_size` is neither one number
@@ -113,12 +113,15 @@ def _by_place(
     facts: list[object] | None,
     declared_size: int | Sequence[int] | None,
 ) -> Stream:
-    """Stream of the records in each place.
+    """Make a stream from the experience of each record.
 
     Args:
+        data: the source.
+        kind: name of the scenario.
         places: (n,) experience of every training record, and of every test record.
         count: number of experiences.
-        facts: public ones that place a record; None where other records take part.
+        facts: public facts that decide the experience of a record; None if other records do, too.
+        declared_size: public number of training records of an experience.
     """
     sizes = expected_sizes(data, declared_size, [1 / count] * count)
     rule = "" if facts is None else placing_rule(kind, data, facts=facts, sizes=sizes)
@@ -143,7 +146,7 @@ def _by_place(
 
 
 def _values(records: Records, attribute: str) -> Tensor:
-    """(n,) the attribute of every record, on the CPU."""
+    """(n,) value of the attribute for every record, on the CPU."""
     if attribute not in records.attributes:
         known = ", ".join(records.attributes) or "none"
         raise DataError(
@@ -161,7 +164,7 @@ def _values(records: Records, attribute: str) -> Tensor:
 
 
 def _quantiles(times: Tensor, experiences: int) -> Tensor:
-    """(experiences - 1,) times at which a new experience begins, for about equal sizes."""
+    """(experiences - 1,) times at which new experiences begin, for about equal sizes."""
     found = torch.unique(times)
     if not 1 <= experiences <= len(found):
         allowed = f"1 to {len(found)}, the number of different times"
@@ -175,7 +178,7 @@ def _quantiles(times: Tensor, experiences: int) -> Tensor:
 
 
 def _positions(values: Tensor, order: Sequence[int], attribute: str) -> Tensor:
-    """(n,) place of every value in the order."""
+    """(n,) index of every value in the order."""
     places = torch.full(values.shape, -1, dtype=torch.int64)
     for place, domain in enumerate(order):
         places[values == domain] = place

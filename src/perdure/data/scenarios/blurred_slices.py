@@ -1,4 +1,4 @@
-"""Streams whose experiences are slices of the classes with blurred boundaries."""
+"""Scenario with slices of the classes whose boundaries are blurred."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -54,8 +54,9 @@ def blurry(
         class_order: classes in the order of training. Default: 0 .. C-1.
         seed: public seed of the hash.
         declared_size: public number of training records of an experience, one for all or one each.
-            Default: the number expected from the shares and the declared size of `data`, else the
-            realised one.
+            Default: the number expected from the shares and the declared size of `data`; without
+                one,
+            the actual number.
 
     Raises:
         ConfigError: if a share is outside [0, 1], if the class order is not a permutation, if the
@@ -112,7 +113,7 @@ def blurry(
 
 
 def _blurred_shares(home: Stream, is_blurry: Tensor, share: float) -> list[float]:
-    """Expected share of all records in each experience, every class counting the same."""
+    """Expected share of all records in each experience, with equally large classes."""
     leaving = [share * int(is_blurry[list(part.classes)].sum()) for part in home]
     return [
         (len(part.classes) - out + (sum(leaving) - out) / (len(home) - 1)) / home.num_classes
@@ -123,7 +124,7 @@ def _blurred_shares(home: Stream, is_blurry: Tensor, share: float) -> list[float
 def _blurred_place(
     records: Records, home: Stream, is_blurry: Tensor, share: float, seed: int
 ) -> Tensor:
-    """Index (n,) of the experience each record goes to."""
+    """(n,) index of the experience that each record goes to."""
     home_of = torch.empty(home.num_classes, dtype=torch.int64)
     for part in home:
         home_of[list(part.classes)] = part.index

@@ -1,4 +1,4 @@
-"""Streams whose experiences are slices of the classes."""
+"""Scenario with slices of the classes, one slice per experience."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -53,8 +53,9 @@ def split(
             `seed` is given.
         seed: seed of a random class order.
         declared_size: public number of training records of an experience, one for all or one each.
-            Default: the share of its classes in the declared size of `data`, else the realised
-            one.
+            Default: the share of its classes in the declared size of `data`; without one, the
+                actual
+            size.
 
     Raises:
         ConfigError: if the class order is not a permutation or is given together with a seed; if
@@ -125,7 +126,7 @@ def _slice_of(data: Dataset, index: int, classes: tuple[int, ...], rule: str) ->
 
 
 def _relabelled(part: Experience, table: Tensor, classes: tuple[int, ...]) -> Experience:
-    """Give the experience the labels that `table` holds for its own."""
+    """Replace the labels of an experience by the values that `table` has for them."""
     train, test = (
         replace(records, labels=table.to(records.labels.device)[records.labels])
         for records in (part.train, part.test)

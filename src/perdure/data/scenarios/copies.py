@@ -1,4 +1,4 @@
-"""Streams whose experiences hold all records: as they are, permuted, or rotated."""
+"""Scenarios in which every experience has all records: unchanged, permuted, or rotated."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -54,7 +54,7 @@ def permuted(
     scenario: Scenario = "domain",
     declared_size: int | None = None,
 ) -> Stream:
-    """Make experiences with all records each, with the numbers of inputs in another fixed order.
+    """Make experiences with all records each, whose inputs are permuted in different fixed orders.
 
     Guarantee: a copy keeps the id of the record and the partition of the data set. One image is one
     record, and its privacy costs in all experiences add up.
@@ -121,7 +121,7 @@ def rotated(
 
 
 def permute(inputs: Tensor, *, order: Tensor) -> Tensor:
-    """Reorder the numbers of every input (n, ...) by an order (size of one input,)."""
+    """Reorder the values of every input (n, ...) by an order of shape (size of one input,)."""
     return inputs.flatten(1)[:, order.to(inputs.device)].reshape(inputs.shape)
 
 
@@ -146,7 +146,7 @@ def _copies(
     changes: Sequence[Callable[[Tensor], Tensor]],
     declared_size: int | None,
 ) -> Stream:
-    """One experience of all records for each change of the inputs."""
+    """Make one experience with all records for each change of the inputs."""
     if scenario not in SCENARIOS:
         raise ConfigError.of("scenario", scenario, SCENARIOS)
     if scenario != "domain":

@@ -1,4 +1,4 @@
-"""Streams whose experiences are cut into small pieces, to be seen once each."""
+"""Scenario that cuts experiences into small pieces, for training in one pass."""
 
 import math
 from dataclasses import replace

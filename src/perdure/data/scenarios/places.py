@@ -1,4 +1,4 @@
-"""Public rules that place records in experiences, and the sizes that follow from them."""
+"""Public rules that assign records to experiences, and the sizes that follow from them."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,9 +14,9 @@ from perdure.errors import ConfigError
 from perdure.utils.hashing import canonical, canonical_text, hashed, shifted
 
 NAMELESS = "data"
-"""Name of a data set that nobody named: other data may have it as well."""
+"""Default name of a data set, which other data sets may have, too."""
 OF_NAMELESS = "data without a name: "
-"""Beginning of a placing rule that another data set may have, with other records or targets."""
+"""Prefix of the rule of a data set without a name, which may hold for other data sets, too."""
 
 
 def hashable(stream: Stream) -> bool:
@@ -61,10 +61,10 @@ def public_coin(ids: Tensor, *, seed: int, purpose: int = 0) -> Tensor:
 def arrival_order(
     num_classes: int, class_order: Sequence[int] | None, seed: int | None
 ) -> tuple[int, ...]:
-    """Return the classes in the order of their arrival: as given, or random by a public seed.
+    """Return the classes in the order of their arrival: as given, or random from a public seed.
 
     Raises:
-        ConfigError: for an order that is no permutation, or comes beside a seed.
+        ConfigError: if the order is no permutation, or is given together with a seed.
     """
     if class_order is None:
         if seed is None:
@@ -81,7 +81,7 @@ def arrival_order(
 
 
 def placed(records: Records, rows: Tensor, index: int, rule: str) -> Records:
-    """Take the rows of experience `index` as a partition of their own, placed by a public rule."""
+    """Take the rows of experience `index` as a separate partition, with its public rule."""
     taken = records.take(rows.to(records.inputs.device))
     return replace(taken, partition=f"experience-{index}", placed_by=rule)
 
@@ -89,14 +89,14 @@ def placed(records: Records, rows: Tensor, index: int, rule: str) -> Records:
 def expected_sizes(
     data: Dataset, declared_size: int | Sequence[int] | None, shares: Sequence[float]
 ) -> list[int | None]:
-    """Declared size of every experience; None where neither caller nor data set declares one."""
+    """Declared size of every experience; None if neither the caller nor the data set gives one."""
     if declared_size is not None or data.train.size_counted:
         return size_of_each(declared_size, len(shares))
     return [max(1, round(data.train.declared_size * share)) for share in shares]
 
 
 def with_sizes(parts: Sequence[Experience], sizes: Sequence[int | None]) -> tuple[Experience, ...]:
-    """Return the experiences with these declared sizes; None keeps the one that is there."""
+    """Return the experiences with these declared sizes; None keeps the size of an experience."""
     return tuple(
         replace(part, train=part.train.declared(size))
         for part, size in zip(parts, sizes, strict=True)

@@ -1,4 +1,4 @@
-"""Streams whose classes come back: class-incremental with repetition."""
+"""Scenario with repeated classes: class-incremental with repetition."""
 
 from collections.abc import Sequence
 
@@ -54,8 +54,9 @@ def repetition(
         class_order: order of the classes; the first one arrives in experience 0. Default: 0 .. C-1.
         seed: public seed of all random choices.
         declared_size: public number of training records of an experience, one for all or one each.
-            Default: the number expected from the declared size of `data`, every class counting the
-            same, else the realised one.
+            Default: the number expected from the declared size of `data`, with equally large
+                classes;
+            without a declared size, the actual number.
 
     Raises:
         ConfigError: if a probability is out of range, if there are no experiences, if the class
@@ -104,7 +105,7 @@ def repetition(
 def _occurrences(
     order: Sequence[int], experiences: int, first: float, repeat: float, seed: int
 ) -> Tensor:
-    """(T, C) bool, the classes of every experience; each class is in one at least."""
+    """(T, C) bool, the classes of every experience; each class is in at least one experience."""
     generator = torch.Generator().manual_seed(seed)
     uniform = torch.rand(len(order), generator=generator, dtype=torch.float64)
     # inverse of the geometric distribution; log1p(-1) is -inf, and the quotient 0
@@ -121,7 +122,7 @@ def _occurrences(
 
 
 def _places(records: Records, table: Tensor, seed: int) -> Tensor:
-    """Index (n,) of the experience each record goes to: one of those with its class."""
+    """(n,) index of the experience of each record, one of the experiences with its class."""
     labels = records.labels.cpu()
     # rank-th experience with the class, the first being rank 1
     ranks = table.long().cumsum(0)

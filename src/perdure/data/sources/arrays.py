@@ -1,4 +1,4 @@
-"""Data sets from arrays: numpy, tensors, lists."""
+"""Data sets from arrays: NumPy arrays, tensors, lists."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -72,7 +72,7 @@ def from_arrays(
         test_attributes: attributes (m,) of the records of a given test part.
         value_range: declared (smallest, largest) value of inputs before scaling; each one number,
             or one for every column or channel. The guard of a private run looks at this range.
-            Default: (0, 1) for images of bytes, else none.
+            Default: (0, 1) for images of bytes; none for other inputs.
         standardise: "declared" maps `value_range` to -1 .. 1; (mean, deviation) are constants that
             you declare, one number or one for every column or channel; a
             `perdure.privacy.ReleasedScaling` pays for constants of the training records. Default:
@@ -85,7 +85,7 @@ def from_arrays(
     Raises:
         ConfigError: if a setting is not allowed.
         DataError: if values are not numbers, not finite or out of range (with row and column), if
-            numbers of rows differ, or if an id is there twice or in both parts.
+            numbers of rows differ, or if an id occurs twice or in both parts.
     """
     notes: dict[str, None] = {}
     label = "training " if isinstance(test, tuple | list) else ""

@@ -26,19 +26,19 @@ from perdure.errors import ConfigError, DataError
 from perdure.tasks import Task
 
 TEST = 4
-"""Purpose of the coin that sends a record to the test part."""
+"""Number that makes the hash for the test part different from other hashes of the ids."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Part:
-    """Rows of one part of a data set: inputs are converted, all else is as the user gave it.
+    """Rows of one part of a data set: inputs are converted, the rest is as the user gave it.
 
     Args:
         inputs: (n, ...) float32, or int64 tokens.
-        targets: one a row.
+        targets: one target per row.
         ids: one id per row; None if no ids were given.
-        attributes: name to values, one a row.
-        label: of the part, as messages write it before "inputs".
+        attributes: name to values, one per row.
+        label: name of the part in messages, before the word "inputs".
     """
 
     inputs: Tensor
@@ -50,20 +50,20 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Settings:
-    """Declarations of a user on a data set.
+    """Declarations of a user about a data set.
 
     Args:
         name: name of the data set and of its partition.
         task: meaning of the targets, by name or as an object.
-        classes: names of the classes in the order of their numbers; None where not declared.
-        num_classes: number of classes; None where not declared.
-        value_range: least and greatest value of inputs before scaling.
+        classes: names of the classes in the order of their numbers; None if not declared.
+        num_classes: number of classes; None if not declared.
+        value_range: smallest and largest value of inputs before scaling.
         standardise: constants for scaling.
         declared_size: public number of training records; None for the number of rows.
         seed: seed of the hash that draws the test part.
-        columns: names of the columns of inputs (n, k), where they have names.
-        domain: of inputs that are no floats.
-        facts: sentences on what is declared public.
+        columns: names of the columns of inputs (n, k), if they have names.
+        domain: declared domain of inputs that are not floats.
+        facts: sentences about facts that are declared public.
         categories: names of the values of attributes.
         numbered_by_records: as in `Dataset`.
     """
@@ -86,22 +86,22 @@ class Settings:
 def dataset_of(
     train: Part, test: Part | float, settings: Settings, notes: dict[str, None]
 ) -> Dataset:
-    """Check all parts, cut the test part off where a share is given, scale, and build the data set.
+    """Check all parts, cut off a test part if a share is given, scale, and build the data set.
 
-    A share of the records goes to the test part by a public hash of their ids, so that the place
-    of a record with an id of its own depends on no other record. Without ids of their own, one row
-    less would move others between the parts: such training records are marked, and privacy and
-    releases refuse them.
+    A public hash of the ids decides which records are in the test part, so the part of a record
+    that has its own id depends on no other record. Without such ids, removing one row would move
+    other rows between the parts. Such training records are marked, and privacy and releases refuse
+    them.
 
     Args:
-        train: rows to learn from; with a share, all rows.
-        test: rows to be measured on, or a share.
-        settings: declarations.
-        notes: remarks on what was changed so far.
+        train: training rows; if `test` is a share, all rows.
+        test: test rows, or the share of the test part.
+        settings: declarations of the user.
+        notes: notes about changes to the data so far.
 
     Raises:
-        ConfigError: for a declaration that is not allowed.
-        DataError: in one line, for what the parts hold.
+        ConfigError: if a declaration is not allowed.
+        DataError: if the values of a part are not allowed.
     """
     if not isinstance(settings.name, str) or not settings.name:
         raise ConfigError.of("name", settings.name, "a text that is not empty")
@@ -131,7 +131,7 @@ def dataset_of(
     if is_release(settings.standardise):
         _refuse_drawn_by_position(learnt)
         scaling, learnt = released_scaling(settings.standardise, scaling, learnt)
-        facts.append("mean and deviation of the inputs are a paid release")
+        facts.append("mean and deviation of the inputs are a private release")
     domain = settings.domain or scaling.domain(shape)
     return Dataset(
         name=settings.name,
@@ -149,7 +149,7 @@ def dataset_of(
 def _refuse_bad_rows(
     part: Part, shape: tuple[int, ...], scaling: Scaling, columns: Sequence[str]
 ) -> None:
-    """Refuse inputs of another shape than the first part's, not finite, or out of range."""
+    """Refuse inputs with another shape than the first part, not finite, or out of range."""
     given = tuple(part.inputs.shape[1:])
     if given != shape:
         raise DataError(f"{part.label}inputs have rows of shape {given}; allowed: {shape}")
@@ -157,7 +157,7 @@ def _refuse_bad_rows(
 
 
 def _records(part: Part, targets: Tensor, task: Task, name: str) -> Records:
-    """Return the records of a part, once every row has its target, id and attributes."""
+    """Build the records of a part, after a check that every row has a target, id and attributes."""
     ids = part.ids
     attributes = attributes_of(part.attributes, f"{part.label}attributes")
     n = len(part.inputs)
@@ -181,7 +181,7 @@ def _records(part: Part, targets: Tensor, task: Task, name: str) -> Records:
 
 
 def _with_other_ids(train: Records, test: Records) -> tuple[Records, Records]:
-    """Give the test records ids that follow those of the training, where nobody gave any."""
+    """Give the test records ids that follow the training ids, if no ids were given."""
     if not test.ids_by_position:
         return train, test
     first = int(train.ids.max()) + 1
@@ -191,9 +191,9 @@ def _with_other_ids(train: Records, test: Records) -> tuple[Records, Records]:
 def _refuse_drawn_by_position(records: Records) -> None:
     if records.drawn_by_position:
         raise ConfigError(
-            "ids = None beside a released scaling and a share as test part, so that one row less "
-            "would move other rows between the parts; give ids=..., which belong to the records, "
-            "or a test part of its own in test=..."
+            "ids = None is not allowed with a released scaling and a share of the records as test "
+            "part, because removing one row would move others between the parts; give ids=..., "
+            "which belong to the records, or a separate test part in test=..."
         )
 
 
@@ -202,7 +202,7 @@ def _scaled(records: Records, scaling: Scaling, domain: InputDomain | None) -> R
 
 
 def _facts(classes: Classes, settings: Settings) -> list[str]:
-    """Sentences on what was taken from the records and is declared public thereby."""
+    """Sentences about facts that were computed from the records and are declared public."""
     found = [] if classes.declared else ["the classes found in the records are declared public"]
     if settings.declared_size is None:
         found.append("the number of training records is declared public")
@@ -214,14 +214,14 @@ def _named(classes: Classes) -> dict[str, tuple[str, ...]]:
 
 
 def share_of(test: object, *, others: str) -> float:
-    """Return the share of the test part.
+    """Return the share of the test part, between 0 and 1.
 
     Args:
-        test: given by the user.
-        others: other values that are allowed, in words.
+        test: value given by the user.
+        others: description of other allowed values.
 
     Raises:
-        ConfigError: for what is no number between 0 and 1.
+        ConfigError: if `test` is not a number between 0 and 1.
     """
     if isinstance(test, bool) or not isinstance(test, int | float) or not 0 < test < 1:
         given = test if isinstance(test, int | float | str | None) else type(test).__name__
@@ -230,11 +230,11 @@ def share_of(test: object, *, others: str) -> float:
 
 
 def refuse_beside_share(*, test_ids: object, test_attributes: object = None) -> None:
-    """Refuse facts of a test part that is not given, but drawn from the records.
+    """Refuse ids or attributes of a test part if the test part is a share of the records.
 
     Args:
-        test_ids: None is allowed.
-        test_attributes: None is allowed.
+        test_ids: only None is allowed.
+        test_attributes: only None is allowed.
 
     Raises:
         ConfigError: if an argument is not allowed; the message names it.

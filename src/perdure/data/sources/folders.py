@@ -1,4 +1,4 @@
-"""Data sets from folders of images: one sub-folder a class."""
+"""Data sets from folders of images, with one sub-folder per class."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ from perdure.data.sources.inputs import Standardise, float_inputs
 from perdure.errors import ConfigError, DataError
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-"""Endings of the files that are read, in small letters."""
+"""Endings of the names of image files, in lower case."""
 MODES = {1: "L", 3: "RGB"}
 
 
@@ -141,14 +141,14 @@ def _images(place: Path, names: Sequence[str], notes: dict[str, None]) -> list[t
         left_out += len(files) - len(images)
         found += [(file, number) for file in images]
     if left_out:
-        notes[f"{left_out} files of {place} are no images by their ending and are left out"] = None
+        notes[f"{left_out} files of {place} do not end like images and are left out"] = None
     if not found:
         raise DataError(f"{place} has no images; allowed: {', '.join(SUFFIXES)}")
     return found
 
 
 def _pixels(files: Sequence[Path], size: tuple[int, int] | None, channels: int) -> Tensor:
-    """Return bytes (n, channels, height, width) of the images."""
+    """Read the images as bytes (n, channels, height, width)."""
     first = _decoded(files[0], size, channels)
     made = torch.empty(len(files), channels, *first.shape[:2], dtype=torch.uint8)
     for row, file in enumerate(files):
@@ -163,7 +163,7 @@ def _pixels(files: Sequence[Path], size: tuple[int, int] | None, channels: int) 
 
 
 def _decoded(file: Path, size: tuple[int, int] | None, channels: int) -> NDArray[Any]:
-    """Return the bytes of an image, (height, width) or (height, width, 3)."""
+    """Read one image as bytes (height, width) or (height, width, 3)."""
     from PIL import Image, UnidentifiedImageError
 
     try:

@@ -1,4 +1,4 @@
-"""Data sets of the library `datasets` by Hugging Face."""
+"""Data sets from the library `datasets` by Hugging Face."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -115,7 +115,7 @@ def _named(data: Dataset, classes: Sequence[str]) -> Dataset:
 
 
 class _Settings(TypedDict):
-    """Settings that every way to a data set takes as they are."""
+    """Settings that are passed unchanged to every function that makes a data set."""
 
     num_classes: int | None
     declared_size: int | None

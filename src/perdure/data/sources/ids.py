@@ -1,4 +1,4 @@
-"""Ids and attributes of a user's records."""
+"""Ids and attributes of a user's records, converted to tensors."""
 
 import hashlib
 from collections.abc import Iterable, Mapping
@@ -12,14 +12,14 @@ from perdure.errors import DataError
 
 
 def ids_of(value: object, name: str) -> Tensor:
-    """Return ids (n,) int64: whole numbers as they are, words by a hash of each.
+    """Return ids (n,) int64: whole numbers unchanged, words by a hash of each word.
 
     Args:
-        value: as in `perdure.data.sources.values.array_of`.
-        name: of the argument, for the message.
+        value: ids, in a form that `perdure.data.sources.values.array_of` takes.
+        name: name of the argument, for the message.
 
     Raises:
-        DataError: for other shapes or types, and for an id that comes twice.
+        DataError: if shape or type is not allowed, or an id occurs twice.
     """
     found = array_of(value, name)
     if len(found.shape) != 1:
@@ -44,24 +44,24 @@ def ids_of(value: object, name: str) -> Tensor:
 
 
 def text_ids(words: Iterable[str]) -> Tensor:
-    """Return the ids (n,) of records that are told apart by texts: 63 bits of the SHA-256 of each.
+    """Hash texts to ids (n,): 63 bits of the SHA-256 of each text.
 
     Args:
-        words: one a record.
+        words: one text per record.
     """
     digests = (hashlib.sha256(word.encode()).digest() for word in words)
     return torch.tensor([int.from_bytes(each[:8], "big") >> 1 for each in digests])
 
 
 def attributes_of(given: Mapping[str, object] | None, name: str) -> dict[str, Tensor]:
-    """Return attributes, name to (n,), of finite numbers.
+    """Convert attributes to tensors of finite numbers, name to (n,).
 
     Args:
-        given: name to values, one a record.
-        name: of the argument, for the message.
+        given: name to values, one per record.
+        name: name of the argument, for the message.
 
     Raises:
-        DataError: for values that are no numbers, or not finite.
+        DataError: if values are not numbers, or not finite.
     """
     found = {}
     for key, value in (given or {}).items():

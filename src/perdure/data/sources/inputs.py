@@ -1,7 +1,8 @@
-"""Inputs of a user's data: conversion and scaling by rules that are stated.
+"""Conversion and scaling of a user's inputs, by documented rules.
 
-Constants for scaling say something of the records that they are computed from. So they are declared
-(a range, a mean and a deviation that hold for any data of this kind), or they are a release.
+Constants that are computed from records reveal something about them. So constants for scaling are
+either declared (a range, or a mean and a deviation that hold for any data of this kind), or
+released.
 """
 
 from collections.abc import Sequence
@@ -19,19 +20,19 @@ from perdure.errors import ConfigError, DataError
 
 
 class Release(Protocol):
-    """Constants for scaling that are a paid release; see `perdure.privacy.ReleasedScaling`."""
+    """Constants for scaling that are a private release; see `perdure.privacy.ReleasedScaling`."""
 
     def constants(
         self, inputs: Tensor, low: Tensor, high: Tensor, *, partition: str, size: int
     ) -> tuple[Tensor, Tensor, tuple[Spent, ...]]:
-        """Return mean and deviation, each broadcasting to one row, and what was spent."""
+        """Release mean and deviation, each broadcasting to one row, and the privacy cost."""
 
 
 Number = float | Sequence[float]
-"""One number for all columns or channels, or one for each."""
+"""One number for all columns or channels, or one number for each."""
 Standardise = Literal["declared", "released"] | tuple[Number, Number] | Release
 CHANNELS = (1, 3, 4)
-"""Channels of an image that stores them last."""
+"""Numbers of channels of an image that has its channels in the last axis."""
 
 
 def float_inputs(values: Tensor, name: str, notes: dict[str, None]) -> Tensor:
@@ -39,11 +40,11 @@ def float_inputs(values: Tensor, name: str, notes: dict[str, None]) -> Tensor:
 
     Args:
         values: (n, ...) numbers of any type.
-        name: of the argument and its part, for notes and messages.
-        notes: remarks, to which every change is added.
+        name: name of the argument and its part, for notes and messages.
+        notes: notes about changes to the data, to which new ones are added.
 
     Raises:
-        DataError: for no rows, no columns, or bytes that are no images.
+        DataError: if there are no rows or columns, or if bytes are not images.
     """
     if values.dim() < 2:
         raise DataError(
@@ -60,7 +61,7 @@ def float_inputs(values: Tensor, name: str, notes: dict[str, None]) -> Tensor:
 
 
 def _unit_images(values: Tensor, name: str, notes: dict[str, None]) -> Tensor:
-    """Divide bytes by 255; add the axis of one channel, or move the channels to the front."""
+    """Divide bytes by 255; add an axis for one channel, or move the channels to the front."""
     if values.dim() not in (3, 4):
         raise DataError(
             f"{name} are uint8 of shape {tuple(values.shape)}; allowed: images (n, height, width) "
@@ -69,11 +70,11 @@ def _unit_images(values: Tensor, name: str, notes: dict[str, None]) -> Tensor:
         )
     if values.dim() == 3:
         values = values.unsqueeze(1)
-        notes[f"{name} had shape (n, height, width) and have one channel now"] = None
+        notes[f"{name} had shape (n, height, width); they now have an axis for one channel"] = None
     elif values.shape[1] not in CHANNELS and values.shape[3] in CHANNELS:
         values = values.permute(0, 3, 1, 2)
-        notes[f"{name} had their channels last and have them first now"] = None
-    notes[f"{name} were uint8 and are divided by 255: float32 from 0 to 1"] = None
+        notes[f"{name} had their channels last; they now have them first"] = None
+    notes[f"{name} were uint8; they are divided by 255 to float32 from 0 to 1"] = None
     return changed_rows(values, _units_of_bytes)
 
 
@@ -82,21 +83,21 @@ def _units_of_bytes(values: Tensor) -> Tensor:
 
 
 def byte_range(values: Tensor) -> tuple[Number, Number] | None:
-    """Range that inputs have by their type: (0, 1) for bytes, which are divided by 255."""
+    """Range of inputs that follows from their type: (0, 1) for bytes, which are divided by 255."""
     return (0.0, 1.0) if values.dtype == torch.uint8 else None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Scaling:
-    """Constants that inputs are standardised with, and the range that they are declared to have.
+    """Constants for the standardisation of inputs, and the declared range of the inputs.
 
         scaled = (value - mean) / deviation
 
     Args:
-        mean: broadcasts to one row; None where nothing is scaled.
-        deviation: as the mean.
-        low: least value before scaling, broadcasts to one row; None where nothing is declared.
-        high: greatest value before scaling.
+        mean: mean, which broadcasts to one row; None if nothing is scaled.
+        deviation: standard deviation, in the shape of the mean.
+        low: smallest value before scaling, which broadcasts to one row; None if not declared.
+        high: largest value before scaling.
     """
 
     mean: Tensor | None = None
@@ -105,7 +106,7 @@ class Scaling:
     high: Tensor | None = None
 
     def applied(self, inputs: Tensor) -> Tensor:
-        """Scale inputs (n, ...); large ones batch by batch."""
+        """Scale inputs (n, ...); large inputs are scaled batch by batch."""
         if self.mean is None or self.deviation is None:
             return inputs
         return changed_rows(inputs, self._scaled)
@@ -115,7 +116,7 @@ class Scaling:
         return (inputs - self.mean) / self.deviation
 
     def domain(self, shape: tuple[int, ...]) -> InputDomain | None:
-        """Declared domain of the scaled inputs of this shape; None where no range is declared."""
+        """Domain of scaled inputs with this shape; None if no range is declared."""
         if self.low is None or self.high is None:
             return None
         # the same arithmetic as on the inputs, so that none of them leaves the range by rounding
@@ -129,34 +130,33 @@ def scaling_of(
     value_range: tuple[Number, Number] | None,
     shape: tuple[int, ...],
 ) -> Scaling:
-    """Return the constants that are declared.
+    """Return the declared constants for scaling.
 
     Args:
-        standardise: "declared" for the middle and the half width of `value_range`, which gives
-            numbers from -1 to 1, and for a release, before its constants are known; (mean,
-            deviation), declared; None for no scaling.
-        value_range: (least, greatest) value before scaling.
-        shape: of one input; a sequence of constants has one for each column, or each channel.
+        standardise: "declared" scales `value_range` to -1 .. 1, and so does a release, until its
+            constants are known; (mean, deviation) are declared constants; None for no scaling.
+        value_range: (smallest, largest) value before scaling.
+        shape: shape of one input; a sequence of constants has one for each column or channel.
 
     Raises:
-        ConfigError: for constants that are missing, not finite or of another length.
+        ConfigError: if constants are missing, not finite or of a wrong length.
     """
     low = high = None
     if value_range is not None:
         low, high = _constants("value_range", value_range, shape)
         if not bool((low < high).all()):
-            raise ConfigError.of("value_range", value_range, "(least, greatest), least < greatest")
+            raise ConfigError.of("value_range", value_range, "(smallest, largest), in this order")
     if standardise is None:
         return Scaling(low=low, high=high)
     if standardise == "released":
         raise ConfigError(
-            "standardise = 'released' has no price; allowed: perdure.privacy.ReleasedScaling("
+            "standardise = 'released' has no noise; allowed: perdure.privacy.ReleasedScaling("
             "noise_multiplier=20.0, folder='...'), whose noise and ledger you choose"
         )
     if standardise == "declared" or is_release(standardise):
         if low is None or high is None:
             given = standardise if isinstance(standardise, str) else type(standardise).__name__
-            allowed = f"{given} beside value_range=(least, greatest)"
+            allowed = f"{given} together with value_range=(smallest, largest)"
             raise ConfigError.of("standardise", given, allowed)
         return Scaling(mean=(low + high) / 2, deviation=(high - low) / 2, low=low, high=high)
     mean, deviation = _constants("standardise", standardise, shape)
@@ -166,21 +166,21 @@ def scaling_of(
 
 
 def is_release(standardise: object) -> TypeGuard[Release]:
-    """Return whether constants are to be released from the records."""
+    """Return True if the constants are to be released from the records."""
     return callable(getattr(standardise, "constants", None))
 
 
 def released_scaling(
     release: Release, scaling: Scaling, records: Records
 ) -> tuple[Scaling, Records]:
-    """Release the constants of training records, which carry what they spent from then on.
+    """Release the constants of training records; the records then carry the privacy cost.
 
-    Guarantee: that of the release. Scaled test records are a function of it.
+    Guarantee: the guarantee of the release; scaled test records are computed from it.
 
     Args:
-        release: what is paid.
-        scaling: with the declared range.
-        records: to learn from, before scaling.
+        release: release of the constants.
+        scaling: scaling with the declared range.
+        records: training records before scaling.
     """
     assert scaling.low is not None
     assert scaling.high is not None
@@ -196,7 +196,7 @@ def released_scaling(
 
 
 def _constants(field: str, given: object, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Return two constants, each of a shape that broadcasts to one input."""
+    """Return two constants, each in a shape that broadcasts to one input."""
     allowed = f"two numbers, or two sequences of {shape[0]} numbers"
     if not isinstance(given, tuple | list) or len(given) != 2:
         raise ConfigError.of(field, given, allowed)
@@ -218,13 +218,13 @@ def refuse_bad_inputs(
     """Refuse inputs (n, ...) that are not finite or leave the declared range.
 
     Args:
-        inputs: before scaling.
-        scaling: with the declared range.
-        name: of the argument and its part, for the message.
-        columns: names of the columns of inputs (n, k), where they have names.
+        inputs: inputs before scaling.
+        scaling: scaling with the declared range.
+        name: name of the argument and its part, for the message.
+        columns: names of the columns of inputs (n, k), if they have names.
 
     Raises:
-        DataError: with row and column of the first bad value.
+        DataError: names row and column of the first bad value.
     """
     refuse_not_finite(inputs, name, columns)
     if scaling.low is not None and scaling.high is not None:

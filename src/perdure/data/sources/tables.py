@@ -1,4 +1,4 @@
-"""Data sets from pandas: columns of numbers, categories, times and groups."""
+"""Data sets from pandas tables: columns of numbers, categories, times and groups."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame, Series
 
 MOST_CATEGORIES = 1000
-"""Different words of a column that are taken for categories where none are declared."""
+"""Most different words of a column that are used as categories, if none are declared."""
 
 
 def from_pandas(
@@ -126,7 +126,7 @@ def from_pandas(
         categories={key: tuple(map(str, found)) for key, found in values.items()},
         numbered_by_records=tuple(found),
     )
-    notes["columns of numbers are float32 now"] = None
+    notes["columns of numbers are converted to float32"] = None
     return dataset_of(train, rest, settings, notes)
 
 
@@ -161,11 +161,11 @@ class _Column:
     """Conversion of one column of a table.
 
     Args:
-        column: of the table.
+        column: name of the column in the table.
         categories: values with one indicator each; None for a column of numbers.
-        fill: number that stands for a missing one; None where none may be missing.
-        boolean: whether the numbers are 0 and 1.
-        found: whether the categories were found in the training part, and are not declared.
+        fill: number that replaces a missing one; None if missing numbers are refused.
+        boolean: True if the numbers are 0 and 1.
+        found: True if the categories were found in the training part, and not declared.
     """
 
     column: str
@@ -176,14 +176,14 @@ class _Column:
 
     @property
     def names(self) -> list[str]:
-        """Names of the inputs that the column becomes."""
+        """Names of the inputs that the column is converted to."""
         if self.categories is not None:
             return [f"{self.column}={value}" for value in self.categories]
         return [self.column] if self.fill is None else [self.column, f"{self.column} is missing"]
 
     @property
     def numbers(self) -> bool:
-        """True for a column of numbers whose range is not known by its type."""
+        """True for a column of numbers whose range does not follow from its type."""
         return self.categories is None and not self.boolean
 
 
@@ -232,7 +232,7 @@ def _encoding(
     categories: Mapping[str, Sequence[object]],
     missing: Mapping[str, float],
 ) -> list[_Column]:
-    """Return how each column is converted, from the declarations and the training part."""
+    """Decide the conversion of each column, from the declarations and the training part."""
     found = [_column(table[name], name, categories, missing) for name in chosen]
     numeric = [each.column for each in found if each.categories is None]
     for field, given, allowed in (
@@ -279,7 +279,7 @@ def _column(
 
 
 def _encoded(rows: "DataFrame", encoding: Sequence[_Column], label: str) -> Tensor:
-    """Return inputs (n, k) float32."""
+    """Convert the columns of a table to inputs (n, k) float32."""
     width = sum(len(each.names) for each in encoding)
     made = np.zeros((len(rows), width), dtype=np.float32)
     start = 0
@@ -334,7 +334,7 @@ def _fill_indicators(
 def _declared_ranges(
     encoding: Sequence[_Column], ranges: Mapping[str, tuple[float, float]] | None
 ) -> tuple[Number, Number] | None:
-    """Return least and greatest value of every input; None where none is declared."""
+    """Return the smallest and the largest value of every input; None if none are declared."""
     if ranges is None:
         return None
     numeric = [each.column for each in encoding if each.numbers]
@@ -345,7 +345,7 @@ def _declared_ranges(
     for each in encoding:
         bounds = ranges[each.column] if each.numbers else (0.0, 1.0)
         if not isinstance(bounds, tuple | list) or len(bounds) != 2:
-            raise ConfigError.of(f"ranges[{each.column!r}]", bounds, "(least, greatest)")
+            raise ConfigError.of(f"ranges[{each.column!r}]", bounds, "(smallest, largest)")
         others = len(each.names) - 1
         low += [bounds[0], *[0.0] * others]
         high += [bounds[1], *[1.0] * others]
@@ -357,7 +357,7 @@ def _constants(
     standardise: Standardise | None,
     low_and_high: tuple[Number, Number] | None,
 ) -> Standardise | None:
-    """Return the constants of every input: indicators are left as they are by "declared"."""
+    """Return the constants of every input; "declared" leaves indicators unchanged."""
     if standardise != "declared" or low_and_high is None:
         return standardise  # released constants scale indicators, too
     scaled = [each.numbers and place == 0 for each in encoding for place in range(len(each.names))]
@@ -368,7 +368,7 @@ def _constants(
 
 
 def _seconds(rows: "DataFrame", column: str, label: str) -> "NDArray[Any]":
-    """Return times (n,) float64: numbers as they are, dates in seconds since 1970 (UTC)."""
+    """Return times (n,) float64: numbers unchanged, dates as seconds since 1970 (UTC)."""
     import pandas
     from pandas.api import types
 
@@ -390,13 +390,13 @@ def _values_by_attribute(
     declared: Mapping[str, Sequence[object]],
     columns: Mapping[str, str | None],
 ) -> dict[str, list[object]]:
-    """Return the values of the columns that are domain and group: declared, or sorted as found.
+    """Return the values of the domain and group columns: declared, or found and sorted.
 
     Args:
         table: training rows, or all rows.
         test: rows of the test part, or its share.
         declared: values by column.
-        columns: column by attribute; None for no such attribute.
+        columns: column by attribute; None if there is no such attribute.
     """
     found = {}
     for role, column in columns.items():
@@ -427,7 +427,7 @@ def _values_by_attribute(
 
 
 def _codes(rows: "DataFrame", column: str, values: Sequence[object]) -> Tensor:
-    """Return the number (n,) int64 of each record's value."""
+    """Return the number (n,) int64 of each record's value in a column."""
     number = {value: code for code, value in enumerate(values)}
     return torch.tensor([number[value] for value in rows[column].tolist()], dtype=torch.int64)
 

@@ -1,4 +1,4 @@
-"""Targets of a user's data: words or numbers in, the task's shape out.
+"""Conversion of a user's targets, words or numbers, to the shape of the task.
 
 Guarantee: none, as in `perdure.data.sources.values`.
 """
@@ -21,12 +21,13 @@ from perdure.utils.listing import shown
 
 @dataclass(frozen=True, kw_only=True)
 class Classes:
-    """Classes of a data set.
+    """Classes of a data set: their number and names.
 
     Args:
-        number: how many.
-        names: as the targets write them, in the order of their numbers; empty for numbers.
-        declared: True where the user gave them, False where they were found in the training part.
+        number: number of classes.
+        names: names of the classes as in the targets, in the order of their numbers; empty if the
+            targets are numbers.
+        declared: True if the user gave them, False if they were found in the training part.
     """
 
     number: int
@@ -38,17 +39,17 @@ TaskName = Literal["single-label", "multi-label", "regression", "next-token"]
 TASKS: Mapping[str, type[Task]] = {
     kind.name: kind for kind in (SingleLabel, MultiLabel, Regression, NextToken)
 }
-"""Tasks that are known by a name."""
+"""Tasks that can be given by name."""
 
 
 def task_of(task: object) -> Task:
-    """Return the task of a name, and a task as it is.
+    """Return the task for a name; an object of a task is returned unchanged.
 
     Args:
-        task: given by the user.
+        task: value given by the user.
 
     Raises:
-        ConfigError: for another name or type.
+        ConfigError: if the name is not known, or the type is wrong.
     """
     if isinstance(task, Task):
         return task
@@ -61,17 +62,17 @@ def task_of(task: object) -> Task:
 def converted(
     value: object, task: Task, classes: Classes | None, name: str, notes: dict[str, None]
 ) -> tuple[Tensor, Classes]:
-    """Return targets in the shape of the task, and the classes or outputs that they need.
+    """Convert targets to the shape of the task, and return the classes or outputs that they need.
 
     Args:
-        value: as in `perdure.data.sources.values.array_of`.
-        task: of the records.
-        classes: that are known so far; None to take them from the targets.
-        name: of the argument and its part, for the message.
-        notes: remarks, to which every change is added.
+        value: targets, in a form that `perdure.data.sources.values.array_of` takes.
+        task: task of the records.
+        classes: classes that are known so far; None to take them from the targets.
+        name: name of the argument and its part, for the message.
+        notes: notes about changes to the data, to which new ones are added.
 
     Raises:
-        DataError: in one line, with the row of the first bad value.
+        DataError: if a target is not allowed; names the row of the first one.
     """
     if isinstance(task, SingleLabel):
         found = class_numbers(value, name, notes)
@@ -80,7 +81,7 @@ def converted(
     targets = numbers_of(value, name)
     if isinstance(task, Regression) and targets.dim() == 1:
         targets = targets[:, None]
-        notes[f"{name} had shape (n,) and have (n, 1) now"] = None
+        notes[f"{name} had shape (n,); they now have shape (n, 1)"] = None
     if isinstance(task, NextToken):
         targets = targets if targets.is_floating_point() else targets.long()
     elif isinstance(task, MultiLabel | Regression):
@@ -107,14 +108,15 @@ def converted(
 
 
 def given_classes(classes: Sequence[object] | None, num_classes: int | None) -> Classes | None:
-    """Return the classes that a user declares; None where nothing is declared.
+    """Return the classes that a user declares; None if nothing is declared.
 
     Args:
         classes: names or numbers, in the order of their numbers 0, 1, 2, ...
-        num_classes: how many.
+        num_classes: number of classes.
 
     Raises:
-        ConfigError: for names that come twice, fewer than one class, or two different numbers.
+        ConfigError: if names occur twice, there are no classes, or the numbers contradict each
+            other.
     """
     if num_classes is not None and (
         isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1
@@ -131,20 +133,20 @@ def given_classes(classes: Sequence[object] | None, num_classes: int | None) -> 
 
 
 def class_numbers(value: object, name: str, notes: dict[str, None]) -> Tensor | NDArray[Any]:
-    """Return targets as whole numbers (n,) int64, or as an array of words (n,).
+    """Convert targets to whole numbers (n,) int64, or to an array of words (n,).
 
     Args:
-        value: as in `perdure.data.sources.values.array_of`.
-        name: of the argument and its part, for the message.
-        notes: remarks, to which a change of type or shape is added.
+        value: targets, in a form that `perdure.data.sources.values.array_of` takes.
+        name: name of the argument and its part, for the message.
+        notes: notes, to which a change of type or shape is added.
 
     Raises:
-        DataError: for other shapes, and for numbers that are not whole.
+        DataError: if the shape is not allowed, or numbers are not whole.
     """
     found = array_of(value, name)
     if len(found.shape) == 2 and found.shape[1] == 1:
         found = found.reshape(-1)
-        notes[f"{name} had shape (n, 1) and have (n,) now"] = None
+        notes[f"{name} had shape (n, 1); they now have shape (n,)"] = None
     if len(found.shape) != 1:
         fix = "for one-hot rows give targets.argmax(1); for several labels per record, "
         fix += "task='multi-label'"
@@ -162,21 +164,21 @@ def class_numbers(value: object, name: str, notes: dict[str, None]) -> Tensor | 
                 "class per record; for other numbers give task='regression'"
             )
         was = str(numbers.dtype).removeprefix("torch.")
-        notes[f"{name} were {was} and are int64 now"] = None
+        notes[f"{name} were {was}; they are converted to int64"] = None
     return numbers.long()
 
 
 def found_classes(targets: Tensor | NDArray[Any], name: str) -> Classes:
-    """Return the classes of a training part where none were declared.
+    """Find the classes in a training part if none were declared.
 
-    Words are numbered in alphabetical order. Numbers have to be 0, 1, 2, ... without a gap.
+    Words are numbered in alphabetical order. Numbers must be 0, 1, 2, ... without a gap.
 
     Args:
         targets: (n,) numbers or words.
-        name: of the argument and its part, for the message.
+        name: name of the argument and its part, for the message.
 
     Raises:
-        DataError: for numbers that do not begin at 0 or leave one out.
+        DataError: if numbers do not begin at 0, or one is missing.
     """
     if isinstance(targets, np.ndarray):
         _refuse_missing(targets, name)
@@ -196,11 +198,11 @@ def numbered(targets: Tensor | NDArray[Any], classes: Classes, name: str) -> Ten
 
     Args:
         targets: (n,) numbers or words.
-        classes: of the data set.
-        name: of the argument and its part, for the message.
+        classes: classes of the data set.
+        name: name of the argument and its part, for the message.
 
     Raises:
-        DataError: for a class that is none of them, with its row.
+        DataError: if a target is not among the classes; names its row.
     """
     if classes.names:
         number = {value: place for place, value in enumerate(classes.names)}

@@ -1,4 +1,4 @@
-"""Data sets of token sequences, with lengths and a padding id."""
+"""Data sets of token sequences, which may have different lengths and padding."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -66,7 +66,8 @@ def from_tokens(
             of the longest sequence.
         test: sequences of the test part, with targets (sequences, targets); or the average share of
             records in the test part, chosen by a hash of their ids.
-        task: meaning of the targets. Default: "next-token" without targets, else "single-label".
+        task: meaning of the targets. Default: "next-token" without targets, "single-label" with
+            them.
         classes: as in `from_arrays`.
         num_classes: as in `from_arrays`; the vocabulary for the next token.
         ids: (n,) as in `from_arrays`.
@@ -134,7 +135,7 @@ def _part(
     padding: int | None,
     task: Task,
 ) -> Part:
-    """Fill the sequences of a part; without targets, its targets are the tokens that follow."""
+    """Pad the sequences of a part; without targets, the targets are the next tokens."""
     shift = isinstance(task, NextToken)
     filled = _filled(rows, width + shift, padding, f"{label}sequences")
     return Part(
@@ -176,17 +177,17 @@ def _test_part(test: object, *, with_targets: bool) -> tuple[object, object]:
 def _rows(
     sequences: object, name: str, vocabulary: int, padding: int | None, least: int
 ) -> list[Tensor]:
-    """Return each sequence as int64 tokens, without the padding at its end.
+    """Convert each sequence to int64 tokens, without the padding at its end.
 
     Args:
-        sequences: given by the user.
-        name: of the argument and its part, for the message.
+        sequences: sequences given by the user.
+        name: name of the argument and its part, for the message.
         vocabulary: number of different tokens.
-        padding: token that fills up.
-        least: tokens that a sequence has at least.
+        padding: token that fills sequences after their end.
+        least: smallest number of tokens in a sequence.
 
     Raises:
-        DataError: with row and column of the first bad token.
+        DataError: names row and column of the first token that is not allowed.
     """
     if not isinstance(sequences, list | tuple):
         sequences = numbers_of(sequences, name)
@@ -226,16 +227,16 @@ def _rows(
 
 
 def _filled(rows: Sequence[Tensor], width: int, padding: int | None, name: str) -> Tensor:
-    """Return tokens (n, width), filled up with padding.
+    """Pad sequences to tokens (n, width).
 
     Args:
         rows: int64 tokens of each sequence.
-        width: tokens that a row has in the end.
-        padding: token that fills up.
-        name: of the argument and its part, for the message.
+        width: number of tokens of each padded row.
+        padding: token that fills sequences after their end.
+        name: name of the argument and its part, for the message.
 
     Raises:
-        DataError: with the row of the first sequence that is too long or too short.
+        DataError: names the row of the first sequence that is too long or too short.
     """
     made = torch.full((len(rows), width), padding or 0)
     for number, row in enumerate(rows):
@@ -254,12 +255,12 @@ def _filled(rows: Sequence[Tensor], width: int, padding: int | None, name: str) 
 
 
 def _following(filled: Tensor, rows: Sequence[Tensor], padding: int) -> Tensor:
-    """Return the token (n, L) that follows each position, and `padding` behind the end.
+    """Return the token (n, L) that follows each position, and `padding` after the end.
 
     Args:
         filled: (n, L + 1) tokens.
         rows: each sequence without its padding.
-        padding: target of a position that does not count.
+        padding: target of a position that is not counted.
     """
     lengths = torch.tensor([len(row) for row in rows])
     position = torch.arange(1, filled.shape[1])

@@ -1,4 +1,4 @@
-"""Data sets from PyTorch: any map-style `torch.utils.data.Dataset`, torchvision's among them."""
+"""Data sets from PyTorch: any map-style `torch.utils.data.Dataset`, such as torchvision's."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
 TWICE = 16
-"""Items that are read twice, to see if transforms draw at random."""
+"""Number of items that are read twice, to detect random transforms."""
 
 Key = int | str
-"""Place of a value in an item: a position in a tuple, a name in a dict."""
+"""Key of a value in an item: a position in a tuple, or a name in a dict."""
 
 
 class MapStyle(Protocol):
-    """A data set with numbered items, as `torch.utils.data.Dataset` has them."""
+    """Data set with numbered items, such as a `torch.utils.data.Dataset`."""
 
     def __getitem__(self, index: int, /) -> object:
         """Return one item."""
@@ -152,12 +152,12 @@ def _items(
         assert rows is not None
         again = [_item(dataset, number, keys, name)[0] for number in range(min(n, TWICE))]
     if not torch.equal(torch.stack(again).nan_to_num(), rows[: len(again)].nan_to_num()):
-        notes[f"transforms of the {name} draw at random: each record holds one draw"] = None
+        notes[f"transforms of the {name} are random: each record has one random version"] = None
     return rows, targets
 
 
 def _length(dataset: object, name: str) -> int:
-    """Return the number of items; refuse what has no numbered items."""
+    """Return the number of items; refuse a value without numbered items."""
     kind = type(dataset).__name__
     fix = "perdure.data.from_arrays takes arrays"
     if hasattr(dataset, "dataset") and not hasattr(dataset, "__getitem__"):
@@ -181,7 +181,7 @@ def _length(dataset: object, name: str) -> int:
 def _item(
     dataset: MapStyle, number: int, keys: tuple[Key, Key], name: str
 ) -> tuple[Tensor, object]:
-    """Return input and target of one item; the target as a number, a word or a list of numbers."""
+    """Return input and target of one item; the target is a number, a word or a list of numbers."""
     try:
         item = dataset[number]
     except Exception as error:

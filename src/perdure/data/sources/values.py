@@ -1,6 +1,6 @@
-"""Conversion of a user's arrays to tensors, with the row and the column of the first bad value.
+"""Conversion of a user's arrays to tensors; errors name the row and column of a bad value.
 
-Guarantee: none. A message may quote one value: it is for the holder of the data alone, before a
+Guarantee: none. A message may quote a value, so it is for the holder of the data only, before a
 curator holds the records.
 """
 
@@ -19,22 +19,22 @@ from perdure.errors import DataError
 from perdure.utils.chunking import row_slices
 
 TEXT_KINDS = "OSU"
-"""Kinds of numpy arrays that may hold words."""
+"""Kinds of NumPy arrays that may contain words."""
 KINDS = {"U": "words", "S": "words", "O": "objects", "M": "dates", "m": "spans of time"}
-"""Kinds of numpy arrays that hold no numbers, in words."""
+"""Kinds of NumPy arrays without numbers, and their description."""
 WIDER = {"uint16": "int64", "uint32": "int64", "uint64": "int64", "float128": "float64"}
-"""Types of numbers that torch does not compute with, and those they become."""
+"""Types of numbers that torch does not support, and the types that they are converted to."""
 
 
 def array_of(value: object, name: str) -> NDArray[Any] | Tensor:
-    """Return a tensor as it is, and everything else that holds one row per record as an array.
+    """Return tensors unchanged, and convert other values with one row per record to an array.
 
     Args:
         value: a tensor, an array, a column of a table, or a list of numbers, words or tensors.
-        name: of the argument, for the message.
+        name: name of the argument, for the message.
 
     Raises:
-        DataError: for values that are no array.
+        DataError: if the value cannot be an array.
     """
     if isinstance(value, Tensor):
         return value.detach()
@@ -59,7 +59,7 @@ def pixels_of(value: object) -> NDArray[Any] | None:
     """Return a PIL image as bytes (height, width) or (height, width, 3); None for other values.
 
     Args:
-        value: palettes and transparency become red, green and blue.
+        value: any value; palettes and transparency are converted to red, green and blue.
     """
     mode = getattr(value, "mode", None)
     if mode is None or not hasattr(value, "getbands") or not hasattr(value, "convert"):
@@ -69,7 +69,7 @@ def pixels_of(value: object) -> NDArray[Any] | None:
 
 
 def _refuse_others(value: object, name: str) -> None:
-    """Refuse values that are no array, and name the function that takes them."""
+    """Refuse values that are no array; the message names the function that takes them."""
     kind = type(value).__name__
     if kind == "DataFrame":
         fix = "perdure.data.from_pandas(table, target='column') takes a table"
@@ -98,14 +98,14 @@ def _stacked(rows: Sequence[Tensor], name: str) -> Tensor:
 
 
 def numbers_of(value: object, name: str) -> Tensor:
-    """Return an array of numbers as a tensor, without a copy where that is possible.
+    """Convert an array of numbers to a tensor, without a copy if possible.
 
     Args:
-        value: as in `array_of`.
-        name: of the argument, for the message.
+        value: numbers, in a form that `array_of` takes.
+        name: name of the argument, for the message.
 
     Raises:
-        DataError: for words, dates, complex numbers, and rows of different lengths.
+        DataError: if the values are words, dates or complex, or rows have different lengths.
     """
     found = array_of(value, name)
     if isinstance(found, np.ndarray):
@@ -132,29 +132,29 @@ def _example(values: NDArray[Any]) -> str:
 
 
 def as_float32(values: Tensor, name: str, notes: dict[str, None]) -> Tensor:
-    """Convert numbers to float32, and note it.
+    """Convert numbers to float32, and add a note about it.
 
     Args:
-        values: (n, ...).
-        name: of the argument, for note and message.
-        notes: remarks in their order, to which one is added.
+        values: (n, ...) numbers.
+        name: name of the argument, for note and message.
+        notes: notes about changes to the data, to which one is added.
     """
     if values.dtype == torch.float32:
         return values
-    notes[f"{name} were {str(values.dtype).removeprefix('torch.')} and are float32 now"] = None
+    notes[f"{name} were {str(values.dtype).removeprefix('torch.')}; they are float32 now"] = None
     return changed_rows(values, Tensor.float)
 
 
 def refuse_not_finite(values: Tensor, name: str, columns: Sequence[str] = ()) -> None:
-    """Refuse NaN and infinity, with the row and the column of the first one.
+    """Refuse NaN and infinity; the message has the row and the column of the first one.
 
     Args:
-        values: (n, ...).
-        name: of the argument and its part, for the message.
-        columns: names of the columns of values (n, k), where they have names.
+        values: (n, ...) numbers.
+        name: name of the argument and its part, for the message.
+        columns: names of the columns of values (n, k), if they have names.
 
     Raises:
-        DataError: naming the place.
+        DataError: names row and column.
     """
     found = first_not_finite(values)
     if found is None:
@@ -169,17 +169,17 @@ def refuse_not_finite(values: Tensor, name: str, columns: Sequence[str] = ()) ->
 def refuse_outside(
     values: Tensor, low: Tensor, high: Tensor, name: str, columns: Sequence[str] = ()
 ) -> None:
-    """Refuse values outside a declared range, with the row and the column of the first one.
+    """Refuse values outside a declared range; the message has row and column of the first one.
 
     Args:
-        values: (n, ...).
-        low: least value, which broadcasts to one row.
-        high: greatest value.
-        name: of the argument and its part, for the message.
-        columns: names of the columns of values (n, k), where they have names.
+        values: (n, ...) numbers.
+        low: smallest allowed value, which broadcasts to one row.
+        high: largest allowed value.
+        name: name of the argument and its part, for the message.
+        columns: names of the columns of values (n, k), if they have names.
 
     Raises:
-        DataError: naming the place.
+        DataError: names row and column.
     """
     for piece in row_slices(values, always=True):
         rows = values[piece]

@@ -31,7 +31,7 @@ WITHIN = "within clip norm"
 
 @dataclass(frozen=True, kw_only=True)
 class Clip:
-    """Bound on the vector of one record.
+    """Clipping of the vector of each record to an L2 norm of at most C.
 
     Guarantee: the L2 norm of a clipped vector, over all names except `WITHIN`, is at most `norm`. A
     record adds 1/2 or -1/2 to `WITHIN`.
@@ -52,20 +52,20 @@ class Clip:
     steps: int = 0
 
     def factors(self, squares: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Layer to (n,) scales, from each layer's (n,) squared norms."""
+        """Compute the (n,) clip factors of each layer from the (n,) squared norms of all layers."""
         if self.per_layer:
             bound = self.norm / math.sqrt(len(squares))
             return {layer: clip_factors(square, bound) for layer, square in squares.items()}
         return dict.fromkeys(squares, clip_factors(sum_of(list(squares.values())), self.norm))
 
     def count(self, squares: Mapping[str, Tensor]) -> Params:
-        """Sum the votes of the records on their norms.
+        """Count the records whose norm is at most C, for the sum `WITHIN` (see `Clip`).
 
         Args:
             squares: layer to (n,) squared norms.
 
         Returns:
-            `WITHIN` to a float64 scalar; empty where `counted` is False.
+            A dict from `WITHIN` to a float64 scalar; an empty dict if `counted` is False.
         """
         if not self.counted:
             return {}
@@ -86,7 +86,7 @@ class NotFiniteError(Exception):
 
 
 def layer_of(name: str) -> str:
-    """Layer that a parameter belongs to."""
+    """Return the name of the layer that has the parameter of this name."""
     return name.rpartition(".")[0]
 
 
@@ -112,7 +112,7 @@ def clip_rows(rows: Params, clip: Clip) -> Params:
 
 
 def squared_norms(rows: Params) -> dict[str, Tensor]:
-    """Layer to (n,) squared L2 norms, in float64."""
+    """Compute the (n,) squared L2 norms of per-record rows, by layer, in float64."""
     squares: dict[str, list[Tensor]] = {}
     compiled = row_loops.takes(rows)
     for name, row in rows.items():

@@ -65,7 +65,7 @@ def squared_row_norms(*tables: Tensor) -> list[Tensor]:
 
 
 def _quick(table: Tensor) -> Tensor:
-    """(n,) norms in float32, in two stages, because one sum of millions loses three digits."""
+    """(n,) norms in float32, in two stages: one sum of millions of numbers loses three digits."""
     inner = torch.linalg.vector_norm(table.flatten(2), dim=2) if table.dim() > 2 else table
     norms: Tensor = torch.linalg.vector_norm(inner, dim=1)
     return norms

@@ -100,7 +100,7 @@ def taped(layers: Layers, params: Params | None = None) -> Iterator[Tape]:
 
 
 def _joined(layer: str, own: str) -> str:
-    """Name in the model of a layer's parameter."""
+    """Return the name that a layer's parameter has in the model."""
     return f"{layer}.{own}".removeprefix(".")
 
 

@@ -141,9 +141,9 @@ def check_bound(case: GradientCase, what: str, *, per_layer: bool = False) -> No
 
 
 def _at_large_inputs(case: GradientCase, inputs: Tensor, clip: Clip) -> Params | None:
-    """Clipped gradient of one record.
+    """Compute the clipped gradient of one record with very large inputs.
 
-    None if the model fails on the record, which proves nothing.
+    Return None if the model fails on the record, because then nothing is proved.
     """
     try:
         with undisturbed(), flushed():

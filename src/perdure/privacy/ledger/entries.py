@@ -117,7 +117,9 @@ class Entry:
             require_one_of(field, getattr(self, field), literal)
         if self.mechanism == "none" and self.noise_multiplier:
             raise ConfigError.of(
-                "noise_multiplier", self.noise_multiplier, "0 where data is handed out raw"
+                "noise_multiplier",
+                self.noise_multiplier,
+                "0 without a mechanism, because raw data has no noise",
             )
         if self.grid and CHARGED[self.mechanism] != "gaussian":
             raise ConfigError.of("grid", dict(self.grid), f"None for {self.mechanism} noise")
@@ -129,11 +131,13 @@ class Entry:
             )
         if self.participations is not None and not 1 <= self.participations <= self.steps:
             raise ConfigError.of(
-                "participations", self.participations, f"from 1 to the {self.steps} steps"
+                "participations", self.participations, f"a number from 1 to steps = {self.steps}"
             )
         if not self.scope or (self.sampling == "none" and set(self.scope.values()) != {1.0}):
             raise ConfigError.of(
-                "scope", self.scope, "at least one partition, at rate 1.0 without sampling"
+                "scope",
+                self.scope,
+                "at least one partition, and rate 1.0 for each without sampling",
             )
         for partition in self.scope:
             self.charge([partition])

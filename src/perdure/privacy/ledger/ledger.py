@@ -222,7 +222,7 @@ class Ledger(Account):
         ):
             if getattr(entry, field) != own:
                 raise LedgerError(
-                    f"entry with {field} = {getattr(entry, field)!r}, but this ledger's is {own!r}"
+                    f"the entry has {field} = {getattr(entry, field)!r}, but the ledger has {own!r}"
                 )
         self._known(entry.scope)
         self.chain.hold()  # also where nothing is appended: noise is drawn after this

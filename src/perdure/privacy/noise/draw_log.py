@@ -119,14 +119,14 @@ class DrawLog:
         return self._head
 
     def open(self, entry: str) -> None:
-        """Write a line that noise of `entry` may be drawn from now on, in this boot."""
+        """Write to the log that noise of `entry` may be drawn until the machine restarts."""
         self._hold()
         if entry not in self._closed and self._opened.get(entry) != self._boot:
             self._write({"kind": "open", "entry": entry, "boot": self._boot})
         self._own.add(entry)
 
     def close(self, entry: str) -> None:
-        """Write a line that all used noise of `entry` is in the log, and sync the file."""
+        """Write to the log that it contains all used noise of `entry`, and sync the file."""
         self._hold()
         if entry in self._opened and entry not in self._closed:
             self._write({"kind": "close", "entry": entry}, sync=True)

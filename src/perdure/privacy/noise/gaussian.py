@@ -114,7 +114,7 @@ def first_words(
 
 
 def _parts(words: Words, offset_bits: int) -> tuple[Integers, Integers, Words, Integers, Words]:
-    """Column, sign, early number, offset in the cell, and threshold of each word."""
+    """Split random words into column, sign, early number, offset in the cell, and threshold."""
     column = (words & np.uint64(2**COLUMN_BITS - 1)).astype(np.int64)
     negative = (words >> np.uint64(COLUMN_BITS) & np.uint64(1)).astype(np.int64)
     rest = words >> np.uint64(COLUMN_BITS + 1)

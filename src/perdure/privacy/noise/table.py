@@ -279,7 +279,7 @@ def _slopes(scale: Fraction, width: int, cells: int) -> list[int]:
 
 
 def _early(slope: list[int], cells: int, offset_bits: int) -> list[int]:
-    """Numbers below which an integer is kept at any position of its cell; 0 for the tail."""
+    """Compute, per cell, the number below which a draw is accepted early; 0 for the tail."""
     whole = 2**EARLY_BITS
     if offset_bits == 0:
         return [whole] * cells + [0] * (2**COLUMN_BITS + 1 - cells)

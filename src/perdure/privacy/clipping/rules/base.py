@@ -328,15 +328,23 @@ class FormedRows(ABC):
 
 
 Grams = Callable[[slice | Tensor, torch.dtype], tuple[Tensor, Tensor]]
-"""Function from some records and a precision to the inner products between the positions of each
-record, of the inputs a and of the gradients d: each (m, T, T).
+"""Function from some records and a precision to inner products between positions.
+
+It returns (m, T, T) products of the inputs a of each record, and of the gradients d.
 """
 
 
 def ghost_norms(grams: Grams, n: int, numbers: int, width: int) -> Tensor:
-    """Function from some records and a precision to inner products between positions.
+    """(n,) squared ghost norms sum_ts (a_t . a_s)(d_t . d_s) in float64.
 
-    It gives (m, T, T) products of the inputs a of each record, and of the gradients d.
+    They are rounded up if positions cancel. They are computed in float32, and again in float64 for
+    records where float32 may lose digits.
+
+    Args:
+        grams: function that computes inner products between the positions of some records.
+        n: number of records.
+        numbers: number of values that are computed for one record.
+        width: number of values of one position, the larger one of a and d.
     """
     parts = []
     for piece in record_slices(n, numbers):
