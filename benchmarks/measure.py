@@ -15,7 +15,7 @@ import statistics
 import tokenize
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 from rich.console import Console
@@ -90,9 +90,14 @@ class Source:
     name: str = "snippet.py"
 
     @cached_property
+    def tree(self) -> ast.Module:
+        """Return the syntax tree of the text."""
+        return ast.parse(self.text)
+
+    @cached_property
     def nodes(self) -> tuple[ast.AST, ...]:
         """Return every node of the syntax tree."""
-        return tuple(ast.walk(ast.parse(self.text)))
+        return tuple(ast.walk(self.tree))
 
     @cached_property
     def comments(self) -> list[tuple[int, str]]:
@@ -108,8 +113,14 @@ def sources(folders: Iterable[str], root: Path = ROOT) -> list[Source]:
     for folder in folders:
         for path in sorted((root / folder).rglob("*.py")):
             if path.resolve() == path:
-                found.append(Source(path.read_text(), str(path.relative_to(root))))
+                found.append(read(path, str(path.relative_to(root))))
     return found
+
+
+@cache
+def read(path: Path, name: str) -> Source:
+    """Read a file once, so that its syntax tree is made once."""
+    return Source(path.read_text(), name)
 
 
 # ---------------------------------------------------------------------------------- one file

@@ -145,7 +145,7 @@ def public_interface(files: Iterable[Source]) -> list[PublicFunction]:
     A method that overrides one of a base class is left out: the base class documents it.
     """
     files = [source for source in files if source.name.startswith(LIBRARY)]
-    bodies = {source.name: ast.parse(source.text).body for source in files}
+    bodies = {source.name: source.tree.body for source in files}
     listed = {name: names_in_all(body) for name, body in bodies.items()}
     classes = {n.name: n for body in bodies.values() for n in body if isinstance(n, ast.ClassDef)}
     found = []

@@ -4,6 +4,7 @@ sets.
 The toy problem is four Gaussian blobs in five dimensions, learnt two classes at a time.
 """
 
+import gc
 import gzip
 import io
 import os
@@ -47,12 +48,26 @@ def pytest_configure(config):
     # programs that tests start too: two threads that wait for each other double the work
     patch.setenv("OMP_NUM_THREADS", "1")
     patch.setattr(socket, "getaddrinfo", _only_this_machine(socket.getaddrinfo))
+    # hardly anything that is made while tests are collected is garbage
+    gc.disable()
 
 
 def pytest_collection_modifyitems(items):
     """Put files with slow tests first, so that workers do not wait for a long file at the end."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+def pytest_collection_finish():
+    """Leave the tests and the libraries out of garbage collection: they are nearly all there is."""
+    gc.enable()
+    gc.freeze()
+
+
+def pytest_sessionfinish():
+    """Let everything be collected at the end, as libraries expect that look for leaks."""
+    gc.enable()
+    gc.unfreeze()
 
 
 def _only_this_machine(look_up):

@@ -175,7 +175,7 @@ def explanations() -> dict[str, Tensor]:
     from sklearn.datasets import load_digits
 
     pixels, labels = load_digits(return_X_y=True)
-    inputs = torch.tensor(pixels[:6] / 16, dtype=torch.float32).view(6, 1, 8, 8)
+    inputs = torch.tensor(pixels[:2] / 16, dtype=torch.float32).view(2, 1, 8, 8)
     signs = torch.linspace(-1, 1, 64).view(1, 1, 8, 8)
     values = torch.stack([inputs * signs, 0.4 * inputs * signs.flip(-1)])
-    return {"inputs": inputs, "labels": torch.tensor(labels[:6]), "values": values}
+    return {"inputs": inputs, "labels": torch.tensor(labels[:2]), "values": values}
