@@ -125,6 +125,9 @@ def share(experience: Experience, among: Sequence[Experience]) -> float:
 
 def split_steps(steps: int, blocks: int) -> list[range]:
     """Cut the steps of an experience into blocks of nearly equal length."""
-    return [
-        range(number * steps // blocks, (number + 1) * steps // blocks) for number in range(blocks)
-    ]
+    return [block_of_steps(steps, blocks, number) for number in range(blocks)]
+
+
+def block_of_steps(steps: int, blocks: int, number: int) -> range:
+    """Return one of the blocks that `split_steps` makes."""
+    return range(number * steps // blocks, (number + 1) * steps // blocks)

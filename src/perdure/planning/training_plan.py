@@ -10,7 +10,7 @@ from perdure.contract.plan import Plan
 from perdure.contract.strategy import Strategy
 from perdure.data.experience import Experience, Stream
 from perdure.data.records import Spent
-from perdure.planning.exposure import exposure, pool_size, split_steps
+from perdure.planning.exposure import block_of_steps, exposure, pool_size, split_steps
 from perdure.privacy.accounting.charges import Charge
 from perdure.privacy.private_sum import Schedule
 from perdure.privacy.settings import Privacy
@@ -146,7 +146,7 @@ class TrainingPlan:
             number: number of the part, from 0.
             of: number of parts of the experience.
         """
-        return split_steps(self.steps(index), of)[number]
+        return block_of_steps(self.steps(index), of, range(of)[number])
 
     def remaining_blocks(self, index: int, step: int) -> list[range]:
         """Return the blocks of experience `index` that are not complete after `step` steps."""

@@ -43,14 +43,16 @@ def mean_gradient(
     Args:
         at_once: number of rows of one pass through the model; None for all.
     """
-    count = batch.valid.sum()
-    # where that is known without waiting for a device; a factor of 1 changes no bit
-    unpadded = count.device.type == "cpu" and int(count) == len(batch)
+    # known without waiting for a device
+    unpadded = batch.valid.device.type == "cpu" and bool(batch.valid.all())
     total: list[Tensor] | None = None
     loss: Tensor | None = None
     for number, piece in enumerate(micro_batches(batch, at_once)):
         rows = losses(forward, piece)
-        part = (rows if unpadded else rows * piece.valid).sum() / count
+        if unpadded and rows.shape == batch.valid.shape:
+            part = rows.mean()  # to the bits of the sum over the count, by fewer operations
+        else:
+            part = (rows * piece.valid).sum() / batch.valid.sum()
         grads = list(
             torch.autograd.grad(
                 part, list(params.values()), allow_unused=True, materialize_grads=True

@@ -11,6 +11,7 @@ The checks follow from the annotations.
 """
 
 import inspect
+import operator
 import sys
 import types
 import typing
@@ -33,6 +34,11 @@ WORDS: dict[Any, str] = {
     Callable: "a function",
     Sequence: "a list",
 }
+
+MISFIT = object()
+"""Result for a value that does not have the required type."""
+Fit = Callable[[object], object]
+"""Function that converts a value to the type of a field; `MISFIT` if it has another type."""
 
 
 class CheckedFields:
@@ -97,9 +103,9 @@ def _fault(
     """Error for the first field with a wrong type; None if there is none."""
     kind = type(settings)
     where = _name(kind) if prefix is None else prefix
-    for name, hint in _hints(kind).items():  # type: ignore[arg-type]  # classes are hashable
+    for name, (hint, fit) in _checks(kind).items():  # type: ignore[arg-type]  # classes are hashable
         value = getattr(settings, name)
-        fitted = value if only is not None and name not in only else _fitted(value, hint)
+        fitted = value if only is not None and name not in only else fit(value)
         if fitted is MISFIT:
             return ConfigError.of(f"{where}{name}", value, described(hint))
         if fitted is not value:
@@ -108,11 +114,12 @@ def _fault(
 
 
 @cache
-def _hints(kind: type) -> dict[str, Any]:
-    """Types of the fields of a dataclass; `Any` for a type that cannot be read."""
+def _checks(kind: type) -> dict[str, tuple[Any, Fit]]:
+    """Return type and check by field of a dataclass; `Any` for a type that cannot be read."""
     if not is_dataclass(kind):
         return {}
-    return {field.name: _hint(kind, field.name) for field in fields(kind) if field.init}
+    hints = {field.name: _hint(kind, field.name) for field in fields(kind) if field.init}
+    return {name: (hint, _fit_of(hint)) for name, hint in hints.items()}
 
 
 def _hint(kind: type, name: str) -> Any:
@@ -134,55 +141,73 @@ def _name(kind: type) -> str:
 
 # --------------------------------------------------------------------------- values and types
 
-MISFIT = object()
-"""Result for a value that does not have the required type."""
+
+def _fit_of(hint: Any) -> Fit:
+    """Make the check of a type once, because values are checked in every step."""
+    checks = [_fit_of_one(option) for option in options(hint)]
+    if len(checks) == 1:
+        return checks[0]
+
+    def fit(value: object) -> object:
+        for check in checks:
+            fitted = check(value)
+            if fitted is not MISFIT:
+                return fitted
+        return MISFIT
+
+    return fit
 
 
-def _fitted(value: object, hint: Any) -> object:
-    """Convert a value to the type of a field; `MISFIT` if it has another type."""
-    found = (_of_one(value, option) for option in options(hint))
-    return next((fitted for fitted in found if fitted is not MISFIT), MISFIT)
-
-
-def _of_one(value: object, hint: Any) -> object:
-    """Convert a value to one type without alternatives; `MISFIT` if it has another type."""
+def _fit_of_one(hint: Any) -> Fit:
+    """Make the check of one type without alternatives."""
     origin = typing.get_origin(hint)
+    kinds = typing.get_args(hint)
     if origin is tuple:
-        return _as_tuple(value, typing.get_args(hint))
-    if hint is Path and isinstance(value, str):
-        return Path(value)
+        return _tuple_fit(kinds)
+    if hint is Path:
+        return lambda value: Path(value) if isinstance(value, str) else _instance(value, Path)
     if origin is Literal:
-        fits = any(type(value) is type(o) and value == o for o in typing.get_args(hint))
-    elif hint in (int, float):
-        kind = Integral if hint is int else Real
-        fits = isinstance(value, kind) and not isinstance(value, bool)
-    elif origin is type:
-        fits = isinstance(value, type)
-    elif Callable in (hint, origin):
-        fits = callable(value)
-    else:
-        kind = origin or hint
-        try:
-            fits = not isinstance(kind, type) or isinstance(value, kind)
-        except TypeError:  # a protocol that is not made for this
-            fits = True
-    return value if fits else MISFIT
+        return lambda value: value if _is_one_of(value, kinds) else MISFIT
+    if hint in (int, float):
+        number = Integral if hint is int else Real
+        return lambda value: MISFIT if isinstance(value, bool) else _instance(value, number)
+    if Callable in (hint, origin):
+        return lambda value: value if callable(value) else MISFIT
+    return lambda value: _instance(value, origin or hint)
 
 
-def _as_tuple(value: object, kinds: tuple[Any, ...]) -> object:
-    if not isinstance(value, tuple | list):
-        return MISFIT
-    if not kinds:
+def _instance(value: object, kind: Any) -> object:
+    """Return the value if it is an instance of `kind`, else `MISFIT`."""
+    try:
+        return value if not isinstance(kind, type) or isinstance(value, kind) else MISFIT
+    except TypeError:  # a protocol that is not made for this
         return value
-    if Ellipsis in kinds:
-        kinds = (kinds[0],) * len(value)
-    if len(kinds) != len(value):
-        return MISFIT
-    items = tuple(map(_fitted, value, kinds))
-    if any(item is MISFIT for item in items):
-        return MISFIT
-    alike = isinstance(value, tuple) and all(map(lambda a, b: a is b, items, value))
-    return value if alike else items
+
+
+def _is_one_of(value: object, allowed: tuple[object, ...]) -> bool:
+    return any(type(value) is type(each) and value == each for each in allowed)
+
+
+def _tuple_fit(kinds: tuple[Any, ...]) -> Fit:
+    """Make the check of tuples whose items have these types; without types, of all tuples."""
+    repeated = Ellipsis in kinds
+    each = [_fit_of(kind) for kind in kinds if kind is not Ellipsis]
+
+    def fit(value: object) -> object:
+        if not isinstance(value, tuple | list):
+            return MISFIT
+        if not kinds:
+            return value
+        if not repeated and len(value) != len(each):
+            return MISFIT
+        checks = each * len(value) if repeated else each
+        items = tuple(check(item) for check, item in zip(checks, value, strict=True))
+        if any(item is MISFIT for item in items):
+            return MISFIT
+        alike = isinstance(value, tuple) and all(map(operator.is_, items, value))
+        return value if alike else items
+
+    return fit
 
 
 def options(hint: Any) -> tuple[Any, ...]:
