@@ -411,10 +411,14 @@ def parents_of(count: int) -> Stream:
     """Make class-incremental experiences, of two classes each, to be cut into `count` pieces."""
     size = count * PIECE // PARENTS
     stream = stream_of([size] * PARENTS, domain=False)
-    tested = (
-        replace(each, test=each.train.take(torch.arange(min(TESTED, size)))) for each in stream
-    )
+    tested = (replace(each, test=tests_of(each.train)) for each in stream)
     return replace(stream, experiences=tuple(tested))
+
+
+def tests_of(train: Records) -> Records:
+    """Test records like these, under ids of their own."""
+    test = train.take(torch.arange(min(TESTED, len(train))))
+    return replace(test, ids=-1 - test.ids)
 
 
 def whole_run(stream: Stream, strategy: Strategy, cut: bool) -> Clock:

@@ -257,6 +257,17 @@ def test_a_plugin_without_gradients_only_releases_and_predicts(benchmark, toy_mo
     )
 
 
+def test_predictions_that_are_not_finite_are_refused(benchmark, toy_model, template):
+    made = benchmark("class")
+    model = toy_model(from_avalanche(made))
+    teacher = template(model, as_plugin(Naive()))
+    teacher.train(made.train_stream[0])
+    with torch.no_grad():
+        list(model.parameters())[-1].fill_(float("nan"))
+    with pytest.raises(ConfigError, match="NaN or infinite"):
+        teacher.eval(made.test_stream)
+
+
 def test_a_plugin_predicts_only_classes_of_the_given_task(benchmark, toy_model, template):
     made = benchmark("task")
     outputs = []

@@ -11,9 +11,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from helpers.learners import SIMULATED, bits, same_bits
 from perdure.errors import RunError, StorageError
+from perdure.privacy.answers import Answers
+from perdure.privacy.noise.draw_lines import head_file
+from perdure.privacy.noise.draw_log import DrawLog
+from perdure.privacy.noise.key import NoiseKey
 from perdure.strategies import Replay
 from perdure.utils.atomic_files import write_atomically, write_json, writing
 
@@ -116,3 +121,19 @@ def test_the_error_names_a_path_below_a_file(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match=r"file/x\.json cannot be written: .*or give another"):
         write_json(tmp_path / "file" / "x.json", {})
+
+
+def test_an_old_answer_that_cannot_be_deleted_is_named(tmp_path):
+    key = NoiseKey.from_os(tmp_path / "key")
+    answers = Answers(tmp_path / "answers", key)
+    (tmp_path / "answers" / "000000-aaaaaaaa.safetensors").mkdir(parents=True)
+    with pytest.raises(StorageError, match=r"000000-aaaaaaaa\.safetensors cannot"):
+        answers.keep("b" * 8, {"value": torch.zeros(1)}, experience=5)
+    assert answers.find("b" * 8) is not None
+
+
+def test_a_head_of_draws_that_cannot_be_made_is_named(tmp_path):
+    path = tmp_path / "draws.jsonl"
+    head_file(path).mkdir()
+    with pytest.raises(StorageError, match=f"{head_file(path).name} cannot be written: "):
+        DrawLog(path, NoiseKey.from_os(tmp_path / "key"))

@@ -21,6 +21,7 @@ from perdure.data.records import Batch
 from perdure.errors import ConfigError, PrivacyError, StrategyError
 from perdure.learner.session import Session
 from perdure.types import Params
+from perdure.utils.finite_outputs import finite_outputs
 from perdure.utils.modules import evaluating, trainable_parameters
 
 
@@ -175,7 +176,8 @@ class StrategyPlugin:
             index = template.experience.logging().current_experience
         given = _Given(template.model, template.mb_x, template.mb_output)
         context = session.context(index)
-        template.mb_output = self.strategy.predict(given, template.mb_x, context, session.state)
+        outputs = self.strategy.predict(given, template.mb_x, context, session.state)
+        template.mb_output = finite_outputs(outputs)
 
     # ------------------------------------------------------------------ inside
 

@@ -262,13 +262,19 @@ class HeldRecords:
         self.memory.offer(new, plan, rng, stages=self._stages(), task=task)
         self.pool.stored = self.memory.rows
 
-    def store(self, remember: Remember) -> None:
-        """Offer the finished experience to memory, unless its steps did so already."""
+    def store(self, remember: Remember | None) -> None:
+        """Offer the finished experience to memory, unless its steps did so already.
+
+        Args:
+            remember: values that memory stores beside the rows; None for none.
+        """
         plan = self._plan.memory
         index = self.experiences[-1].index
         private = self.private_sum is not None
         if plan and self.memory.latest < index and (private or plan.update == "experience"):
-            rows = remembered(self.pool.current, remember, self.forward, one_by_one=private)
+            rows = self.pool.current
+            if remember is not None:
+                rows = remembered(rows, remember, self.forward, one_by_one=private)
             self._offer(as_noted(self._noted, rows))
         if plan:
             self.memory.latest = index

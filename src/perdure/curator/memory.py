@@ -5,6 +5,7 @@ Memory is not a partition: its use is charged to the partitions that its rows ca
 
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -40,6 +41,28 @@ def reordered(rows: Batch, order: Tensor) -> Batch:
     )
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Filled:
+    """Number of stored rows in each group of a memory.
+
+    Args:
+        rows: stored rows that were counted.
+        found: (m, 2) distinct groups of the rows, ascending.
+        counts: (m,) number of rows of each group.
+        full_for: plan under which memory has no room for a new row of these groups; else None.
+    """
+
+    rows: Batch
+    found: Tensor
+    counts: Tensor
+    full_for: MemoryPlan | None = None
+
+    @cached_property
+    def names(self) -> set[tuple[int, ...]]:
+        """Distinct groups, as tuples of stage and label."""
+        return set(map(tuple, self.found.tolist()))
+
+
 @dataclass
 class Memory:
     """Rows kept so far, and counts of the records that were offered.
@@ -57,6 +80,7 @@ class Memory:
     latest: int = -1
     tags: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float64))
     _room: Batch | None = field(default=None, init=False, repr=False, compare=False)
+    _filled: "_Filled | None" = field(default=None, init=False, repr=False, compare=False)
 
     def __len__(self) -> int:
         return 0 if self.rows is None else len(self.rows)
@@ -91,18 +115,26 @@ class Memory:
                 self._put(self.rows, new, come, kept[come] - len(self))
             else:
                 self._grow(new, kept, plan.capacity)
+            self._filled = None
         else:
-            old = [self.rows] if self.rows is not None else []
+            groups = groups_of([new], stages, task)
+            if self._is_full_of(groups, plan):
+                self.offered += len(new)
+                return
             if plan.selection == "herding":
                 assert known is not None
-                most = quota(groups_of([*old, new], stages, task), plan)
+                most = quota(torch.cat([self._groups(stages, task)[0], groups]), plan)
                 order = herd(group_of(new.labels, task), known, most)
             else:
                 order = self._order(new, plan, generator, known)
-            parts = [reordered(new, order)]
-            parts = parts + old if plan.selection == "ring" else old + parts
-            groups = groups_of(parts, stages, task)
-            self._take(parts, balanced(groups, plan.capacity, plan.per_class))
+            if plan.selection == "ring" or not self._fill(new, order, groups, plan, stages, task):
+                old = [self.rows] if self.rows is not None else []
+                parts = [reordered(new, order)]
+                parts = parts + old if plan.selection == "ring" else old + parts
+                self._take(
+                    parts,
+                    balanced(groups_of(parts, stages, task), plan.capacity, plan.per_class),
+                )
         self.offered += len(new)
 
     def offer_by_coin(self, new: Batch, tags: Tensor, threshold: float) -> None:
@@ -130,12 +162,75 @@ class Memory:
         assert plan.selection == "loss-aware" and known is not None
         return known.argsort(descending=True, stable=True).cpu()
 
+    def _groups(self, stages: Tensor | None, task: Task) -> tuple[Tensor, Tensor]:
+        """Return the distinct groups (m, 2) of the stored rows, ascending, and the rows (m,) of each.
+
+        Both are cached, because counting all rows at every piece of a stream is slow.
+        """
+        if self.rows is None:
+            return torch.empty(0, 2, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
+        if self._filled is None or self._filled.rows is not self.rows:
+            found, which = distinct_rows(groups_of([self.rows], stages, task))
+            counts = torch.bincount(which, minlength=len(found))
+            self._filled = _Filled(rows=self.rows, found=found, counts=counts)
+        return self._filled.found, self._filled.counts
+
+    def _is_full_of(self, groups: Tensor, plan: MemoryPlan) -> bool:
+        """Return True if memory has no room for new rows of these groups (n, 2)."""
+        filled = self._filled
+        if filled is None or filled.rows is not self.rows or filled.full_for != plan:
+            return False
+        return filled.names.issuperset(map(tuple, groups.tolist()))
+
+    def _fill(
+        self,
+        new: Batch,
+        order: Tensor,
+        groups: Tensor,
+        plan: MemoryPlan,
+        stages: Tensor | None,
+        task: Task,
+    ) -> bool:
+        """Append the new rows that `balanced` keeps, if it keeps all stored rows too.
+
+        The stored rows are not read, so the time grows with the new rows and the groups.
+
+        Args:
+            order: (m,) positions of the new rows, in which they fill their quotas.
+            groups: (n, 2) stage and group of every new row.
+
+        Returns:
+            False if a stored row would be removed; then nothing is stored.
+        """
+        stored, counts = self._groups(stages, task)
+        found, which = distinct_rows(torch.cat([stored, groups[order]]))
+        places = shares(found, plan.capacity, plan.per_class)
+        filled = torch.zeros_like(places)
+        filled[which[: len(stored)]] = counts
+        if bool((filled > places).any()):
+            return False
+        own = which[len(stored) :]
+        joins = ranks(own, len(found)) < (places - filled)[own]
+        before = len(self)
+        if bool(joins.any()) or self.rows is None:
+            kept = torch.cat([torch.arange(before), before + order[joins]])
+            self._grow(new, kept, plan.capacity if plan.per_class is None else 2 * len(kept))
+        assert self.rows is not None
+        filled += torch.bincount(own[joins], minlength=len(found))
+        self._filled = _Filled(
+            rows=self.rows,
+            found=found[filled > 0],
+            counts=filled[filled > 0],
+            full_for=plan if bool((filled == places).all()) else None,
+        )
+        return True
+
     def _keep(self, new: Batch, kept: Tensor) -> None:
         """Keep these positions, ascending; positions count stored rows first, then new rows."""
         self._take(([self.rows] if self.rows is not None else []) + [new], kept)
 
     def _grow(self, new: Batch, kept: Tensor, capacity: int) -> None:
-        """Store the rows of a growing reservoir in memory that doubles when it is full.
+        """Append rows to the stored rows, in memory that doubles up to a capacity when it is full.
 
         Copying all rows at every offer would take time proportional to the square of the capacity.
         """
@@ -302,19 +397,28 @@ def balanced(groups: Tensor, capacity: int, per_class: int | None) -> Tensor:
         per_class: number of rows of every group; None for equal shares of `capacity`.
     """
     found, group = distinct_rows(groups)
+    quota = shares(found, capacity, per_class)
+    return torch.nonzero(ranks(group, len(found)) < quota[group]).flatten()
+
+
+def shares(found: Tensor, capacity: int, per_class: int | None) -> Tensor:
+    """Return the quota (m,) of each of the distinct groups (m, k), ascending (see `balanced`)."""
+    if per_class is not None:
+        return torch.full((len(found),), per_class)
     n_groups = max(1, len(found))
-    order_of_group = torch.arange(n_groups)
+    order_of_group = torch.arange(len(found))
     if n_groups > capacity:
         # the hash of a group is of its label (last column), salted with the other columns
         by_hash = hashed(found[:, -1], *found[:, :-1].T).argsort()
         order_of_group[by_hash] = torch.arange(n_groups)
-    share = (capacity + n_groups - 1 - order_of_group) // n_groups
-    quota = share if per_class is None else torch.full_like(share, per_class)
+    return (capacity + n_groups - 1 - order_of_group) // n_groups
+
+
+def ranks(group: Tensor, n_groups: int) -> Tensor:
+    """(n,) number of earlier rows of the same group, by the number of each row's group (n,)."""
     order = torch.argsort(group, stable=True)
-    starts = torch.cumsum(torch.bincount(group, minlength=n_groups), 0) - torch.bincount(
-        group, minlength=n_groups
-    )
-    # rank of each row in its group, in the order in which rows are given
+    counts = torch.bincount(group, minlength=n_groups)
+    starts = torch.cumsum(counts, 0) - counts
     rank = torch.empty_like(order)
     rank[order] = torch.arange(len(order)) - starts[group[order]]
-    return torch.nonzero(rank < quota[group]).flatten()
+    return rank

@@ -156,10 +156,10 @@ class Records:
             DataError: if a position does not exist, or a mask has another length.
         """
         positions = positions_of(index, len(self)).to(self.inputs.device)
-        taken = self.map(
-            lambda rows: view_rows(rows, positions) if rows.dim() > 1 else rows[positions]
+        return self._changed(
+            lambda rows: view_rows(rows, positions) if rows.dim() > 1 else rows[positions],
+            declared_size=0,
         )
-        return replace(taken, declared_size=0)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Records":
         """Apply `change` to inputs, labels, ids and attributes, each (n, ...).
@@ -169,12 +169,17 @@ class Records:
         Args:
             change: function that selects or moves the same rows of every tensor, in the same order.
         """
+        return self._changed(change, declared_size=self.declared_size)
+
+    def _changed(self, change: Callable[[Tensor], Tensor], *, declared_size: int) -> "Records":
+        """Make the changed records at once; a stream of thousands of pieces takes as many."""
         return replace(
             self,
             inputs=change(self.inputs),
             labels=change(self.labels),
             ids=change(self.ids),
             attributes={name: change(value) for name, value in self.attributes.items()},
+            declared_size=declared_size,
         )
 
     def undeclared(self, classes: tuple[int, ...]) -> str:

@@ -15,8 +15,10 @@ from perdure.data.record_identity import refuse_measured_records
 from perdure.data.records import Records
 from perdure.errors import DataError
 from perdure.utils.chunking import row_slices
+from perdure.utils.named_arguments import named_arguments
 
 
+@named_arguments
 def check_finite(streams: Iterable[Stream], *, training: bool = True) -> None:
     """Refuse training and test inputs that are NaN or infinite.
 

@@ -463,7 +463,7 @@ class Learner:
     def _new_schedule(self, index: int) -> None:
         """Begin the schedule of an experience, with the initial options of the optimiser."""
         self._scheduler = None
-        steps = self.training.steps(index)
+        steps = self.training.steps(index) if self.scheduler else 0
         if self.scheduler and steps:
             put_options(self._optimizer, self._made_options)
             self._scheduler = made_schedule(self.scheduler, self._optimizer, steps)

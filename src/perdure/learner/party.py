@@ -448,7 +448,8 @@ class Party:
         self.mark_model(learnt=True)
         end_training(self.model)
         self._compare_values = True
-        self.held.store(self.remember)
+        remembers = self.private_sum is not None or self.strategy.uses("remember")
+        self.held.store(self.remember if remembers else None)
         new = self.state
         if self.strategy.uses("after_experience"):
             params = self._detached()

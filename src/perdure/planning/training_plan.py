@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import cast
 
 from perdure.contract.exposure import Exposure
 from perdure.contract.plan import Plan
@@ -87,7 +88,17 @@ class TrainingPlan:
 
         Under privacy the strategy gets the experience without its training records.
         """
-        return self.strategy.plan(experience.without_records() if self.privacy else experience)
+        if self.privacy:
+            return self.strategy.plan(experience.without_records())
+        # asked several times for every piece of a stream; an experience never changes
+        if self._latest.get("of") is not experience:
+            self._latest.update(of=experience, plan=self.strategy.plan(experience))
+        return cast(Plan, self._latest["plan"])
+
+    @cached_property
+    def _latest(self) -> dict[str, object]:
+        """Experience that was planned last, and its plan."""
+        return {}
 
     def upto(self, index: int) -> Sequence[Experience]:
         """Return the experiences of the stream up to and including `index`."""

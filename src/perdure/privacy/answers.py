@@ -13,7 +13,7 @@ import torch
 
 from perdure.privacy.noise.key import NoiseKey
 from perdure.types import Tensors
-from perdure.utils.atomic_files import save_tensors
+from perdure.utils.atomic_files import save_tensors, writing
 from perdure.utils.hashing import digest
 
 MAC = " mac"
@@ -73,7 +73,8 @@ class Answers:
         save_tensors(path, {**answer, MAC: mac}, private=True)
         for old in self._folder.glob("[0-9]*-*.safetensors"):
             if int(old.name.split("-")[0]) <= experience - KEEP:
-                old.unlink()
+                with writing(old):
+                    old.unlink()
 
     def _mac(self, entry: str, answer: Tensors) -> bytes:
         message = f"answer to {entry} ".encode() + digest(answer)

@@ -3,11 +3,13 @@
 import torch
 
 from perdure.data.datasets.base import Dataset, from_stratified_split
+from perdure.utils.named_arguments import named_arguments
 
 STANDARDISED = (-10.0, 20.0)
 """Declared range of a standardised measurement: round numbers beyond the published table."""
 
 
+@named_arguments
 def breast_cancer(
     *, seed: int = 0, test_share: float = 0.3, declared_size: int | None = None
 ) -> Dataset:

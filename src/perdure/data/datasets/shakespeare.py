@@ -11,6 +11,7 @@ from perdure.data.domain import InputDomain
 from perdure.data.records import Records
 from perdure.errors import ConfigError, DataError
 from perdure.tasks import NextToken
+from perdure.utils.named_arguments import named_arguments
 
 SHAKESPEARE_URL = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -22,6 +23,7 @@ TEST_SHARE = 10
 """One of this many sequences of each speaker is in the test part."""
 
 
+@named_arguments
 def shakespeare(root: str | Path | None = None, *, length: int = 64) -> Dataset:
     """15,920 sequences of 64 characters of tiny Shakespeare, each of one speaker.
 

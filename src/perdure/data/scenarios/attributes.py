@@ -10,14 +10,16 @@ from perdure.data.experience import Experience, Stream
 from perdure.data.records import Records
 from perdure.data.scenarios.places import expected_sizes, placed, placing_rule, with_sizes
 from perdure.errors import ConfigError, DataError
+from perdure.utils.named_arguments import named_arguments
 
 
+@named_arguments
 def by_time(
     data: Dataset,
+    attribute: str = "time",
     *,
     experiences: int | None = None,
     boundaries: Sequence[float] | None = None,
-    attribute: str = "time",
     declared_size: int | Sequence[int] | None = None,
 ) -> Stream:
     """Cut the records by their time; domain-incremental.
@@ -33,9 +35,9 @@ def by_time(
 
     Args:
         data: the source; its training and test records have the attribute.
+        attribute: name of the time among `Records.attributes`.
         experiences: number of experiences, at least 1. Give this or `boundaries`.
         boundaries: public, ascending times at which a new experience begins.
-        attribute: name of the time among `Records.attributes`.
         declared_size: public number of training records of an experience, one for all or one each.
             Default: an equal share of the declared size of `data`; without one, the actual size.
 
@@ -61,11 +63,12 @@ def by_time(
     return _by_place(data, "time", places, len(cuts) + 1, rule, declared_size)
 
 
+@named_arguments
 def by_domain(
     data: Dataset,
+    attribute: str = "domain",
     *,
     order: Sequence[int] | None = None,
-    attribute: str = "domain",
     declared_size: int | Sequence[int] | None = None,
 ) -> Stream:
     """Make one experience of each natural domain, such as a hospital, a speaker or a camera.
@@ -79,10 +82,10 @@ def by_domain(
 
     Args:
         data: the source; its training and test records have the attribute.
+        attribute: name of the domain among `Records.attributes`.
         order: public numbers of the domains, in the order of training. Default: all domains in
             `Dataset.categories`, or, without these, the domains of the training records in
             ascending order.
-        attribute: name of the domain among `Records.attributes`.
         declared_size: public number of training records of an experience, one for all or one each.
             Default: an equal share of the declared size of `data`; without one, the actual size.
 

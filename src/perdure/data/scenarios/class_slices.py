@@ -19,8 +19,10 @@ from perdure.data.scenarios.places import (
 from perdure.errors import ConfigError
 from perdure.tasks import SingleLabel, refuse_other_tasks
 from perdure.types import SCENARIOS, Scenario
+from perdure.utils.named_arguments import named_arguments
 
 
+@named_arguments
 def split(
     data: Dataset,
     *,
@@ -67,7 +69,8 @@ def split(
     require_data_set(data)
     if scenario not in SCENARIOS:
         raise ConfigError.of("scenario", scenario, SCENARIOS)
-    refuse_other_tasks(data.task, (SingleLabel,), "split", "it cuts by the class of a record")
+    reason = "it cuts by the class of a record; by_time, by_domain and joint serve every task"
+    refuse_other_tasks(data.task, (SingleLabel,), "split", reason)
     order = arrival_order(data.num_classes, class_order, seed)
     widths = _slice_widths(data.num_classes, experiences, increments, scenario)
     ends = accumulate(widths)

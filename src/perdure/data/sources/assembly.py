@@ -229,7 +229,7 @@ def share_of(test: object, *, others: str) -> float:
     return float(test)
 
 
-def refuse_beside_share(*, test_ids: object, test_attributes: object = None) -> None:
+def refuse_beside_share(*, test_ids: object, test_attributes: object) -> None:
     """Refuse ids or attributes of a test part if the test part is a share of the records.
 
     Args:

@@ -1,6 +1,6 @@
 """Data sets from folders of images, with one sub-folder per class."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,12 +14,14 @@ from perdure.data.sources.assembly import Part, Settings, dataset_of, share_of
 from perdure.data.sources.ids import text_ids
 from perdure.data.sources.inputs import Standardise, float_inputs
 from perdure.errors import ConfigError, DataError
+from perdure.utils.named_arguments import named_arguments
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 """Endings of the names of image files, in lower case."""
 MODES = {1: "L", 3: "RGB"}
 
 
+@named_arguments
 def from_folder(
     folder: str | Path,
     *,
@@ -27,6 +29,7 @@ def from_folder(
     size: tuple[int, int] | None = None,
     channels: Literal[1, 3] = 3,
     classes: Sequence[str] | None = None,
+    attributes: Mapping[str, Callable[[Path], float]] | None = None,
     standardise: Standardise | None = None,
     declared_size: int | None = None,
     seed: int = 0,
@@ -52,6 +55,8 @@ def from_folder(
         channels: 3 for colour, 1 for grey; images of the other kind are converted.
         classes: names of the sub-folders, their order gives the numbers. Default: all of them in
             alphabetical order.
+        attributes: further facts of each image, such as "time", "domain" or "group": name to a
+            function from its path inside the folder to a number.
         standardise: "declared" maps 0 .. 1 to -1 .. 1; (mean, deviation) are constants that you
             declare, one number or one for every channel; or a release, as in `from_arrays`.
             Default: no scaling.
@@ -77,6 +82,10 @@ def from_folder(
             inputs=float_inputs(inputs, f"{label}images", notes),
             targets=[names[number] for _, number in files],
             ids=text_ids(f"{label}{file.relative_to(place).as_posix()}" for file, _ in files),
+            attributes={
+                key: [fact(file.relative_to(place)) for file, _ in files]
+                for key, fact in (attributes or {}).items()
+            },
             label=label,
         )
 

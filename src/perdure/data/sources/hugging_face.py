@@ -1,22 +1,29 @@
 """Data sets from the library `datasets` by Hugging Face."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from perdure.data.datasets.base import Dataset
-from perdure.data.sources.tables import from_pandas
+from perdure.data.sources.tables import (
+    from_pandas,
+    row_attributes,
+    values_are_public,
+    values_by_attribute,
+)
 from perdure.data.sources.targets import TaskName
 from perdure.data.sources.token_sequences import from_tokens
 from perdure.data.sources.torch_datasets import from_torch
 from perdure.errors import ConfigError, DataError
 from perdure.tasks import Task
+from perdure.utils.named_arguments import named_arguments
 
 if TYPE_CHECKING:
     from datasets import Dataset as Table
     from datasets import DatasetDict
 
 
+@named_arguments
 def from_huggingface(
     dataset: "Table | DatasetDict",
     *,
@@ -28,6 +35,9 @@ def from_huggingface(
     length: int | None = None,
     task: TaskName | Task | None = None,
     ids: str | None = None,
+    time: str | None = None,
+    domain: str | None = None,
+    group: str | None = None,
     declared_size: int | None = None,
     seed: int = 0,
     name: str = "data",
@@ -54,6 +64,10 @@ def from_huggingface(
         length: declared length of sequences, as in `from_tokens`.
         task: meaning of the targets, as in `from_arrays` and `from_tokens`.
         ids: column of the identity of each record, whole numbers or words, each once.
+        time: column of a date or number, kept as the attribute "time", as in `from_pandas`.
+        domain: column of a natural domain, kept as the attribute "domain". Names of a column of
+            type `ClassLabel` count as declared; under privacy `by_domain` needs them.
+        group: column of a group for measures of fairness, kept as the attribute "group".
         declared_size: public number of training records. Default: the number of rows.
         seed: seed of the hash that draws the test part.
         name: name of the data set and of its partition. Other records, or other targets of the same
@@ -66,7 +80,9 @@ def from_huggingface(
     train, rest = _parts(dataset, test)
     columns = [inputs] if isinstance(inputs, str) else list(inputs)
     tables = [train] if isinstance(rest, int | float) else [train, rest]
-    _refuse_missing_columns(tables, columns, target, ids)
+    roles = {"time": time, "domain": domain, "group": group}
+    _refuse_missing_columns(tables, columns, {"target": target, "ids": ids, **roles})
+    facts = _Facts.of(tables, roles)
     classes = getattr(train.features[target], "names", None) if target is not None else None
     own_ids = [ids and _column(table, ids) for table in tables]
     settings = _Settings(
@@ -83,6 +99,8 @@ def from_huggingface(
             task=task,
             ids=own_ids[0],
             test_ids=own_ids[1] if len(tables) > 1 else None,
+            attributes=facts.attributes[0],
+            test_attributes=facts.attributes[1] if len(tables) > 1 else None,
             **settings,
         )
     elif target is None:
@@ -95,6 +113,10 @@ def from_huggingface(
             test=rest if len(tables) == 1 else rest.to_pandas(),
             task=task or "single-label",
             ids=ids,
+            time=time,
+            domain=domain,
+            group=group,
+            categories=facts.declared,
             **settings,
         )
     else:
@@ -105,13 +127,59 @@ def from_huggingface(
             task=task or "single-label",
             ids=own_ids[0],
             test_ids=own_ids[1] if len(tables) > 1 else None,
+            attributes=facts.attributes[0],
+            test_attributes=facts.attributes[1] if len(tables) > 1 else None,
             **settings,
         )
-    return made if classes is None else _named(made, classes)
+    named = {} if classes is None else {"target": tuple(classes)}
+    told = (*made.public_facts, *facts.public)
+    return replace(
+        made,
+        categories={**made.categories, **facts.categories, **named},
+        numbered_by_records=facts.found,
+        public_facts=tuple(dict.fromkeys(told)),
+    )
 
 
-def _named(data: Dataset, classes: Sequence[str]) -> Dataset:
-    return replace(data, categories={**data.categories, "target": tuple(classes)})
+@dataclass(frozen=True, kw_only=True)
+class _Facts:
+    """Attributes of the records, from columns.
+
+    Args:
+        attributes: of each part, name to (n,).
+        declared: numbers of the values of a column whose type names them.
+        categories: names of the values, by attribute.
+        found: attributes whose values were found in the records.
+    """
+
+    attributes: list[dict[str, Any]]
+    declared: dict[str, Sequence[int]]
+    categories: dict[str, tuple[str, ...]]
+    found: tuple[str, ...]
+
+    @classmethod
+    def of(cls, tables: Sequence[Any], roles: Mapping[str, str | None]) -> "_Facts":
+        """Read the columns of these roles in every part; "time" holds dates or numbers."""
+        taken = [column for column in dict.fromkeys(roles.values()) if column is not None]
+        frames = [table.select_columns(taken).to_pandas() for table in tables] if taken else []
+        if not frames:
+            return cls(attributes=[{} for _ in tables], declared={}, categories={}, found=())
+        columns = {role: column for role, column in roles.items() if role != "time"}
+        types = {column: getattr(tables[0].features[column], "names", None) for column in taken}
+        declared = {column: range(len(names)) for column, names in types.items() if names}
+        values = values_by_attribute(frames[0], frames[-1], declared, columns)
+        names = {role: types[str(columns[role])] or found for role, found in values.items()}
+        return cls(
+            attributes=[row_attributes(frame, "", roles, values) for frame in frames],
+            declared={c: r for c, r in declared.items() if c in columns.values()},
+            categories={role: tuple(map(str, each)) for role, each in names.items()},
+            found=tuple(role for role in values if columns[role] not in declared),
+        )
+
+    @property
+    def public(self) -> list[str]:
+        """Sentences on what was found and is declared public thereby."""
+        return values_are_public(self.found)
 
 
 class _Settings(TypedDict):
@@ -150,13 +218,13 @@ def _parts(dataset: Any, test: Any) -> tuple[Any, Any]:
 
 
 def _refuse_missing_columns(
-    tables: Sequence[Any], columns: Sequence[str], target: str | None, ids: str | None
+    tables: Sequence[Any], columns: Sequence[str], others: Mapping[str, str | None]
 ) -> None:
     if not columns:
         raise ConfigError.of("inputs", [], tables[0].column_names)
     asked = [("inputs", column) for column in columns]
     for table in tables:
-        for field, column in [*asked, ("target", target), ("ids", ids)]:
+        for field, column in [*asked, *others.items()]:
             if column is not None and column not in table.column_names:
                 raise ConfigError.of(field, column, table.column_names)
 

@@ -16,6 +16,7 @@ from perdure.data.sources.targets import TaskName
 from perdure.errors import ConfigError, DataError
 from perdure.tasks import Task
 from perdure.utils.listing import shown
+from perdure.utils.named_arguments import named_arguments
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -25,6 +26,7 @@ MOST_CATEGORIES = 1000
 """Most different words of a column that are used as categories, if none are declared."""
 
 
+@named_arguments
 def from_pandas(
     table: "DataFrame",
     *,
@@ -102,7 +104,7 @@ def from_pandas(
     notes: dict[str, None] = {}
     declared = dict(categories or {})
     kept = {"domain": domain, "group": group}
-    values = _values_by_attribute(table, test, declared, kept)
+    values = values_by_attribute(table, test, declared, kept)
     found = [role for role in values if kept[role] not in declared]
     of_inputs = {c: v for c, v in declared.items() if c in chosen or c not in kept.values()}
     encoding = _encoding(table, chosen, of_inputs, missing or {})
@@ -141,19 +143,36 @@ def _part(
 ) -> Part:
     """Convert the rows of a part: inputs, targets, ids and attributes."""
     ids = roles["ids"]
+    return Part(
+        inputs=_encoded(rows, encoding, label),
+        targets=rows[target if isinstance(target, str) else list(target)].to_numpy(),
+        ids=None if ids is None else rows[ids].to_numpy(),
+        attributes=row_attributes(rows, label, roles, values),
+        label=label,
+    )
+
+
+def row_attributes(
+    rows: "DataFrame",
+    label: str,
+    roles: Mapping[str, str | None],
+    values: Mapping[str, Sequence[object]],
+) -> dict[str, Any]:
+    """Return the attributes of the rows of a part: name to (n,) numbers.
+
+    Args:
+        rows: of a table.
+        label: of the part, for messages.
+        roles: column by attribute; that of "time" holds dates or numbers.
+        values: of the other attributes, in the order of their numbers.
+    """
     time = roles["time"]
     attributes: dict[str, Any] = {}
     if time is not None:
         attributes["time"] = _seconds(rows, time, label)
     for role, names in values.items():
         attributes[role] = _codes(rows, str(roles[role]), names)
-    return Part(
-        inputs=_encoded(rows, encoding, label),
-        targets=rows[target if isinstance(target, str) else list(target)].to_numpy(),
-        ids=None if ids is None else rows[ids].to_numpy(),
-        attributes=attributes,
-        label=label,
-    )
+    return attributes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -373,6 +392,8 @@ def _seconds(rows: "DataFrame", column: str, label: str) -> "NDArray[Any]":
     from pandas.api import types
 
     values = rows[column]
+    if types.infer_dtype(values) == "date":  # days as Python objects, as Arrow gives them
+        values = pandas.to_datetime(values)
     if types.is_datetime64_any_dtype(values):
         since = pandas.to_datetime(values, utc=True) - pandas.Timestamp(0, tz="UTC")
         return np.asarray(since.dt.total_seconds(), dtype="float64")
@@ -384,7 +405,7 @@ def _seconds(rows: "DataFrame", column: str, label: str) -> "NDArray[Any]":
     return np.asarray(values.to_numpy(dtype="float64", na_value=np.nan))
 
 
-def _values_by_attribute(
+def values_by_attribute(
     table: "DataFrame",
     test: "DataFrame | float",
     declared: Mapping[str, Sequence[object]],
@@ -435,5 +456,9 @@ def _codes(rows: "DataFrame", column: str, values: Sequence[object]) -> Tensor:
 def _facts(encoding: Sequence[_Column], roles: Sequence[str]) -> tuple[str, ...]:
     found = [each.column for each in encoding if each.found]
     facts = [f"the categories found in {shown(found)} are declared public"] if found else []
-    facts += [f"the values of the attribute {role} are declared public" for role in roles]
-    return tuple(facts)
+    return (*facts, *values_are_public(roles))
+
+
+def values_are_public(attributes: Sequence[str]) -> list[str]:
+    """Sentences on attributes whose values were found and are declared public thereby."""
+    return [f"the values of the attribute {role} are declared public" for role in attributes]

@@ -21,6 +21,7 @@ from perdure.data.sources.targets import TaskName
 from perdure.data.sources.values import numbers_of, pixels_of
 from perdure.errors import DataError
 from perdure.tasks import Task
+from perdure.utils.named_arguments import named_arguments
 from perdure.utils.seeding import seed_globally, undisturbed
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ class MapStyle(Protocol):
         """Return the number of items."""
 
 
+@named_arguments
 def from_torch(
     dataset: MapStyle,
     *,
@@ -53,6 +55,8 @@ def from_torch(
     num_classes: int | None = None,
     ids: "ArrayLike | Tensor | None" = None,
     test_ids: "ArrayLike | Tensor | None" = None,
+    attributes: Mapping[str, "ArrayLike | Tensor"] | None = None,
+    test_attributes: Mapping[str, "ArrayLike | Tensor"] | None = None,
     value_range: tuple[Number, Number] | None = None,
     standardise: Standardise | None = None,
     declared_size: int | None = None,
@@ -84,6 +88,8 @@ def from_torch(
         num_classes: number of classes. Default: the number of `classes`.
         ids: (n,) identity of each item, as in `from_arrays`. Default: the position.
         test_ids: (m,) identities of the items of a given test part.
+        attributes: further facts of each item, name to (n,) numbers, as in `from_arrays`.
+        test_attributes: attributes (m,) of the items of a given test part.
         value_range: as in `from_arrays`, after the transforms.
         standardise: as in `from_arrays`.
         declared_size: public number of training records. Default: the number of items.
@@ -102,16 +108,26 @@ def from_torch(
     inputs, targets = _items(dataset, keys, f"{label}dataset", seed, notes)
     value_range = value_range or byte_range(inputs)
     train = Part(
-        inputs=float_inputs(inputs, f"{label}inputs", notes), targets=targets, ids=ids, label=label
+        inputs=float_inputs(inputs, f"{label}inputs", notes),
+        targets=targets,
+        ids=ids,
+        attributes=attributes,
+        label=label,
     )
     rest: Part | float
     if isinstance(test, int | float):
         rest = share_of(test, others="a dataset of its own")
-        refuse_beside_share(test_ids=test_ids)
+        refuse_beside_share(test_ids=test_ids, test_attributes=test_attributes)
     else:
         inputs, targets = _items(test, keys, "test dataset", seed, notes)
         made = float_inputs(inputs, "test inputs", notes)
-        rest = Part(inputs=made, targets=targets, ids=test_ids, label="test ")
+        rest = Part(
+            inputs=made,
+            targets=targets,
+            ids=test_ids,
+            attributes=test_attributes,
+            label="test ",
+        )
     names = getattr(dataset, "classes", None) if classes is None and num_classes is None else None
     named = isinstance(names, list | tuple) and not isinstance(targets[0], str)
     settings = Settings(

@@ -33,7 +33,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from perdure.errors import LedgerError
+from perdure.errors import LedgerError, StorageError
 from perdure.privacy.noise.draw_lines import (
     DrawsHead,
     HeadFile,
@@ -252,8 +252,9 @@ class DrawLog:
         self._heads: list[HeadFile] = []
         for place in (head_file(path), *self._copies):
             try:
-                file = HeadFile(place)
-            except OSError:
+                with writing(place):
+                    file = HeadFile(place)
+            except StorageError:
                 if place in self._copies:
                     continue
                 raise

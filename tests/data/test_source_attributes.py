@@ -1,0 +1,125 @@
+"""Attributes of records from every door, and arguments that are given by position."""
+
+import inspect
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import TensorDataset
+
+import perdure.data
+from perdure.data import (
+    by_domain,
+    by_time,
+    digits,
+    from_folder,
+    from_huggingface,
+    from_torch,
+    split,
+)
+from perdure.errors import ConfigError
+
+POINTS = TensorDataset(torch.rand(20, 3), torch.arange(20) % 2)
+WARDS = np.arange(20) // 10
+
+
+def test_a_torch_data_set_keeps_attributes():
+    tests = TensorDataset(torch.rand(4, 3), torch.arange(4) % 2)
+    data = from_torch(
+        POINTS, test=tests, attributes={"domain": WARDS}, test_attributes={"domain": [0, 1] * 2}
+    )
+    assert data.train.attributes["domain"].tolist() == WARDS.tolist()
+    assert [len(each.test) for each in by_domain(data)] == [2, 2]
+    with pytest.raises(ConfigError, match="test_attributes is not allowed"):
+        from_torch(POINTS, test_attributes={"domain": [0]})
+
+
+def test_a_folder_gives_attributes_by_path(tmp_path):
+    for number in range(8):
+        (tmp_path / "ab"[number % 2]).mkdir(exist_ok=True)
+        Image.new("RGB", (2, 2), (number, 0, 0)).save(tmp_path / "ab"[number % 2] / f"{number}.png")
+    data = from_folder(tmp_path, test=0.4, attributes={"time": lambda path: float(path.stem)})
+    for part in (data.train, data.test):
+        red = (255 * part.inputs[:, 0, 0, 0]).round()
+        assert torch.equal(part.attributes["time"].float(), red)
+
+
+@pytest.fixture(scope="module")
+def table():
+    made = datasets.Dataset.from_dict(
+        {
+            "vector": [[float(number), 1.0] for number in range(20)],
+            "tokens": [[1, 2, number % 4] for number in range(20)],
+            "size": [float(number) for number in range(20)],
+            "day": np.arange(20).astype("datetime64[D]"),
+            "ward": WARDS,
+            "sex": ["m", "f"] * 10,
+            "kind": [0, 1] * 10,
+        }
+    )
+    return made.cast_column("ward", datasets.ClassLabel(names=["north", "south"]))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"inputs": "vector", "target": "kind"},
+        {"inputs": ["size"], "target": "kind"},
+        {"inputs": "tokens", "vocabulary": 5},
+    ],
+)
+def test_a_hugging_face_data_set_has_attributes_of_columns(table, settings):
+    data = from_huggingface(
+        table, **settings, test=table.select([0, 11]), time="day", domain="ward", group="sex"
+    )
+    assert data.train.attributes["domain"].tolist() == WARDS.tolist()
+    assert data.train.attributes["group"].tolist() == [1, 0] * 10
+    assert data.train.attributes["time"].tolist() == [86400.0 * day for day in range(20)]
+    assert data.test.attributes["domain"].tolist() == [0, 1]
+    assert data.categories["domain"] == ("north", "south")
+    assert data.categories["group"] == ("f", "m")
+    # names of a type are declared, names that are found depend on every record
+    assert data.numbered_by_records == ("group",) and by_domain(data).assigned_by_record
+    assert "the values of the attribute group are declared public" in data.public_facts
+
+
+def test_a_column_that_is_absent_is_named(table):
+    with pytest.raises(ConfigError, match="domain = 'hospital' is not allowed; allowed: vector"):
+        from_huggingface(table, inputs="vector", target="kind", domain="hospital")
+
+
+# --------------------------------------------------------------------------- by position
+
+
+def named_only():
+    for name in perdure.data.__all__:
+        function = getattr(perdure.data, name)
+        if inspect.isfunction(function):
+            kinds = [each.kind for each in inspect.signature(function).parameters.values()]
+            if inspect.Parameter.KEYWORD_ONLY in kinds:
+                yield name
+
+
+@pytest.mark.parametrize("name", list(named_only()))
+def test_an_argument_without_its_name_is_refused_in_one_line(name):
+    with pytest.raises(ConfigError, match=f"{name} was given 9 arguments without a name") as caught:
+        getattr(perdure.data, name)(*range(9))
+    assert "\n" not in str(caught.value) and "=..." in str(caught.value)
+
+
+def test_domains_and_times_are_cut_by_a_named_attribute():
+    attributes = {"site": WARDS, "day": np.arange(20)}
+    data = perdure.data.from_arrays(
+        POINTS.tensors[0], POINTS.tensors[1], test=0.3, attributes=attributes
+    )
+    assert len(by_domain(data, "site")) == 2
+    assert len(by_time(data, "day", boundaries=[5, 10])) == 3
+
+
+def test_split_names_the_cuts_that_serve_every_task():
+    data = perdure.data.from_arrays(np.ones((9, 2)), np.ones(9), test=0.5, task="regression")
+    with pytest.raises(ConfigError, match="by_time, by_domain and joint serve every task"):
+        split(data, scenario="class", experiences=1)
+    assert len(split(digits(), scenario="class", experiences=5)) == 5
