@@ -229,9 +229,9 @@ def invariance(data: Dataset) -> dict[str, Any]:
 
 
 Arm = tuple[str, float | None]
-"""Strategy and epsilon."""
+"""Strategy and epsilon of an arm."""
 Runs = dict[Arm, list[tuple[Strategy, Outcome, float]]]
-"""Of every arm, the seeds so far: strategy, outcome, and seconds that the features took."""
+"""For every arm, its seeds so far: strategy, outcome, and seconds spent on the features."""
 
 
 def timed(data: Dataset, features: Callable[[Tensor], Tensor]) -> tuple[Dataset, float]:

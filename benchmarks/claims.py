@@ -141,9 +141,9 @@ def linear(stream: Stream, seed: int) -> nn.Module:
 
 BATCHES = {"iterations": 150, "batch_size": 32}
 MORE = {"iterations": 300, "batch_size": 32}
-"""Where less would leave fine-tuning with little to forget, and for experiences of ten digits."""
+"""Length of experiences of ten digits, and where fewer steps would make forgetting too small."""
 POOLED = {"iterations": 150, "batch_size": 64}
-"""Where new and stored records are one pool: as many rows a step as 32 new and 32 stored ones."""
+"""Length if new and stored records are one pool: as many rows per step as 32 new, 32 stored."""
 DOUBLED = (
     "twice the length of the class-incremental ones, after fine-tuning had been seen to forget "
     "little (2 seeds)"
@@ -155,7 +155,7 @@ CLASSES = partial(split_mnist, scenario="class")
 ONLINE = partial(split_mnist, scenario="class", train=500)
 NAIVE = Arm(name="naive", strategy=Naive, chosen=NOTHING)
 RATES = {RATE: (0.01, 1.0)}
-"""Of plain SGD; searched for all arms of an online comparison that use it."""
+"""Learning rates of plain SGD that are searched for all arms of an online comparison."""
 
 
 def er(memory_size: int) -> Arm:

@@ -53,7 +53,7 @@ IMAGES = 20_000
 STEPS = 1000
 BATCH = 128
 TURNS = 4
-"""Of the pre-training."""
+"""Angles of the quarter turns in the pre-training."""
 
 
 def split_digits(seed: int, *, experiences: int) -> Stream:

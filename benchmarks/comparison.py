@@ -44,7 +44,7 @@ SEARCH_SEED = 3
 two fifths.
 """
 RATE = "learning_rate"
-"""A searched value of this name goes to the optimiser, all others to the strategy."""
+"""Name of the searched value that the optimiser gets; the strategy gets all other values."""
 
 
 def old_and_new_apart(matrix: Tensor) -> float:
@@ -64,7 +64,7 @@ MEASURES: dict[str, Callable[[Tensor], float]] = {
     "old_and_new_apart": old_and_new_apart,
 }
 LOWER = ("forgetting", "old_and_new_apart")
-"""Of these less is better."""
+"""Measures for which lower values are better."""
 
 
 def small(stream: Stream, seed: int) -> nn.Module:

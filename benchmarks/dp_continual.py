@@ -72,7 +72,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "rwalk": {"strength": 1.0},
     "si": {"strength": 1.0},
 }
-"""Settings of the strategies that need some, by file."""
+"""Settings of the strategies that need settings, by file."""
 
 
 def fitting() -> list[str]:

@@ -57,7 +57,7 @@ MOMENTUM = 0.9
 CLIP_NORM = 0.1
 EPOCHS = 40
 PUBLISHED = {3.0: 98.7}
-"""Accuracy in percent by epsilon."""
+"""Published accuracy in percent, by epsilon."""
 
 
 @dataclass(frozen=True, kw_only=True)

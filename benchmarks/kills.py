@@ -86,17 +86,18 @@ START = "process.imported"
 ENDED = "process.ended"
 BEFORE = "process.start"
 BEGUN = "experience.begin"
-"""Where a kill fell that came before the first line of the journal: interpreter and imports.
+"""First point of a run's loop.
 
-Where the loop begins.
+`BEFORE` stands for a kill before the first line of the journal, during start and imports.
 """
 EARLY = 0.25
 BEYOND = 1.25
-"""Share of the kills that are meant for the start; how far the others reach, as a multiple of what
-is left.
+"""Latest moment of a kill in the loop, as a multiple of the time for the remaining draws.
+
+`EARLY` is the share of the kills that are planned for the time before the loop.
 """
 FEW = 20
-"""Draws that a process must have made for its pace to be believed."""
+"""Fewest draws of a process from which its speed is estimated."""
 
 
 def text_of(series: str) -> str:

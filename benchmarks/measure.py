@@ -25,12 +25,12 @@ ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = ("src/perdure", "strategies")
 EVERYTHING = (*LIBRARY, "benchmarks", "tests")
 LONGEST = 60
-"""Most lines that a function may have, its docstring not counted."""
+"""Largest number of lines of a function, without its docstring."""
 QUESTIONS = re.compile(r"(What|Whether|How|Who)\b")
 FORMATTER_OFF = re.compile(r"#\s*fmt:\s*(skip|off)")
 RULER = re.compile(r"#\s*-{5}")
 DOCUMENTED = frozenset({"_asdict", "_exit", "_fields", "_getframe", "_make", "_replace"})
-"""Names of the standard library that begin with an underscore and are public all the same."""
+"""Names of the standard library that begin with an underscore but are documented."""
 FOREIGN = {
     "_ConvNd": "torch: the only common class of convolutions",
     "_DropoutNd": "torch: the only common class of dropout layers",
@@ -70,7 +70,7 @@ FOREIGN = {
     "_flat_data": "Avalanche: as `_datasets`",
     "_indices": "Avalanche: as `_datasets`",
 }
-"""Private names of other libraries that are used for want of public ones, and why."""
+"""Private names of other libraries that are used because no public name exists, with reasons."""
 BY_NAME = frozenset({"delattr", "getattr", "hasattr", "setattr"})
 """Functions, and methods such as pytest's `monkeypatch.setattr`, that take an attribute's name."""
 

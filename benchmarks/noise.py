@@ -27,16 +27,16 @@ from perdure.privacy.noise import NoiseKey
 from perdure.utils import store_rows
 
 NUMBERS = {"MLP 784-400-400-10": 478_410, "28 million": 28_000_000}
-"""The model of the step benchmark, and one as large as a small transformer."""
+"""Numbers of parameters: those of the model in `dp_step.py`, and of a small transformer."""
 NOISE = 1.1
 NANOSECONDS_TARGET = 4.0
-"""At most so many a number, cipher included."""
+"""Largest time per number that is aimed at, including the cipher."""
 BELOW_COMPILED = 2**13 - 1
 """Largest draw that does not load the compiled kernel."""
 PURE_LARGEST = 500_000
-"""Numbers that the NumPy path draws at most; its cost a number does not depend on more."""
+"""Most numbers that the NumPy path draws here; its cost per number is the same for more."""
 PIECE_BYTES = 2**18
-"""Words at a time, as in a draw of noise: they stay in the processor's cache."""
+"""Bytes of words drawn at a time, as in a draw of noise, so that they stay in the cache."""
 
 
 def exact(total: Tensor, scale: float, step: int = 0) -> None:

@@ -51,7 +51,7 @@ TRIALS = 5
 MAKERS: dict[str, Callable[..., Strategy]] = {"none": Naive, "ewc": EWC, "si": SI}
 SPACE: dict[str, Space] = {"ewc": {"strength": (30.0, 1000.0)}, "si": {"strength": (0.5, 5.0)}}
 TARGET = {"ewc": 94.0, "si": 95.0}
-"""Average accuracy in percent that is aimed at."""
+"""Average accuracy in percent that is aimed at, by strategy."""
 COLUMNS = (
     "strategy",
     "options",

@@ -17,11 +17,11 @@ from typing import TypeGuard
 from measure import EVERYTHING, LIBRARY, Function, Source, docstrings, is_private, sources
 
 LONGEST_NAME = 60
-"""Most characters of a test's name."""
+"""Largest number of characters in the name of a test."""
 OPENING = re.compile(r"(?:^|[.!?:;]\s+|\n\s*\n\s*|\n\s*- )(What|Whether|How|Who)\b")
 """Start of a sentence as a noun clause: at the start of a text, after a stop, or in a list."""
 MESSAGE = re.compile(r"(?:^|[.!?:;]\s+)(what|whether|how|who)\b", re.IGNORECASE)
-"""The same in an error message, which begins with a small letter."""
+"""Start of a noun clause in an error message, which begins with a small letter."""
 TEST_NAME = re.compile(r"test(_[a-z0-9]+){2,}")
 DIMENSION = r"(?:\d \+ [A-Z]|[A-Za-z]|\d+|\d?[a-z_]+|\.\.\.)"
 FIRST = r"(?:\d?[A-Za-z]|\.\.\.|bins|channels|components|features|filters|rank|rows)"

@@ -40,7 +40,7 @@ DEVIATION = (0.2470, 0.2435, 0.2615)
 BATCH = 32
 BUFFERS = (200, 500)
 PUBLISHED = {("der++", 200): 64.9, ("der++", 500): 72.7, ("er", 200): 44.8, ("er", 500): 57.7}
-"""Average accuracy in percent, mean of ten seeds."""
+"""Published average accuracy in percent, the mean of ten seeds."""
 COLUMNS = (
     "strategy",
     "buffer",

@@ -61,7 +61,7 @@ from perdure.types import Scenario
 
 Name = Literal["vandeven", "hsu"]
 Key = tuple[str, str, str]
-"""Protocol, scenario, strategy."""
+"""Protocol, scenario and strategy of a cell."""
 BATCH = 128
 HIDDEN = (400, 400)
 SCENARIOS: tuple[Scenario, ...] = get_args(Scenario)
@@ -95,8 +95,8 @@ PUBLISHED: dict[tuple[str, str], tuple[float | None, ...]] = {
     ("hsu", "lwf"): (99.6, 71.0, 24.2),
     ("hsu", "gem"): (98.4, 96.2, 92.2),
 }
-"""Average accuracy in percent: task-, domain- and class-incremental; None where we have no source
-at hand.
+"""Average accuracy in percent: task-, domain- and class-incremental; None without a
+source.
 """
 DEVIATION: dict[tuple[str, str], tuple[float, float, float]] = {
     ("hsu", "joint"): (0.16, 0.15, 0.30),
@@ -106,7 +106,7 @@ DEVIATION: dict[tuple[str, str], tuple[float, float, float]] = {
     ("hsu", "lwf"): (0.03, 1.26, 0.33),
     ("hsu", "gem"): (0.10, 0.35, 0.12),
 }
-"""Of the published runs, ten each (the table in the authors' repository,
+"""Standard deviation of the published runs, ten each (the table in the authors' repository,
 GT-RIPL/Continual-Learning-Benchmark).
 """
 REFERENCE: dict[Key, float] = {

@@ -365,7 +365,7 @@ TABLES: dict[str, Listing] = {
         },
     ),
 }
-"""Tables by the name that the page gives them."""
+"""Tables by their names on the page."""
 
 
 def table(name: str) -> str:

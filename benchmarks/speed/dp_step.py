@@ -57,12 +57,13 @@ FEW_STEPS = {"opacus_hooks": 2}
 TIME_TARGETS = {256: 1.5, 1024: 1.25}
 MEMORY_TARGET = 1.5
 GHOST_TARGET = 1.5
-"""At most this share of plain SGD's peak memory; at least this many times as fast as Opacus ghost
-clipping.
+"""Smallest speed relative to Opacus ghost clipping that is aimed at.
+
+`MEMORY_TARGET` is the largest peak memory relative to plain SGD that is aimed at.
 """
 
 Seconds = tuple[float, float]
-"""Processor time and clock time of a step."""
+"""Processor time and elapsed time of a step, in seconds."""
 
 
 def mlp() -> nn.Module:

@@ -39,9 +39,9 @@ from perdure.utils import command, machine, store_rows, versions
 PACKAGE = Path(perdure.__file__).resolve().parent
 STRATEGIES = Path(perdure.strategies.__file__).resolve().parent
 STEP = 4
-"""Step of the second experience that is watched; the block has twice as many."""
+"""Number of the recorded step in the second experience; its block has twice as many steps."""
 TARGETS = {"private step": (18, 100), "federated round": (25, 300)}
-"""Most files and functions that each should enter."""
+"""Largest number of files and of functions that each should run."""
 
 
 @dataclass

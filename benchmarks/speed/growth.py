@@ -38,18 +38,18 @@ from perdure.utils import flushed, store_rows
 
 Row = dict[str, object]
 Clock = Callable[[], float]
-"""Runs a block and returns its processor time in seconds for one unit."""
+"""Function that runs a block and returns its processor time in seconds for one unit."""
 
 BATCH = 128
 INPUTS = 784
 LARGE = (4920, 4920)
-"""Hidden layers of a model with 28 million parameters."""
+"""Widths of the hidden layers of a model with 28 million parameters."""
 RATE = 1e-4
 STRENGTH = 1.0
 STEPS = 4
-"""Steps of a block of the large model."""
+"""Number of steps in a block of the large model."""
 FIRST = 16
-"""Records of the first experience of the large model: the release after it is not what is timed."""
+"""Records of the first experience of the large model; few, because its end is not timed."""
 
 STEP_ROWS: dict[str, tuple[Strategy, float]] = {
     "naive": (Naive(), 1.0),
@@ -59,7 +59,7 @@ STEP_ROWS: dict[str, tuple[Strategy, float]] = {
     "l2": (L2(strength=STRENGTH), 1.3),
     "rwalk": (RWalk(strength=STRENGTH), 2.0),
 }
-"""Strategies, and the most of Naive's time that a step may take."""
+"""Strategies, and the largest ratio of their step time to Naive's that is aimed at."""
 WITH_BARE = ("naive", "ewc", "si")
 
 
@@ -258,7 +258,7 @@ class Growth:
 
 
 SMALL = 64
-"""Inputs of a record, and units of the hidden layer, where neither is what grows."""
+"""Inputs of a record, and units of the hidden layer, if another size grows."""
 
 
 def steps_in_second(strategy: Strategy, records: int, steps: int = 50) -> Clock:
@@ -396,9 +396,9 @@ def growth_row(name: str, repeats: int) -> Row:
 PARENTS = 5
 PIECES = 5_000
 PIECE = 10
-"""Records of a piece, and of a step: every record is seen once."""
+"""Number of records in a piece, and in a step, so that every record is used once."""
 TESTED = 1_000
-"""Test records of a parent."""
+"""Number of test records of an experience that is cut into pieces."""
 PIECE_ROWS: dict[str, Strategy] = {
     "pieces": Naive(),
     "pieces, replay": Replay(memory_size=500, selection="reservoir", update="step"),

@@ -52,9 +52,9 @@ ON_RESNET: dict[str, Strategy] = {
     "mas": MAS(strength=STRENGTH),
 }
 TARGETS = {"exact": 11.0, "classes": 10.0}
-"""At most this ratio."""
+"""Largest ratio that is aimed at, by row."""
 PEAK_TARGETS = {"exact": 300.0}
-"""At most so many MiB more."""
+"""Largest growth of the peak memory in MiB that is aimed at, by row."""
 
 Job = Callable[[], object]
 

@@ -41,7 +41,7 @@ GRID_STEPS = 2**24
 METHODS = ("plain", "perdure", "vmap", "opacus_hooks", "opacus_functorch", "opacus_ghost")
 BATCHES = (64, 256)
 VMAP_TARGET = 1.1
-"""At most this many times the time of `vmap(grad)`, and at most that of Opacus's best mode."""
+"""Largest ratios of times that are aimed at: to `vmap(grad)`, and to Opacus's best mode."""
 
 Step = Callable[[], object]
 

@@ -67,9 +67,9 @@ STEPS = 3
 LEARNING_RATE = 0.05
 POPULATIONS = (100, 1_000, 10_000)
 FEW_ROUNDS = 10
-"""Rounds of the rows `clients`."""
+"""Number of rounds for the rows `clients`."""
 DISTINCT = 100
-"""Clients with records of their own; client 100 holds those of client 0 again."""
+"""Number of clients with records of their own; client 100 has the records of client 0 again."""
 
 
 def model_for(kind: str) -> Classifier:

@@ -71,7 +71,7 @@ CLASSES = 10
 INPUT = (1, 28, 28)
 HIDDEN = (400, 400)
 STEPS = 8
-"""Steps of one block: the two learners take turns after so many."""
+"""Number of steps in one block, after which the other learner takes its turn."""
 WARM = 4
 HERDED = 200
 FEATURES = 400
