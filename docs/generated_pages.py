@@ -38,18 +38,6 @@ PACKAGES = {
 }
 """Public packages, in the order of the site; `perdure.strategies` has a page of its own."""
 
-CONFIG_TABLES = {
-    "[data]": "DataConfig",
-    "[model]": "ModelConfig",
-    "[training]": "TrainingConfig",
-    "[federation]": "FederationConfig",
-    "[privacy]": "Privacy",
-    "[attack]": "AttackConfig",
-    "[explain]": "ExplainConfig",
-    "[[arms]]": "Arm",
-}
-"""Tables of a run's config and the dataclass in `perdure.experiment.config` that reads each."""
-
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 MEASURED = ("split_mnist", "permuted_mnist", "split_cifar10", "dp_continual", "analytic_mnist")
 """Files of stored rows that have one strategy, and its accuracy, in a row."""
@@ -64,7 +52,7 @@ EXIT_CODES = """
 | code | meaning |
 |---|---|
 | 0 | done |
-| 1 | `audit`: a claim is refuted. `ledger verify`: something is wrong. `ledger show` and \
+| 1 | `run`: finished, but a training diverged. `audit`: a claim is refuted. `ledger verify`: something is wrong. `ledger show` and \
 `ledger project`: a ledger of the run is missing |
 | 2 | the command cannot be carried out: wrong option, config, folder or data; one line says why |
 | 3 | `ledger verify`: nothing is wrong, but a key is missing, so the history is not proved |
@@ -215,27 +203,23 @@ def _meaning(option: Any) -> str:
 def run_config() -> str:
     """Text of the page of a run's config: the example of its module, then every table."""
     from perdure.experiment import config
+    from perdure.experiment.reference import reference_markdown
 
     example = str(config.__doc__).partition("\n\n")[2].strip()
     listed = "".join(
         f"| {kind} | {', '.join(f'`{name}`' for name in names)} |\n"
         for kind, names in _extensions().items()
     )
-    tables = "".join(
-        f"## `{table}`\n\n::: perdure.experiment.config.{kind}\n    options:\n"
-        "      show_root_heading: false\n      show_root_toc_entry: false\n      members: []\n"
-        "      members: false\n\n"
-        for table, kind in CONFIG_TABLES.items()
-    )
     return (
         "# Config of a run\n\nA run is described by one TOML file. `perdure demo --show-config` "
-        "prints one to change; `perdure run FILE` runs it. A field that is unknown or out of range "
-        f"is refused with its name, its value and what is allowed.\n\n```toml\n{example}\n```\n\n"
-        "Outside of tables stand `name`, the run's folder; `seed`, of everything but secret noise; "
-        "and `threads`, of torch. `[private_training]` has the fields of `[training]` and replaces "
-        "it for the private arms.\n\n"
-        'An extension of your own is named `"my_package.my_module:MyClass"`. These are found by '
-        f"name:\n\n| in | names |\n|---|---|\n{listed}\n{tables}"
+        "prints one to change; `perdure run FILE` runs it, and `perdure config FILE` checks it. A "
+        "key that is unknown or out of range is refused with the file, its name, its value and "
+        "what is allowed. `perdure config --reference` prints this page in a terminal."
+        f"\n\n```toml\n{example}\n```\n\n"
+        "`[private_training]` has the keys of `[training]` and replaces it for the private arms. "
+        'An extension of your own is named `"my_package.my_module:MyClass"`; modules are also '
+        "searched in the folder where the command is given. These are found by name:\n\n"
+        f"| in | names |\n|---|---|\n{listed}\n{reference_markdown()}"
     )
 
 

@@ -2,19 +2,23 @@
 
 import math
 import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
+from perdure.data import Stream
 from perdure.errors import ConfigError
+from perdure.learner import Learner, OutsideMetric, evaluate_with
 from perdure.metrics import (
     Summary,
     area_under_accuracy,
     average_accuracy,
     backward_transfer,
+    class_measures,
     expected_calibration_error,
     forgetting,
     forward_transfer,
@@ -22,6 +26,7 @@ from perdure.metrics import (
     summarise,
     worst_experience_accuracy,
 )
+from perdure.strategies import Naive
 
 NAN = float("nan")
 # Best on experience 0 is after experience 1 (95), not when it was learnt (90).
@@ -236,6 +241,42 @@ def test_calibration_error_agrees_with_torchmetrics(seed: int) -> None:
     )
 
 
+@pytest.mark.reference
+def test_class_measures_agree_with_torchmetrics() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from torchmetrics.functional import classification as reference
+    generator = torch.Generator().manual_seed(0)
+    outputs = 2 * torch.randn(400, 7, generator=generator)
+    labels = torch.randint(0, 6, (400,), generator=generator)  # class 6 has no records
+    found = class_measures(outputs, labels)
+    theirs = reference.multiclass_confusion_matrix(outputs, labels, num_classes=7)
+    assert torch.equal(found.confusion, theirs)
+    for mine, name in ((found.accuracy, "accuracy"), (found.f1, "f1_score")):
+        compute = getattr(reference, f"multiclass_{name}")
+        each = compute(outputs, labels, num_classes=7, average="none")
+        assert torch.allclose(mine[:6], 100 * each[:6].double(), atol=1e-4)
+        assert mine[6].isnan()
+    assert found.macro_f1 == pytest.approx(float(found.f1[:6].mean()))
+    error = reference.multiclass_calibration_error(outputs, labels, num_classes=7, n_bins=15)
+    assert found.calibration_error == pytest.approx(error.item(), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "labels", "message"),
+    [
+        (torch.eye(2), torch.tensor([0]), r"outputs, labels = \(\(2, 2\), \(1,\)\)"),
+        (torch.empty(0, 2), torch.empty(0, dtype=torch.int64), "n at least 1"),
+        (torch.full((2, 2), torch.nan), torch.tensor([0, 1]), "NaN or infinite for 2 of 2"),
+    ],
+)
+def test_class_measures_refuse_what_has_no_class(
+    outputs: Tensor, labels: Tensor, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        class_measures(outputs, labels)
+
+
 @pytest.mark.parametrize(
     ("probabilities", "labels", "bins", "field"),
     [
@@ -251,3 +292,27 @@ def test_calibration_error_refuses_invalid_probabilities(
 ) -> None:
     with pytest.raises(ConfigError, match=field):
         expected_calibration_error(probabilities, labels, bins)
+
+
+@pytest.mark.parametrize("scenario", ["class", "task"])
+def test_metrics_of_torchmetrics_measure_every_stage(
+    toy_model: Callable[[Stream], nn.Module], toy_stream: Callable[[str], Stream], scenario: str
+) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
+    stream = toy_stream(scenario)
+    learner = Learner(
+        model=toy_model(stream), strategy=Naive(), optimizer=torch.optim.Adam, iterations=2
+    )
+    learner.fit(stream)
+    metrics: dict[str, OutsideMetric] = {
+        "accuracy": MulticlassAccuracy(num_classes=4, average="micro"),
+        "confusion": MulticlassConfusionMatrix(num_classes=4),
+    }
+    found = evaluate_with(learner, stream, metrics)
+    accuracies = [100 * float(each["accuracy"]) for each in found]
+    assert accuracies == pytest.approx(learner.matrix[-1])
+    for stage, each in zip(stream.stages, found, strict=True):
+        counts = torch.bincount(stage.test.labels, minlength=4)
+        assert torch.equal(each["confusion"].sum(1), counts)

@@ -1,9 +1,10 @@
 """Continual and federated learning with differential privacy, in one PyTorch library.
 
-This package exports the most important names: `Learner`, `Privacy`, and the classes of strategies,
-streams and records. Other names are in packages: `perdure.data` for streams, `perdure.models`,
-`perdure.strategies`, `perdure.federated`, `perdure.privacy` and others. A name is loaded when it is
-first used, so `perdure --help` does not load torch.
+This package exports the most important names: `Learner`, `Privacy`, the classes of strategies,
+streams and records, and `load`, which loads a trained model of a run. Other names are in packages:
+`perdure.data` for streams, `perdure.models`, `perdure.strategies`, `perdure.federated`,
+`perdure.privacy` and others. A name is loaded when it is first used, so `perdure --help` does not
+load torch.
 """
 
 import importlib
@@ -31,6 +32,7 @@ __all__ = [
     "State",
     "Strategy",
     "Stream",
+    "load",
 ]
 
 if TYPE_CHECKING:
@@ -59,6 +61,7 @@ if TYPE_CHECKING:
     from perdure.data.experience import Experience, Stream
     from perdure.data.records import Batch, Records
     from perdure.errors import PerdureError
+    from perdure.experiment.run import load
     from perdure.learner.learner import Learner
     from perdure.learner.session import Session
     from perdure.privacy.settings import Privacy
@@ -84,6 +87,7 @@ else:
         "State": "perdure.contract.state",
         "Strategy": "perdure.contract.strategy",
         "Stream": "perdure.data.experience",
+        "load": "perdure.experiment.run",
     }
 
     def __getattr__(name: str) -> object:

@@ -2,7 +2,8 @@
 
 PerdureError
     ├── ConfigError         a value the caller gave: names the field, the value and what is allowed
-    │   └── DataError       a data set that is missing, damaged or of the wrong shape
+    │   ├── DataError       a data set that is missing, damaged or of the wrong shape
+    │   └── NonFiniteError  outputs of a model that are NaN or infinite
     ├── PrivacyError        the privacy rules refuse
     │   ├── BudgetError     the next release would spend more than was granted
     │   ├── GuardError      a model, loss or sampler that breaks the sensitivity bound
@@ -31,6 +32,7 @@ __all__ = [
     "GuardError",
     "LedgerError",
     "LoopError",
+    "NonFiniteError",
     "PerdureError",
     "PrivacyError",
     "RunError",
@@ -64,6 +66,10 @@ class ConfigError(PerdureError, ValueError):
 
 class DataError(ConfigError):
     """A data set is missing, damaged or of the wrong shape."""
+
+
+class NonFiniteError(ConfigError):
+    """Outputs of a model are NaN or infinite."""
 
 
 class PrivacyError(PerdureError):

@@ -24,11 +24,13 @@ from perdure.utils.finite_outputs import finite_outputs
 
 __all__ = [
     "ACCURACY",
+    "ClassMeasures",
     "Summary",
     "accuracy",
     "area_under_accuracy",
     "average_accuracy",
     "backward_transfer",
+    "class_measures",
     "evaluate",
     "expected_calibration_error",
     "forgetting",
@@ -289,6 +291,63 @@ def expected_calibration_error(probabilities: Tensor, labels: Tensor, bins: int 
     return torch.zeros(bins).double().index_add(
         0, bin_of.cpu(), gap.cpu()
     ).abs().sum().item() / len(labels)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ClassMeasures:
+    """Measures of each class on some records.
+
+    Args:
+        confusion: (C, C) int64, number of records of class i that were predicted as class j.
+        accuracy: (C,) float64, percent of the records of each class that are right (recall); NaN
+            for a class without records.
+        f1: (C,) float64, percent; NaN for a class without records.
+        macro_f1: mean of `f1` over the classes with records, percent.
+        calibration_error: see `expected_calibration_error`.
+    """
+
+    confusion: Tensor
+    accuracy: Tensor
+    f1: Tensor
+    macro_f1: float
+    calibration_error: float
+
+
+def class_measures(outputs: Tensor, labels: Tensor) -> ClassMeasures:
+    """Measure the outputs of a model for each class.
+
+    F1_c = 2 TP / (2 TP + FP + FN), where a record of another class that is predicted as c is a
+    false positive of c, and a record of c that is predicted otherwise a false negative. These are
+    torchmetrics' multiclass measures; for others see `perdure.learner.evaluate_with`.
+
+    Args:
+        outputs: (n, C) logits.
+        labels: (n,) int64 classes, n at least 1.
+
+    Raises:
+        ConfigError: when shapes do not fit, or outputs are NaN or infinite.
+
+    >>> found = class_measures(torch.eye(3)[[0, 1, 1]], torch.tensor([0, 0, 1]))
+    >>> found.confusion.tolist(), found.accuracy.tolist()
+    ([[1, 1, 0], [0, 1, 0], [0, 0, 0]], [50.0, 100.0, nan])
+    """
+    if outputs.ndim != 2 or not len(outputs) or labels.shape != outputs.shape[:1]:
+        shapes = (tuple(outputs.shape), tuple(labels.shape))
+        raise ConfigError.of("outputs, labels", shapes, "shapes (n, C) and (n,), n at least 1")
+    width = outputs.shape[1]
+    predicted = finite_outputs(outputs).argmax(1)
+    confusion = torch.bincount(labels * width + predicted, minlength=width**2).view(width, width)
+    right = confusion.diagonal().double()
+    present = confusion.sum(1).double()
+    # 0 / 0 is NaN where a class has no records
+    f1 = torch.where(present > 0, 200 * right / (present + confusion.sum(0)), torch.nan)
+    return ClassMeasures(
+        confusion=confusion,
+        accuracy=100 * right / present,
+        f1=f1,
+        macro_f1=float(f1.nanmean()),
+        calibration_error=expected_calibration_error(torch.softmax(outputs, dim=1), labels),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

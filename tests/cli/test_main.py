@@ -15,6 +15,8 @@ from importlib import resources
 import pytest
 from rich.console import Console
 
+from perdure.experiment.config import parse
+
 with warnings.catch_warnings():
     # typer takes names from click that click is about to move
     warnings.filterwarnings("ignore", message="'click", category=DeprecationWarning)
@@ -50,6 +52,27 @@ def perdure(monkeypatch, capfd, tmp_path):
         return ended.value.code or 0, printed.out, printed.err
 
     return call
+
+
+SEEDED = """
+name = "small"
+seed = 7
+[data]
+name = "helpers.own_data:blobs"
+experiences = 2
+[model]
+hidden = [4]
+[training]
+optimizer = "SGD"
+learning_rate = 0.1
+iterations = 2
+[[arms]]
+strategy = "naive"
+[[arms]]
+name = "wild"
+strategy = "ewc"
+strength = 1e30
+"""
 
 
 def assert_refused(answer, *words):
@@ -276,6 +299,41 @@ def test_an_unknown_command_is_refused_without_a_traceback(perdure):
     assert (code, out) == (2, "")
     assert "No such command 'rnu'" in err
     assert "Traceback" not in err
+
+
+# --------------------------------------------------------------------------- options of a run
+
+
+def test_run_with_seeds_stores_the_config_that_was_run(perdure, tmp_path):
+    (tmp_path / "mine.toml").write_text(SEEDED)
+    code, out, err = perdure("run", "mine.toml", "--seeds", "1,3", "--device", "cpu")
+    assert (code, err) == (1, "")
+    assert "wild-seed-1 diverged: EWC: " in plain(out) and "of 2 seeds" in plain(out)
+    stored = parse((tmp_path / "runs" / "small" / "config.toml").read_text())
+    assert (stored.seeds, stored.device, stored.arms) == ((1, 3), "cpu", parse(SEEDED).arms)
+    assert perdure("run", "mine.toml", "--seeds", "1,3")[0] == 1
+
+
+def test_wrong_options_of_a_run_are_refused(perdure, tmp_path):
+    (tmp_path / "mine.toml").write_text(SEEDED)
+    answer = perdure("run", "mine.toml", "--seeds", "1,x")
+    assert_refused(answer, "--seeds = '1,x'", "whole numbers with commas")
+    answer = perdure("run", "mine.toml", "--engine", "ray")
+    assert_refused(answer, "--engine = 'ray'", "[federation]")
+    answer = perdure("run", "mine.toml", "--device", "gpu")
+    assert_refused(answer, "mine.toml: device = 'gpu'", "such as cpu or cuda")
+
+
+def test_config_command_checks_a_file_and_prints_the_reference(perdure, tmp_path):
+    (tmp_path / "mine.toml").write_text(SEEDED.replace("seed = 7", "seeds = [1, 3]"))
+    code, out, err = perdure("config", "mine.toml")
+    names = ["naive-plain-seed-1", "wild-seed-1", "naive-plain-seed-3", "wild-seed-3"]
+    assert (code, out.split(), err) == (0, names, "")
+    code, out, err = perdure("config", "--reference", "--table", "federation")
+    assert (code, err) == (0, "") and out.startswith("[federation]\n  clients: a whole number;")
+    assert_refused(perdure("config"), "--reference")
+    assert_refused(perdure("config", "--reference", "--table", "x"), "--table = 'x'", "training")
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.toml"]
 
 
 # --------------------------------------------------------------------------- Ctrl-C

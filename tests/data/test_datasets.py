@@ -23,7 +23,7 @@ from perdure.data.datasets.digits import digits
 from perdure.data.datasets.registry import load
 from perdure.data.records import Records
 from perdure.errors import ConfigError, DataError
-from perdure.experiment.config import DataConfig
+from perdure.experiment.data_config import DataConfig
 
 ADULT_HEADER = "age, workclass, fnlwgt, education, education-num, marital-status, ..."
 ADULT_ROW = (

@@ -11,17 +11,15 @@ from helpers.config_errors import ARM, HEAD, refusal
 from perdure.adversarial import FGSM, PGD
 from perdure.errors import ConfigError
 from perdure.experiment.config import (
-    OPTIMIZERS,
     Arm,
-    AttackConfig,
     Config,
     ExplainConfig,
     FederationConfig,
-    TrainingConfig,
     parse,
     read,
 )
 from perdure.experiment.from_tables import build
+from perdure.experiment.training_config import OPTIMIZERS, AttackConfig, TrainingConfig
 from perdure.explain import KernelSHAP
 from perdure.privacy.settings import Privacy
 from perdure.strategies import find, names

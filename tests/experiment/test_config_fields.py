@@ -11,14 +11,10 @@ from hypothesis import strategies as st
 from helpers.config_errors import ARM, HEAD, refusal
 from perdure.adversarial import PGD
 from perdure.errors import ConfigError
-from perdure.experiment.config import (
-    Config,
-    DataConfig,
-    FederationConfig,
-    TrainingConfig,
-    parse,
-)
+from perdure.experiment.config import Config, FederationConfig, parse
+from perdure.experiment.data_config import DataConfig
 from perdure.experiment.from_tables import build
+from perdure.experiment.training_config import TrainingConfig
 from perdure.explain import KernelSHAP
 from perdure.models.config import ModelConfig
 from perdure.privacy.settings import Privacy
@@ -63,20 +59,43 @@ POSITIVE = ("0", "0.0", "-0.5", "nan", "inf", "-inf", "true", '"1"')
 CHOICES = ('"none of these"', "3", "true", '""', "[]")
 TEXT = ("3", "true", "[]", "{}", "1979-05-27")
 SWITCH = ("1", '"true"', "0.0")
+SEED = ("-1", "4294967296", "1.5", "true", '"0"')
+OF_OTHER_STREAMS = {
+    "first_identity": ("true", "1"),
+    "angles": ("[0.0]", "45.0"),
+    "blurry_share": ("0.5", '"half"'),
+    "disjoint_share": ("0.5", "true"),
+    "first_probability": ("0.5", "[0.5]"),
+    "repeat_probability": ("0.5", "[]"),
+    "attribute": ('"time"', "3"),
+    "boundaries": ("[1.0]", "1.0"),
+    "order": ("[0, 1]", "[0.5]"),
+}
+"""Values of keys that the stream `split`, the default, does not have."""
 WRONG = {
     ("", "name"): (*TEXT, '""', '"a/b"', '".."', '"."', '"a b"', '"a\\nb"', f'"{"a" * 101}"'),
     ("", "seed"): ("-1", "4294967296", "1.0", "true", "nan"),
+    ("", "seeds"): ("0", "[-1]", "[4294967296]", "[1.0]", "[true]", "[1, 1]", '"0,1"'),
     ("", "threads"): (*COUNTS, "1025"),
+    ("", "device"): ('"gpu"', '"meta"', '""', "0", "true", "[]"),
     ("", "explain"): ("6", "true", "[]"),
     ("", "data"): ('"digits"', "3", "[]"),
     ("", "training"): ("true", "[]"),
     ("", "federation"): ("true", '"yes"'),
     ("data", "name"): CHOICES,
     ("data", "root"): ("3", "true", "[]"),
+    ("data", "options"): ("3", "true", "[]", "{length = 3}", '{test_share = "x"}'),
+    ("data", "split_seed"): SEED,
+    ("data", "stream"): CHOICES,
+    ("data", "seed"): SEED,
     ("data", "scenario"): CHOICES,
     ("data", "experiences"): COUNTS,
     ("data", "shuffle_classes"): SWITCH,
     ("data", "declared_size"): COUNTS,
+    ("data", "declared_sizes"): ("5", "[]", "[0, 2]", "[true]", "[1.5]"),
+    ("data", "class_order"): ("5", "[1.5]", "[true]", '"0"'),
+    ("data", "exact"): SWITCH,
+    **{("data", name): values for name, values in OF_OTHER_STREAMS.items()},
     ("model", "name"): CHOICES,
     ("model", "hidden"): ("64", "[0]", "[-4]", "[1.5]", "[true]", '["a"]', "[[4]]", "[nan]"),
     ("model", "activation"): CHOICES,
@@ -94,6 +113,39 @@ WRONG = {
     ),
     ("training", "learning_rate"): (*POSITIVE, "1e7"),
     ("training", "momentum"): ("-0.1", "1.0", "nan", "inf", "true", "0.5"),
+    ("training", "optimizer_options"): (
+        "3",
+        "[]",
+        "{lr = 1.0}",
+        "{nesterov = true}",
+        '{weight_decay = "x"}',
+        "{weight_decay = -1.0}",
+    ),
+    ("training", "schedule"): (
+        "3",
+        '"StepLR"',
+        "{}",
+        '{name = "LambdaLR"}',
+        '{name = "StepLR"}',
+        '{name = "StepLR", step_size = 1.5}',
+        '{name = "StepLR", step_size = 5, total_steps = 9}',
+        '{name = "CosineAnnealingLR", T_max = "all"}',
+        '{name = "OneCycleLR", max_lr = 0.1, pct_start = 7.0}',
+        '{name = "no_such_module:f"}',
+    ),
+    ("training", "views"): (
+        "3",
+        "{}",
+        '{change = "shift_and_flip"}',
+        "{count = 2}",
+        '{count = 0, change = "shift_and_flip", pixels = 1}',
+        '{count = 2, change = "turn"}',
+        '{count = 2, change = "shift_and_flip"}',
+        '{count = 2, change = "shift_and_flip", pixels = 1.5}',
+    ),
+    ("training", "blocks"): COUNTS,
+    ("training", "micro_batch_size"): COUNTS,
+    ("training", "evaluate_every"): COUNTS,
     ("training", "epochs"): COUNTS,
     ("training", "iterations"): COUNTS,
     ("training", "batch_size"): COUNTS,
@@ -104,6 +156,10 @@ WRONG = {
     ("federation", "clients"): COUNTS,
     ("federation", "rounds"): COUNTS,
     ("federation", "fraction"): (*POSITIVE, "1.01"),
+    ("federation", "aggregator"): (*CHOICES, '"FedProx"', '"DifferentialPrivacy"'),
+    ("federation", "aggregator_options"): ("3", "[]", "{beta = 0.5}", "{fraction_train = 0.5}"),
+    ("federation", "split"): CHOICES,
+    ("federation", "client_sizes"): ("3", "[3]", '[["3"]]', "[[1.5]]"),
     ("federation", "alpha"): (*POSITIVE, "1e10"),
     ("federation", "min_size"): COUNTS,
     ("federation", "engine"): CHOICES,
@@ -167,7 +223,7 @@ def test_the_error_names_field_given_value_and_allowed_values():
     )
     assert refusal(with_field("", "federation", "true")) == (
         "federation = True is not allowed; allowed: a table with clients, rounds, fraction, "
-        "alpha, min_size, engine"
+        "aggregator, aggregator_options, split, alpha, min_size, client_sizes, engine"
     )
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from perdure.experiment.config import parse
 from perdure.experiment.run import run, untimed
-from perdure.learner.learner import POINTS
+from perdure.learner import POINTS
 
 ARMS = ("replay-plain", "ewc-private")
 CONFIG = """

@@ -14,8 +14,9 @@ from perdure.errors import ConfigError, RunError
 from perdure.experiment.arm import ArmRun, MetricsLog, open_stream
 from perdure.experiment.config import parse
 from perdure.experiment.result_schema import checked
-from perdure.experiment.run import TIMINGS, run, trained, untimed
-from perdure.learner.learner import POINTS
+from perdure.experiment.run import TIMINGS, run, untimed
+from perdure.experiment.run import load as load_model
+from perdure.learner import POINTS
 from perdure.privacy.ledger.merged import read as read_ledger
 from perdure.privacy.noise.key import NoiseKey
 from perdure.report import write_figures, write_report
@@ -168,15 +169,15 @@ def test_average_accuracy_is_the_mean_of_the_last_matrix_row(either):
 @pytest.mark.parametrize("arm", ARMS)
 def test_the_stored_model_has_the_accuracy_of_the_result(either, arm):
     folder, result, _, _ = either
-    learner = trained(folder, arm)
+    learner = load_model(folder, arm)
     expected = result["arms"][ARMS.index(arm)]["accuracy_matrix"][-1]
     assert learner.evaluate(open_stream(parse(SMALL))) == expected
     assert learner.privacy is None
     assert not learner.callbacks
 
 
-def test_trained_loads_the_trained_model_of_an_arm(secret, tmp_path):
-    learner = trained(secret[0], "replay-plain")
+def test_the_stored_model_is_a_trained_one(secret, tmp_path):
+    learner = load_model(secret[0], "replay-plain")
     config = parse(SMALL)
     log = MetricsLog(tmp_path / "metrics.jsonl")
     fresh = ArmRun(config, config.arms[0], open_stream(config), tmp_path, log).untrained()
@@ -186,22 +187,22 @@ def test_trained_loads_the_trained_model_of_an_arm(secret, tmp_path):
     )
     assert any(
         bool(value.any())
-        for value in trained(secret[0], "ewc-private").state.group("fisher").values()
+        for value in load_model(secret[0], "ewc-private").state.group("fisher").values()
     )
 
 
 def test_trained_refuses_a_missing_model(secret, tmp_path):
     with pytest.raises(
-        RunError, match="has no arm 'naive-plain'; it has replay-plain, ewc-private"
+        RunError, match="has no arm 'naive-plain'; give one of replay-plain, ewc-private"
     ):
-        trained(secret[0], "naive-plain")
+        load_model(secret[0], "naive-plain")
     (tmp_path / "config.toml").write_text(SMALL)
     with pytest.raises(RunError, match="let the run finish first"):
-        trained(tmp_path, "replay-plain")
+        load_model(tmp_path, "replay-plain")
     (tmp_path / "checkpoint" / "replay-plain").mkdir(parents=True)
     (tmp_path / "checkpoint" / "replay-plain" / "model.safetensors").write_bytes(b"torn")
     with pytest.raises(RunError, match="cannot be read"):
-        trained(tmp_path, "replay-plain")
+        load_model(tmp_path, "replay-plain")
 
 
 # --------------------------------------------------------------------------- privacy

@@ -13,7 +13,7 @@ from perdure.contract.plan import Plan
 from perdure.contract.state import State
 from perdure.contract.strategy import Strategy
 from perdure.errors import ConfigError, StrategyError
-from perdure.learner.learner import POINTS
+from perdure.learner import POINTS
 from perdure.metrics import accuracy
 from perdure.strategies import EWC, LwF, Naive, Replay
 

@@ -22,8 +22,8 @@ from torch.optim.lr_scheduler import (
 from helpers.learners import SIMULATED, bits, same_bits
 from perdure.contract.combine import Combine
 from perdure.errors import LedgerError
+from perdure.learner import POINTS
 from perdure.learner.checkpoint import Store, numbered
-from perdure.learner.learner import POINTS
 from perdure.models.classifiers import mlp
 from perdure.privacy.ledger.merged import read
 from perdure.privacy.noise.key import NoiseKey

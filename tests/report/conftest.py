@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from perdure.experiment.seeds import AVERAGED
 from perdure.metrics import summarise
 from perdure.report import write_report
 
@@ -62,10 +63,8 @@ def arm(strategy: str, private: bool, generator: torch.Generator) -> dict[str, A
         "Adding or removing any one record changes the odds of any conclusion by at most a factor "
         f"of e^{spent:.2f}, except with probability 1e-5."
     )
-    return {
-        "strategy": strategy,
-        "options": OPTIONS[strategy],
-        "private": private,
+    name = f"{strategy}-{'private' if private else 'plain'}"
+    numbers = {
         "accuracy_matrix": matrix.tolist(),
         "average_accuracy": summary.average_accuracy,
         "learning_accuracy": summary.learning_accuracy,
@@ -81,6 +80,16 @@ def arm(strategy: str, private: bool, generator: torch.Generator) -> dict[str, A
         "epsilon_over_time": EPSILONS[strategy] if private else None,
         "spending": _spending(strategy) if private else [],
         "seconds": 11.4 + 3.1 * private,
+    }
+    trial = {"seed": 1, "trial": name, "failure": None, "progress": []} | numbers
+    return numbers | {
+        "name": name,
+        "strategy": strategy,
+        "options": OPTIONS[strategy],
+        "private": private,
+        "standard_error": dict.fromkeys(AVERAGED),
+        "failures": [],
+        "seeds": [trial],
     }
 
 
@@ -99,9 +108,15 @@ def _spending(strategy: str) -> list[dict[str, Any]]:
 def _result() -> dict[str, Any]:
     generator = torch.Generator().manual_seed(1)
     return {
-        "schema": 1,
+        "schema": 2,
         "name": "demo",
-        "seed": 1,
+        "seeds": [1],
+        "task": {
+            "name": "single-label",
+            "metric": "accuracy",
+            "unit": "%",
+            "higher_is_better": True,
+        },
         "stream": {
             "name": "digits",
             "scenario": "class",

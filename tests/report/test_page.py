@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from perdure.errors import RunError
 from perdure.experiment.result_schema import checked
+from perdure.experiment.trial_names import arm_name
 from perdure.report import write_figures, write_report
 from perdure.report.figures import pictures
 from perdure.report.page import html
@@ -319,6 +320,7 @@ def test_a_dollar_sign_in_a_strategy_name_is_printed(run: Path, result: dict[str
     result["arms"] = result["arms"][-2:]
     for arm in result["arms"]:
         arm["strategy"] = r"$\broken{ " + arm["strategy"] + "$"
+        arm["name"] = arm_name(arm["strategy"], private=arm["private"])
     (run / "result.json").write_text(json.dumps(result))
     assert r"$\broken{ replay$, private" in Page(write_report(run).read_text(encoding="utf-8")).text
 

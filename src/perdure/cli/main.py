@@ -16,6 +16,10 @@ import typer
 from rich.console import Console
 
 from perdure.cli import ledger as ledger_cli
+from perdure.cli.comparing import compare
+from perdure.cli.consoles import wide_console
+from perdure.cli.local_modules import local_modules
+from perdure.cli.predicting import predict
 from perdure.errors import ConfigError, PerdureError
 
 app = typer.Typer(
@@ -32,6 +36,10 @@ app = typer.Typer(
 `perdure demo --show-config > mine.toml` gives you its config to change; `perdure run mine.toml` \
 runs it.
 
+`perdure compare runs/mine` compares its arms over the seeds, and several runs with each other.
+
+`perdure config --reference` prints every key that a config may have.
+
 `perdure audit mine.toml` attacks its private arms, and compares the results with their epsilons.
 
 `perdure strategies` lists the strategies, and the cost of each in privacy and memory.
@@ -43,24 +51,84 @@ To continue a stopped run, give the same command again.""",
 )
 
 app.add_typer(ledger_cli.app, name="ledger")
+app.command()(compare)
+app.command()(predict)
 
 INTERRUPTED = 130
-"""Exit code of a process that Ctrl-C ended, as is usual in shells."""
+"""Exit code of a process that Ctrl-C ended, by custom of the shells."""
+RAN_AWAY = 1
+"""Exit code of a run of which some training diverged; all others are in its result."""
 
 Out = Annotated[Path | None, typer.Option("--out", help="Folder of the run; default runs/NAME.")]
 
 
 @app.command()
-def run(config: Path, out: Out = None) -> None:
+def run(
+    config: Path,
+    out: Out = None,
+    seeds: Annotated[
+        str | None,
+        typer.Option("--seeds", help="Seeds with commas, as 0,1,2; they replace those of CONFIG."),
+    ] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option("--engine", help="Engine of the federation: inprocess or ray."),
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option("--device", help="Device of models and records, as cpu or cuda."),
+    ] = None,
+) -> None:
     """Run the experiment that CONFIG describes; a stopped run continues.
 
-    CONFIG is a TOML file; `perdure demo --show-config` prints an example. Its modules are also
-    searched in the current folder.
+    CONFIG is a TOML file; `perdure demo --show-config` prints an example, and `perdure config
+    --reference` all that it may have. Its modules are also searched in the current folder. Exit
+    code 1 if some training diverged; the others are in the result.
     """
     with resumable(), local_modules():
         from perdure.experiment.config import read_text
+        from perdure.experiment.overrides import overridden
 
-        _run(str(config), read_text(config), out)
+        source = str(config)
+        text = read_text(config)
+        _run(
+            source,
+            overridden(text, source=source, seeds=seeds, engine=engine, device=device),
+            out,
+        )
+
+
+@app.command("config")
+def show_config(
+    config: Annotated[Path | None, typer.Argument(help="A TOML file to check.")] = None,
+    reference: Annotated[
+        bool, typer.Option("--reference", help="Print all keys that a config may have.")
+    ] = False,
+    table: Annotated[
+        str | None,
+        typer.Option("--table", help="With --reference: one table only, as training."),
+    ] = None,
+) -> None:
+    """Check CONFIG without running it, or print every key with type, default and meaning.
+
+    A config that is right is answered with its trainings, one line each.
+    """
+    if (config is None) != reference:
+        raise ConfigError.of("config", config, "a TOML file, or --reference without a file")
+    if reference:
+        from perdure.experiment.reference import reference_text
+
+        sys.stdout.write(reference_text(table))
+        return
+    if table is not None:
+        raise ConfigError.of("--table", table, "with --reference")
+    with local_modules():
+        from perdure.experiment.config import read
+        from perdure.experiment.run import trials
+
+        checked = read(str(config))
+        for name in trials(checked):
+            sys.stdout.write(f"{name}\n")
 
 
 @app.command()
@@ -214,6 +282,11 @@ def _run(source: str, text: str, out: Path | None) -> None:
     write_figures(folder)
     console.print(table(result))
     console.print(f"report: {page}")
+    failures = [each for arm in result["arms"] for each in arm["failures"]]
+    for each in failures:
+        console.print(f"{each['trial']} diverged: {each['failure']}", markup=False, highlight=False)
+    if failures:
+        raise typer.Exit(RAN_AWAY)
 
 
 @contextmanager
@@ -254,19 +327,6 @@ def shown_progress(console: Console) -> Iterator[Callable[[str, float], None]]:
 
 
 @contextmanager
-def local_modules() -> Iterator[None]:
-    """Context manager that also searches modules in the current folder, after all other folders."""
-    here = str(Path.cwd())
-    new = [] if here in sys.path else [here]
-    sys.path += new
-    try:
-        yield
-    finally:
-        for folder in new:
-            sys.path.remove(folder)
-
-
-@contextmanager
 def resumable() -> Iterator[None]:
     """Context manager that answers Ctrl-C with one line instead of a traceback."""
     try:
@@ -274,11 +334,6 @@ def resumable() -> Iterator[None]:
     except KeyboardInterrupt:
         _complain("stopped; give the same command again to continue")
         raise typer.Exit(INTERRUPTED) from None
-
-
-def wide_console() -> Console:
-    """Make a console that does not cut the table if its output goes to a file or pipe."""
-    return Console(width=None if sys.stdout.isatty() else 120)
 
 
 def main() -> None:

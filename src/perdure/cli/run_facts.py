@@ -5,12 +5,14 @@ a ledger must neither need nor run this code.
 """
 
 import tomllib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from perdure.errors import ConfigError
-from perdure.experiment.config import FederationConfig, arm_name, read_text
+from perdure.experiment.config import FederationConfig, read_text
+from perdure.experiment.trial_names import arm_name, trial_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,11 +20,11 @@ class RunFacts:
     """Facts of a run's config about its privacy.
 
     Args:
-        delta: delta of the run's privacy; None if it has none.
-        seed: seed of simulated noise; None if noise is secret.
-        plain_arms: names of the arms that are trained without privacy.
-        private_arms: names of the other arms.
-        clients: number of clients of the federation; 0 without a federation.
+        delta: of its privacy; None where it has none.
+        seed: of simulated noise; None where noise is secret.
+        plain_arms: names of the arms that are trained without privacy, one for every seed.
+        private_arms: names of the others, one for every seed.
+        clients: of its federation; 0 where it has none.
     """
 
     delta: float | None
@@ -47,6 +49,10 @@ def read_facts(path: Path) -> RunFacts:
     if not isinstance(arms, list):
         raise ConfigError.of(f"{path}: arms", arms, "[[arms]] tables")
     rows = [_table(arm, f"{path}: arms") for arm in arms]
+    given = table.get("seeds", [])
+    if not isinstance(given, list):
+        raise ConfigError.of(f"{path}: seeds", given, "a list of whole numbers")
+    seeds = [_number(seed, int, f"{path}: seeds") for seed in given] or [None]
     federation = table.get("federation")
     clients = 0
     if federation is not None:
@@ -55,18 +61,25 @@ def read_facts(path: Path) -> RunFacts:
     return RunFacts(
         delta=_number(privacy.get("delta"), float, f"{path}: privacy.delta"),
         seed=_number(privacy.get("seed"), int, f"{path}: privacy.seed"),
-        plain_arms=_names(rows, private=False),
-        private_arms=_names(rows, private=True),
+        plain_arms=_names(rows, seeds, private=False),
+        private_arms=_names(rows, seeds, private=True),
         clients=clients,
     )
 
 
-def _names(rows: list[dict[str, Any]], *, private: bool) -> tuple[str, ...]:
+def _names(
+    rows: list[dict[str, Any]], seeds: Sequence[int | None], *, private: bool
+) -> tuple[str, ...]:
     return tuple(
-        arm_name(str(row.get("strategy", "")), private=private)
+        trial_name(_arm(row, private), seed)
+        for seed in seeds
         for row in rows
         if bool(row.get("private", False)) == private
     )
+
+
+def _arm(row: Mapping[str, Any], private: bool) -> str:
+    return str(row.get("name") or arm_name(str(row.get("strategy", "")), private=private))
 
 
 def _table(value: object, where: str) -> dict[str, Any]:

@@ -163,7 +163,7 @@ class Memory:
         return known.argsort(descending=True, stable=True).cpu()
 
     def _groups(self, stages: Tensor | None, task: Task) -> tuple[Tensor, Tensor]:
-        """Return the distinct groups (m, 2) of the stored rows, ascending, and the rows (m,) of each.
+        """Return the distinct groups (m, 2) of stored rows, ascending, and their sizes (m,).
 
         Both are cached, because counting all rows at every piece of a stream is slow.
         """

@@ -13,6 +13,7 @@ from perdure.data.datasets.adult import adult
 from perdure.data.datasets.base import Dataset
 from perdure.data.datasets.breast_cancer import breast_cancer
 from perdure.data.datasets.cifar10 import cifar10
+from perdure.data.datasets.cifar100 import cifar100
 from perdure.data.datasets.digits import digits
 from perdure.data.datasets.mnist import mnist
 from perdure.data.datasets.registry import load
@@ -59,6 +60,7 @@ __all__ = [
     "by_time",
     "check_finite",
     "cifar10",
+    "cifar100",
     "digits",
     "dirichlet",
     "from_arrays",

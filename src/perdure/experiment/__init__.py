@@ -3,19 +3,26 @@
 Import `read` or `parse` to get a `Config`, and `run` to train and evaluate it; a stopped run
 continues. `tune` searches hyper-parameters on training records. `attack_run` attacks the models of
 a run, and `audit_run` audits the private arms of a config. `read_result` reads the stored result of
-a run, and `cards` describes every strategy with its costs.
+a run, and `to_pandas` makes a table of it. `compare` compares arms over seeds, of one or several
+runs, and `load` loads a trained model. `cards` describes every strategy with its costs.
 """
 
 from perdure.experiment.audits import attack_run, audit_run
+from perdure.experiment.comparison import Comparison, Difference, compare
 from perdure.experiment.config import Config, parse, read, read_text
+from perdure.experiment.data_frames import to_pandas
+from perdure.experiment.paired_statistics import Estimate
 from perdure.experiment.result_schema import Result, read_result
 from perdure.experiment.results import spending
-from perdure.experiment.run import run, untimed
+from perdure.experiment.run import load, run, untimed
 from perdure.experiment.strategy_catalogue import StrategyCard, cards
 from perdure.experiment.tuning import Space, Tuned, Values, tune
 
 __all__ = [
+    "Comparison",
     "Config",
+    "Difference",
+    "Estimate",
     "Result",
     "Space",
     "StrategyCard",
@@ -24,12 +31,15 @@ __all__ = [
     "attack_run",
     "audit_run",
     "cards",
+    "compare",
+    "load",
     "parse",
     "read",
     "read_result",
     "read_text",
     "run",
     "spending",
+    "to_pandas",
     "tune",
     "untimed",
 ]

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from perdure.adversarial import Attack, robust_accuracy
-from perdure.data.datasets.registry import load
 from perdure.data.experience import Stream
-from perdure.data.scenarios import online, split
-from perdure.errors import ConfigError, RunError
+from perdure.errors import ConfigError, NonFiniteError, RunawayError, RunError
 from perdure.experiment.config import Arm, Config, TrainingConfig
-from perdure.experiment.result_schema import ArmResult, PrivacyResult
+from perdure.experiment.model_config import make_model
+from perdure.experiment.result_schema import Numbers, PrivacyResult, TrialResult
 from perdure.experiment.results import (
-    calibration,
+    by_class,
+    class_row,
     client_streams,
     epsilon_row,
     explained_arm,
@@ -29,8 +29,8 @@ from perdure.experiment.results import (
 )
 from perdure.learner.learner import Callback, Learner
 from perdure.metrics import summarise
-from perdure.models.classifiers import build
 from perdure.privacy.ledger.merged import Merged, merge
+from perdure.tasks import SingleLabel, refuse_other_tasks
 from perdure.utils.atomic_files import save_tensors, write_atomically, write_json, writing
 from perdure.utils.seeding import generator
 
@@ -59,20 +59,10 @@ def open_stream(config: Config, *, without: int | None = None) -> Stream:
         ConfigError: if the data cannot be split or explained as configured.
         DataError: if the data are missing or damaged.
     """
-    chosen = config.data
-    data = load(chosen.name, chosen.root, seed=config.seed, declared_size=chosen.declared_size)
-    if without is not None:
-        data = replace(data, train=data.train.take(data.train.ids != without))
-    order = config.seed if config.data.shuffle_classes else None
-    stream = split(
-        data,
-        scenario=chosen.scenario,
-        experiences=None if chosen.increments else chosen.experiences,
-        increments=chosen.increments,
-        seed=order,
-    )
-    if chosen.chunk is not None:
-        stream = online(stream, chunk=chosen.chunk, seed=config.seed, exact=config.privacy is None)
+    stream = config.data.open(seed=config.seed, private=config.privacy is not None, without=without)
+    if config.attack or config.explain:
+        name = "[attack]" if config.attack else "[explain]"
+        refuse_other_tasks(stream.task, (SingleLabel,), name, "it asks for the class of a record")
     if config.explain and len(stream.input_shape) < 2:
         allowed = f"no [explain] table, because inputs of shape {stream.input_shape} are not images"
         raise ConfigError.of("explain.method", config.explain.method, allowed)
@@ -97,7 +87,7 @@ class MetricsLog:
         try:
             rows = [json.loads(line) for line in whole]
             self.rows: dict[tuple[str, int], dict[str, Any]] = {
-                (row["arm"], row["experience"]): row for row in rows
+                (row["trial"], row["experience"]): row for row in rows
             }
         except (ValueError, KeyError, TypeError) as error:
             raise RunError(
@@ -105,8 +95,8 @@ class MetricsLog:
             ) from None
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Write one line for an arm and an experience, unless the file has it."""
-        key = (row["arm"], row["experience"])
+        """Write one line for an arm after an experience, unless it is there."""
+        key = (row["trial"], row["experience"])
         if key in self.rows:
             return
         self.rows[key] = dict(row)
@@ -133,22 +123,27 @@ class ArmRun:
     progress: Progress = silent
     callbacks: Sequence[Callback] = ()
     listen: Callable[[Any], None] | None = None
+    name: str = ""
 
     def __post_init__(self) -> None:
-        self.folder = self.run_folder / "arms" / self.arm.name
+        self.name = self.name or self.arm.name
+        self.folder = self.run_folder / "arms" / self.name
         self._clock = self.folder / "seconds.json"
         before = float(json.loads(self._clock.read_text())) if self._clock.exists() else 0.0
         self._began = time.perf_counter() - before
         self._shown = 0.0
 
-    def run(self) -> ArmResult:
-        """Train if this was not done yet, and return the arm's row of the result."""
+    def run(self) -> TrialResult:
+        """Train if that is not done yet, and return the row of the result.
+
+        A training that ran away has a row that says so.
+        """
         done = self.folder / "arm.json"
         if not done.exists():
-            self.progress(self.arm.name, 0.0)
-            write_json(done, self._train())
-        self.progress(self.arm.name, 1.0)
-        loaded: ArmResult = json.loads(done.read_text())
+            self.progress(self.name, 0.0)
+            write_json(done, self._row())
+        self.progress(self.name, 1.0)
+        loaded: TrialResult = json.loads(done.read_text())
         return loaded
 
     def learner(self, stream: Stream, client: int = 0, folder: Path | None = None) -> Learner:
@@ -156,27 +151,27 @@ class ArmRun:
         config = self.config
         private = self.arm.private
         training = self._training
-        rounds = config.federation.rounds if config.federation else 1
+        blocks = config.federation.rounds if config.federation else training.blocks
         return Learner(
-            model=build(
-                config.model,
-                input_shape=stream.input_shape,
-                num_classes=stream.num_classes,
-                seed=config.seed,
-            ),
+            model=make_model(config.model, stream, config.seed),
             strategy=self.arm.strategy,
             optimizer=training.factory(),
+            scheduler=training.schedule,
             epochs=training.epochs,
             iterations=training.iterations,
+            evaluate_every=training.evaluate_every,
             batch_size=training.batch_size,
+            micro_batch_size=training.micro_batch_size,
             seed=config.seed,
-            blocks=rounds,
+            device=config.device,
+            blocks=blocks,
             privacy=config.privacy if private else None,
             reset_optimizer=training.reset_optimizer,
             precision=training.precision,
             adversary=self._adversary,
+            views=training.views.views if training.views else None,
             client=client,
-            owner=f"{self.arm.name}/client-{client}",
+            owner=f"{self.name}/client-{client}",
             folder=folder,
             callbacks=[self._listen, *self.callbacks],
         )
@@ -201,20 +196,40 @@ class ArmRun:
         fresh.position.experience = len(self.stream)
         return fresh
 
-    def _train(self) -> ArmResult:
-        learner = self._fit()
+    def _row(self) -> TrialResult:
+        failure = None
+        try:
+            learner = self._fit()
+            numbers = self._numbers(learner)
+            progress = learner.progress
+        except (RunawayError, NonFiniteError) as error:
+            failure = str(error)
+            numbers = self._no_numbers()
+            progress = []
+        return {
+            "seed": self.config.seed,
+            "trial": self.name,
+            "failure": failure,
+            **numbers,
+            "progress": progress,
+            **self._privacy(),
+        }
+
+    def _numbers(self, learner: Learner) -> Numbers:
+        """Measure the trained model, and store it."""
         final = {
             n: t
             for n, t in learner.snapshot().tensors.items()
             if n.startswith(("model.", "state."))
         }
-        save_tensors(self.run_folder / "checkpoint" / self.arm.name / "model.safetensors", final)
+        save_tensors(self.run_folder / "checkpoint" / self.name / "model.safetensors", final)
         start = torch.tensor(self.untrained().evaluate(self.stream), dtype=torch.float64)
-        measures = summarise(torch.tensor(learner.matrix, dtype=torch.float64), start)
+        metric = self.stream.task.metric
+        matrix = torch.tensor(learner.matrix, dtype=torch.float64)
+        measures = summarise(matrix, start, metric=metric)
+        single = isinstance(self.stream.task, SingleLabel)
+        classes = by_class(learner, self.stream) if single else None
         return {
-            "strategy": self.arm.file,
-            "options": repr(self.arm.strategy),
-            "private": self.arm.private,
             "accuracy_matrix": learner.matrix,
             "average_accuracy": measures.average_accuracy,
             "learning_accuracy": measures.learning_accuracy,
@@ -223,10 +238,27 @@ class ArmRun:
             "forward_transfer": measures.forward_transfer,
             "worst_experience_accuracy": measures.worst_experience_accuracy,
             "area_under_accuracy": measures.area_under_accuracy,
-            "calibration_error": calibration(learner, self.stream),
+            "calibration_error": classes and [each.calibration_error for each in classes],
+            "by_class": classes and [class_row(each) for each in classes],
             "state_bytes": sum(value.nbytes for value in learner.state.values()),
             "robust_accuracy": self._robust(learner),
-            **self._privacy(),
+            "seconds": self._seconds(),
+        }
+
+    def _no_numbers(self) -> Numbers:
+        """Measures of a training that ran away."""
+        return {
+            "accuracy_matrix": [],
+            "average_accuracy": None,
+            "learning_accuracy": None,
+            "forgetting": None,
+            "backward_transfer": None,
+            "forward_transfer": None,
+            "worst_experience_accuracy": None,
+            "area_under_accuracy": None,
+            "calibration_error": None,
+            "state_bytes": 0,
+            "robust_accuracy": None,
             "seconds": self._seconds(),
         }
 
@@ -235,12 +267,17 @@ class ArmRun:
             learner = self.learner(self.stream, folder=self.folder)
             learner.fit(self.stream)
             return learner
+        from perdure.experiment.federation_config import make_aggregator
         from perdure.federated import Federation, run_federation
 
         chosen = self.config.federation
         seed = self.config.seed
         federation = Federation(
-            clients=chosen.clients, rounds=chosen.rounds, fraction=chosen.fraction, seed=seed
+            clients=chosen.clients,
+            rounds=chosen.rounds,
+            fraction=chosen.fraction,
+            aggregator=make_aggregator(chosen.aggregator, chosen.aggregator_options),
+            seed=seed,
         )
         # what watches a run cannot be sent to Ray's processes
         party = (
@@ -272,6 +309,8 @@ class ArmRun:
             self.log.append(
                 {
                     "arm": self.arm.name,
+                    "seed": self.config.seed,
+                    "trial": self.name,
                     "experience": index,
                     "accuracy": learner.matrix[index],
                     "epsilon": self._spent(),
@@ -284,7 +323,7 @@ class ArmRun:
         """Report the progress once per percent; 100 percent is reported when the row is written."""
         if share >= self._shown + 0.01:
             self._shown = share
-            self.progress(self.arm.name, min(0.99, share))
+            self.progress(self.name, min(0.99, share))
 
     def _share(self, learner: Learner) -> float:
         """Share of the arm that is done after a step of a learner.
@@ -323,8 +362,8 @@ class ArmRun:
         if chosen is None or self.arm != explained_arm(self.config) or index not in ends:
             return
         test = stages[0].test
-        inputs = test.inputs[: chosen.records]
-        labels = test.labels[: chosen.records]
+        inputs = test.inputs[: chosen.records].to(learner.device)
+        labels = test.labels[: chosen.records].to(learner.device)
         blank = torch.zeros_like(inputs[:1])
         with torch.no_grad():
             values = chosen.explainer.explain(
@@ -352,7 +391,7 @@ class ArmRun:
                 attack,
                 generator=generator(self.config.seed, "attack", stage.number),
             )
-            for stage in self.stream.stages
+            for stage in self.stream.to(learner.device).stages
         ]
         return sum(shares) / len(shares)
 
@@ -363,7 +402,7 @@ class ArmRun:
         return {
             "epsilon": epsilon_row(account.statement(self.config.privacy.delta)),
             "epsilon_over_time": [
-                self.log.rows[self.arm.name, stage.number]["epsilon"]
+                self.log.rows.get((self.name, stage.number), {}).get("epsilon")
                 for stage in self.stream.stages
             ],
             "spending": spending(account, self.config.privacy.delta),

@@ -20,7 +20,7 @@ from perdure.data.row_view import joined_rows
 from perdure.errors import ConfigError
 from perdure.experiment.arm import ArmRun, MetricsLog, open_stream
 from perdure.experiment.config import Config, read
-from perdure.experiment.run import trained
+from perdure.experiment.run import load
 from perdure.utils.seeding import generator
 
 Population = tuple[Records, Tensor, Records]
@@ -39,7 +39,7 @@ def attack_run(
     The attacker has the config, a mix of test records (non-members) and equally many training
     records (members), and all other training records. He trains shadow models on the whole stream
     with his own noise, and then decides for each record of the mix if it was in training. Private
-    arms and others are attacked, so that they can be compared.
+    arms and others are attacked, so that they can be compared. Of several seeds it is the first.
 
     Args:
         folder: folder of a finished run.
@@ -52,13 +52,16 @@ def attack_run(
         RunError: if the run is not finished.
     """
     config = read(folder / "config.toml")
+    whole = config
+    config = whole.of_seed(whole.all_seeds[0])
     stream = open_stream(config)
     if not 0 <= experience < len(stream):
         raise ConfigError.of("experience", experience, f"0 to {len(stream) - 1}")
     records, members, known = population(stream, experience, config.seed)
     results = {}
-    for number, name in enumerate(arm.name for arm in config.arms):
-        target = trained(folder, name).predictor(experience, after=len(stream) - 1)
+    for number, arm in enumerate(config.arms):
+        name = whole.trial(arm, config.seed)
+        target = load(folder, name).predictor(experience, after=len(stream) - 1)
         done = [0]
 
         def train(half: Records, seed: int, arm: int = number, done: list[int] = done) -> Predictor:
@@ -156,6 +159,7 @@ def audit_run(
         raise ConfigError.of(
             "arms", [arm.name for arm in config.arms], "at least one with private = true"
         )
+    config = config.of_seed(config.all_seeds[0])
     stream = open_stream(config)
     mine = client_streams(config, stream)[0] if config.federation else stream
     # an arm reads what a run left in its folder: give it an empty one

@@ -1,21 +1,25 @@
 """Configuration of a run: a TOML file read into frozen dataclasses, every value checked once.
 
 name = "hospital"
-seed = 0
+seeds = [0, 1, 2]              # every arm is trained with every seed; or one: seed = 0
 
 [data]
-name = "digits"
+name = "digits"                # or "my_package.module:function", which returns a Dataset
+stream = "split"               # or permuted, rotated, blurry, repetition, by_time, by_domain, joint
 scenario = "class"
 experiences = 5
 
 [model]
-name = "mlp"
+name = "mlp"                   # or lstm, gru, decoder, ..., or "my_package.module:function"
 hidden = [64]
 
 [training]
 optimizer = "Adam"
 learning_rate = 0.001
 epochs = 10
+
+[training.schedule]            # optional
+name = "CosineAnnealingLR"     # a class of torch.optim.lr_scheduler, with its own arguments
 
 [privacy]                      # optional; used by the arms that say private = true
 epsilon = 8.0
@@ -40,31 +44,44 @@ records = 6
 [[arms]]
 strategy = "ewc"               # a file in strategies/, and so on
 strength = 100.0               # and its own fields
-private = false
+
+[[arms]]
+name = "strong-ewc"            # a second setting of a strategy has a name of its own
+strategy = "ewc"
+strength = 1000.0
+private = true
+
+[[arms]]
+strategy = "combine"           # several strategies in one
+parts = [{strategy = "ewc", strength = 10.0}, {strategy = "replay", memory_size = 200}]
 """
 
-import inspect
 import re
 import tomllib
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import nn
-from torch.optim import Optimizer
 
-from perdure.adversarial import Attack
-from perdure.adversarial import find as find_attack
-from perdure.adversarial import names as attack_names
+from perdure.contract.combine import Combine
 from perdure.contract.strategy import Strategy
-from perdure.data.datasets.registry import find as find_dataset
-from perdure.data.experience import Stream
-from perdure.errors import ConfigError
-from perdure.experiment.from_tables import build, checked_value, extension, leaves, placed
+from perdure.errors import ConfigError, StrategyError
+from perdure.experiment.data_config import DataConfig
+from perdure.experiment.field_checks import COUNTS, check, counts
+from perdure.experiment.from_tables import (
+    build,
+    checked_value,
+    extension,
+    leaves,
+    named_option,
+    placed,
+)
+from perdure.experiment.model_config import BuiltModel
+from perdure.experiment.training_config import AttackConfig, TrainingConfig
+from perdure.experiment.trial_names import arm_name, trial_name
 from perdure.explain import Explainer
 from perdure.explain import find as find_explainer
 from perdure.explain import names as explainer_names
@@ -72,179 +89,12 @@ from perdure.models.config import ModelConfig
 from perdure.privacy.settings import Privacy
 from perdure.strategies import find as find_strategy
 from perdure.strategies import names as strategy_names
-from perdure.types import Scenario
 from perdure.utils.checked_fields import CheckedFields
-from perdure.utils.chunking import row_slices
 
-NEED_MORE = ("LBFGS", "SparseAdam", "Muon")
-"""Optimisers that need several gradients per step, or sparse gradients, or matrices only."""
-OPTIMIZERS = tuple(
-    name
-    for name, value in vars(torch.optim).items()
-    if isinstance(value, type)
-    and issubclass(value, Optimizer)
-    and value is not Optimizer
-    and name not in NEED_MORE
-)
+PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+ALLOWED_NAMES = "letters, digits, . - _, at most 100"
 LARGEST = 2**63 - 1
 """Largest whole number of TOML; larger numbers are refused."""
-
-
-def check(config: object, names: str, good: Callable[[Any], bool], allowed: str) -> None:
-    """Refuse a field of a config that is given and has a value that is not allowed.
-
-    Args:
-        config: config to check.
-
-    Raises:
-        ConfigError: names the first such field.
-    """
-    for name in names.split():
-        value = getattr(config, name)
-        if value is not None and not good(value):
-            raise ConfigError.of(name, value, allowed)
-
-
-def counts(value: int) -> bool:
-    """Return True if a count is positive and small enough that a run can end."""
-    return 1 <= value <= 10**9
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig(CheckedFields):
-    """Data set and split of a run.
-
-    Args:
-        name: name of a data set: digits, breast-cancer, mnist, cifar10, adult, or "module:name".
-        root: folder of the data; None for the default folders.
-        scenario: task, domain or class.
-        experiences: number of experiences, if `increments` is not given.
-        increments: number of new classes in each experience; None for equal numbers.
-        chunk: number of records of the pieces into which every experience is cut, each trained once
-            (online); under privacy their declared size. None for whole experiences.
-        shuffle_classes: True to order the classes at random, by the run's seed.
-        declared_size: public number of training records; None to declare the actual number.
-    """
-
-    name: str = "digits"
-    root: str | None = None
-    scenario: Scenario = "class"
-    experiences: int = 5
-    increments: tuple[int, ...] | None = None
-    chunk: int | None = None
-    shuffle_classes: bool = False
-    declared_size: int | None = None
-
-    def __post_init__(self) -> None:
-        find_dataset(self.name, field="name")
-        if self.declared_size is not None:
-            check(self, "declared_size", counts, "1 to 1000000000")
-        check(self, "experiences chunk", counts, "1 to 1000000000")
-        allowed = "numbers of new classes, each from 1, and at least one of them"
-        check(self, "increments", lambda each: bool(each) and all(map(counts, each)), allowed)
-
-
-@dataclass(frozen=True, kw_only=True)
-class AttackConfig(CheckedFields):
-    """Attack in a config: its name and its settings.
-
-    Args:
-        name: one of `perdure.adversarial.names()`, or "my_package.my_module:MyAttack".
-        attack: the attack with its own fields.
-        bounds_given: True if the table gives bounds. If not, inputs are limited to [0, 1] if all
-            (public) test inputs are in that range, and have no limits otherwise.
-    """
-
-    TABLE: ClassVar[str] = "a table with name = NAME and the attack's own fields"
-
-    name: str
-    attack: Attack
-    bounds_given: bool = True
-
-    @classmethod
-    def from_table(cls, table: Mapping[str, Any], where: str) -> "AttackConfig":
-        """Find the attack by its name, and build it from the other fields of the table."""
-        name, attack = extension(find_attack, attack_names, "name", table, where)
-        return cls(name=name, attack=attack, bounds_given="bounds" in table)
-
-    def on(self, stream: Stream) -> Attack:
-        """Return the attack with the bounds for a stream's inputs."""
-        if self.bounds_given:
-            return self.attack
-        unit = all(
-            bool(((rows >= 0) & (rows <= 1)).all())
-            for e in stream
-            for rows in (e.test.inputs[piece] for piece in row_slices(e.test.inputs))
-        )
-        return replace(self.attack, bounds=(0.0, 1.0) if unit else None)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingConfig(CheckedFields):
-    """Length, optimiser and precision of training on an experience.
-
-    Args:
-        optimizer: name of a class of torch.optim.
-        learning_rate: learning rate of the optimiser.
-        momentum: momentum, for optimisers that have it; None for their default.
-        epochs: number of passes over the records of an experience, in a federation divided over its
-            rounds; give this or `iterations`.
-        iterations: number of steps of an experience, in a federation divided over its rounds.
-        batch_size: number of records per step.
-        reset_optimizer: True to start every experience with a new optimiser.
-        precision: precision of the passes through the model in training.
-        adversary: attack on every batch before its gradient (adversarial training); None for none.
-    """
-
-    optimizer: str = "Adam"
-    learning_rate: float = 1e-3
-    momentum: float | None = None
-    epochs: int | None = None
-    iterations: int | None = None
-    batch_size: int = 32
-    reset_optimizer: bool = False
-    precision: Literal["float32", "bfloat16"] = "float32"
-    adversary: AttackConfig | None = None
-
-    def __post_init__(self) -> None:
-        check(self, "optimizer", OPTIMIZERS.__contains__, ", ".join(OPTIMIZERS))
-        check(
-            self,
-            "learning_rate",
-            lambda value: 0 < value <= 1e6,
-            "a number above 0 and at most 1e6",
-        )
-        check(self, "momentum", lambda value: 0 <= value < 1, "a number from 0 to below 1")
-        check(self, "epochs iterations batch_size", counts, "1 to 1000000000")
-        if (
-            self.momentum is not None
-            and "momentum" not in inspect.signature(self._class).parameters
-        ):
-            known = [
-                name
-                for name in OPTIMIZERS
-                if "momentum" in inspect.signature(vars(torch.optim)[name]).parameters
-            ]
-            raise ConfigError.of(
-                "momentum",
-                self.momentum,
-                f"no momentum for {self.optimizer}; only {', '.join(known)} have momentum",
-            )
-        if (self.epochs is None) == (self.iterations is None):
-            given = f"epochs = {self.epochs} with iterations = {self.iterations}"
-            raise ConfigError(f"{given} is not allowed; allowed: exactly one of the two")
-
-    def factory(self) -> Callable[[Iterable[nn.Parameter]], Optimizer]:
-        """Return a function from parameters to the optimiser."""
-        options = {"lr": self.learning_rate} | (
-            {} if self.momentum is None else {"momentum": self.momentum}
-        )
-        return partial(self._class, **options)
-
-    @property
-    def _class(self) -> Callable[..., Optimizer]:
-        chosen: Callable[..., Optimizer] = getattr(torch.optim, self.optimizer)
-        return chosen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,25 +102,39 @@ class FederationConfig(CheckedFields):
     """Clients, rounds and split of a federation.
 
     Args:
-        clients: number of clients.
-        rounds: number of rounds per experience.
-        fraction: share of the clients that train in a round.
-        alpha: concentration of the Dirichlet split by class; a small number gives uneven clients.
-        min_size: smallest number of records of a client in an experience.
+        clients: number of parties.
+        rounds: per experience.
+        fraction: share of the clients asked in a round.
+        aggregator: class of flwr.serverapp.strategy.
+        aggregator_options: its own arguments, such as {server_learning_rate = 0.5}.
+        split: `dirichlet` for an uneven split of the records over the clients, `iid` for an even
+            one.
+        alpha: of the Dirichlet split by class; small is uneven.
+        min_size: fewest records of a client in an experience.
+        client_sizes: public number of training records, a list for every client with a number for
+            every experience; left out for the numbers that the split gives.
         engine: `inprocess`, or `ray` for Flower's simulation engine.
     """
 
     clients: int = 10
     rounds: int = 3
     fraction: float = 1.0
+    aggregator: str = "FedAvg"
+    aggregator_options: Mapping[str, Any] = field(default_factory=dict)
+    split: Literal["dirichlet", "iid"] = "dirichlet"
     alpha: float = 1.0
     min_size: int = 10
+    client_sizes: tuple[tuple[int, ...], ...] | None = None
     engine: Literal["inprocess", "ray"] = "inprocess"
 
     def __post_init__(self) -> None:
-        check(self, "clients rounds min_size", counts, "1 to 1000000000")
+        check(self, "clients rounds min_size", counts, COUNTS)
         check(self, "fraction", lambda value: 0 < value <= 1, "a number above 0 and at most 1")
         check(self, "alpha", lambda value: 0 < value <= 1e9, "a number above 0 and at most 1e9")
+        if self.aggregator != "FedAvg" or self.aggregator_options:
+            from perdure.experiment.federation_config import make_aggregator
+
+            make_aggregator(self.aggregator, self.aggregator_options)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -290,7 +154,7 @@ class ExplainConfig(CheckedFields):
     records: int = 6
 
     def __post_init__(self) -> None:
-        check(self, "records", counts, "1 to 1000000000")
+        check(self, "records", counts, COUNTS)
 
     @classmethod
     def from_table(cls, table: Mapping[str, Any], where: str) -> "ExplainConfig":
@@ -304,15 +168,20 @@ class ExplainConfig(CheckedFields):
             raise ConfigError(placed(str(error), where, ("records",))) from None
 
 
+COMBINE = "combine"
+"""Strategy that joins the strategies in `parts`."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Arm(CheckedFields):
     """One model of the run: a strategy, with or without privacy.
 
     Args:
-        strategy: the strategy with its own fields.
-        file: name of the strategy: one of `perdure.strategies.names()`, or
+        strategy: with its own fields.
+        file: name that it was found by: one of `perdure.strategies.names()`, "combine", or
             "my_package.my_module:MyMethod".
-        private: True to train it with the run's privacy.
+        private: train it under the run's privacy.
+        given_name: name of its row and folder; "" for the strategy with -plain or -private.
     """
 
     TABLE: ClassVar[str] = (
@@ -322,25 +191,58 @@ class Arm(CheckedFields):
     strategy: Strategy
     file: str
     private: bool = False
+    given_name: str = ""
+
+    def __post_init__(self) -> None:
+        if self.given_name and not PLAIN_NAME.fullmatch(self.given_name):
+            raise ConfigError.of("name", self.given_name, ALLOWED_NAMES)
 
     @classmethod
     def from_table(cls, table: Mapping[str, Any], where: str) -> "Arm":
         """Find the strategy by its name, and build it from the other fields of the table."""
         options = dict(table)
         private = checked_value(options.pop("private", False), bool, f"{where}.private")
-        file, strategy = extension(find_strategy, strategy_names, "strategy", options, where)
-        return cls(strategy=strategy, file=file, private=typing.cast(bool, private))
+        name = checked_value(options.pop("name", ""), str, f"{where}.name")
+        if "name" in table and not PLAIN_NAME.fullmatch(typing.cast(str, name)):
+            raise ConfigError.of(f"{where}.name", name, ALLOWED_NAMES)
+        file, strategy = strategy_of(options, where)
+        return cls(
+            strategy=strategy,
+            file=file,
+            private=typing.cast(bool, private),
+            given_name=typing.cast(str, name),
+        )
 
     @property
     def name(self) -> str:
-        """Name of the arm, used for its folder and its row of the result."""
-        return arm_name(self.file, private=self.private)
+        """Folder and row name; see `arm_name`."""
+        return self.given_name or arm_name(self.file, private=self.private)
 
 
-def arm_name(file: str, *, private: bool) -> str:
-    """Name an arm: "my_package.my_module:Mine" gives my_package.my_module.Mine-private."""
-    safe = re.sub(r"[^A-Za-z0-9._-]", ".", file)
-    return f"{safe}-{'private' if private else 'plain'}"
+def strategy_of(table: Mapping[str, Any], where: str) -> tuple[str, Strategy]:
+    """Name of a strategy, and the strategy built from the table's other keys.
+
+    Args:
+        table: `strategy = NAME` and its fields; for "combine", `parts` with such tables.
+        where: name of the table, for messages.
+
+    Raises:
+        ConfigError: for an unknown strategy, for fields that do not fit, and for parts that exclude
+            each other.
+    """
+    if table.get("strategy") != COMBINE:
+        return extension(find_strategy, strategy_names, "strategy", table, where)
+    _, options = named_option("strategy", table, where, strategy_names())
+    parts = options.pop("parts", None)
+    if not (isinstance(parts, list) and parts and all(isinstance(each, dict) for each in parts)):
+        raise ConfigError.of(f"{where}.parts", parts, "a list of tables, each with strategy = NAME")
+    for name, value in options.items():
+        raise ConfigError.of(f"{where}.{name}", value, "no further fields beside parts")
+    own = [strategy_of(each, f"{where}.parts[{i}]")[1] for i, each in enumerate(parts)]
+    try:
+        return COMBINE, Combine(*own)
+    except StrategyError as error:
+        raise ConfigError(f"{where}.parts: {error}") from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -351,18 +253,29 @@ class Config(CheckedFields):
         name: name of the run's folder: letters, digits, dots, dashes and underscores; the first
             character is a letter or digit.
         seed: seed of all random numbers except secret noise.
+        seeds: train every arm with each of these seeds instead of one; tables and reports then show
+            means and standard errors.
         threads: number of torch threads; results are bit-identical for the same number.
+        device: of models and records, such as "cuda".
+        data: data set and stream.
+        model: model of every arm.
+        training: length, optimiser and precision of training.
         private_training: training settings of private arms; they replace all of `training`. None to
             use `training`.
+        federation: clients and rounds; left out for one learner.
+        privacy: differential privacy of the private arms.
         attack: attack for robust accuracy.
         explain: explainer, and number of test records to explain.
+        arms: the strategies.
     """
 
     name: str
     seed: int = 0
+    seeds: tuple[int, ...] = ()
     threads: int = 1
+    device: str = "cpu"
     data: DataConfig = field(default_factory=DataConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
+    model: BuiltModel | ModelConfig = field(default_factory=ModelConfig)
     training: TrainingConfig = field(default_factory=lambda: TrainingConfig(epochs=10))
     private_training: TrainingConfig | None = None
     federation: FederationConfig | None = None
@@ -372,15 +285,23 @@ class Config(CheckedFields):
     arms: tuple[Arm, ...] = ()
 
     def __post_init__(self) -> None:
-        plain = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}").fullmatch
+        check(self, "name", PLAIN_NAME.fullmatch, ALLOWED_NAMES)
+        check(self, "seed", lambda value: 0 <= value < 2**32, "0 to 4294967295")
         check(
             self,
-            "name",
-            lambda value: plain(value) is not None,
-            "letters, digits, . - _, at most 100",
+            "seeds",
+            lambda each: all(0 <= s < 2**32 for s in each) and len(set(each)) == len(each),
+            "different whole numbers, 0 to 4294967295",
         )
-        check(self, "seed", lambda value: 0 <= value < 2**32, "0 to 4294967295")
+        if self.seeds and self.seed:
+            raise ConfigError.of("seed", self.seed, "seed or seeds, not both")
         check(self, "threads", lambda value: 1 <= value <= 1024, "1 to 1024")
+        check(self, "device", _is_device, "a device of this machine, such as cpu or cuda")
+        for name in ("training", "private_training"):
+            chosen = getattr(self, name)
+            if self.federation and chosen and chosen.blocks > 1:
+                allowed = "1 in a federation, whose rounds are the blocks; set federation.rounds"
+                raise ConfigError.of(f"{name}.blocks", chosen.blocks, allowed)
         if not self.arms:
             raise ConfigError(
                 "arms is missing; allowed: one or more [[arms]] tables, each with strategy = NAME"
@@ -393,8 +314,30 @@ class Config(CheckedFields):
         twice = {arm.name for arm in self.arms if [a.name for a in self.arms].count(arm.name) > 1}
         if twice:
             raise ConfigError.of(
-                "arms", sorted(twice), "every strategy once with and once without private = true"
+                "arms", sorted(twice), "arms of different names; give each its own name = NAME"
             )
+
+    @property
+    def all_seeds(self) -> tuple[int, ...]:
+        """Seeds of the run, in their order."""
+        return self.seeds or (self.seed,)
+
+    def of_seed(self, seed: int) -> "Config":
+        """Return the config of one seed of this run."""
+        return replace(self, seed=seed, seeds=())
+
+    def trial(self, arm: Arm, seed: int) -> str:
+        """Name of the folder of an arm with a seed."""
+        return trial_name(arm.name, seed if self.seeds else None)
+
+
+def _is_device(name: str) -> bool:
+    """Tell if torch can put a tensor on a device of this machine."""
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        return False
+    return name != "meta"
 
 
 def read(path: Path | str) -> Config:
@@ -422,20 +365,50 @@ def read_text(path: Path) -> str:
     raise ConfigError(f"config {path} cannot be read ({reason}); give the path of a TOML file")
 
 
-def parse(text: str, source: str = "config") -> Config:
+def parse(text: str, source: str = "") -> Config:
     """Parse and check the text of a TOML file.
 
+    Args:
+        text: of the file.
+        source: name of the file, for messages.
+
     Raises:
-        ConfigError: if the text is not a valid config; the message names the field, its value and
-            the allowed values.
+        ConfigError: if the text is not a valid config; the message names the file, the field, its
+            value and the allowed values.
+    """
+    return from_table(table_of(text, source), source)
+
+
+def table_of(text: str, source: str = "") -> dict[str, Any]:
+    """Read the text of a TOML file as a table.
+
+    Raises:
+        ConfigError: for text that is not TOML.
     """
     try:
-        table = tomllib.loads(text)
+        return tomllib.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{source} is not TOML: {error}") from None
-    for where, value in leaves(table):
-        if type(value) is int and abs(value) > LARGEST:
-            raise ConfigError(
-                f"{where} is a whole number of {value.bit_length()} bits; allowed: up to 63"
-            )
-    return build(Config, table, "")
+        raise ConfigError(f"{source or 'config'} is not TOML: {error}") from None
+
+
+def from_table(table: Mapping[str, Any], source: str = "") -> Config:
+    """Check a table and return its config.
+
+    Args:
+        table: as a TOML file has it.
+        source: name of the file, for messages.
+
+    Raises:
+        ConfigError: naming the file, the field, its value and the allowed values.
+    """
+    try:
+        for where, value in leaves(table):
+            if type(value) is int and abs(value) > LARGEST:
+                raise ConfigError(
+                    f"{where} is a whole number of {value.bit_length()} bits; allowed: up to 63"
+                )
+        return build(Config, table, "")
+    except ConfigError as error:
+        if not source:
+            raise
+        raise ConfigError(f"{source}: {error}") from error

@@ -7,7 +7,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields
 from typing import Any, Literal, TypeVar
 
@@ -20,7 +20,7 @@ def leaves(value: object, where: str = "") -> Iterator[tuple[str, object]]:
     """Yield all values in nested tables and lists, each with its place in the file."""
     if isinstance(value, dict):
         for name, inner in value.items():
-            yield from leaves(inner, f"{where}.{_key(name)}" if where else _key(name))
+            yield from leaves(inner, f"{where}.{key_text(name)}" if where else key_text(name))
     elif isinstance(value, list):
         for i, inner in enumerate(value):
             yield from leaves(inner, f"{where}[{i}]")
@@ -35,15 +35,33 @@ def extension(
     table: Mapping[str, Any],
     where: str,
 ) -> tuple[str, T]:
-    """Return the name under `key`, and the extension built from the table's other fields."""
+    """Name under `key` of a table, and the extension built from the table's other fields."""
+    name, options = named_option(key, table, where, names())
+    return name, build(find(name, field=f"{where}.{key}"), options, where)
+
+
+def named_option(
+    key: str, table: Mapping[str, Any], where: str, names: Sequence[str]
+) -> tuple[str, dict[str, Any]]:
+    """Name under `key` of a table, and the table's other keys.
+
+    Args:
+        key: of the name.
+        table: as a config has it.
+        where: name of the table, for messages.
+        names: known names, for messages.
+
+    Raises:
+        ConfigError: where the name is missing, or no text.
+    """
     options = dict(table)
     field = f"{where}.{key}"
     if key not in options:
-        raise ConfigError(f'{field} is missing; allowed: {", ".join(names())}, or "module:name"')
+        raise ConfigError(f'{field} is missing; allowed: {", ".join(names)}, or "module:name"')
     name = options.pop(key)
     if not isinstance(name, str):
-        raise ConfigError.of(field, name, names())
-    return name, build(find(name, field=field), options, where)
+        raise ConfigError.of(field, name, names)
+    return name, options
 
 
 def build(cls: type[T], table: Mapping[str, Any], where: str) -> T:
@@ -51,13 +69,13 @@ def build(cls: type[T], table: Mapping[str, Any], where: str) -> T:
 
     Unknown fields, missing fields and wrong types are refused by name.
     """
-    hints = _type_hints(cls, where)
+    hints = read_hints(cls, where)
     known = {f.name: f for f in fields(cls) if f.init}  # type: ignore[arg-type]
     prefix = f"{where}." if where else ""
     for name in table:
         if name not in known:
             raise ConfigError.of(
-                f"{prefix}{_key(name)}", table[name], f"one of the fields {', '.join(known)}"
+                f"{prefix}{key_text(name)}", table[name], f"one of the fields {', '.join(known)}"
             )
     required = [
         n for n, f in known.items() if f.default is MISSING and f.default_factory is MISSING
@@ -65,7 +83,7 @@ def build(cls: type[T], table: Mapping[str, Any], where: str) -> T:
     missing = [name for name in required if name not in table]
     if missing:
         raise ConfigError(
-            f"{prefix}{missing[0]} is missing; allowed: {_describe(hints[missing[0]])}"
+            f"{prefix}{missing[0]} is missing; allowed: {described(hints[missing[0]])}"
         )
     values = {
         name: checked_value(value, hints[name], f"{prefix}{name}") for name, value in table.items()
@@ -76,8 +94,8 @@ def build(cls: type[T], table: Mapping[str, Any], where: str) -> T:
         raise ConfigError(placed(str(error), where, known)) from None
 
 
-def _type_hints(cls: type, where: str) -> dict[str, Any]:
-    """Types of a class's fields; a user's class may have types that cannot be imported."""
+def read_hints(cls: type, where: str) -> dict[str, Any]:
+    """Types of a class's fields; a foreign class may name types that cannot be imported."""
     try:
         return typing.get_type_hints(cls)
     except Exception as error:
@@ -91,10 +109,11 @@ def placed(message: str, where: str, known: Iterable[str]) -> str:
     """Add the name of the table to a dataclass's error message, if it is missing there."""
     if not where or message.startswith((f"{where}.", f"{where} ")):
         return message
-    return f"{where}.{message}" if message.split(" ", 1)[0] in known else f"{where}: {message}"
+    field = re.split(r"[ .:\[]", message, maxsplit=1)[0]
+    return f"{where}.{message}" if field in known else f"{where}: {message}"
 
 
-def _key(name: str) -> str:
+def key_text(name: str) -> str:
     """Write a key as TOML does.
 
     It is quoted if it has special characters, so that a message stays on one line.
@@ -117,10 +136,11 @@ def checked_value(value: object, hint: Any, where: str) -> object:
     Lists become tuples, and tables become dataclasses.
     """
     for option in _options(hint):
-        if isinstance(value, dict) and hasattr(option, "from_table"):
-            return option.from_table(value, where)
+        if option is Any or (isinstance(value, dict) and typing.get_origin(option) is Mapping):
+            return value
         if isinstance(value, dict) and hasattr(option, "__dataclass_fields__"):
-            return build(option, value, where)
+            from_table = getattr(option, "from_table", None)
+            return from_table(value, where) if from_table else build(option, value, where)
         if typing.get_origin(option) is Literal and value in typing.get_args(option):
             return value
         if isinstance(value, list) and _length_fits(value, option):
@@ -130,11 +150,13 @@ def checked_value(value: object, hint: Any, where: str) -> object:
             )
         if option in (int, float, str, bool) and _fits(value, option):
             return option(value)
-    raise ConfigError.of(where, value, _describe(hint))
+    raise ConfigError.of(where, value, described(hint))
 
 
 def _length_fits(value: list[object], hint: Any) -> bool:
-    """Return True if a list has the right length for a tuple type, which may be any length."""
+    """Tell if a list may become such a tuple, of any length or of a fixed one."""
+    if typing.get_origin(hint) is Sequence:
+        return True
     if typing.get_origin(hint) is not tuple:
         return False
     kinds = typing.get_args(hint)
@@ -151,19 +173,41 @@ def _fits(value: object, kind: type) -> bool:
     return type(value) is kind
 
 
-def _describe(hint: Any) -> str:
-    names = {int: "a whole number", float: "a finite number", str: "text", bool: "true or false"}
+WORDS: dict[Any, str] = {
+    Any: "any value",
+    int: "a whole number",
+    float: "a finite number",
+    str: "text",
+    bool: "true or false",
+    Mapping: "a table",
+}
+
+
+def described(hint: Any) -> str:
+    """Describe in words the values of TOML that a type allows."""
     options = [option for option in _options(hint) if option is not type(None)]
+    # torch allows tensors beside numbers
+    options = [option for option in options if _is_written(option)] or options
     if len(options) > 1:
-        return " or ".join(map(_describe, options))
-    if typing.get_origin(options[0]) is Literal:
-        return ", ".join(map(str, typing.get_args(options[0])))
-    if typing.get_origin(options[0]) is tuple:
-        kinds = typing.get_args(options[0])
-        length = "" if Ellipsis in kinds else f"{len(kinds)} values, "
-        return f"a list of {length}which each is {_describe(kinds[0])}"
-    if hasattr(options[0], "TABLE"):
-        return typing.cast(str, options[0].TABLE)
-    if hasattr(options[0], "__dataclass_fields__"):
-        return f"a table with {', '.join(f.name for f in fields(options[0]) if f.init)}"
-    return names.get(options[0], "no value, because TOML has no such type")
+        return " or ".join(map(described, options))
+    (option,) = options
+    origin = typing.get_origin(option)
+    kinds = typing.get_args(option)
+    if origin is Literal:
+        return ", ".join(map(str, kinds))
+    if origin in (tuple, Sequence):
+        any_length = Ellipsis in kinds or len(kinds) == 1
+        length = "" if any_length else f"{len(kinds)} values, "
+        return f"a list of {length}which each is {described(kinds[0])}"
+    if hasattr(option, "TABLE"):
+        return typing.cast(str, option.TABLE)
+    if hasattr(option, "__dataclass_fields__"):
+        return f"a table with {', '.join(f.name for f in fields(option) if f.init)}"
+    return WORDS.get(origin or option, "no value, because TOML has no such type")
+
+
+def _is_written(option: Any) -> bool:
+    """Tell if TOML can hold a value of a type."""
+    return (typing.get_origin(option) or option) in (*WORDS, Literal, tuple, Sequence) or hasattr(
+        option, "__dataclass_fields__"
+    )

@@ -15,6 +15,7 @@ from perdure.experiment.arm import ArmRun, MetricsLog, open_stream
 from perdure.experiment.config import Arm, Config
 from perdure.experiment.results import ledger_files, summary
 from perdure.experiment.run import untimed
+from perdure.experiment.seeds import arm_result
 from perdure.learner.learner import Learner
 from perdure.privacy.ledger.merged import merge
 from perdure.testing.replay import ALONE, ReplayResult, ReplayRun, replayed
@@ -58,6 +59,7 @@ def replay_run(config: Config, *, record: int | None = None) -> dict[str, Replay
         raise ConfigError.of(
             "arms", [arm.name for arm in config.arms], "at least one with private = true"
         )
+    config = config.of_seed(config.all_seeds[0])
     whole = open_stream(config)
     ids = torch.cat([experience.train.ids for experience in whole])
     left_out = int(ids[0]) if record is None else record
@@ -103,7 +105,8 @@ def _outputs(
     log = MetricsLog(folder / "metrics.jsonl")
     row = ReplayedArm(config, arm, stream, folder, log, listen=run.listen, replay=run).run()
     merged = merge(ledger_files(folder / "arms" / arm.name))
-    result: Mapping[str, Any] = untimed(summary(config, stream, [row], merged, None))
+    shown = arm_result(arm, [row])
+    result: Mapping[str, Any] = untimed(summary(config, stream, [shown], merged, None))
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     found: dict[str, object] = {
         f"metrics.jsonl, line {i}": json.loads(line) for i, line in enumerate(lines, 1)

@@ -7,7 +7,7 @@ from typing import Any, NotRequired, TypedDict, cast
 
 from perdure.errors import RunError
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 class Epsilon(TypedDict):
@@ -44,15 +44,27 @@ class PrivacyResult(TypedDict):
     spending: list[Spending]
 
 
-class ArmResult(PrivacyResult):
-    """Result of one strategy of the run, with or without privacy.
+class ClassResult(TypedDict):
+    """Measures of each class with test records in one experience, at the end of the stream.
 
-    Accuracies are in percent, differences in percentage points.
+    Keys are classes; accuracies and F1 are in percent. `confusion` counts, for each class, the
+    records that were predicted as each other class, where there are any.
     """
 
-    strategy: str
-    options: str
-    private: bool
+    macro_f1: float
+    accuracy: dict[str, float]
+    f1: dict[str, float]
+    confusion: dict[str, dict[str, int]]
+
+
+class Numbers(TypedDict):
+    """Measures of a trained model, or their means over seeds.
+
+    Accuracies are in the unit of the task's metric, which is percent for single-label records, and
+    differences in its points. A measure that does not exist for the task is null. `by_class` has an
+    entry for each experience of a trial, and no mean over seeds.
+    """
+
     accuracy_matrix: Sequence[Sequence[float | None]]
     average_accuracy: float | None
     learning_accuracy: float | None
@@ -61,10 +73,57 @@ class ArmResult(PrivacyResult):
     forward_transfer: float | None
     worst_experience_accuracy: float | None
     area_under_accuracy: float | None
-    calibration_error: list[float]
+    calibration_error: list[float] | None
+    by_class: NotRequired[list[ClassResult] | None]
     state_bytes: int
     robust_accuracy: float | None
     seconds: float
+
+
+class TrialResult(Numbers, PrivacyResult):
+    """One arm with one seed.
+
+    `failure` is the message of a training that ran away; the measures are then null. `progress` has
+    the measurements inside stages: number of the experience that ended, and accuracies.
+    """
+
+    seed: int
+    trial: str
+    failure: str | None
+    progress: list[tuple[int, list[float]]]
+
+
+class Failure(TypedDict):
+    """A training that ran away."""
+
+    seed: int
+    trial: str
+    failure: str
+
+
+class ArmResult(Numbers, PrivacyResult):
+    """One strategy of the run, with or without privacy.
+
+    Measures are means over the seeds that did not fail; time is a sum, and state the largest. The
+    statement of privacy is the seed's with the largest epsilon, for its model alone.
+    """
+
+    name: str
+    strategy: str
+    options: str
+    private: bool
+    standard_error: dict[str, float | None]
+    failures: list[Failure]
+    seeds: list[TrialResult]
+
+
+class TaskResult(TypedDict):
+    """Task of the records and its metric."""
+
+    name: str
+    metric: str
+    unit: str
+    higher_is_better: bool
 
 
 class StreamResult(TypedDict):
@@ -103,7 +162,8 @@ class Result(TypedDict):
 
     schema: int
     name: str
-    seed: int
+    seeds: list[int]
+    task: TaskResult
     stream: StreamResult
     model: dict[str, Any]
     federation: dict[str, Any] | None
@@ -133,7 +193,7 @@ def read_result(run: Path) -> Result:
 
 
 def checked(content: object, source: str = "result") -> Result:
-    """Return `content` as a result, if it has everything that schema 1 requires.
+    """Return `content` as a result, if all that the schema promises is there.
 
     Raises:
         RunError: names `source` and the first error.
@@ -150,6 +210,7 @@ def checked(content: object, source: str = "result") -> Result:
     if not content["arms"]:
         raise RunError(f"{source} has no arms; a finished run has at least one")
     _require(content["stream"], StreamResult, f"{source}: stream")
+    _require(content["task"], TaskResult, f"{source}: task")
     for number, arm in enumerate(content["arms"]):
         _check_arm(arm, f"{source}: arms[{number}]")
     for name, shape in (
@@ -174,6 +235,8 @@ def _check_arm(arm: Mapping[str, Any], source: str) -> None:
         _require(arm["epsilon"], Epsilon, f"{source}.epsilon")
     for entry in arm["spending"]:
         _require(entry, Spending, f"{source}.spending")
+    for number, trial in enumerate(arm["seeds"]):
+        _require(trial, TrialResult, f"{source}.seeds[{number}]")
 
 
 def _require(content: object, shape: type, source: str) -> None:

@@ -3,7 +3,10 @@
 The parts are privacy statements, federation, attack and explanations.
 """
 
+import re
+from collections.abc import Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ from perdure.experiment.result_schema import (
     SCHEMA,
     ArmResult,
     AttackResult,
+    ClassResult,
     Epsilon,
     Explanations,
     Result,
@@ -23,7 +27,7 @@ from perdure.experiment.result_schema import (
 )
 from perdure.learner.folder_claims import refuse_missing_ledgers
 from perdure.learner.learner import Learner
-from perdure.metrics import expected_calibration_error
+from perdure.metrics import ClassMeasures, class_measures
 from perdure.privacy.ledger.account import Account, Statement
 from perdure.privacy.ledger.merged import Merged
 from perdure.utils.atomic_files import save_tensors
@@ -40,11 +44,26 @@ def summary(
     merged: Merged | None,
     explanations: Explanations | None,
 ) -> Result:
-    """Combine the parts into the result of the run."""
+    """Put the result together.
+
+    Args:
+        config: of the run.
+        stream: of its first seed.
+        arms: results of all arms.
+        merged: ledgers of all private trials, if there are some.
+        explanations: where the explanation tensors are.
+    """
+    first = config.of_seed(config.all_seeds[0])
     return {
         "schema": SCHEMA,
         "name": config.name,
-        "seed": config.seed,
+        "seeds": list(config.all_seeds),
+        "task": {
+            "name": stream.task.name,
+            "metric": stream.task.metric.name,
+            "unit": stream.task.metric.unit,
+            "higher_is_better": stream.task.metric.higher_is_better,
+        },
         "stream": {
             "name": stream.name,
             "scenario": stream.scenario,
@@ -56,7 +75,7 @@ def summary(
             ],
         },
         "model": asdict(config.model),
-        "federation": federation_row(config, stream),
+        "federation": federation_row(first, stream),
         "environment": versions() | {k: v for k, v in machine().items() if v is not None},
         "attack": attack_row(config.attack),
         "arms": arms,
@@ -67,19 +86,35 @@ def summary(
     }
 
 
-def calibration(learner: Learner, stream: Stream) -> list[float]:
-    """Expected calibration error on the test records of each stage, at the end of the stream."""
+def by_class(learner: Learner, stream: Stream) -> list[ClassMeasures]:
+    """Measure each class on every stage's test records, at the end of the stream."""
     after = max(0, learner.position.experience - 1)
     with torch.no_grad():
         return [
-            expected_calibration_error(
-                torch.softmax(
-                    by_pieces(learner.predictor(stage.last, after=after), stage.test.inputs), dim=1
-                ),
+            class_measures(
+                by_pieces(learner.predictor(stage.last, after=after), stage.test.inputs),
                 stage.test.labels,
             )
             for stage in stream.to(learner.device).stages
         ]
+
+
+def class_row(measured: ClassMeasures) -> ClassResult:
+    """Measures of each class as the result keeps them: only classes and counts that are not 0."""
+    present = measured.confusion.sum(1).nonzero().flatten().tolist()
+    return {
+        "macro_f1": measured.macro_f1,
+        "accuracy": {str(c): float(measured.accuracy[c]) for c in present},
+        "f1": {str(c): float(measured.f1[c]) for c in present},
+        "confusion": {
+            str(c): {
+                str(predicted): count
+                for predicted, count in enumerate(measured.confusion[c].tolist())
+                if count
+            }
+            for c in present
+        },
+    }
 
 
 def federation_row(config: Config, stream: Stream) -> dict[str, Any] | None:
@@ -98,17 +133,18 @@ def client_streams(config: Config, stream: Stream) -> list[Stream]:
     If an arm of the run is private, the client of a record depends only on the record's hash, in
     all arms.
     """
-    from perdure.data.client_splits import dirichlet
+    from perdure.data.client_splits import dirichlet, iid
 
     chosen = config.federation
     assert chosen is not None
-    return dirichlet(
+    split = iid if chosen.split == "iid" else partial(dirichlet, alpha=chosen.alpha)
+    return split(
         stream,
         clients=chosen.clients,
-        alpha=chosen.alpha,
         min_size=chosen.min_size,
         seed=config.seed,
         exact=config.privacy is None,
+        client_sizes=chosen.client_sizes,
     )
 
 
@@ -127,16 +163,54 @@ def epsilon_row(stated: Statement) -> Epsilon:
     }
 
 
-def epsilon_of_all_arms(merged: Merged, delta: float) -> Epsilon:
-    """Privacy statement for an observer of all private models.
+OF_SEED = re.compile(r"-seed-(\d+)/client-\d+$")
+"""End of the name of an owner in a run of several seeds."""
 
-    The charges of a record in all arms are composed.
+
+def epsilon_of_all_arms(merged: Merged, delta: float) -> Epsilon:
+    """Statement for somebody who sees all private models, of all arms and seeds.
+
+    The same record's uses in all of them compose. A partition's name means the same records in all
+    arms of one seed. Where another seed may have placed a record in another partition, such as by
+    another order of classes, the seeds compose by addition instead:
+
+        epsilon(delta) <= sum over the S seeds of epsilon_seed(delta / S)
     """
-    record = {name: name.split("/client-", 1)[1] for name in merged.partitions}
-    same = groupby(sorted(record, key=lambda name: record[name]), key=lambda name: record[name])
-    worst = max(merged.epsilon(list(names), delta=delta) for _, names in same)
-    units = sum({record[name]: size for name, size in merged.sizes.items()}.values())
-    return epsilon_row(replace(merged.statement(delta), epsilon=worst, units=units))
+    groups = _groups(merged)
+    each = [_composed(names, merged, delta / len(groups)) for names in groups]
+    units = max(_units(names, merged) for names in groups)
+    return epsilon_row(replace(merged.statement(delta), epsilon=sum(each), units=units))
+
+
+def _groups(merged: Merged) -> list[dict[str, str]]:
+    """Partitions that compose by name: name in the merged account to name of the records.
+
+    One group for all seeds where the rules that place records are known and the same.
+    """
+    seeds: dict[str, dict[str, str]] = {}
+    rules: dict[str, set[str]] = {}
+    for part in merged.parts:
+        found = OF_SEED.search(part.account.owner)
+        own = seeds.setdefault(found[1] if found else "", {})
+        for name in part.account.sizes:
+            full = f"{part.account.owner}/{name}"
+            own[full] = full.split("/client-", 1)[1]
+            rules.setdefault(own[full], set()).add(part.account.rules.get(name, ""))
+    alike = all(len(known) == 1 and "" not in known for known in rules.values())
+    if alike:
+        return [{name: record for group in seeds.values() for name, record in group.items()}]
+    return list(seeds.values())
+
+
+def _composed(names: Mapping[str, str], merged: Merged, delta: float) -> float:
+    """Largest epsilon of a record whose uses in all partitions of its name compose."""
+    same = groupby(sorted(names, key=names.__getitem__), key=names.__getitem__)
+    return max(merged.epsilon(list(group), delta=delta) for _, group in same)
+
+
+def _units(names: Mapping[str, str], merged: Merged) -> int:
+    """Number of records in the partitions of different names."""
+    return sum({record: merged.sizes[name] for name, record in names.items()}.values())
 
 
 def spending(account: Account, delta: float) -> list[Spending]:
@@ -191,7 +265,10 @@ def collect_explanations(config: Config, folder: Path) -> Explanations | None:
     from safetensors.torch import load_file
 
     arm = explained_arm(config)
-    files = sorted((folder / "arms" / arm.name).glob("explanation-*.safetensors"))
+    trial = config.trial(arm, config.all_seeds[0])
+    files = sorted((folder / "arms" / trial).glob("explanation-*.safetensors"))
+    if not files:  # its training ran away
+        return None
     parts = [load_file(path) for path in files]
     joined = {"inputs": parts[0]["inputs"], "labels": parts[0]["labels"]}
     save_tensors(

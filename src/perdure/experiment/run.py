@@ -2,32 +2,38 @@
 
 Arms train alone or in a federation, and resume after a stop at any time.
 
-runs/NAME/config.toml       the config of the run
-runs/NAME/result.json       the result, in the schema of `perdure.report.wording`
-runs/NAME/metrics.jsonl     one line per arm and experience, appended as it goes
-runs/NAME/ledger.jsonl      the ledgers of all arms and clients, each with its own chain and head
-runs/NAME/checkpoint/ARM/   the arm's final model and strategy state, `model.safetensors`; see
-                            `trained`
-runs/NAME/arms/ARM/         the arm's own checkpoints, clients and `private/` (keys and memory;
+runs/NAME/config.toml       what was asked
+runs/NAME/result.json       the result, in the schema of `perdure.experiment.result_schema`
+runs/NAME/metrics.jsonl     one line per trial and experience, appended as it goes
+runs/NAME/ledger.jsonl      the ledgers of all trials and clients, each with its own chain and head
+runs/NAME/checkpoint/TRIAL/ the trial's final model and strategy state, `model.safetensors`; see
+                            `load`
+runs/NAME/arms/TRIAL/       the trial's own checkpoints, clients and `private/` (keys and memory;
                             never exported)
+
+A trial is an arm with one seed. Its name is the arm's, or ARM-seed-S where the config has `seeds`.
 """
 
+import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from perdure.data.experience import Stream
 from perdure.errors import ConfigError, RunError
 from perdure.experiment.arm import ArmRun, MetricsLog, Progress, open_stream, silent
 from perdure.experiment.config import Arm, Config, read
-from perdure.experiment.result_schema import Result, read_result
+from perdure.experiment.result_schema import Result, TrialResult, read_result
 from perdure.experiment.results import (
     collect_explanations,
     ledger_files,
     summary,
 )
+from perdure.experiment.seeds import arm_result
 from perdure.learner.fingerprint import VERSION, flat, refuse_other_run
 from perdure.learner.learner import Callback, Learner
 from perdure.learner.model_history import Training, mark
@@ -58,13 +64,15 @@ def run(
 ) -> Result:
     """Run every arm of a config and write the files of the run; a stopped run continues.
 
+    A training that ran away is reported in the result (`failures`), and the other trials go on.
+
     Args:
         config: parsed config.
         text: TOML text of the config, which is stored with the result.
         folder: folder of the run; it is created.
         progress: see `Progress`.
         callbacks: called as callback(point, learner) by every learner of every arm; see
-            `perdure.learner.learner.POINTS`.
+            `perdure.learner.POINTS`.
 
     Raises:
         RunError: if the folder has a run of another config, is in use, or cannot be written.
@@ -73,66 +81,109 @@ def run(
     with locked(folder):
         keep_config(folder, config, text)
         if (folder / "result.json").exists():
-            for arm in config.arms:
-                progress(arm.name, 1.0)
+            for name in trials(config):
+                progress(name, 1.0)
             return read_result(folder)
         torch.set_num_threads(config.threads)
-        stream = open_stream(config)
         log = MetricsLog(folder / "metrics.jsonl")
-        rows = [
-            ArmRun(config, arm, stream, folder, log, progress, callbacks).run()
-            for arm in config.arms
-        ]
-        ledgers = [path for arm in config.arms for path in ledger_files(folder / "arms" / arm.name)]
+        rows: dict[str, list[TrialResult]] = {arm.name: [] for arm in config.arms}
+        first: Stream | None = None
+        for seed in config.all_seeds:
+            # one seed's model is explained
+            mine = (
+                config.of_seed(seed)
+                if first is None
+                else replace(config, explain=None).of_seed(seed)
+            )
+            stream = open_stream(mine)
+            first = first or stream
+            for arm in config.arms:
+                name = config.trial(arm, seed)
+                trial = ArmRun(mine, arm, stream, folder, log, progress, callbacks, name=name)
+                rows[arm.name].append(trial.run())
+        assert first is not None
+        ledgers = [path for name in trials(config) for path in ledger_files(folder / "arms" / name)]
         merged = merge(ledgers) if ledgers else None
         if merged:
             merged.export(folder / "ledger.jsonl")
+        results = [arm_result(arm, rows[arm.name]) for arm in config.arms]
         explanations = collect_explanations(config, folder)
-        write_json(folder / "result.json", summary(config, stream, rows, merged, explanations))
+        write_json(folder / "result.json", summary(config, first, results, merged, explanations))
         return read_result(folder)
 
 
-def trained(folder: Path | str, arm: str) -> Learner:
-    """Load an arm of a finished run: a learner with the final model, ready for `evaluate`.
+def trials(config: Config) -> dict[str, tuple[Arm, int]]:
+    """Names of the trials of a config, in the order in which they are trained."""
+    return {config.trial(arm, s): (arm, s) for s in config.all_seeds for arm in config.arms}
+
+
+def load(run: Path | str, arm: str | None = None, *, seed: int | None = None) -> Learner:
+    """Load a trained model of a finished run, as a learner.
+
+    `predict`, `score` and `evaluate` of the learner answer as the strategy does. The data set of
+    the run is loaded, too, because a prediction needs the declared facts of the stream.
 
     Args:
-        folder: folder of the run.
-        arm: name of the arm's folder in `checkpoint/`, such as ewc-private.
+        run: folder of the run.
+        arm: name of an arm, or of its folder in `checkpoint/`, such as ewc-private or
+            ewc-private-seed-1; None where the run has one arm.
+        seed: of the run; None where it has one seed, or where `arm` says it.
 
     Raises:
-        RunError: if there is no such arm, or its model cannot be read.
+        RunError: when there is no such model, or several, when its training ran away, or when it
+            cannot be read.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    folder = Path(folder)
+    folder = Path(run)
     config = read(folder / "config.toml")
-    path = folder / "checkpoint" / arm / "model.safetensors"
-    names = [one.name for one in config.arms]
-    if arm not in names:
-        raise RunError(f"{folder} has no arm {arm!r}; it has {', '.join(names)}")
+    known = trials(config)
+    trial = _chosen(folder, known, arm, seed)
+    path = folder / "checkpoint" / trial / "model.safetensors"
+    row = folder / "arms" / trial / "arm.json"
+    failure = json.loads(row.read_text())["failure"] if row.exists() else None
+    if failure is not None:
+        raise RunError(f"{trial} of {folder} has no model, because its training failed: {failure}")
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
         raise RunError(f"{path} cannot be read ({error}); let the run finish first") from None
-    chosen = config.arms[names.index(arm)]
-    learner = ArmRun(
-        config, chosen, open_stream(config), folder, MetricsLog(folder / "metrics.jsonl")
-    ).untrained()
+    chosen, its_seed = known[trial]
+    mine = config.of_seed(its_seed)
+    log = MetricsLog(folder / "metrics.jsonl")
+    learner = ArmRun(mine, chosen, open_stream(mine), folder, log, name=trial).untrained()
     learner.model.load_state_dict(under("model.", tensors))
     learner.session.state = learner.state.replace(under("state.", tensors))
-    mark(learner.model, training_of(folder, chosen))
+    mark(learner.model, training_of(folder, trial, private=chosen.private))
     return learner
 
 
-def training_of(folder: Path, arm: Arm) -> Training:
-    """Return the training history for the model of a finished run's arm."""
-    by = f"{folder.resolve()}, {arm.name}"
-    own = folder / "arms" / arm.name / "ledger.jsonl"
-    if not arm.private:
+def _chosen(
+    folder: Path, known: Mapping[str, tuple[Arm, int]], arm: str | None, seed: int | None
+) -> str:
+    """Name the only trial of an arm and a seed."""
+    found = [
+        trial
+        for trial, (each, its_seed) in known.items()
+        if arm in (None, each.name, trial) and seed in (None, its_seed)
+    ]
+    if len(found) != 1:
+        asked = f"arm {arm!r}" if seed is None else f"arm {arm!r} with seed {seed}"
+        problem = "has no" if not found else f"has {len(found)} models for"
+        raise RunError(f"{folder} {problem} {asked}; give one of {', '.join(found or known)}")
+    return found[0]
+
+
+def training_of(folder: Path, trial: str, *, private: bool) -> Training:
+    """Return the history that the model of a finished run's trial carries."""
+    by = f"{folder.resolve()}, {trial}"
+    own = folder / "arms" / trial / "ledger.jsonl"
+    if not private:
         return Training(by=by, uncounted=f"trained without privacy in {folder}")
     if not own.exists():
-        return Training(by=by, uncounted=f"trained in {folder} by clients, who hold the ledgers")
+        told = f"trained in {folder} by clients, who hold the ledgers"
+        return Training(by=by, uncounted=told, private=True)
     (part,) = read_ledger(own).parts
     account = part.account
     return Training(

@@ -23,6 +23,18 @@ UNSUPPORTED = {
 }
 
 
+def usable_aggregators() -> dict[str, type[aggregators.Strategy]]:
+    """Return the aggregators of Flower that a federation may have, by name."""
+    found = {name: value for name, value in vars(aggregators).items() if isinstance(value, type)}
+    return {
+        name: value
+        for name, value in sorted(found.items())
+        if issubclass(value, aggregators.Strategy)
+        and value is not aggregators.Strategy
+        and value not in UNSUPPORTED
+    }
+
+
 @dataclass(frozen=True, kw_only=True)
 class Federation(CheckedFields):
     """Settings of a federation: number of clients, rounds per experience, and aggregator.

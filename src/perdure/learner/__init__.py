@@ -1,15 +1,20 @@
 """The learner: trains one model on a stream of experiences.
 
 Import `Learner`, or `Session` for your own training loop. `Callback` is the type of a function that
-the learner calls at the points named in `POINTS`.
+the learner calls at the points named in `POINTS`. `evaluate_with` measures a learner with metrics
+of another library.
 """
 
-from perdure.learner.learner import POINTS, Callback, Learner
+from perdure.learner.learner import Callback, Learner
+from perdure.learner.outside_metrics import OutsideMetric, evaluate_with
+from perdure.learner.points import POINTS
 from perdure.learner.session import Session
 
 __all__ = [
     "POINTS",
     "Callback",
     "Learner",
+    "OutsideMetric",
     "Session",
+    "evaluate_with",
 ]

@@ -15,6 +15,8 @@ from torch.optim import Optimizer
 from perdure.errors import RunError
 from perdure.utils.atomic_files import save_tensors, write_json, writing
 
+PROGRESS = "progress"
+"""Key of the measurements inside stages among the facts of a checkpoint."""
 KEEP = 2
 """Number of kept checkpoints; the last but one survives a crash while a new one is written."""
 

@@ -7,9 +7,16 @@ import torch
 from torch import Tensor
 
 from perdure.data.experience import Stream
+from perdure.data.records import Records
+from perdure.errors import ConfigError, PrivacyError
+from perdure.learner.model_history import trainings_of
 from perdure.learner.party import Party
 from perdure.metrics import evaluate
+from perdure.utils.finite_outputs import finite_outputs
 from perdure.utils.modules import evaluating
+
+ROWS = 2048
+"""Rows of one pass through the model, when somebody asks for predictions."""
 
 
 def predictor(party: Party, index: int, *, after: int) -> Callable[[Tensor], Tensor]:
@@ -35,8 +42,7 @@ def measurements(party: Party, stream: Stream, batch_size: int) -> list[float]:
         stream: stream whose test records are used.
         batch_size: number of rows of one pass.
     """
-    position = party.position
-    after = max(0, position.experience - (not position.begun))
+    after = trained_last(party)
     found = []
     with torch.no_grad(), evaluating(party.model):
         for stage in stream.stages:
@@ -45,6 +51,124 @@ def measurements(party: Party, stream: Stream, batch_size: int) -> list[float]:
             predicted = predictor(party, stage.latest(after), after=after)
             found.append(evaluate(stream.task, predicted, test.inputs, test.labels, batch_size))
     return found
+
+
+def trained_last(party: Party) -> int:
+    """Return the experience that was trained last; one that is being trained counts."""
+    position = party.position
+    return max(0, position.experience - (not position.begun))
+
+
+def outputs_for(party: Party, inputs: Tensor, experience: int | None) -> Tensor:
+    """Return the strategy's outputs for inputs of the caller's own.
+
+    The model's modes stay as they are.
+
+    Args:
+        party: with model, strategy and state.
+        inputs: (n, ...).
+        experience: of the inputs, on task-incremental streams; None elsewhere.
+
+    Returns:
+        (n, ..., C), on the party's device.
+
+    Raises:
+        ConfigError: for an experience that is missing or not asked for, and for inputs of another
+            shape or type than the stream's; for outputs that are NaN or infinite.
+    """
+    after = trained_last(party)
+    index = _asked(party.stream, experience, after)
+    _check_inputs(party.stream, inputs)
+    inputs = inputs.to(party.device)
+    with torch.no_grad(), evaluating(party.model):
+        answer = predictor(party, index, after=after)
+        # one pass for no rows, to learn the width
+        starts = range(0, max(1, len(inputs)), ROWS)
+        return torch.cat(
+            [finite_outputs(answer(inputs[start : start + ROWS]), first=start) for start in starts]
+        )
+
+
+def score_of(party: Party, records: Records, experience: int | None) -> float:
+    """Measure a party on records of the caller's own by the metric of the task.
+
+    Guarantee: none for `records`: the number is computed from them as they are, so they must be
+    public. Training records of a model that was trained with privacy are refused.
+
+    Args:
+        party: with model, strategy and state.
+        records: to measure on.
+        experience: of the records, on task-incremental streams; None elsewhere.
+
+    Raises:
+        ConfigError: as `outputs_for`; for records of another task.
+        PrivacyError: for training records of a model that was trained with privacy.
+    """
+    if not isinstance(records, Records):
+        raise ConfigError.of("records", type(records).__name__, "Records, such as stream[0].test")
+    if records.task != party.stream.task:
+        raise ConfigError.of("records", records.task, f"records of {party.stream.task}")
+    before = trainings_of(party.model)
+    if party.privacy is not None or any(each.private or each.entries for each in before):
+        _refuse_trained_records(party.stream, records)
+    outputs = outputs_for(party, records.inputs, experience)
+    labels = records.labels.to(outputs.device)
+    return evaluate(records.task, lambda rows: outputs, records.inputs, labels, max(1, len(labels)))
+
+
+def _asked(stream: Stream, experience: int | None, after: int) -> int:
+    """Return the experience whose context answers."""
+    if stream.scenario != "task":
+        if experience is not None:
+            raise ConfigError.of(
+                "experience",
+                experience,
+                f"None, because a {stream.scenario}-incremental stream does not tell the "
+                "experience of its inputs",
+            )
+        return after
+    if experience is None or not 0 <= experience < len(stream):
+        raise ConfigError.of(
+            "experience", experience, f"0 to {len(stream) - 1}, the task of the inputs"
+        )
+    return experience
+
+
+def _check_inputs(stream: Stream, inputs: Tensor) -> None:
+    if not isinstance(inputs, Tensor):
+        given = type(inputs).__name__
+        raise ConfigError.of("inputs", given, "a tensor, such as torch.as_tensor(inputs)")
+    wanted = stream[0].test.inputs
+    if inputs.dtype != wanted.dtype or inputs.shape[1:] != wanted.shape[1:] or not inputs.dim():
+        shape = ", ".join(map(str, ["n", *wanted.shape[1:]]))
+        raise ConfigError.of(
+            "inputs",
+            f"{tuple(inputs.shape)} in {inputs.dtype}",
+            f"shape ({shape}) in {wanted.dtype}, as in the stream",
+        )
+
+
+def _refuse_trained_records(stream: Stream, records: Records) -> None:
+    for experience in stream:
+        train = experience.train
+        if records.partition == train.partition and bool(
+            torch.isin(records.ids.to(train.ids.device), train.ids).any()
+        ):
+            raise PrivacyError(
+                f"records are training records of experience {experience.index}, and a score of "
+                "private records is no release; score public test records"
+            )
+
+
+def filled_matrix(matrix: list[list[float]], *, width: int) -> Tensor:
+    """Return the rows as a float64 tensor; rows measured before the stream grew get NaN.
+
+    Args:
+        matrix: rows of at most `width` numbers.
+        width: number of stages.
+    """
+    rows = [row + [math.nan] * (width - len(row)) for row in matrix]
+    return torch.tensor(rows, dtype=torch.float64)
 
 
 def is_measured(stream: Stream, index: int, every: int | None) -> bool:

@@ -1,6 +1,5 @@
 """The learner, whose one training loop runs every strategy, client and privacy mode."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,11 +16,20 @@ from perdure.contract.strategy import Strategy
 from perdure.curator.local_curator import LocalCurator
 from perdure.data.augmentation import Views
 from perdure.data.experience import Stream
+from perdure.data.records import Records
 from perdure.data.value_checks import check_streams
 from perdure.errors import ConfigError
 from perdure.learner.arguments import PLAIN, check_arguments, check_stream, plain_model
-from perdure.learner.checkpoint import Position, Snapshot, Store
-from perdure.learner.evaluation import is_measured, lacks_late_tests, measurements, predictor
+from perdure.learner.checkpoint import PROGRESS, Position, Snapshot, Store
+from perdure.learner.evaluation import (
+    filled_matrix,
+    is_measured,
+    lacks_late_tests,
+    measurements,
+    outputs_for,
+    predictor,
+    score_of,
+)
 from perdure.learner.fingerprint import Fingerprint, fingerprint_of
 from perdure.learner.noise_digest import noise_digest
 from perdure.learner.optimizers import MakeOptimizer, made_optimizer, options_of, put_options
@@ -34,6 +42,7 @@ from perdure.learner.schedules import (
     ReplayedRates,
     made_schedule,
     refuse_schedule,
+    replayed,
     take_step,
 )
 from perdure.learner.session import Session
@@ -46,30 +55,8 @@ from perdure.utils.checked_fields import check_fields
 from perdure.utils.denormals import flushed
 from perdure.utils.modules import same_bits, trainable_parameters
 
-PROGRESS = "progress"
-"""Name, among the facts of a checkpoint, of the evaluations inside stages."""
-
 Callback = Callable[[str, "Learner"], None]
-"""Function that is called at every named point of the loop; the names are `POINTS`."""
-
-POINTS = (
-    "experience.begin",
-    "block.begin",
-    "step.sampled",
-    "step.gradient",
-    "step.done",
-    "block.end",
-    "experience.consolidated",
-    "experience.end",
-    "evaluated",
-    "checkpoint.begin",
-    "checkpoint.end",
-    "ledger.before-append",
-    "ledger.appended",
-    "ledger.head-written",
-    "noise.drawn",
-)
-"""Points at which callbacks are called; a run that stops at one resumes bit-identically."""
+"""Called at every named point of the loop; the names are `perdure.learner.POINTS`."""
 
 
 @dataclass(kw_only=True)
@@ -207,9 +194,7 @@ class Learner:
                 self.save()
         finally:
             self.close()
-        # Rows measured before the stream grew are shorter.
-        rows = [row + [math.nan] * (len(stream.stages) - len(row)) for row in self.matrix]
-        return torch.tensor(rows, dtype=torch.float64)
+        return filled_matrix(self.matrix, width=len(stream.stages))
 
     def prepare(self, stream: Stream) -> None:
         """Open the session: create the state and, under privacy, calibrate the noise of the stream.
@@ -290,6 +275,29 @@ class Learner:
         self._notify("experience.end")
 
     # ------------------------------------------------------------------ evaluation
+
+    def predict(self, inputs: Tensor, *, experience: int | None = None) -> Tensor:
+        """Return the strategy's outputs (n, ..., C) for inputs, in evaluation mode.
+
+        They are what `evaluate` measures: iCaRL's are distances to class means, for example.
+        `learner.stream.task.predictions` makes predicted targets of them, such as classes.
+
+        Args:
+            inputs: (n, ...) inputs of the model.
+            experience: of the inputs, on task-incremental streams; None elsewhere.
+        """
+        return outputs_for(self.session, inputs, experience)
+
+    def score(self, records: Records, *, experience: int | None = None) -> float:
+        """Measure the model on records by the metric of the task, such as accuracy in percent.
+
+        Guarantee: none for `records`, which must be public; private training records are refused.
+
+        Args:
+            records: to measure on.
+            experience: as in `predict`.
+        """
+        return score_of(self.session, records, experience)
 
     def predictor(self, index: int, *, after: int) -> Callable[[Tensor], Tensor]:
         """Return a function from inputs (n, ...) to logits (n, C).
@@ -480,20 +488,14 @@ class Learner:
         """Digest of all data but the records that determines the next steps; "" if not private."""
         if self.private_sum is None:
             return ""
-        rates = self._replayed(self.scheduler).text if self.scheduler else "[]"
+        rates = "[]"
+        if self.scheduler:
+            steps = self.training.steps(self.position.experience)
+            self._rates = replayed(self._rates, self.optimizer, self.scheduler, steps)
+            rates = self._rates.text
         parts = (self.session, self._optimizer, self._scheduler)
         live = take_snapshot(*parts, self.matrix, copy=False)
         return noise_digest(self.session, live, self._optimizer, self._scheduler, rates)
-
-    def _replayed(self, scheduler: MakeSchedule) -> ReplayedRates:
-        """Return the learning rates of all steps of the open experience under its schedule.
-
-        They are computed again only if its settings changed.
-        """
-        steps = self.training.steps(self.position.experience)
-        if self._rates is None or not self._rates.are_of(self.optimizer, scheduler, steps):
-            self._rates = ReplayedRates(self.optimizer, scheduler, steps)
-        return self._rates
 
     def _notify(self, point: str) -> None:
         for callback in self.callbacks:

@@ -35,12 +35,13 @@ class Training:
     """One training of a model, as recorded in its mark.
 
     Args:
-        by: name of the session that trained the model.
-        sizes: declared sizes in the session's ledger; the same object, so it grows during training.
-        rules: digests of the rules of the partitions; also the ledger's own object.
-        entries: entries of the ledger; also the ledger's own object.
-        uncounted: reason why no ledger has the cost; "" if one has.
-        simulated: True if noise came from a seed that the user chose.
+        by: names the session that trained it.
+        sizes: those of its ledger, which go on growing while it trains.
+        rules: as `sizes`.
+        entries: as `sizes`.
+        uncounted: reason why no ledger has its cost; "" where one has.
+        simulated: whether noise came from a seed that the user chose.
+        private: whether it had privacy, where the ledgers are elsewhere.
     """
 
     by: str
@@ -49,6 +50,7 @@ class Training:
     entries: list[Entry] = field(default_factory=list)
     uncounted: str = ""
     simulated: bool = False
+    private: bool = False
 
     @property
     def begun(self) -> bool:

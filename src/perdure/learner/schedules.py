@@ -145,3 +145,19 @@ class ReplayedRates:
         """Return True if these rates belong to the same two functions and number of steps."""
         known = self._made_from
         return optimizer is known[0] and scheduler is known[1] and steps == known[2]
+
+
+def replayed(
+    known: ReplayedRates | None, optimizer: MakeOptimizer, scheduler: MakeSchedule, steps: int
+) -> ReplayedRates:
+    """Return the known rates, or replay them again where they are of something else.
+
+    Args:
+        known: rates of before, if there are any.
+        optimizer: see `ReplayedRates`.
+        scheduler: see `ReplayedRates`.
+        steps: of the experience.
+    """
+    if known is not None and known.are_of(optimizer, scheduler, steps):
+        return known
+    return ReplayedRates(optimizer, scheduler, steps)

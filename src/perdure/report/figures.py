@@ -8,15 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 from perdure.data.plots import stream_figure
 from perdure.errors import RunError
-from perdure.experiment.result_schema import ArmResult, Result
+from perdure.experiment.result_schema import ArmResult, Result, TaskResult
 from perdure.report.picture import INK, MUTED, STYLE, Picture
 from perdure.report.wording import (
     SIMULATION,
+    axis_name,
     by_privacy,
     decimal,
     epsilon_number,
     explainer_name,
+    is_percent,
+    sentence_start,
     terms,
+    with_unit,
 )
 
 if TYPE_CHECKING:
@@ -57,8 +61,8 @@ def pictures(result: Result, run: Path) -> list[Picture]:
     with rc_context(STYLE):
         drawn = [
             _stream(result),
-            _matrices(result),
-            _curves(result),
+            _matrices(result) if _measured(result) else None,
+            _curves(result) if _measured(result) else None,
             _epsilons(result),
             _explanations(result, run),
         ]
@@ -86,20 +90,22 @@ def _stream(result: Result) -> Picture | None:
 
 
 def _matrices(result: Result) -> Picture:
+    task = result["task"]
+    span = _span(result)
     figure, panels = _panels(result, 2.45)
     for arm, _, axes in panels:
-        shaded = _matrix(axes, arm)
+        shaded = _matrix(axes, arm, span, task)
     bar = figure.colorbar(
         shaded, ax=[axes for *_, axes in panels], aspect=50, fraction=0.015, pad=0.015
     )
     bar.outline.set_visible(False)
     bar.ax.tick_params(length=0)
-    bar.set_label("accuracy, %")
-    figure.supxlabel("accuracy on experience", fontsize=8.5, color=MUTED)
+    bar.set_label(axis_name(task))
+    figure.supxlabel(f"{task['metric']} on experience", fontsize=8.5, color=MUTED)
     figure.supylabel("after training on experience", fontsize=8.5, color=MUTED)
     return Picture(
         name="accuracy_matrix",
-        title="Accuracy kept and lost over time",
+        title=f"{sentence_start(task['metric'])} kept and lost over time",
         caption="One matrix per arm. A row, from left to right, has the accuracy on each "
         "experience after training on one. A column, downwards, has the accuracy on one "
         "experience over time. Framed cells are measured directly after training on the "
@@ -110,19 +116,33 @@ def _matrices(result: Result) -> Picture:
     )
 
 
-def _matrix(axes: "Axes", arm: ArmResult) -> Any:
+def _span(result: Result) -> tuple[float, float]:
+    """Least and largest value of an axis of the metric: 0 to 100 for percent."""
+    import numpy as np
+
+    if is_percent(result["task"]):
+        return 0.0, 100.0
+    found = np.concatenate([array(arm["accuracy_matrix"]).ravel() for arm in _measured(result)])
+    found = found[np.isfinite(found)]
+    most = float(found.max()) if len(found) else 1.0
+    return 0.0, most or 1.0
+
+
+def _matrix(axes: "Axes", arm: ArmResult, span: tuple[float, float], task: TaskResult) -> Any:
     import numpy as np
     from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.patches import Rectangle
 
     values = array(arm["accuracy_matrix"])
     moments, experiences = values.shape
-    shades = LinearSegmentedColormap.from_list("accuracy", SHADES)
+    # dark is good
+    ordered = SHADES if task["higher_is_better"] else SHADES[::-1]
+    shades = LinearSegmentedColormap.from_list("accuracy", ordered)
     shaded = axes.pcolormesh(
         np.ma.masked_invalid(values),
         cmap=shades,
-        vmin=0,
-        vmax=100,
+        vmin=span[0],
+        vmax=span[1],
         edgecolors="white",
         linewidth=1.2,
     )
@@ -135,7 +155,7 @@ def _matrix(axes: "Axes", arm: ArmResult) -> Any:
             Rectangle((i + 0.04, i + 0.04), 0.92, 0.92, fill=False, edgecolor=INK, linewidth=0.9)
         )
     if experiences <= MOST_CELLS and moments <= MOST_CELLS:
-        _write_cells(axes, values)
+        _write_cells(axes, values, span, task)
     return shaded
 
 
@@ -147,14 +167,17 @@ def _tick_every(axes: "Axes", experiences: int, moments: int) -> None:
     axes.tick_params(length=0)
 
 
-def _write_cells(axes: "Axes", values: "np.ndarray[Any, Any]") -> None:
+def _write_cells(
+    axes: "Axes", values: "np.ndarray[Any, Any]", span: tuple[float, float], task: TaskResult
+) -> None:
     size = 8.0 if values.shape[1] <= 6 else 6.0
     for (i, j), value in _cells(values):
-        color = "white" if value > 58 else INK
+        share = value / span[1] if task["higher_is_better"] else 1 - value / span[1]
+        color = "white" if share > 0.58 else INK
         axes.text(
             j + 0.5,
             i + 0.5,
-            decimal(value, 0),
+            decimal(value, 0 if is_percent(task) else 2),
             ha="center",
             va="center",
             fontsize=size,
@@ -173,13 +196,13 @@ def _cells(values: "np.ndarray[Any, Any]") -> list[tuple[tuple[int, int], float]
 def _curves(result: Result) -> Picture:
     figure, panels = _panels(result, 2.15, sharex=True, sharey=True)
     for arm, _, axes in panels:
-        _experience_lines(axes, array(arm["accuracy_matrix"]))
+        _experience_lines(axes, array(arm["accuracy_matrix"]), _span(result))
     handles, names = panels[0][2].get_legend_handles_labels()
     figure.legend(
         handles, names, loc="outside upper left", ncols=min(len(names), 6), handlelength=2.6
     )
     figure.supxlabel("after training on experience", fontsize=8.5, color=MUTED)
-    figure.supylabel("accuracy, %", fontsize=8.5, color=MUTED)
+    figure.supylabel(axis_name(result["task"]), fontsize=8.5, color=MUTED)
     return Picture(
         name="accuracy_over_time",
         title="Every experience over time",
@@ -192,7 +215,9 @@ def _curves(result: Result) -> Picture:
     )
 
 
-def _experience_lines(axes: "Axes", values: "np.ndarray[Any, Any]") -> None:
+def _experience_lines(
+    axes: "Axes", values: "np.ndarray[Any, Any]", span: tuple[float, float]
+) -> None:
     import numpy as np
 
     moments, experiences = values.shape
@@ -222,7 +247,9 @@ def _experience_lines(axes: "Axes", values: "np.ndarray[Any, Any]") -> None:
             clip_on=False,
             zorder=3,
         )
-    axes.set(ylim=(-3, 103), xlim=(0.8, moments + 0.2), yticks=[0, 25, 50, 75, 100])
+    axes.set(ylim=(-0.03 * span[1], 1.03 * span[1]), xlim=(0.8, moments + 0.2))
+    if span[1] == 100:
+        axes.set_yticks([0, 25, 50, 75, 100])
     axes.set_xticks(list(when)[:: 1 if moments <= MOST_CELLS else 5])
     axes.grid(axis="y", color=FAINT, linewidth=0.7)
     axes.tick_params(length=0)
@@ -392,11 +419,16 @@ def _panels(
 
 
 def _rows(result: Result) -> list[list[tuple[ArmResult, str]]]:
-    arms = by_privacy(result["arms"])
+    arms = by_privacy(_measured(result))
     groups = [
         [named for named in arms if named[0]["private"] == private] for private in (False, True)
     ]
     return [group[k : k + COLUMNS] for group in groups for k in range(0, len(group), COLUMNS)]
+
+
+def _measured(result: Result) -> list[ArmResult]:
+    """Arms of which some training came to its end."""
+    return [arm for arm in result["arms"] if arm["accuracy_matrix"]]
 
 
 def array(rows: Sequence[Sequence[float | None]]) -> "np.ndarray[Any, Any]":
@@ -409,12 +441,12 @@ def array(rows: Sequence[Sequence[float | None]]) -> "np.ndarray[Any, Any]":
 
 
 def _last_accuracies(result: Result) -> str:
-    arms = by_privacy(result["arms"])
+    task = result["task"]
     told = [
-        f"{label}{' with privacy' * arm['private']} {decimal(arm['average_accuracy'])} %"
-        for arm, label in arms
+        f"{label}{' with privacy' * arm['private']} {with_unit(arm['average_accuracy'], task)}"
+        for arm, label in by_privacy(_measured(result))
     ]
-    return f"Average accuracy at the end: {', '.join(told)}."
+    return f"Average {task['metric']} at the end: {', '.join(told)}."
 
 
 def _last_epsilons(groups: dict[str, list[tuple[ArmResult, str]]]) -> list[str]:

@@ -22,7 +22,7 @@ def shown_options(arm: ArmResult, arms: Sequence[ArmResult]) -> list[str]:
     """
     options = read_options(arm["options"])
     if options is None:
-        return [arm["options"]]
+        return _parts(arm["options"]) or [arm["options"]]
     compared = [_defaults(arm["strategy"]), *_options_of_rivals(arm, arms)]
     return _differing(options, compared)
 
@@ -43,6 +43,28 @@ def _options_of_rivals(arm: ArmResult, arms: Sequence[ArmResult]) -> list[dict[s
         if other is not arm
         and (other["strategy"], other["private"]) == (arm["strategy"], arm["private"])
     ]
+
+
+def _parts(text: str) -> list[str]:
+    """Write `Combine(EWC(...), Replay(...))` as its parts, each with its changed options."""
+    try:
+        call = ast.parse(text, mode="eval").body
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        return []
+    if not (isinstance(call, ast.Call) and ast.unparse(call.func) == "Combine"):
+        return []
+    files = {file.replace("_", ""): file for file in names()}
+    shown = []
+    for part in map(ast.unparse, call.args):
+        name = part.partition("(")[0]
+        defaults = _defaults(files.get(name.lower(), ""))
+        options = read_options(part)
+        if options is None:
+            return []
+        shown.append(
+            " ".join([f"{name}:", ", ".join(_differing(options, [defaults]))]).rstrip(": ")
+        )
+    return shown
 
 
 def _differing(options: dict[str, str], compared: Sequence[dict[str, str]]) -> list[str]:

@@ -13,7 +13,7 @@ from perdure.report.figures import pictures
 from perdure.report.picture import Picture
 from perdure.report.sections import answer, arms_table, facts, gallery, glossary
 from perdure.report.statement import statement
-from perdure.report.wording import count
+from perdure.report.wording import count, seeds_in_words
 from perdure.utils.atomic_files import write_atomically
 
 
@@ -76,7 +76,7 @@ def html(result: Result, drawn: Sequence[Picture], config: str | None) -> str:
         ("pictures", "Pictures", gallery(result, drawn)),
         ("privacy", "Privacy statement", statement(result)),
         ("run", "Settings of the run", facts(result, config)),
-        ("words", "Words", glossary()),
+        ("words", "Words", glossary(result["task"])),
     )
     links = "".join(f'<a href="#{name}">{title}</a>' for name, title, _ in sections)
     body = "\n".join(
@@ -132,6 +132,6 @@ def _lead(result: Result) -> str:
     told = (
         f"{stream['name']}, {stream['scenario']}-incremental in "
         f"{count(stream['experiences'], 'experience')}{clients}; "
-        f"{count(len(result['arms']), 'arm')}, seed {result['seed']}"
+        f"{count(len(result['arms']), 'arm')}, {seeds_in_words(result['seeds'])}"
     )
     return escape(told)

@@ -5,31 +5,49 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any, cast
 
-from perdure.experiment.result_schema import ArmResult, Result
+from perdure.experiment.result_schema import ArmResult, Result, TaskResult
 from perdure.report.options import shown_options
 from perdure.report.picture import Picture
 from perdure.report.wording import (
     MISSING,
     SIMULATION,
     attack_name,
+    axis_name,
     best,
     by_privacy,
     count,
     decimal,
+    digits,
     epsilon_number,
+    failed_in_words,
+    has_own_name,
     phrase,
+    points,
+    sentence_start,
     terms,
+    with_error,
+    with_unit,
 )
 
 NUMBERS = (
-    ("average_accuracy", "average accuracy", "%"),
-    ("learning_accuracy", "learning accuracy", "%"),
-    ("forgetting", "forgetting", "points"),
-    ("backward_transfer", "backward transfer", "points"),
-    ("forward_transfer", "forward transfer", "points"),
-    ("worst_experience_accuracy", "worst experience", "%"),
-    ("area_under_accuracy", "area under the curve", "%"),
+    "average_accuracy",
+    "learning_accuracy",
+    "forgetting",
+    "backward_transfer",
+    "forward_transfer",
+    "worst_experience_accuracy",
+    "area_under_accuracy",
 )
+"""Numbers of an arm in the table of all arms."""
+CHANGES = ("forgetting", "backward_transfer", "forward_transfer")
+"""Those of them that are differences."""
+TITLES = {
+    "average_accuracy": "average {metric}",
+    "learning_accuracy": "learning {metric}",
+    "worst_experience_accuracy": "worst experience",
+    "area_under_accuracy": "area under the curve",
+}
+"""Titles of numbers where they are other words than their names."""
 COLUMNS = len(NUMBERS) + 4  # strategy, robust accuracy, epsilon and time beside them
 GLOSSARY = (
     (
@@ -38,28 +56,27 @@ GLOSSARY = (
     ),
     (
         "area under the curve",
-        "Percent right on the experiences seen so far, averaged over all moments of the stream.",
+        "{Value} on the experiences seen so far, averaged over all moments of the stream.",
     ),
-    ("average accuracy", "Percent answered right at the very end, averaged over all experiences."),
+    ("average {metric}", "{Value} at the very end, averaged over all experiences."),
     (
         "backward transfer",
         "Change on past experiences since they were learnt; negative if forgotten.",
     ),
-    ("worst experience", "Percent right at the very end on the experience with the lowest value."),
+    ("worst experience", "{Value} at the very end on the experience with the worst value."),
     (
         "experience",
         "One stage of the stream: data that arrive together and are not available afterwards.",
     ),
     (
         "forgetting",
-        "Points lost on past experiences between their best moment and the end; lower is better.",
+        "{Points} lost on past experiences between their best moment and the end; lower is better.",
     ),
     (
         "forward transfer",
-        "Accuracy on experiences before they are learnt, minus that of an untrained model, in "
-        "points.",
+        "Head start on experiences before they are learnt, over an untrained model.",
     ),
-    ("learning accuracy", "Percent right on each experience just after it was learnt, averaged."),
+    ("learning {metric}", "{Value} on each experience just after it was learnt, averaged."),
     (
         "robust accuracy",
         "Percent still right when an attacker changes each input within the stated limit.",
@@ -106,46 +123,75 @@ GLOSSARY = (
 def answer(result: Result) -> str:
     """Return two sentences with the best results without and with privacy."""
     arms = by_privacy(result["arms"])
-    free = best([named for named in arms if not named[0]["private"]])
-    paid = best([named for named in arms if named[0]["private"]])
+    task = result["task"]
+    free = best([named for named in arms if not named[0]["private"]], task)
+    paid = best([named for named in arms if named[0]["private"]], task)
     return (
-        f"<p>{_best_without(free, result['stream']['experiences'])}</p>\n<p>"
-        f"{_best_with(paid, free)}</p>"
+        f"<p>{_best_without(free, result)}</p>\n<p>{_best_with(paid, free, result)}</p>"
+        f"{_failed(result)}"
     )
 
 
-def _best_without(free: tuple[ArmResult, str] | None, experiences: int) -> str:
+def _best_without(free: tuple[ArmResult, str] | None, result: Result) -> str:
     if free is None:
         return "No model was measured without privacy."
     arm, label = free
+    task = result["task"]
     return (
         f"Without privacy, <strong>{escape(label)}</strong> remembers most: "
-        f"<strong>{decimal(arm['average_accuracy'])} %</strong> average accuracy after "
-        f"{count(experiences, 'experience')}, with {decimal(arm['forgetting'])} points forgotten."
+        f"<strong>{with_unit(arm['average_accuracy'], task)}</strong> average {task['metric']} "
+        f"after {count(result['stream']['experiences'], 'experience')}, with "
+        f"{decimal(arm['forgetting'], digits(task))} {points(task)} forgotten{_over(result)}."
     )
 
 
-def _best_with(paid: tuple[ArmResult, str] | None, free: tuple[ArmResult, str] | None) -> str:
+def _best_with(
+    paid: tuple[ArmResult, str] | None, free: tuple[ArmResult, str] | None, result: Result
+) -> str:
     if paid is None or paid[0]["epsilon"] is None:
         return "No model was measured with privacy, so nothing in this run may be called private."
     arm, label = paid
+    task = result["task"]
     return (
         f"With privacy, <strong>{escape(label)}</strong> is best at "
-        f"<strong>{decimal(arm['average_accuracy'])} %</strong>{_price(arm, free)}, at epsilon "
-        f"{escape(phrase(paid[0]['epsilon']))}."
+        f"<strong>{with_unit(arm['average_accuracy'], task)}</strong>{_price(arm, free, task)}, at "
+        f"epsilon {escape(phrase(paid[0]['epsilon']))}."
     )
 
 
-def _price(arm: ArmResult, free: tuple[ArmResult, str] | None) -> str:
+def _price(arm: ArmResult, free: tuple[ArmResult, str] | None, task: TaskResult) -> str:
     if free is None:
         return ""
     price = (free[0]["average_accuracy"] or 0.0) - (arm["average_accuracy"] or 0.0)
-    return f", {decimal(abs(price))} points {'less' if price >= 0 else 'more'}"
+    return (
+        f", {decimal(abs(price), digits(task))} {points(task)} {'less' if price >= 0 else 'more'}"
+    )
+
+
+def _over(result: Result) -> str:
+    """Say that numbers are means, where they are."""
+    seeds = len(result["seeds"])
+    return f"; all numbers are means over {seeds} seeds" if seeds > 1 else ""
+
+
+def _failed(result: Result) -> str:
+    """List the trainings that ran away."""
+    failures = [
+        f"<li>{escape(each['trial'])}: {escape(each['failure'])}</li>"
+        for arm in result["arms"]
+        for each in arm["failures"]
+    ]
+    if not failures:
+        return ""
+    return (
+        '<p class="warning">Trainings that ran away, and are in no number of this page:</p>'
+        f"<ul>{''.join(failures)}</ul>"
+    )
 
 
 def arms_table(result: Result) -> str:
-    """Return a table of all arms, grouped by privacy, with the best arm of each group marked."""
-    heads = [f"{name}<small>{unit}</small>" for _, name, unit in NUMBERS]
+    """Return all arms with their numbers, grouped by privacy; the best of each group marked."""
+    heads = [_head(name, result["task"]) for name in NUMBERS]
     heads.append(
         "robust accuracy<small>%, "
         f"{escape(attack_name(result['attack'])).replace(', ', ',<br>')}</small>"
@@ -156,7 +202,16 @@ def arms_table(result: Result) -> str:
         "Every arm of the run. The best average accuracy of each group is marked with a star. "
         "Below an arm are the options that differ from the defaults of its strategy."
     )
+    if len(result["seeds"]) > 1:
+        caption += f" Numbers are means ± standard errors of {len(result['seeds'])} seeds."
     return _table(caption, columns, body)
+
+
+def _head(name: str, task: TaskResult) -> str:
+    """Head of a column of numbers, with its unit."""
+    title = TITLES.get(name, name.replace("_", " ")).format(metric=task["metric"])
+    unit = points(task) if name in CHANGES else task["unit"]
+    return f"{escape(title)}<small>{escape(unit)}</small>"
 
 
 def _group(result: Result, private: bool) -> str:
@@ -165,35 +220,48 @@ def _group(result: Result, private: bool) -> str:
         return ""
     title = "With privacy" if private else "Without privacy"
     head = f'<tr><th scope="rowgroup" colspan="{COLUMNS}">{title}</th></tr>'
-    winner = best(arms)
+    winner = best(arms, result["task"])
     rows = "".join(
         _arm_row(
-            arm, label, shown_options(arm, result["arms"]), winner is not None and arm is winner[0]
+            arm,
+            label,
+            shown_options(arm, result["arms"]),
+            wins=winner is not None and arm is winner[0],
+            places=digits(result["task"]),
         )
         for arm, label in arms
     )
     return f"<tbody>{head}{rows}</tbody>"
 
 
-def _arm_row(arm: ArmResult, label: str, options: Sequence[str], wins: bool) -> str:
-    """Return the row of an arm's numbers, and a second row if it has options to show."""
+def _arm_row(arm: ArmResult, label: str, options: Sequence[str], *, wins: bool, places: int) -> str:
+    """Return the arm's numbers, and a second row with its options where it has any to show."""
     star = (
         '&nbsp;<span class="star" role="img" aria-label="best of its group">★</span>'
         if wins
         else ""
     )
     numbers = cast(Mapping[str, float | None], arm)
-    values = [decimal(numbers[key]) for key in (*(key for key, *_ in NUMBERS), "robust_accuracy")]
+    errors = arm["standard_error"]
+    values = [
+        with_error(numbers[name], errors[name], places) for name in (*NUMBERS, "robust_accuracy")
+    ]
     cells = "".join(f'<td class="number">{value}</td>' for value in values)
     # epsilon takes several lines: it and the time reach down beside the options
     height = ' rowspan="2"' if options else ""
     return (
         f'<tr class="arm{" best" * wins}">'
-        f'<th scope="row">{escape(arm["strategy"])}{star}</th>{cells}'
+        f'<th scope="row">{escape(_shown_name(arm))}{star}</th>{cells}'
         f'<td class="epsilon"{height}>{_epsilon_cell(arm)}</td>'
         f'<td class="number"{height}>{decimal(arm["seconds"])}</td></tr>'
         f"{_options_row(options, label, wins)}"
     )
+
+
+def _shown_name(arm: ArmResult) -> str:
+    """Name of an arm, and which of its trainings ran away."""
+    name = arm["name"] if has_own_name(arm) else arm["strategy"]
+    return f"{name} ({failed_in_words(arm)})" if arm["failures"] else name
 
 
 def _options_row(options: Sequence[str], label: str, wins: bool) -> str:
@@ -230,18 +298,22 @@ def _figure(picture: Picture) -> str:
 
 
 def _numbers_behind(result: Result) -> str:
-    tables = "".join(_matrix_table(arm, label) for arm, label in by_privacy(result["arms"]))
+    tables = "".join(
+        _matrix_table(arm, label, result["task"])
+        for arm, label in by_privacy(result["arms"])
+        if arm["accuracy_matrix"]
+    )
     return _details("The numbers behind the pictures", f'<div class="columns">{tables}</div>')
 
 
-def _matrix_table(arm: ArmResult, label: str) -> str:
+def _matrix_table(arm: ArmResult, label: str, task: TaskResult) -> str:
     matrix = arm["accuracy_matrix"]
     columns = ["after", *(f"exp. {j + 1}" for j in range(len(matrix[0])))]
     body = "".join(
-        _row(str(i + 1), [decimal(value) for value in row], "number")
+        _row(str(i + 1), [decimal(value, digits(task)) for value in row], "number")
         for i, row in enumerate(matrix)
     )
-    name = f"{label}{', private' * arm['private']}: accuracy in percent"
+    name = f"{label}{', private' * arm['private']}: {axis_name(task)}"
     return _table(escape(name), columns, f"<tbody>{body}</tbody>")
 
 
@@ -261,7 +333,8 @@ def facts(result: Result, config: str | None) -> str:
     )
     told = {
         "name": result["name"],
-        "seed": result["seed"],
+        "seeds": ", ".join(map(str, result["seeds"])),
+        "task": f"{result['task']['name']}, measured by {axis_name(result['task'])}",
         "stream": kind,
         "classes of each experience": order,
         "model": _listed(result["model"]),
@@ -303,10 +376,19 @@ def _again(result: Result, config: str | None) -> str:
     )
 
 
-def glossary() -> str:
-    """Return a glossary of the words on the page."""
-    words = "".join(f"<div><dt>{word}</dt><dd>{escape(text)}</dd></div>" for word, text in GLOSSARY)
-    return f'<dl class="glossary">{words}</dl>'
+def glossary(task: TaskResult) -> str:
+    """Return the words of the page, explained to someone who has not read the papers."""
+    right = task["metric"] == "accuracy"
+    words = {
+        "metric": task["metric"],
+        "Value": "Percent answered right" if right else sentence_start(axis_name(task)),
+        "Points": sentence_start(points(task) or task["metric"]),
+    }
+    told = "".join(
+        f"<div><dt>{escape(word.format(**words))}</dt><dd>{escape(text.format(**words))}</dd></div>"
+        for word, text in GLOSSARY
+    )
+    return f'<dl class="glossary">{told}</dl>'
 
 
 def spending_table(arm: ArmResult, label: str) -> str:

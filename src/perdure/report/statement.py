@@ -36,7 +36,8 @@ def statement(result: Result) -> str:
             "differential privacy. Treat each as if it contained its training records.</p>"
         )
     arms = "".join(_arm(arm, label, arm["epsilon"]) for arm, label in private if arm["epsilon"])
-    return f"{_warning(result)}{_together(result, len(private))}{_meaning(private)}{arms}"
+    models = sum(len(arm["seeds"]) for arm, _ in private)
+    return f"{_warning(result)}{_together(result, models)}{_meaning(private)}{arms}"
 
 
 def guess_limit(epsilon: float, delta: float) -> float:
@@ -69,7 +70,7 @@ def _warning(result: Result) -> str:
 
 def _together(result: Result, private: int) -> str:
     joint = result["epsilon_of_all_arms"]
-    free = len(result["arms"]) - private
+    free = sum(len(arm["seeds"]) for arm in result["arms"] if not arm["epsilon"])
     told = _stated(joint) if joint else _unstated(private)
     return (
         '<div class="together"><h3>All models of this run '
@@ -131,8 +132,21 @@ def _arm(arm: ArmResult, label: str, epsilon: Epsilon) -> str:
     rows = "".join(f"<dt>{name}</dt><dd>{escape(value)}</dd>" for name, value in terms.items())
     return (
         f"<article><h3>{escape(label)}: epsilon "
-        f"{_short(epsilon)}</h3><p>{escape(epsilon['text'])}</p><p>{_plainly(epsilon)}</p>"
+        f"{_short(epsilon)}</h3><p>{escape(epsilon['text'])}</p>{_each_seed(arm)}"
+        f"<p>{_plainly(epsilon)}</p>"
         f'<dl class="facts">{rows}</dl>{spending_table(arm, label)}</article>'
+    )
+
+
+def _each_seed(arm: ArmResult) -> str:
+    """Say that a statement is for one of several models."""
+    models = len(arm["seeds"])
+    if models == 1:
+        return ""
+    return (
+        f"<p>This arm has {models} models, one for each seed. The statement holds for each of them "
+        "alone; who sees several of them, or a mean over them, needs the epsilon of all models "
+        "above.</p>"
     )
 
 

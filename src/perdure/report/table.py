@@ -15,16 +15,21 @@ from perdure.report.wording import (
     MISSING,
     SIMULATION,
     attack_name,
+    axis_name,
     best,
     by_privacy,
     decimal,
+    digits,
     epsilon_number,
+    failed_in_words,
+    has_own_name,
+    is_percent,
+    points,
     terms,
+    with_error,
 )
 
-UNITS = (
-    "accuracy, robust: % right at the end · forgetting: points lost · epsilon: no unit · time: s"
-)
+UNITS = "epsilon: no unit · time: s"
 LONGEST_OPTION = 20
 """Width of an option in columns before it wraps, so that the table fits in 100 columns."""
 
@@ -35,7 +40,7 @@ def table(result: Mapping[str, object]) -> Table:
     The best average accuracy of each group is in bold.
 
     Args:
-        result: content of a run's `result.json`, in schema 1.
+        result: a run's `result.json` as read.
 
     Raises:
         RunError: if the result has another schema, or is incomplete.
@@ -45,7 +50,7 @@ def table(result: Mapping[str, object]) -> Table:
     arms = by_privacy(run["arms"])
     for private in (False, True):
         group = [named for named in arms if named[0]["private"] == private]
-        winner = best(group)
+        winner = best(group, run["task"])
         for arm, _ in group:
             drawn.add_row(*_cells(arm, run), style="bold" if winner and arm is winner[0] else "")
         drawn.add_section()
@@ -56,7 +61,7 @@ def _empty(run: Result) -> Table:
     drawn = Table(
         title=Text(run["name"]),
         title_style="bold",
-        caption=Text(UNITS),
+        caption=Text(_caption(run)),
         caption_justify="left",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
@@ -65,7 +70,8 @@ def _empty(run: Result) -> Table:
     attack = attack_name(run["attack"]).replace(", ", "\n")
     drawn.add_column("strategy,\nchanged options", overflow="fold", max_width=LONGEST_OPTION)
     drawn.add_column("private")
-    for header in ("average\naccuracy", "forgetting", Text(f"robust\n{attack}")):
+    metric = run["task"]["metric"].replace(" ", "\n")
+    for header in (f"average\n{metric}", "forgetting", Text(f"robust\n{attack}")):
         drawn.add_column(header, justify="right", no_wrap=True)
     drawn.add_column("epsilon, rounded up", min_width=len(SIMULATION))
     drawn.add_column("time", justify="right", no_wrap=True)
@@ -74,8 +80,15 @@ def _empty(run: Result) -> Table:
 
 def _cells(arm: ArmResult, run: Result) -> list[Text]:
     options = "".join(f"\n {option}" for option in shown_options(arm, run["arms"]))
+    places = digits(run["task"])
+    errors = arm["standard_error"]
     accuracies = [
-        decimal(arm[name]) for name in ("average_accuracy", "forgetting", "robust_accuracy")
+        with_error(value, errors[name], places).replace(" ", "\n", 1)
+        for name, value in (
+            ("average_accuracy", arm["average_accuracy"]),
+            ("forgetting", arm["forgetting"]),
+            ("robust_accuracy", arm["robust_accuracy"]),
+        )
     ]
     others = (
         "yes" if arm["private"] else "no",
@@ -83,7 +96,23 @@ def _cells(arm: ArmResult, run: Result) -> list[Text]:
         _epsilon(arm),
         decimal(arm["seconds"]),
     )
-    return [Text.assemble(arm["strategy"], (options, "dim not bold")), *map(Text, others)]
+    shown = arm["name"] if has_own_name(arm) else arm["strategy"]
+    failed = f"\n {failed_in_words(arm)}" if arm["failures"] else ""
+    return [Text.assemble(shown, (failed, "red"), (options, "dim not bold")), *map(Text, others)]
+
+
+def _caption(run: Result) -> str:
+    """Units of the columns; where there are several seeds, what stands behind ±."""
+    task = run["task"]
+    if is_percent(task):
+        told = f"{task['metric']}, robust: % {'right ' * (task['metric'] == 'accuracy')}at the end"
+    else:
+        better = "higher" if task["higher_is_better"] else "lower"
+        told = f"{axis_name(task)}: at the end, {better} is better"
+    lost = f"forgetting: {points(task) or task['metric']} lost"
+    seeds = run["seeds"]
+    several = f" · mean ± standard error of {len(seeds)} seeds" if len(seeds) > 1 else ""
+    return f"{told} · {lost} · {UNITS}{several}"
 
 
 def _epsilon(arm: ArmResult) -> str:

@@ -3,7 +3,8 @@
 import math
 from collections.abc import Sequence
 
-from perdure.experiment.result_schema import ArmResult, AttackResult, Epsilon
+from perdure.experiment.result_schema import ArmResult, AttackResult, Epsilon, TaskResult
+from perdure.experiment.trial_names import arm_name
 from perdure.report.options import telling_options
 
 SIMULATION = "simulation: not a private release"
@@ -11,15 +12,23 @@ MISSING = "–"
 
 
 def labels(arms: Sequence[ArmResult]) -> list[str]:
-    """Return a name for each arm: its strategy, with options if they are needed.
+    """Name each arm: by the name that its config gave it, else by its strategy.
 
     They are needed if a strategy occurs twice with the same privacy; options that differ are added.
     """
     named = []
     for arm in arms:
         telling = ", ".join(telling_options(arm, arms))
-        named.append(f"{arm['strategy']} ({telling})" if telling else arm["strategy"])
+        if has_own_name(arm):
+            named.append(arm["name"])
+        else:
+            named.append(f"{arm['strategy']} ({telling})" if telling else arm["strategy"])
     return named
+
+
+def has_own_name(arm: ArmResult) -> bool:
+    """Tell if the config named an arm; else its name is the strategy's with -plain or -private."""
+    return arm["name"] != arm_name(arm["strategy"], private=arm["private"])
 
 
 def by_privacy(arms: Sequence[ArmResult]) -> list[tuple[ArmResult, str]]:
@@ -27,10 +36,67 @@ def by_privacy(arms: Sequence[ArmResult]) -> list[tuple[ArmResult, str]]:
     return sorted(zip(arms, labels(arms), strict=True), key=lambda named: named[0]["private"])
 
 
-def best(arms: Sequence[tuple[ArmResult, str]]) -> tuple[ArmResult, str] | None:
-    """Return the arm with the highest average accuracy; None if no accuracy was evaluated."""
+def best(arms: Sequence[tuple[ArmResult, str]], task: TaskResult) -> tuple[ArmResult, str] | None:
+    """Return the arm with the best average at the end; None where none was measured."""
     measured = [named for named in arms if is_number(named[0]["average_accuracy"])]
-    return max(measured, key=lambda named: named[0]["average_accuracy"] or 0.0, default=None)
+    sign = 1 if task["higher_is_better"] else -1
+    return max(
+        measured, key=lambda named: sign * (named[0]["average_accuracy"] or 0.0), default=None
+    )
+
+
+# --------------------------------------------------------------------------- the task's metric
+
+
+def is_percent(task: TaskResult) -> bool:
+    """Tell if the metric of a task is in percent, as accuracy is."""
+    return task["unit"] == "%"
+
+
+def digits(task: TaskResult) -> int:
+    """Digits after the point for the metric of a task."""
+    return 1 if is_percent(task) else 3
+
+
+def points(task: TaskResult) -> str:
+    """Unit of differences of the metric: points of percent, else the unit of the metric."""
+    return "points" if is_percent(task) else task["unit"]
+
+
+def with_unit(value: float | None, task: TaskResult) -> str:
+    """Write a value of the metric with its unit, such as 97.1 % or 2.345 bits."""
+    return f"{decimal(value, digits(task))} {task['unit']}".rstrip()
+
+
+def axis_name(task: TaskResult) -> str:
+    """Write the metric with its unit, for an axis: accuracy, %."""
+    return ", ".join(filter(None, (task["metric"], task["unit"])))
+
+
+def sentence_start(metric: str) -> str:
+    """Write a metric at the beginning of a sentence: Accuracy; RMSE."""
+    return metric[:1].upper() + metric[1:]
+
+
+def with_error(value: float | None, error: float | None, places: int) -> str:
+    """Write a mean with its standard error, where there is one: 56.6 ± 3.1."""
+    shown = decimal(value, places)
+    return shown if error is None else f"{shown} ± {decimal(error, places)}"
+
+
+def failed_in_words(arm: ArmResult) -> str:
+    """Say which trainings of an arm ran away: diverged; diverged with seeds 1, 2."""
+    if len(arm["failures"]) == len(arm["seeds"]):
+        return "diverged"
+    return f"diverged with {seeds_in_words([each['seed'] for each in arm['failures']])}"
+
+
+def seeds_in_words(seeds: Sequence[int]) -> str:
+    """Write the seeds of a run: seed 0; seeds 0, 1, 2."""
+    return f"seed{'s' * (len(seeds) != 1)} {', '.join(map(str, seeds))}"
+
+
+# --------------------------------------------------------------------------- numbers
 
 
 def is_number(value: float | None) -> bool:

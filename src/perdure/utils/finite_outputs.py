@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from perdure.errors import ConfigError
+from perdure.errors import NonFiniteError
 
 
 def finite_outputs(outputs: Tensor, *, first: int = 0) -> Tensor:
@@ -17,12 +17,12 @@ def finite_outputs(outputs: Tensor, *, first: int = 0) -> Tensor:
         first: number of the first record, for the message.
 
     Raises:
-        ConfigError: if the largest output of a record is NaN or infinite.
+        NonFiniteError: where the largest output of a record is NaN or infinite.
     """
     largest = torch.isfinite(outputs.amax(-1))
     if not bool(largest.all()):
         lost = ~largest.view(len(largest), -1).all(1)
-        raise ConfigError(
+        raise NonFiniteError(
             f"outputs of the model are NaN or infinite for {int(lost.sum())} of {len(lost)} "
             f"records, first record {first + int(lost.nonzero()[0])}; allowed: finite numbers; "
             "look for NaN in its input, for an overflow in the model, or lower the learning rate"

@@ -28,7 +28,7 @@ CIFAR10_FILES = {
     "train": tuple(f"data_batch_{k}.bin" for k in range(1, 6)),
     "test": ("test_batch.bin",),
 }
-CIFAR_RECORD_BYTES = 1 + 3 * 32 * 32
+CIFAR_PIXEL_BYTES = 3 * 32 * 32
 CIFAR_CLASSES = (
     "airplane",
     "automobile",
@@ -117,10 +117,14 @@ def _decoded(archive: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def read_cifar_binary(paths: list[Path]) -> tuple[Tensor, Tensor]:
-    """Images (n, 3, 32, 32) uint8 and labels (n,) int64 of files in CIFAR-10's binary version.
+def read_cifar_binary(paths: list[Path], *, label_bytes: int = 1) -> tuple[Tensor, Tensor]:
+    """Images (n, 3, 32, 32) uint8 and labels (n,) int64 of files in the binary version of CIFAR.
 
-    Each record is one label byte and 3072 pixel bytes, red then green then blue, row by row.
+    Each record is the label bytes and 3072 pixel bytes, red then green then blue, row by row.
+
+    Args:
+        paths: of the files.
+        label_bytes: number of label bytes, of which the last one is the class.
 
     Raises:
         DataError: if a file is not a whole number of records.
@@ -128,16 +132,17 @@ def read_cifar_binary(paths: list[Path]) -> tuple[Tensor, Tensor]:
     Source: Krizhevsky 2009, "Learning multiple layers of features from tiny images"; binary
     version.
     """
+    size = label_bytes + CIFAR_PIXEL_BYTES
     content = [(path, file_bytes(path)) for path in paths]
     for path, data in content:
-        if not data or len(data) % CIFAR_RECORD_BYTES:
+        if not data or len(data) % size:
             raise DataError(
-                f"{path} has {len(data)} bytes, which is not a multiple of {CIFAR_RECORD_BYTES}; "
-                "download it again"
+                f"{path} has {len(data)} bytes, which is not a multiple of {size}; download it "
+                "again"
             )
     joined = np.frombuffer(b"".join(data for _, data in content), dtype=np.uint8)
-    rows = torch.from_numpy(joined.reshape(-1, CIFAR_RECORD_BYTES).copy())
-    return rows[:, 1:].reshape(-1, 3, 32, 32), rows[:, 0].long()
+    rows = torch.from_numpy(joined.reshape(-1, size).copy())
+    return rows[:, label_bytes:].reshape(-1, 3, 32, 32), rows[:, label_bytes - 1].long()
 
 
 def read_image_zip(archive: Path, part: str) -> tuple[Tensor, Tensor]:

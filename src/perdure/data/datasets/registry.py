@@ -1,7 +1,7 @@
 """Search for a data set by name: the name of its file, of an entry point, or "module:name"."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeGuard
@@ -62,6 +62,7 @@ def load(
     seed: int = 0,
     *,
     declared_size: int | None = None,
+    options: Mapping[str, object] | None = None,
 ) -> Dataset:
     """Load a data set by name.
 
@@ -71,6 +72,7 @@ def load(
         seed: seed of the split into training and test part, if the data set has no published split.
         declared_size: public number of training records; None for the size that the data set
             declares.
+        options: further arguments of the data set's function, such as {"length": 32}.
 
     Raises:
         ConfigError: if the name is not known, or the function returns no data set.
@@ -82,7 +84,8 @@ def load(
     loader = find(name)
     given = {"root": root, "seed": seed}
     taken = inspect.signature(loader).parameters
-    made: object = loader(**{key: value for key, value in given.items() if key in taken})
+    taken_up = {key: value for key, value in given.items() if key in taken}
+    made: object = loader(**taken_up, **(options or {}))
     if not isinstance(made, Dataset):
         raise ConfigError(
             f"data set {name!r} is a {type(made).__name__}; allowed: a perdure.data.Dataset; "

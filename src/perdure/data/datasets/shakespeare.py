@@ -24,7 +24,9 @@ TEST_SHARE = 10
 
 
 @named_arguments
-def shakespeare(root: str | Path | None = None, *, length: int = 64) -> Dataset:
+def shakespeare(
+    root: str | Path | None = None, *, length: int = 64, speakers: int | None = None
+) -> Dataset:
     """15,920 sequences of 64 characters of tiny Shakespeare, each of one speaker.
 
     Reads ROOT/shakespeare/tinyshakespeare.txt or input.txt. The lines of a speaker are joined and
@@ -38,15 +40,18 @@ def shakespeare(root: str | Path | None = None, *, length: int = 64) -> Dataset:
     Args:
         root: data root; see `perdure.data.datasets.base`.
         length: number of characters of a sequence.
+        speakers: only the so many speakers with the longest lines; None for all.
 
     Raises:
-        ConfigError: if `length` is below 2.
+        ConfigError: if `length` is below 2, or `speakers` below 1.
         DataError: if the file is missing, or has other characters than the published file.
 
     Source: Karpathy 2015, "The unreasonable effectiveness of recurrent neural networks".
     """
     if isinstance(length, bool) or not isinstance(length, int) or length < 2:
         raise ConfigError.of("length", length, "whole numbers from 2")
+    if speakers is not None and speakers < 1:
+        raise ConfigError.of("speakers", speakers, "whole numbers from 1")
     folder = data_root(root) / "shakespeare"
     path = next((folder / name for name in SHAKESPEARE_FILES if (folder / name).is_file()), None)
     if path is None:
@@ -54,12 +59,12 @@ def shakespeare(root: str | Path | None = None, *, length: int = 64) -> Dataset:
             f"no {' or '.join(SHAKESPEARE_FILES)} in {folder}; get it from {SHAKESPEARE_URL}"
         )
     lines = read_speeches(path)
-    speakers = tuple(sorted(lines, key=lambda name: (-len(lines[name]), name)))
+    names = tuple(sorted(lines, key=lambda name: (-len(lines[name]), name)))[:speakers]
     tokens = {character: token for token, character in enumerate(CHARACTERS)}
     targets = []
     speaker_of = []
     in_test = []
-    for number, name in enumerate(speakers):
+    for number, name in enumerate(names):
         text = lines[name]
         count = len(text) // length
         try:
@@ -92,7 +97,7 @@ def shakespeare(root: str | Path | None = None, *, length: int = 64) -> Dataset:
         num_classes=len(CHARACTERS),
         input_shape=(length,),
         public_facts=("speakers and the lengths of their lines are those of the published text",),
-        categories={"domain": speakers},
+        categories={"domain": names},
     )
 
 

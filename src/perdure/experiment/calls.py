@@ -1,0 +1,120 @@
+"""Functions and classes that a config names, with the arguments that their signatures have.
+
+A builder of models, a schedule of torch or a data set of the user's own needs no dataclass: its
+parameters are the keys, their annotations the types, and their defaults the defaults.
+"""
+
+import importlib
+import inspect
+import sys
+import types
+import typing
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from perdure.errors import ConfigError
+from perdure.experiment.from_tables import checked_value, described, key_text
+from perdure.utils.extensions import MODULE_AND_NAME
+
+REQUIRED = inspect.Parameter.empty
+"""Default of a parameter that must be given."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parameter:
+    """A parameter that a config may give.
+
+    Args:
+        hint: its annotation; `Any` where it has none, or none that can be read.
+        default: `REQUIRED` where it must be given.
+    """
+
+    hint: Any
+    default: Any
+
+
+def parameters(function: Callable[..., Any], without: Collection[str] = ()) -> dict[str, Parameter]:
+    """Return the parameters of a function or class by name, in their order.
+
+    Args:
+        function: the function or class.
+        without: names of parameters that are given otherwise.
+    """
+    owner: Any = function.__init__ if isinstance(function, type) else function  # type: ignore[misc]
+    module = vars(sys.modules.get(getattr(owner, "__module__", ""), types))
+    return {
+        name: Parameter(hint=_hint(each.annotation, module), default=each.default)
+        for name, each in inspect.signature(function).parameters.items()
+        if name not in without and each.kind in (each.KEYWORD_ONLY, each.POSITIONAL_OR_KEYWORD)
+    }
+
+
+def _hint(annotation: Any, module: Mapping[str, Any]) -> Any:
+    """The type that an annotation means; it may name what is imported for type checkers alone."""
+    if annotation is inspect.Parameter.empty:
+        return Any
+    alone = types.SimpleNamespace(__annotations__={"it": annotation})
+    try:
+        return typing.get_type_hints(alone, dict(module))["it"]
+    except Exception:
+        return Any
+
+
+def arguments(
+    function: Callable[..., Any],
+    table: Mapping[str, Any],
+    where: str,
+    *,
+    without: Collection[str] = (),
+) -> dict[str, Any]:
+    """Check the keys and values of a table against the parameters of a function.
+
+    Args:
+        function: the function or class that is called with them.
+        table: the keys that were given.
+        where: name of the table, for messages.
+        without: parameters that are given otherwise.
+
+    Raises:
+        ConfigError: for an unknown key, a value of another type, or a parameter that is missing.
+    """
+    known = parameters(function, without)
+    for name in table:
+        if name not in known:
+            allowed = f"one of the fields {', '.join(known)}" if known else "no further fields"
+            raise ConfigError.of(f"{where}.{key_text(name)}", table[name], allowed)
+    for name, each in known.items():
+        if each.default is REQUIRED and name not in table:
+            raise ConfigError(f"{where}.{name} is missing; allowed: {described(each.hint)}")
+    return {
+        name: checked_value(value, known[name].hint, f"{where}.{name}")
+        for name, value in table.items()
+    }
+
+
+def of_module(name: str, field: str, wanted: str) -> Callable[..., Any]:
+    """Import a function or class by `"module:name"`.
+
+    Args:
+        name: as a config gives it.
+        field: where it was given, for messages.
+        wanted: description of the function, for messages.
+
+    Raises:
+        ConfigError: where it cannot be imported or called.
+    """
+    if not MODULE_AND_NAME.fullmatch(name):
+        raise ConfigError.of(field, name, wanted)
+    module, _, path = name.partition(":")
+    try:
+        found: object = getattr(importlib.import_module(module), path)
+    except Exception as error:  # a module of the user's own may raise anything
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            f"{field} = {name!r} cannot be imported ({type(error).__name__}: {reason}); allowed: "
+            f"{wanted}"
+        ) from error
+    if not callable(found):
+        raise ConfigError.of(field, name, wanted)
+    return found

@@ -1,0 +1,227 @@
+"""Runs as a comparison needs them: arms of one name and settings, with the numbers of each seed."""
+
+import json
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from perdure.errors import ConfigError, RunError
+from perdure.experiment.data_config import DataConfig
+from perdure.experiment.result_schema import ArmResult, Epsilon, Result, TrialResult, read_result
+from perdure.tasks import Metric
+
+OF_NO_ARM = ("name", "seed", "seeds", "threads", "device", "arms", "data", "explain")
+"""Tables and values of a config that are no settings of an arm, or are compared apart."""
+OF_NO_STREAM = ("root", "experiences", "scenario")
+"""Fields of `[data]` that do not tell streams apart, or that the result has as they came out."""
+PLAIN = (
+    "average_accuracy",
+    "learning_accuracy",
+    "forgetting",
+    "backward_transfer",
+    "forward_transfer",
+    "worst_experience_accuracy",
+    "area_under_accuracy",
+    "robust_accuracy",
+    "state_bytes",
+    "seconds",
+)
+"""Numbers of a trial that are compared as they are."""
+NUMBERS = (*PLAIN, "calibration_error", "epsilon")
+"""All numbers of a trial that are compared."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparedArm:
+    """One arm with its numbers.
+
+    Args:
+        strategy: name of the strategy.
+        options: its options, as the result has them.
+        private: whether it was trained with differential privacy.
+        trials: for every seed, the numbers that were measured, by name.
+        failures: for every seed at which training failed, the reason in one line.
+        guarantee: unit, relation and delta of its epsilon; "" without privacy.
+        assumptions: accountant, sampling and trust model of its epsilon; "" without privacy.
+    """
+
+    strategy: str
+    options: str
+    private: bool
+    trials: Mapping[int, Mapping[str, float]]
+    failures: Mapping[int, str]
+    guarantee: str
+    assumptions: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparedRun:
+    """A finished run with the tables of its config.
+
+    Args:
+        folder: of the run.
+        result: its result.
+        tables: its config as TOML has it.
+    """
+
+    folder: Path
+    result: Result
+    tables: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, folder: Path) -> "ComparedRun":
+        """Read a run.
+
+        Raises:
+            RunError: where it is not finished, or a file cannot be read.
+        """
+        result = read_result(folder)
+        path = folder / "config.toml"
+        try:
+            tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise RunError(
+                f"{path} cannot be read ({error.strerror}); compare whole folders of runs"
+            ) from None
+        except ValueError as error:
+            raise RunError(f"{path} is not valid TOML ({error}); restore it") from None
+        return cls(folder=folder, result=result, tables=tables)
+
+    @property
+    def stream(self) -> str:
+        """Stream in a few words, such as "digits, class-incremental, 5 experiences"."""
+        told = self.result["stream"]
+        return f"{told['name']}, {told['scenario']}-incremental, {told['experiences']} experiences"
+
+    def metrics(self) -> dict[str, Metric]:
+        """Every metric that an arm may have, by its name in the result."""
+        task = self.result["task"]
+        base, unit, higher = task["metric"], task["unit"], task["higher_is_better"]
+        points = "points" if unit == "%" else unit
+        own = {
+            "average_accuracy": f"average {base}",
+            "learning_accuracy": f"learning {base}",
+            "worst_experience_accuracy": f"worst {base}",
+            "area_under_accuracy": f"{base} over time",
+            "robust_accuracy": f"robust {base}",
+        }
+        return {
+            name: Metric(name=title, unit=unit, higher_is_better=higher)
+            for name, title in own.items()
+        } | {
+            "forgetting": Metric(name="forgetting", unit=points, higher_is_better=False),
+            "backward_transfer": Metric(name="backward transfer", unit=points),
+            "forward_transfer": Metric(name="forward transfer", unit=points),
+            "calibration_error": Metric(name="calibration error", unit="", higher_is_better=False),
+            "epsilon": Metric(name="epsilon", unit="", higher_is_better=False),
+            "state_bytes": Metric(name="state", unit="bytes", higher_is_better=False),
+            "seconds": Metric(name="time", unit="s", higher_is_better=False),
+        }
+
+    def settings(self, arm: ArmResult) -> str:
+        """Settings of an arm but for the seed, as text that is equal for equal settings."""
+        tables = {name: table for name, table in self.tables.items() if name not in OF_NO_ARM}
+        return json.dumps([arm["options"], arm["private"], tables], sort_keys=True, default=str)
+
+
+def refuse_other_data(runs: Sequence[ComparedRun]) -> None:
+    """Refuse runs that cannot be compared, because they learnt something else.
+
+    Raises:
+        ConfigError: with the first difference, and for one folder that is given twice.
+    """
+    folders = [run.folder.resolve() for run in runs]
+    for number, folder in enumerate(folders):
+        if folder in folders[:number]:
+            raise ConfigError(f"{runs[number].folder} is given twice; give every run once")
+    for other in runs[1:]:
+        for (field, one), (_, two) in zip(_facts(runs[0]), _facts(other), strict=True):
+            if one != two:
+                raise ConfigError(
+                    f"{runs[0].folder} has {field} = {one!r} and {other.folder} has {two!r}; "
+                    "compare runs on the same data and stream"
+                )
+
+
+def _facts(run: ComparedRun) -> Iterator[tuple[str, object]]:
+    """Yield facts of the stream, which are equal where runs may be compared."""
+    told = run.result["stream"]
+    yield "task", run.result["task"]["name"]
+    for name in ("name", "scenario", "experiences"):
+        yield f"stream.{name}", told[name]  # type: ignore[literal-required]
+    asked = run.tables.get("data", {})
+    for field in fields(DataConfig):
+        if field.name not in OF_NO_STREAM:
+            yield f"data.{field.name}", asked.get(field.name, field.default)
+
+
+def named_arms(runs: Sequence[ComparedRun]) -> dict[str, ComparedArm]:
+    """Put the arms of all runs together, each under its own name.
+
+    Arms of one name are one arm with all seeds, if their settings are the same and no seed occurs
+    twice; otherwise the name of the run comes first, or its folder where runs have one name.
+    """
+    found: dict[str, list[tuple[ComparedRun, ArmResult]]] = {}
+    for run in runs:
+        for arm in run.result["arms"]:
+            found.setdefault(arm["name"], []).append((run, arm))
+    titles = [run.result["name"] for run in runs]
+    named = {}
+    for name, same in found.items():
+        if _are_one(same):
+            named[name] = _joined([arm for _, arm in same])
+            continue
+        for run, arm in same:
+            title = run.result["name"]
+            place = title if titles.count(title) == 1 else str(run.folder)
+            named[f"{place}/{name}"] = _joined([arm])
+    return named
+
+
+def _are_one(same: Sequence[tuple[ComparedRun, ArmResult]]) -> bool:
+    seeds = [trial["seed"] for _, arm in same for trial in arm["seeds"]]
+    settings = {run.settings(arm) for run, arm in same}
+    return len(settings) == 1 and len(set(seeds)) == len(seeds)
+
+
+def _joined(arms: Sequence[ArmResult]) -> ComparedArm:
+    trials = [trial for arm in arms for trial in arm["seeds"]]
+    told = [trial["epsilon"] for trial in trials if trial["epsilon"]]
+    return ComparedArm(
+        strategy=arms[0]["strategy"],
+        options=arms[0]["options"],
+        private=arms[0]["private"],
+        trials={trial["seed"]: numbers(trial) for trial in trials},
+        failures={trial["seed"]: trial["failure"] for trial in trials if trial["failure"]},
+        guarantee="; ".join(sorted({guarantee(epsilon) for epsilon in told})),
+        assumptions="; ".join(sorted({assumptions(epsilon) for epsilon in told})),
+    )
+
+
+def numbers(trial: TrialResult) -> dict[str, float]:
+    """Numbers of a trial that were measured, by name; of one that failed, its epsilon alone."""
+    epsilon = trial["epsilon"]
+    found: dict[str, Any] = {"epsilon": epsilon["value"] if epsilon else None}
+    if trial["failure"] is None:
+        errors = trial["calibration_error"]
+        found |= {name: trial[name] for name in PLAIN}  # type: ignore[literal-required]
+        found["calibration_error"] = sum(errors) / len(errors) if errors else None
+    return {name: float(value) for name, value in found.items() if _is_measured(value)}
+
+
+def _is_measured(value: float | None) -> bool:
+    """Tell a number from null, NaN and infinity, of which there is no mean."""
+    return value is not None and abs(value) < float("inf")
+
+
+def guarantee(epsilon: Epsilon) -> str:
+    """Write unit, relation and delta: epsilons that differ in them cannot be compared."""
+    return f"per {epsilon['unit']}, {epsilon['relation']}, delta {epsilon['delta']:g}"
+
+
+def assumptions(epsilon: Epsilon) -> str:
+    """Write accountant, sampling and trust model, and the label of a simulation."""
+    stated = f"{epsilon['accountant']}, {epsilon['sampling']}, {epsilon['trust']}"
+    return f"{stated}, simulation: not a private release" if epsilon["simulated"] else stated

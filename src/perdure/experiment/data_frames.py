@@ -1,0 +1,57 @@
+"""Results as pandas DataFrames. pandas is an extra and is loaded when it is used."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from perdure.errors import ConfigError
+from perdure.experiment.compared_runs import NUMBERS, numbers
+from perdure.experiment.result_schema import Result, checked
+
+COLUMNS = ("arm", "strategy", "options", "private", "seed", "failure", *NUMBERS)
+"""Columns of the table of one result."""
+
+
+def to_pandas(result: Mapping[str, object]) -> Any:
+    """Return a result as a DataFrame: one row for each arm and seed, one column for each number.
+
+    A number that was not measured is NaN. The calibration error is the mean over experiences.
+
+    Args:
+        result: from `run` or `read_result`.
+
+    Raises:
+        ConfigError: without pandas.
+        RunError: for a result of another schema.
+    """
+    run: Result = checked(result)
+    rows = [
+        {
+            "arm": arm["name"],
+            **{name: arm[name] for name in ("strategy", "options", "private")},  # type: ignore[literal-required]
+            "seed": trial["seed"],
+            "failure": trial["failure"],
+            **numbers(trial),
+        }
+        for arm in run["arms"]
+        for trial in arm["seeds"]
+    ]
+    return data_frame(rows, COLUMNS)
+
+
+def data_frame(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> Any:
+    """Return rows as a pandas DataFrame.
+
+    Args:
+        rows: one dictionary per row.
+        columns: keys, in order.
+
+    Raises:
+        ConfigError: without pandas.
+    """
+    try:
+        import pandas as pd
+    except ImportError:
+        raise ConfigError(
+            "pandas is not installed, and to_pandas needs it; pip install 'perdure[tables]'"
+        ) from None
+    return pd.DataFrame(rows, columns=list(columns))

@@ -1,0 +1,97 @@
+"""Keys of a config that the command line replaces, and a config as text again."""
+
+import datetime
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from perdure.errors import ConfigError
+from perdure.experiment.config import table_of
+
+
+def overridden(
+    text: str,
+    *,
+    source: str,
+    seeds: str | None = None,
+    engine: str | None = None,
+    device: str | None = None,
+) -> str:
+    """Replace keys of a config, and return its text: the same one where nothing is replaced.
+
+    Args:
+        text: TOML text.
+        source: name of the file, for messages.
+        seeds: one number, or several with commas, such as "0,1,2".
+        engine: of the federation.
+        device: of models and records.
+
+    Raises:
+        ConfigError: for seeds that are no numbers, and for an engine without a federation.
+    """
+    if seeds is engine is device is None:
+        return text
+    table = table_of(text, source)
+    if seeds is not None:
+        table.pop("seed", None)
+        table["seeds"] = _numbers(seeds)
+    if device is not None:
+        table["device"] = device
+    if engine is not None:
+        federation = table.get("federation")
+        if not isinstance(federation, dict):
+            allowed = f"a config with a [federation] table, which {source} lacks"
+            raise ConfigError.of("--engine", engine, allowed)
+        federation["engine"] = engine
+    return toml_text(table)
+
+
+def _numbers(seeds: str) -> list[int]:
+    parts = seeds.split(",")
+    if not all(re.fullmatch(r"\s*\d{1,10}\s*", part) for part in parts):
+        raise ConfigError.of("--seeds", seeds, "whole numbers with commas, such as 0,1,2")
+    return list(map(int, parts))
+
+
+def toml_text(table: Mapping[str, Any]) -> str:
+    """Write a table as TOML: plain keys, then a section for each table and list of tables."""
+    lines = [
+        f"{_key(name)} = {toml_value(value)}" for name, value in table.items() if _is_plain(value)
+    ]
+    for name, value in table.items():
+        if isinstance(value, dict):
+            lines += ["", f"[{_key(name)}]", *_body(value)]
+        elif not _is_plain(value):
+            for each in value:
+                lines += ["", f"[[{_key(name)}]]", *_body(each)]
+    return "\n".join(lines) + "\n"
+
+
+def _is_plain(value: object) -> bool:
+    tables = isinstance(value, list) and value and all(isinstance(each, dict) for each in value)
+    return not (isinstance(value, dict) or tables)
+
+
+def _body(table: Mapping[str, Any]) -> list[str]:
+    return [f"{_key(name)} = {toml_value(value)}" for name, value in table.items()]
+
+
+def _key(name: str) -> str:
+    return name if re.fullmatch("[A-Za-z0-9_-]+", name) else toml_value(name)
+
+
+def toml_value(value: object) -> str:
+    """Write one value of TOML; tables inside of values are inline ones."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        # the escapes of JSON are those of TOML, which also wants one for the delete character
+        return json.dumps(value).replace("\x7f", "\\u007f")
+    if isinstance(value, list):
+        return f"[{', '.join(map(toml_value, value))}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(_body(value))}}}"
+    if isinstance(value, datetime.date | datetime.time):
+        return value.isoformat()
+    return repr(value)

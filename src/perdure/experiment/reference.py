@@ -1,0 +1,370 @@
+"""Reference of a config: every table and key, read from the classes and functions that take them.
+
+Types and defaults are those of fields and parameters, meanings those of docstrings. Allowed values
+come from the refusal of a wrong value, so that they are those of the check itself.
+"""
+
+import inspect
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
+from typing import Any
+
+import torch
+from torch.optim import lr_scheduler
+
+from perdure import adversarial, explain, models, strategies
+from perdure.data import datasets
+from perdure.errors import ConfigError, PerdureError
+from perdure.experiment.calls import REQUIRED, parameters
+from perdure.experiment.config import (
+    ALLOWED_NAMES,
+    COMBINE,
+    Arm,
+    Config,
+    ExplainConfig,
+    FederationConfig,
+)
+from perdure.experiment.data_config import OF_LOADERS, DataConfig
+from perdure.experiment.field_checks import COUNTS
+from perdure.experiment.from_tables import described, read_hints
+from perdure.experiment.model_config import BUILDERS
+from perdure.experiment.model_config import GIVEN as OF_MODELS
+from perdure.experiment.overrides import toml_value
+from perdure.experiment.training_config import (
+    CHANGES,
+    OF_OPTIMIZERS,
+    OF_SCHEDULES,
+    OPTIMIZERS,
+    SCHEDULES,
+    STEPS,
+    WHOLE,
+    TrainingConfig,
+)
+from perdure.models.config import ModelConfig
+from perdure.privacy.accounting.charges import Charge
+from perdure.privacy.adaptive_clipping import Adaptive
+from perdure.privacy.settings import Privacy
+
+WRONG: dict[type, tuple[Any, ...]] = {int: (-1, 0), float: (-1.0, 1e300), str: ("?",)}
+"""Values of each type that a check with limits or choices refuses."""
+OTHER_STREAM = "for stream ="
+"""Beginning of the refusal of a key that belongs to another stream; it tells no values."""
+NEEDED = "required"
+LEFT_OUT = "left out"
+DERIVED = ("bounds_given",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Key:
+    """A key of a table.
+
+    Args:
+        name: of the key.
+        type: kind of value, in words.
+        default: as TOML writes it; "required", or "left out" for a key without a value.
+        allowed: values that are allowed, in words; "" where the type says all.
+        meaning: from the docstring.
+    """
+
+    name: str
+    type: str
+    default: str
+    allowed: str
+    meaning: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """A table of a config.
+
+    Args:
+        title: as a config writes it, such as `[data]`.
+        keys: in the order of the class or function.
+    """
+
+    title: str
+    keys: tuple[Key, ...]
+
+
+def tables() -> list[Table]:
+    """Return all tables of a config, in the order of the reference."""
+    return [
+        Table(title="outside of tables", keys=_plain_keys(_SMALLEST)),
+        Table(title="[data]", keys=_plain_keys(DataConfig())),
+        *_of_functions("[data] name = {!r}: options", datasets, OF_LOADERS),
+        Table(title="[model]", keys=_plain_keys(ModelConfig())),
+        *(
+            Table(
+                title=f'[model] name = "{name}"', keys=_parameters(getattr(models, name), OF_MODELS)
+            )
+            for name in BUILDERS
+        ),
+        Table(title="[training]", keys=_plain_keys(TrainingConfig(epochs=1))),
+        *_of_torch("[training] optimizer = {!r}: optimizer_options", torch.optim, OPTIMIZERS),
+        *_of_torch("[training.schedule] name = {!r}", lr_scheduler, SCHEDULES),
+        Table(title="[training.views]", keys=_views()),
+        Table(title="[federation]", keys=_plain_keys(FederationConfig())),
+        Table(title="[privacy]", keys=_plain_keys(Privacy(epsilon=1.0))),
+        Table(title="[privacy.clipping]", keys=_plain_keys(Adaptive())),
+        Table(title="[[privacy.spent]]", keys=_plain_keys(_CHARGE)),
+        Table(title="[attack]", keys=(_named("name", adversarial.names(), "name of the attack."),)),
+        *_of_extensions("[attack] and [training.adversary] name = {!r}", adversarial),
+        Table(title="[explain]", keys=_explain()),
+        *_of_extensions("[explain] method = {!r}", explain),
+        Table(title="[[arms]]", keys=_arm()),
+        *_of_extensions("[[arms]] strategy = {!r}", strategies),
+    ]
+
+
+def reference_text(table: str | None = None) -> str:
+    """Write the reference as plain text.
+
+    Args:
+        table: name of one table, such as "training"; None for all.
+
+    Raises:
+        ConfigError: for a table that no config has.
+    """
+    listed = [one for one in tables() if table is None or _belongs(one, table)]
+    if not listed:
+        known = dict.fromkeys(re.findall(r"\[+([\w.]+)", " ".join(one.title for one in tables())))
+        raise ConfigError.of("--table", table, ", ".join(known))
+    return "\n".join(_section(one) for one in listed)
+
+
+def reference_markdown() -> str:
+    """Write the reference as sections of a page, each with a table."""
+    return "\n".join(_markdown(one) for one in tables())
+
+
+def _belongs(one: Table, name: str) -> bool:
+    """Tell if a table is the one of a name, or says more of it."""
+    return f"[{name}]" in one.title or f"[{name}." in one.title
+
+
+def _section(one: Table) -> str:
+    lines = [one.title]
+    for key in one.keys:
+        default = {NEEDED: NEEDED, LEFT_OUT: "may be left out"}.get(
+            key.default, f"default {key.default}"
+        )
+        allowed = f"; allowed: {key.allowed}" if key.allowed else ""
+        lines.append(f"  {key.name}: {key.type}; {default}{allowed}")
+        lines += [f"      {key.meaning}"] if key.meaning else []
+    return "\n".join([*lines, ""])
+
+
+def _markdown(one: Table) -> str:
+    rows = [
+        f"| `{key.name}` | {key.type} | `{key.default}` | {key.allowed} | {key.meaning} |".replace(
+            "`required`", "required"
+        ).replace("`left out`", "left out")
+        for key in one.keys
+    ]
+    head = "| key | type | default | allowed | meaning |\n|---|---|---|---|---|\n"
+    return f"## {_escaped(one.title)}\n\n{head}" + "\n".join(rows) + "\n"
+
+
+def _escaped(title: str) -> str:
+    return f"`{title}`" if title.startswith("[") else title.capitalize()
+
+
+# --------------------------------------------------------------------------- keys of dataclasses
+
+
+def _plain_keys(example: Any) -> tuple[Key, ...]:
+    """Keys of a dataclass, in the order of its fields.
+
+    Args:
+        example: an instance that is right.
+    """
+    kind = type(example)
+    hints = read_hints(kind, kind.__name__)
+    told = meanings(kind)
+    return tuple(
+        _key(
+            each.name,
+            hints[each.name],
+            _default(each.default, each.default_factory),
+            _refusal(
+                lambda value, name=each.name: replace(example, **{name: value}), hints[each.name]
+            ),
+            told.get(each.name, ""),
+        )
+        for each in fields(kind)
+        if each.init and each.name not in DERIVED
+    )
+
+
+def _key(name: str, hint: Any, default: str, allowed: str, meaning: str) -> Key:
+    words = described(hint)
+    if words.startswith("a table with"):
+        words = "a table"
+    return Key(
+        name=name,
+        type=words,
+        default=default,
+        allowed="" if allowed == words else allowed,
+        meaning=meaning,
+    )
+
+
+def _default(value: Any, factory: Any = MISSING) -> str:
+    if factory is not MISSING:
+        value = factory()
+    if value is MISSING or value is REQUIRED:
+        return NEEDED
+    if value is None:
+        return LEFT_OUT
+    if is_dataclass(value):
+        return "as below"
+    return toml_value(list(value) if isinstance(value, tuple) else value)
+
+
+def _refusal(make: Callable[[Any], object], hint: Any) -> str:
+    """Words in which a check refuses a value of the right type; "" where it takes all of them."""
+    for kind, values in WRONG.items():
+        if described(kind) not in described(hint).split(" or "):
+            continue
+        for value in values:
+            try:
+                make(value)
+            except PerdureError as error:
+                told = str(error).partition("allowed: ")[2].replace("|", "/")
+                return "" if told.startswith(OTHER_STREAM) else told
+            except Exception:
+                return ""
+    return ""
+
+
+def meanings(kind: Callable[..., Any]) -> dict[str, str]:
+    """Meanings of fields or parameters, from the part `Args:` of docstrings, bases included."""
+    found: dict[str, str] = {}
+    for each in reversed(inspect.getmro(kind)) if isinstance(kind, type) else (kind,):
+        found |= _arguments(inspect.cleandoc(each.__doc__ or ""))
+    return found
+
+
+def _arguments(text: str) -> dict[str, str]:
+    part = re.search(r"^Args:\n((?:[ ]{4}.*\n?|\n)+)", text, flags=re.MULTILINE)
+    if part is None:
+        return {}
+    entries = re.split(r"^    (?=\w+: )", part[1], flags=re.MULTILINE)
+    pairs = (" ".join(entry.split()).partition(": ") for entry in entries if entry.strip())
+    return {name: meaning.replace("|", "/") for name, _, meaning in pairs}
+
+
+# --------------------------------------------------------------------------- keys of functions
+
+
+def _parameters(function: Callable[..., Any], without: tuple[str, ...]) -> tuple[Key, ...]:
+    told = meanings(function)
+    return tuple(
+        _key(name, each.hint, _default(each.default), "", told.get(name, ""))
+        for name, each in parameters(function, without).items()
+    )
+
+
+def _of_functions(title: str, package: Any, without: tuple[str, ...]) -> Iterator[Table]:
+    """Tables of the data sets that have arguments of their own."""
+    for name in package.names():
+        keys = _parameters(package.find(name), without)
+        if keys:
+            yield Table(title=title.format(name).replace("'", '"'), keys=keys)
+
+
+def _of_torch(title: str, module: Any, names: tuple[str, ...]) -> Iterator[Table]:
+    """Tables of classes of torch."""
+    for name in names:
+        keys = _parameters(getattr(module, name), (*OF_OPTIMIZERS, *OF_SCHEDULES))
+        shares = tuple(
+            replace(
+                key,
+                type="a whole number of steps, or a share of all",
+                default="1.0" if key.name in WHOLE else key.default,
+            )
+            if key.name in STEPS
+            else key
+            for key in keys
+        )
+        yield Table(title=title.format(name).replace("'", '"'), keys=shares)
+
+
+def _of_extensions(title: str, package: Any) -> Iterator[Table]:
+    """Tables of attacks, explainers and strategies."""
+    for name in package.names():
+        kind = package.find(name)
+        keys = _plain_keys(_example(kind))
+        yield Table(title=title.format(name).replace("'", '"'), keys=keys)
+
+
+def _example(kind: type[Any]) -> Any:
+    """An instance of an extension that is right."""
+    make = getattr(kind, "example", None)
+    if make is not None:
+        return make()
+    needed = {
+        f.name: 1.0 for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING
+    }
+    return kind(**needed)
+
+
+def _views() -> tuple[Key, ...]:
+    chosen = Key(
+        name="change",
+        type="text",
+        default=NEEDED,
+        allowed=f'{", ".join(CHANGES)}, or "module:name"',
+        meaning="function that returns the change; its arguments follow.",
+    )
+    count = Key(
+        name="count",
+        type="a whole number",
+        default=NEEDED,
+        allowed="1 or more",
+        meaning="number of versions of every record.",
+    )
+    own = (key for change in CHANGES.values() for key in _parameters(change, ()))
+    return (count, chosen, *own)
+
+
+# --------------------------------------------------------------------------- tables with a name
+
+
+def _named(name: str, known: Sequence[str], meaning: str) -> Key:
+    return Key(
+        name=name,
+        type="text",
+        default=NEEDED,
+        allowed=f'{", ".join(known)}, or "module:name"',
+        meaning=meaning,
+    )
+
+
+def _explain() -> tuple[Key, ...]:
+    records = next(each for each in fields(ExplainConfig) if each.name == "records")
+    count = _key(
+        "records", int, _default(records.default), COUNTS, meanings(ExplainConfig)["records"]
+    )
+    return (_named("method", explain.names(), "name of the explainer."), count)
+
+
+def _arm() -> tuple[Key, ...]:
+    told = meanings(Arm)
+    name = _key("name", str, LEFT_OUT, ALLOWED_NAMES, told["given_name"])
+    known = (*strategies.names(), COMBINE)
+    strategy = _named("strategy", known, "name of the strategy; its own fields are keys, too.")
+    parts = Key(
+        name="parts",
+        type="a list of tables, each with strategy = NAME and its fields",
+        default=LEFT_OUT,
+        allowed=f'with strategy = "{COMBINE}"',
+        meaning="strategies that are joined to one.",
+    )
+    private = _key("private", bool, "false", "", told["private"])
+    return (name, strategy, parts, private)
+
+
+_CHARGE = Charge(1.0, 1.0, 1, "grid-gaussian")
+_SMALLEST = Config(name="x", arms=(Arm(strategy=strategies.Naive(), file="naive"),))

@@ -1,0 +1,319 @@
+"""Tables `[training]` and `[private_training]` of a config, and those inside of them."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer, lr_scheduler
+from torch.optim.lr_scheduler import LRScheduler
+
+from perdure.adversarial import Attack
+from perdure.adversarial import find as find_attack
+from perdure.adversarial import names as attack_names
+from perdure.data.augmentation import Views, shift_and_flip
+from perdure.data.experience import Stream
+from perdure.errors import ConfigError
+from perdure.experiment.calls import arguments, of_module, parameters
+from perdure.experiment.field_checks import COUNTS, check, counts
+from perdure.experiment.from_tables import checked_value, extension, named_option, placed
+from perdure.learner.optimizers import MakeOptimizer, first_line, made_optimizer
+from perdure.learner.schedules import refuse_schedule
+from perdure.utils.checked_fields import CheckedFields
+from perdure.utils.chunking import row_slices
+
+NEED_MORE = ("LBFGS", "SparseAdam", "Muon")
+"""Optimisers that need several gradients per step, sparse ones, or matrices only."""
+OPTIMIZERS = tuple(
+    name
+    for name, value in vars(torch.optim).items()
+    if isinstance(value, type)
+    and issubclass(value, Optimizer)
+    and value is not Optimizer
+    and name not in NEED_MORE
+)
+OF_OPTIMIZERS = ("params", "lr", "momentum", "capturable", "differentiable")
+"""Parameters of optimisers that are no options: given otherwise, or of no use in the loop."""
+NEED_OBJECTS = (
+    "LRScheduler",
+    "LambdaLR",
+    "MultiplicativeLR",
+    "SequentialLR",
+    "ChainedScheduler",
+    "ReduceLROnPlateau",
+)
+"""Schedules that need functions, other schedules or a measured loss."""
+SCHEDULES = tuple(
+    name
+    for name, value in vars(lr_scheduler).items()
+    if isinstance(value, type)
+    and issubclass(value, LRScheduler)
+    and not name.startswith("_")
+    and name not in NEED_OBJECTS
+)
+STEPS = ("T_max", "T_0", "total_steps", "total_iters", "step_size", "step_size_up", "milestones")
+"""Parameters of schedules that are numbers of steps."""
+WHOLE = ("T_max", "total_steps")
+"""Those of them that are all steps of an experience where a config leaves them out."""
+OF_SCHEDULES = ("optimizer", "last_epoch", "epochs", "steps_per_epoch", "scale_fn", "verbose")
+"""Parameters of schedules that no config gives."""
+CHANGES: dict[str, Callable[..., Callable[[Tensor], Tensor]]] = {"shift_and_flip": shift_and_flip}
+"""Functions that make a change for views, by name."""
+OWN = '"module:name" of a function'
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttackConfig(CheckedFields):
+    """An attack as a table names it.
+
+    Args:
+        name: name of an attack, or "my_package.my_module:MyAttack".
+        attack: with its own fields.
+        bounds_given: whether the bounds are those of `attack`. Otherwise inputs stay in [0, 1]
+            where all public test inputs lie there, and are unbounded elsewhere.
+    """
+
+    TABLE: ClassVar[str] = "a table with name = NAME and the attack's own fields"
+
+    name: str
+    attack: Attack
+    bounds_given: bool = True
+
+    @classmethod
+    def from_table(cls, table: Mapping[str, Any], where: str) -> "AttackConfig":
+        """Find the attack by its name, and build it from the other fields."""
+        name, attack = extension(find_attack, attack_names, "name", table, where)
+        return cls(name=name, attack=attack, bounds_given="bounds" in table)
+
+    def on(self, stream: Stream) -> Attack:
+        """Return the attack with the bounds that hold for a stream's inputs."""
+        if self.bounds_given:
+            return self.attack
+        unit = all(
+            bool(((rows >= 0) & (rows <= 1)).all())
+            for e in stream
+            for rows in (e.test.inputs[piece] for piece in row_slices(e.test.inputs))
+        )
+        return replace(self.attack, bounds=(0.0, 1.0) if unit else None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig(CheckedFields):
+    """Schedule of the learning rate, made for every experience from its number of steps.
+
+    A number of steps that is no whole number is a share of the steps of the experience: `T_max =
+    1.0` means all of them, `milestones = [0.5, 0.75]` half and three quarters.
+
+    Args:
+        name: class of torch.optim.lr_scheduler, or "module:name" of a function of optimiser, steps
+            and further arguments.
+        options: the schedule's own arguments, which are keys of the same table.
+    """
+
+    TABLE: ClassVar[str] = "a table with name = NAME and the schedule's own arguments"
+
+    name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_table(cls, table: Mapping[str, Any], where: str) -> "ScheduleConfig":
+        """Find the schedule by its name, and check the other keys against its signature."""
+        name, options = named_option("name", table, where, SCHEDULES)
+        function = cls(name=name).function(f"{where}.name")
+        without = (*OF_SCHEDULES, "steps")
+        lengths = {} if ":" in name else {k: v for k, v in options.items() if k in STEPS}
+        for key, value in lengths.items():
+            each = value if isinstance(value, list) and key == "milestones" else [value]
+            if not all(map(_are_steps, each)):
+                allowed = "whole numbers of steps, or shares above 0 and at most 1"
+                raise ConfigError.of(f"{where}.{key}", value, allowed)
+        # numbers of steps are checked; a stand-in has the type of all of them
+        known = parameters(function, without)
+        checked = {key: 1 for key in (*WHOLE, *lengths) if key in known}
+        values = arguments(function, options | checked, where, without=without)
+        return cls(name=name, options={k: lengths.get(k, values[k]) for k in options})
+
+    def __call__(self, optimizer: Optimizer, *, steps: int) -> LRScheduler:
+        """Return the schedule of an experience of so many steps."""
+        function = self.function("name")
+        if ":" in self.name:
+            made: LRScheduler = function(optimizer, steps=steps, **self.options)
+            return made
+        known = parameters(function)
+        given = {key: 1.0 for key in WHOLE if key in known} | dict(self.options)
+        whole = {
+            key: _steps_of(value, steps) if key in STEPS else value for key, value in given.items()
+        }
+        made = function(optimizer, **whole)
+        return made
+
+    def function(self, field: str) -> Callable[..., LRScheduler]:
+        """Return the class or function that makes the schedule.
+
+        Args:
+            field: where the name was given, for messages.
+        """
+        if ":" in self.name:
+            return of_module(self.name, field, f"{OWN} that returns a schedule of torch.optim")
+        if self.name not in SCHEDULES:
+            raise ConfigError.of(field, self.name, f"{', '.join(SCHEDULES)}, or {OWN}")
+        chosen: Callable[..., LRScheduler] = getattr(lr_scheduler, self.name)
+        return chosen
+
+
+def _are_steps(value: object) -> bool:
+    """Tell if a value is a whole number of steps, or a share of all."""
+    if type(value) is int:
+        return counts(value)
+    return type(value) is float and 0 < value <= 1
+
+
+def _steps_of(value: Any, steps: int) -> Any:
+    """Turn shares into numbers of steps, each at least 1."""
+    if isinstance(value, list | tuple):
+        return [_steps_of(each, steps) for each in value]
+    return max(1, round(value * steps)) if isinstance(value, float) else value
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViewsConfig(CheckedFields):
+    """Random versions of every record, averaged inside its loss (augmentation).
+
+    Args:
+        count: number of versions.
+        change: `shift_and_flip`, or "module:name" of a function that returns a change, as
+            `perdure.data.shift_and_flip` does. Its own arguments are keys of the same table.
+        views: as a learner takes them.
+    """
+
+    TABLE: ClassVar[str] = "a table with count, change = NAME, and the change's own arguments"
+
+    change: str
+    views: Views
+
+    @classmethod
+    def from_table(cls, table: Mapping[str, Any], where: str) -> "ViewsConfig":
+        """Find the change by its name, and make it from the other keys."""
+        change, options = named_option("change", table, where, tuple(CHANGES))
+        if "count" not in options:
+            raise ConfigError(f"{where}.count is missing; allowed: a whole number")
+        count = checked_value(options.pop("count"), int, f"{where}.count")
+        if ":" in change:
+            made_by = of_module(change, f"{where}.change", f"{OWN} that returns a change")
+        elif change in CHANGES:
+            made_by = CHANGES[change]
+        else:
+            raise ConfigError.of(f"{where}.change", change, f"{', '.join(CHANGES)}, or {OWN}")
+        values = arguments(made_by, options, where)
+        try:
+            return cls(change=change, views=Views(count=count, change=made_by(**values)))  # type: ignore[arg-type]
+        except ConfigError as error:
+            raise ConfigError(
+                placed(str(error).removeprefix("views."), where, ("count",))
+            ) from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig(CheckedFields):
+    """Length, optimiser and precision of training on an experience.
+
+    Args:
+        optimizer: class of torch.optim.
+        learning_rate: where a schedule begins, or the constant rate.
+        momentum: for those that have one; left out for its default.
+        optimizer_options: further arguments of the optimiser, such as {weight_decay = 1e-4}.
+        schedule: schedule of the learning rate; left out for a constant one.
+        epochs: passes over the records of an experience, in a federation spread over its rounds;
+            give this or `iterations`.
+        iterations: steps of an experience, in a federation spread over its rounds.
+        blocks: parts of an experience with a checkpoint after each, so that a stopped run loses a
+            part only; under privacy each is one charge. In a federation, rounds are the blocks.
+        batch_size: records per step.
+        micro_batch_size: rows in one pass through the model, to limit memory; left out for all.
+        evaluate_every: in a stage of pieces (`chunk`), measure also after every so many of them.
+        reset_optimizer: start every experience with a fresh optimiser.
+        precision: of the passes through the model while training.
+        adversary: attack that moves every batch before its gradient (adversarial training).
+        views: random versions of every record (augmentation).
+    """
+
+    optimizer: str = "Adam"
+    learning_rate: float = 1e-3
+    momentum: float | None = None
+    optimizer_options: Mapping[str, Any] = field(default_factory=dict)
+    schedule: ScheduleConfig | None = None
+    epochs: int | None = None
+    iterations: int | None = None
+    blocks: int = 1
+    batch_size: int = 32
+    micro_batch_size: int | None = None
+    evaluate_every: int | None = None
+    reset_optimizer: bool = False
+    precision: Literal["float32", "bfloat16"] = "float32"
+    adversary: AttackConfig | None = None
+    views: ViewsConfig | None = None
+
+    def __post_init__(self) -> None:
+        check(self, "optimizer", OPTIMIZERS.__contains__, ", ".join(OPTIMIZERS))
+        check(
+            self,
+            "learning_rate",
+            lambda value: 0 < value <= 1e6,
+            "a number above 0 and at most 1e6",
+        )
+        check(self, "momentum", lambda value: 0 <= value < 1, "a number from 0 to below 1")
+        names = "epochs iterations blocks batch_size micro_batch_size evaluate_every"
+        check(self, names, counts, COUNTS)
+        if self.momentum is not None and "momentum" not in parameters(self._class):
+            known = [
+                name for name in OPTIMIZERS if "momentum" in parameters(vars(torch.optim)[name])
+            ]
+            raise ConfigError.of(
+                "momentum",
+                self.momentum,
+                f"no momentum for {self.optimizer}; only {', '.join(known)} have momentum",
+            )
+        if (self.epochs is None) == (self.iterations is None):
+            given = f"epochs = {self.epochs} with iterations = {self.iterations}"
+            raise ConfigError(f"{given} is not allowed; allowed: exactly one of the two")
+        if self.optimizer_options or self.schedule:
+            self._try_out()
+
+    def _try_out(self) -> None:
+        """Refuse options that torch refuses, before anything is loaded."""
+        arguments(self._class, self.optimizer_options, "optimizer_options", without=OF_OPTIMIZERS)
+        try:
+            made_optimizer(self.factory(), {"weight": nn.Parameter(torch.zeros(1))})
+        except ConfigError as error:
+            raise _of_torch("optimizer_options", dict(self.optimizer_options), error) from error
+        if self.schedule:
+            try:
+                refuse_schedule(self.factory(), self.schedule, self.iterations)
+            except ConfigError as error:
+                given = {"name": self.schedule.name, **self.schedule.options}
+                raise _of_torch("schedule", given, error) from error
+
+    def factory(self) -> MakeOptimizer:
+        """Return a function from parameters to the optimiser."""
+        options: dict[str, Any] = {"lr": self.learning_rate}
+        if self.momentum is not None:
+            options["momentum"] = self.momentum
+        checked = arguments(
+            self._class, self.optimizer_options, "optimizer_options", without=OF_OPTIMIZERS
+        )
+        return partial(self._class, **options, **checked)
+
+    @property
+    def _class(self) -> Callable[[Iterable[nn.Parameter]], Optimizer]:
+        chosen: Callable[..., Optimizer] = getattr(torch.optim, self.optimizer)
+        return chosen
+
+
+def _of_torch(field: str, given: dict[str, Any], error: ConfigError) -> ConfigError:
+    """Refusal of arguments that torch refuses, with its reason."""
+    cause = error.__cause__
+    if not isinstance(cause, Exception):
+        return ConfigError(f"{field}: {error}")
+    return ConfigError.of(field, given, f"arguments that torch takes ({first_line(cause)})")
