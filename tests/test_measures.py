@@ -167,7 +167,7 @@ def test_no_file_switches_off_the_formatter(measure, whole):
     assert [place for source in whole for place in measure.unformatted(source)] == []
 
 
-def test_few_assignments_pack_unrelated_values_into_a_tuple(measure, library):
+def test_few_assignments_join_unrelated_values_in_a_tuple(measure, library):
     found = [line for source in library for line in measure.packed(source)]
     every = sum(len(measure.assignments(source)) for source in library)
     assert every > 1000

@@ -74,7 +74,7 @@ def test_epsilon_grows_from_0_with_the_separation_of_scores():
 
 @pytest.mark.statistical
 @pytest.mark.parametrize("mu", [0.0, MU_AT_4, 2.5])
-def test_the_95_percent_separation_bound_fails_in_5_percent(mu):
+def test_the_95_percent_separation_bound_fails_for_5_percent(mu):
     """The nominal error is 5 % of 2,000. The interval is four standard errors, so each case fails
     for one seed in 15,000.
     """

@@ -80,7 +80,7 @@ def test_every_claim_names_a_rival_and_the_source_of_settings(claims, comparison
         )
 
 
-def test_stored_options_differ_for_different_settings(claims, comparison):
+def test_two_claims_with_different_settings_store_other_options(claims, comparison):
     whole = [comparison.options(claim) for claim in claims.CLAIMS]
     assert json.loads(json.dumps(whole)) == whole, "they are compared with what was stored"
     claim = claims.CLAIMS[0]

@@ -114,7 +114,7 @@ def test_a_masked_class_has_probability_zero_and_no_gradient():
     assert logits.grad[0, 2:].tolist() == [0.0, 0.0]
 
 
-def test_the_context_uses_the_declared_classes(toy_stream):
+def test_the_context_of_an_experience_lists_declared_classes(toy_stream):
     at = contexts(toy_stream("class"), "cpu")
     assert at(0).seen.tolist() == [True, True, False, False]
     assert at(1).seen.tolist() == [True] * 4 and at(1).current.tolist() == [
@@ -467,7 +467,7 @@ def test_example_of_a_subclass_returns_the_subclass():
     assert Milder.example() == Milder(strength=50.0, rate=0.1)
 
 
-def test_declare_group_builds_one_new_state_for_all_names(monkeypatch):
+def test_declare_group_copies_the_state_once_for_all_names(monkeypatch):
     """Building a new state for each name would take time quadratic in the number of names."""
     made = []
     build = State.__init__

@@ -40,7 +40,7 @@ def prepared(learner_of, toy_stream):  # noqa: F811
     return learner
 
 
-def test_reopening_an_experience_sorts_no_rows_again(prepared):
+def test_an_experience_opened_again_is_not_sorted_again(prepared):
     first, fingerprint = opened(prepared)
     assert first > 0
     assert opened(prepared) == (0, fingerprint)

@@ -115,7 +115,7 @@ def test_memory_copies_stored_rows_and_frees_the_other_rows():
     st.integers(1, 25),
     st.none() | st.integers(1, 4),
 )
-def test_balanced_keeps_the_first_rows_of_each_group(groups, capacity, per_class):
+def test_balanced_selection_keeps_the_first_rows_of_each_group(groups, capacity, per_class):
     kept = balanced(
         torch.tensor(groups, dtype=torch.int64).reshape(-1, 2), capacity, per_class
     ).tolist()

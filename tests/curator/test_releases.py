@@ -147,7 +147,7 @@ def test_a_step_without_a_charge_is_refused(bench):
     assert "noise.drawn" not in test.trace
 
 
-def test_reserved_steps_do_not_cover_the_next_experience(bench):
+def test_a_step_of_the_next_experience_needs_its_own_charge(bench):
     test = bench(simulated())
     test.whole(0, REPLAY, steps=range(2))
     held = test.open(1, REPLAY).held

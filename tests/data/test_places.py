@@ -151,7 +151,7 @@ BY_RECORD = {
     ],
 )
 @pytest.mark.parametrize("splitter", BY_RECORD)
-def test_removing_a_record_moves_no_other_if_assigned_by_record(splitter, trials):
+def test_a_removal_moves_no_other_record_if_assigned_by_record(splitter, trials):
     build = BY_RECORD[splitter]
     assert all(stream.assigned_by_record is True for stream in build(data_of(0)))
     assert moved_times(build, trials) == 0

@@ -176,7 +176,7 @@ def test_the_stored_model_has_the_accuracy_of_the_result(either, arm):
     assert not learner.callbacks
 
 
-def test_the_stored_model_is_a_trained_one(secret, tmp_path):
+def test_loading_returns_the_trained_model_of_an_arm(secret, tmp_path):
     learner = load_model(secret[0], "replay-plain")
     config = parse(SMALL)
     log = MetricsLog(tmp_path / "metrics.jsonl")
@@ -191,7 +191,7 @@ def test_the_stored_model_is_a_trained_one(secret, tmp_path):
     )
 
 
-def test_trained_refuses_a_missing_model(secret, tmp_path):
+def test_loading_a_missing_trained_model_is_refused(secret, tmp_path):
     with pytest.raises(
         RunError, match="has no arm 'naive-plain'; give one of replay-plain, ewc-private"
     ):
@@ -383,7 +383,7 @@ def test_secret_noise_differs_between_runs(tmp_path, secret):
     assert same == {"replay-plain": True, "ewc-private": False, "replay-private": False}
 
 
-def test_untimed_removes_timings_at_any_depth():
+def test_the_untimed_function_removes_timings_at_any_depth():
     assert set(TIMINGS) == {"seconds"}
     assert untimed({"a": [{"seconds": 1, "b": 2}], "seconds": 3}) == {"a": [{"b": 2}]}
 

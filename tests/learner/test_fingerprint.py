@@ -216,7 +216,7 @@ def test_a_run_accepts_a_strategy_field_without_description(learner_of, toy_stre
     assert learner.fingerprint["odd.strength"] == "a Identity"
 
 
-def test_differences_name_the_given_and_the_stored_value():
+def test_setting_differences_name_the_given_and_stored_values():
     given = {"a": 1, "b": 2, "stream.experiences": ["x", "y"]}
     assert differences(given, {"a": 1, "b": 2, "stream.experiences": ["x"]}) == {}
     assert differences(given, {"a": 1, "c": 3, "stream.experiences": ["z"]}) == {

@@ -77,7 +77,7 @@ def test_a_guard_verdict_is_reused_for_other_declared_sizes(known):
     assert looks(make(client=3), other) == again
 
 
-def test_losses_that_use_a_size_are_inspected_for_each_size(learner_of, toy_stream):
+def test_losses_using_the_declared_size_are_inspected_per_size(learner_of, toy_stream):
     stream = toy_stream()
     sizes = [replace(e, train=e.train.declared(40 + e.index)) for e in stream]
     other = replace(stream, experiences=tuple(sizes))

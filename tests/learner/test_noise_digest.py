@@ -73,7 +73,7 @@ def test_the_noise_digest_depends_on_every_field(settings, value, others):
     assert len(texts | {canonical_text(settings(value))}) == len(others) + 1
 
 
-def test_canonical_text_is_equal_only_for_equal_values():
+def test_different_values_have_different_canonical_texts():
     values = [
         1,
         2,
@@ -105,7 +105,7 @@ def test_canonical_text_is_equal_only_for_equal_values():
     assert canonical_text({"b": 1, "a": {2, 1}}) == canonical_text({"a": {1, 2}, "b": 1})
 
 
-def test_canonical_text_does_not_use_the_printed_form():
+def test_the_canonical_text_of_an_object_does_not_use_its_repr():
     @dataclass(frozen=True)
     class Quiet:
         size: int = field(default=1, repr=False)
@@ -116,7 +116,7 @@ def test_canonical_text_does_not_use_the_printed_form():
     assert canonical(Quiet(size=1)) != canonical(Quiet(size=2))
 
 
-def test_canonical_text_refuses_objects_without_stable_form():
+def test_canonical_text_refuses_objects_without_a_stable_form():
     with pytest.raises(ConfigError, match="object"):
         canonical(object())
 

@@ -85,7 +85,7 @@ def test_sequence_models_depend_only_on_the_seed(name):
 
 
 @every_maker
-def test_sequence_models_are_independent_by_construction(name):
+def test_sequence_models_keep_records_independent(name):
     domain = InputDomain(shape=(LENGTH,), dtype=torch.int64, vocabulary=VOCABULARY)
     assert independence(made(name, padding=0), domain) == "by construction"
 

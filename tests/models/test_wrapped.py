@@ -219,7 +219,7 @@ def pair():
 
 
 @pytest.mark.parametrize("strategy", [SLDA(), EWC(strength=10.0)])
-def test_a_wrapped_model_trains_like_the_classifier(toy_data, strategy):
+def test_a_wrapped_classifier_trains_like_the_plain_classifier(toy_data, strategy):
     stream = split(toy_data, scenario="class", experiences=2)
     results = []
     for model in pair():

@@ -45,7 +45,7 @@ def test_grid_units_convert_back_to_the_same_values():
 
 @pytest.mark.parametrize("numbers", [1, 7, 478_410, 28_000_000])
 @pytest.mark.parametrize("noise", [1e-3, 0.5, 1.1, 40.0])
-def test_the_grid_is_fine_enough_for_rounding_and_sampler(numbers, noise):
+def test_grid_rounding_stays_small_and_noise_spans_64_steps(numbers, noise):
     grid = Grid.of(numbers, noise)
     assert math.sqrt(numbers) / grid.steps <= 2.0**-11
     assert noise * grid.steps >= 64

@@ -129,7 +129,7 @@ def test_model_passes_run_in_the_given_precision(toy_stream, toy_model, precisio
     assert seen == {f"torch.{precision}"}
 
 
-def test_the_last_gradient_is_freed_before_the_next_one(toy_stream, toy_model):
+def test_a_gradient_is_freed_before_the_next_loss_is_computed(toy_stream, toy_model):
     """So two gradients are never in memory at once."""
     stream = toy_stream()
     seen = []

@@ -55,7 +55,7 @@ def test_gradient_rows_are_computed_on_each_record_alone():
             torch.testing.assert_close(rows[name][i], gradient, rtol=1e-4, atol=1e-6)
 
 
-def test_a_query_that_returns_one_tensor_gives_the_name_value():
+def test_a_query_result_of_one_tensor_is_named_value():
     data = batch()
     module = small()
     assert list(as_params(torch.zeros(3))) == ["value"]

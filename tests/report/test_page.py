@@ -400,7 +400,7 @@ def test_the_error_names_missing_or_wrong_explanation_files(
 
 @pytest.mark.property
 @given(st.floats(0, 20), st.floats(0, 0.1))
-def test_the_guess_limit_is_reached_by_the_worst_mechanism(epsilon: float, delta: float) -> None:
+def test_the_stated_limit_of_correct_guesses_is_the_exact_one(epsilon: float, delta: float) -> None:
     # The dominating pair of (epsilon, delta): with probability delta it tells all.
     odds = math.exp(epsilon)
     present = [delta, (1 - delta) * odds / (1 + odds), (1 - delta) / (1 + odds), 0.0]

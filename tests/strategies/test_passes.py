@@ -66,7 +66,7 @@ def passes_of(strategy, stream, model, experience):
 
 
 @pytest.mark.parametrize("name", NEEDED)
-def test_each_method_runs_only_the_rows_that_a_step_needs(name, toy_stream, toy_model):
+def test_each_strategy_passes_only_the_rows_that_a_step_needs(name, toy_stream, toy_model):
     strategy, needed = NEEDED[name]
     stream = toy_stream()
     found = passes_of(strategy, stream, toy_model(stream), 1)

@@ -160,7 +160,7 @@ def test_the_rwalk_penalty_scales_fisher_and_scores_to_at_most_1(walk):
     )
 
 
-def test_rwalk_resets_its_path_in_every_experience(walk):
+def test_rwalk_resets_the_path_integral_in_every_experience(walk):
     for name in walk.ends[0]:
         assert not any(
             walk.states[1][f"{group}/{name}"].any() for group in ("walked", "won", "moved")

@@ -74,7 +74,7 @@ OPTIMIZERS = {
 
 @pytest.mark.reference
 @pytest.mark.parametrize("optimizer", list(OPTIMIZERS))
-def test_the_si_importance_is_path_over_squared_distance(toy_stream, toy_model, optimizer):
+def test_si_importance_is_path_integral_over_squared_distance(toy_stream, toy_model, optimizer):
     """This holds for every optimiser, because the path is that of the parameters."""
     stream = toy_stream()
     run = Path(
@@ -89,7 +89,7 @@ def test_the_si_importance_is_path_over_squared_distance(toy_stream, toy_model, 
             assert torch.equal(state[f"anchor/{name}"], run.ends[experiences - 1][name])
 
 
-def test_the_si_path_excludes_the_gradient_of_the_penalty(toy_stream, toy_model):
+def test_the_si_path_integral_excludes_the_penalty_gradient(toy_stream, toy_model):
     """A very strong penalty moves the parameters, but is not in the path as a gradient."""
     stream = toy_stream()
     run = Path(SI(strength=1e-3), stream, toy_model(stream))
@@ -127,7 +127,7 @@ def test_the_si_penalty_equals_its_formula_and_is_never_below_0():
     }
 
 
-def test_averaged_si_clients_have_importance_of_the_mean_path():
+def test_averaged_si_clients_use_the_mean_of_the_path_integrals():
     """Two clients of sizes 1 and 3 consolidate at the same global parameters."""
     start = {"w": torch.tensor([0.0, 1.0])}
     end = {"w": torch.tensor([0.5, -1.0])}
@@ -143,7 +143,7 @@ def test_averaged_si_clients_have_importance_of_the_mean_path():
     torch.testing.assert_close(averaged, path / ((end["w"] - start["w"]) ** 2 + 0.2))
 
 
-def test_si_gives_untrained_parameters_no_path(toy_stream, toy_model):
+def test_si_gives_untrained_parameters_no_path_integral(toy_stream, toy_model):
     class HeadOnly(SI):
         def plan(self, experience):
             return Plan(trainable=("head",))
@@ -193,7 +193,7 @@ def noisy_walk(optimizer, variance, told, steps=400):
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "momentum"])
-def test_private_si_subtracts_the_known_noise_from_the_path(optimizer):
+def test_private_si_subtracts_known_noise_from_the_path_integral(optimizer):
     """The mean over 1,000 coordinates and 400 steps of r v (chi-squared) has a standard error of
     0.2 %.
     """
@@ -213,7 +213,7 @@ def test_private_si_subtracts_the_known_noise_from_the_path(optimizer):
         assert abs(float(flat.mean())) < of_noise
 
 
-def test_si_subtracts_nothing_from_the_path_without_noise():
+def test_si_without_noise_subtracts_nothing_from_the_integral():
     before, after, gradient = (
         torch.tensor(value) for value in ([1.0, 2.0], [0.5, 3.0], [2.0, 0.5])
     )

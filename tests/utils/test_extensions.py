@@ -119,13 +119,13 @@ def shapes(tmp_path, monkeypatch):
 # --------------------------------------------------------------------------- files
 
 
-def test_names_lists_extension_files_without_importing_them(shapes):
+def test_extension_files_are_listed_without_an_import(shapes):
     assert shapes.registry().names() == NAMES
     loaded = {name for name in sys.modules if name.startswith(f"{shapes.package}.")}
     assert loaded == set()
 
 
-def test_find_returns_the_one_class_of_an_extension_file(shapes):
+def test_an_extension_file_is_found_as_the_one_class_in_the_file(shapes):
     registry = shapes.registry()
     assert registry.find("square").__name__ == "Square"
     assert registry.find("right_circle")().area() == 3

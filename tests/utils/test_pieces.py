@@ -17,7 +17,7 @@ def test_pieces_cover_every_number_of_a_tensor_once(shape):
     assert len(sizes) == -(-max(1, counts.numel()) // PIECE)
 
 
-def test_pieces_returns_a_tensor_without_flat_view_whole():
+def test_a_tensor_without_a_flat_view_is_one_piece():
     turned = torch.zeros(400, 300).T
     ((piece, _),) = pieces(turned, torch.zeros(300, 400))
     piece.add_(1)

@@ -218,7 +218,7 @@ def test_invalid_arguments_of_epsilon_are_refused(wrong):
         epsilon([Charge(0.1, 1.0, 1)], **wrong)
 
 
-def test_worst_names_the_partition_with_the_largest_epsilon():
+def test_the_worst_partition_is_one_with_the_largest_epsilon():
     few = [Charge(0.1, 2.0, 10)]
     many = [Charge(0.1, 2.0, 20)]
     other = [Charge(0.02, 0.9, 12)]
@@ -235,7 +235,7 @@ def test_worst_names_the_partition_with_the_largest_epsilon():
     assert worst({}, delta=DELTA) == ("none", 0.0)
 
 
-def test_within_agrees_with_the_pld_accountant_near_the_target():
+def test_the_budget_check_agrees_with_pld_near_the_target():
     charges = [Charge(0.1, 2.0, 20)]
     spent = epsilon(charges, delta=DELTA)
     assert within(charges, spent, delta=DELTA) and within(charges, 2 * spent, delta=DELTA)

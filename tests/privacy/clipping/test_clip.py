@@ -292,7 +292,7 @@ def as_rows(total):
 
 
 @pytest.mark.parametrize("how", ["rows", "book-keeping"])
-def test_a_counted_clip_counts_the_records_within_the_clip_norm(how):
+def test_a_clip_can_count_the_records_within_the_clip_norm(how):
     module, shape = problem("mlp")
     batch = records(shape)
     params = dict(module.named_parameters())

@@ -451,7 +451,7 @@ def test_one_of_few_extreme_records_is_clipped_in_a_release(name):
         assert size(difference(moved, own)) <= bound.norm * 1e-6
 
 
-def test_bins_of_few_large_records_equal_bins_in_a_full_batch():
+def test_the_bin_of_a_large_record_ignores_the_batch_size():
     """The bin of a record depends on that record only, for any number of records."""
     torch.manual_seed(0)
     model = images()

@@ -48,19 +48,19 @@ def pictures(records, side):
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.deep(reason="full replay: fifteen whole networks, record by record")
 @pytest.mark.parametrize("name", NETWORKS)
-def test_clipped_sums_of_15_torchvision_networks_are_right(name):
+def test_sums_of_15_torchvision_networks_equal_a_record_loop(name):
     model = network(name, **OPTIONS.get(name, {}))
     assert gap_to_loop(model, pictures(3, 64)) < TOLERANCE
 
 
 @pytest.mark.parametrize("per_layer", [False, True], ids=["flat", "per layer"])
-def test_clipped_sums_of_a_narrow_mobilenet_are_right(per_layer):
+def test_sums_of_a_narrow_mobilenet_equal_a_record_loop(per_layer):
     model = network("mobilenet_v2", width_mult=0.1)
     assert any(getattr(part, "inplace", False) for part in model.modules())
     assert gap_to_loop(model, pictures(3, 64), per_layer=per_layer) < TOLERANCE
 
 
-def test_clipped_sums_of_a_channels_last_shufflenet_are_right():
+def test_sums_of_a_channels_last_shufflenet_equal_a_record_loop():
     model = network("shufflenet_v2_x0_5").to(memory_format=torch.channels_last)
     x = pictures(3, 64).to(memory_format=torch.channels_last)
     assert gap_to_loop(model, x) < TOLERANCE

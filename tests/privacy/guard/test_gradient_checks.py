@@ -86,7 +86,7 @@ CHANGED = {
 
 @pytest.mark.parametrize("grouped", [False, True], ids=["by rules", "by samplers"])
 @pytest.mark.parametrize("change", CHANGED)
-def test_clipped_sums_of_a_changed_layer_are_right(change, grouped):
+def test_clipped_sums_of_changed_layers_equal_a_record_loop(change, grouped):
     torch.manual_seed(0)
     layer = CHANGED[change](nn.Linear(8, 8))
     between = nn.Conv1d(2, 2, 3, padding="same" if grouped else 1)
@@ -96,7 +96,7 @@ def test_clipped_sums_of_a_changed_layer_are_right(change, grouped):
 
 
 @pytest.mark.parametrize("kind", ["forward hook", "pre-hook"])
-def test_clipped_sums_are_right_with_global_module_hooks(kind):
+def test_clipped_sums_with_global_hooks_equal_a_record_loop(kind):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 8), nn.RMSNorm(8), nn.Linear(8, 3))
     if kind == "pre-hook":
@@ -110,7 +110,7 @@ def test_clipped_sums_are_right_with_global_module_hooks(kind):
 
 
 @pytest.mark.parametrize("grouped", [False, True], ids=["by rules", "by samplers"])
-def test_clipped_sums_are_right_if_a_layer_runs_with_two_weights(grouped):
+def test_clipped_sums_are_correct_if_a_layer_has_two_weights(grouped):
     """The second weights are a copy without gradients, on inputs with gradients."""
     torch.manual_seed(0)
     layer = nn.Linear(8, 8)
@@ -134,7 +134,7 @@ def test_clipped_sums_are_right_if_a_layer_runs_with_two_weights(grouped):
 
 
 @pytest.mark.parametrize("way", ["by itself", "by forward"])
-def test_clipped_sums_are_right_if_a_weight_has_another_use(way):
+def test_clipped_sums_are_correct_if_a_weight_is_used_elsewhere(way):
     """The other layer is clipped by a sampler."""
 
     class Reusing(nn.Module):

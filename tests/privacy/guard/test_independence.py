@@ -56,7 +56,7 @@ LISTED = {
 
 
 @pytest.mark.parametrize("name", LISTED)
-def test_modules_on_the_list_are_independent_by_construction(name):
+def test_listed_modules_keep_records_independent(name):
     model = LISTED[name]()
     assert unlisted(model) == () and independence(model) == "by construction"
 
@@ -113,13 +113,13 @@ Posing.__qualname__ = Posing.__name__ = "Classifier"
         ),
     ],
 )
-def test_modules_not_on_the_list_are_only_tested(make, named):
+def test_records_of_unlisted_modules_have_tested_independence(make, named):
     model = nn.Sequential(nn.Identity(), make())
     assert independence(model) == "tested"
     assert any(line.startswith("1") and line.endswith(named) for line in unlisted(model))
 
 
-def test_models_of_records_without_axes_are_only_tested():
+def test_records_without_axes_have_only_tested_independence():
     assert independence(nn.Identity(), InputDomain(shape=())) == "tested"
     assert independence(nn.Identity(), InputDomain(shape=(5,))) == "by construction"
 
@@ -142,7 +142,7 @@ def encoder():
         (lambda: nn.RMSNorm((3, 8)), (8,), (3, 8)),
     ],
 )
-def test_layers_that_can_reach_the_batch_axis_are_only_tested(make, flat, enough):
+def test_layers_that_reach_the_batch_axis_are_only_tested(make, flat, enough):
     model = nn.Sequential(make())
     assert independence(model) == "by construction"
     assert independence(model, InputDomain(shape=flat)) == "tested"
@@ -150,7 +150,7 @@ def test_layers_that_can_reach_the_batch_axis_are_only_tested(make, flat, enough
 
 
 @pytest.mark.parametrize("make", [prompted, partial(adapted, experiences=2)])
-def test_built_in_transformers_are_independent_by_construction(make):
+def test_built_in_transformers_keep_records_independent(make):
     model = make(tiny((1, 8, 8)), num_classes=3)
     assert unlisted(model) == ()
 
@@ -255,7 +255,7 @@ def test_the_model_gets_one_record_at_a_time_in_private_steps(learner_of, toy_st
     assert seen and set(seen) == {1}
 
 
-def test_a_listed_model_stays_independent_by_construction(learner_of, toy_stream):
+def test_record_by_record_mode_keeps_proven_independence(learner_of, toy_stream):
     learner = learner_of(privacy=ALONE)
     learner.prepare(toy_stream())
     assert learner.private_sum.independence == "by construction"
@@ -280,7 +280,7 @@ class Keeping(Custom):
         return self.head(x)
 
 
-def test_a_model_that_stores_records_is_refused_per_record_too(learner_of, toy_stream):
+def test_record_by_record_mode_refuses_a_model_storing_records(learner_of, toy_stream):
     with pytest.raises(GuardError, match="buffer mean of the model changes"):
         learner_of(model=Keeping(), privacy=ALONE).prepare(toy_stream())
 

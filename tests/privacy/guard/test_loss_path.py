@@ -288,7 +288,7 @@ def test_the_guard_verdict_depends_on_the_attack_and_the_views(
     assert word(learner_of(privacy=SIMULATED, **changes), toy_stream()) == expected
 
 
-def test_built_in_views_are_independent_by_construction():
+def test_built_in_views_keep_records_independent():
     own = Views(count=2, change=shift_and_flip(pixels=1))
     assert LossPath(strategy=Naive(), views=own).foreign_parts() == ()
     theirs = Views(count=2, change=shifted)
@@ -349,7 +349,9 @@ def in_a_clipping_rule(strategy, model, patch):
         in_a_clipping_rule,
     ],
 )
-def test_replaced_library_code_counts_as_only_tested(toy_stream, toy_model, monkeypatch, change):
+def test_replaced_library_code_has_only_tested_independence(
+    toy_stream, toy_model, monkeypatch, change
+):
     strategy = Naive()
     model = toy_model(toy_stream())
     before = (*LossPath(strategy=strategy).foreign_parts(), *unlisted(model))

@@ -119,7 +119,7 @@ def test_a_buffer_changed_by_a_pass_is_refused_by_name(grows, name):
     )
 
 
-def test_a_constant_buffer_is_accepted_without_random_draws():
+def test_a_constant_buffer_passes_the_guard_without_random_draws():
     model = nn.Sequential(nn.Dropout(0.5), nn.Linear(5, 3))
     model.register_buffer("scale", torch.ones(3))
     before = torch.random.get_rng_state()

@@ -305,7 +305,7 @@ def test_a_plan_over_budget_is_refused_with_amount_and_fix():
     ledger.charge(entry(first_step=7))  # nothing was granted, nothing binds
 
 
-def test_a_grant_is_decided_by_the_pld_accountant():
+def test_the_ledger_grants_a_plan_by_the_pld_accountant():
     exact = epsilon(PLAN["e1"], delta=DELTA)
     assert epsilon(PLAN["e1"], delta=DELTA, accountant="rdp") > exact
     opened().grant({"e1": PLAN["e1"]}, epsilon=exact, delta=DELTA)
@@ -313,7 +313,7 @@ def test_a_grant_is_decided_by_the_pld_accountant():
         opened().grant({"e1": PLAN["e1"]}, epsilon=exact - 1e-6, delta=DELTA)
 
 
-def test_a_grant_counts_charges_made_before():
+def test_a_ledger_grant_counts_the_charges_made_before_the_grant():
     ledger = opened()
     ledger.charge(entry(noise_multiplier=1.2))
     with pytest.raises(
@@ -323,7 +323,7 @@ def test_a_grant_counts_charges_made_before():
     ledger.grant({"e2": PLAN["e2"]}, epsilon=2.5, delta=DELTA)
 
 
-def test_a_grant_does_not_count_charged_steps_twice():
+def test_a_second_ledger_grant_counts_charged_steps_only_once():
     """A run that continues with a new partition grants its whole plan again, and finished steps
     count once.
     """
@@ -368,7 +368,7 @@ def test_the_ledger_accepts_only_granted_charges(tmp_path):
         reopened.charge(entry(first_step=999, steps=1))
 
 
-def test_a_new_grant_replaces_the_old_grant():
+def test_a_new_ledger_grant_replaces_the_old_grant():
     ledger = opened()
     old = {"e1": [Charge(Q, NOISE, 100)]}
     new = {"e1": [Charge(Q, 2.0, 50)]}
@@ -386,7 +386,7 @@ def test_a_new_grant_replaces_the_old_grant():
     assert ledger.charges("e1") == (Charge(Q, NOISE, 60), Charge(Q, 2.0, 50))
 
 
-def test_invalid_grants_are_refused():
+def test_the_ledger_refuses_to_grant_an_invalid_plan():
     ledger = opened(partitions=1)
     with pytest.raises(LedgerError, match="'e9'"):
         ledger.grant({"e9": []}, epsilon=1.0, delta=DELTA)
@@ -395,7 +395,7 @@ def test_invalid_grants_are_refused():
             ledger.grant({"e1": []}, **wrong)
 
 
-def test_a_replace_one_grant_limits_two_partitions_together():
+def test_a_replace_one_grant_bounds_two_partitions_together():
     ledger = opened(partitions=2, relation="replace-one")
     alone = epsilon([Charge(0.02, 2.0, 50)], delta=DELTA, relation="replace-one")
     with pytest.raises(BudgetError, match="e1 and e2"):

@@ -35,7 +35,7 @@ def words(*values):
 # --------------------------------------------------------------------------- uniform integers
 
 
-def test_random_integers_use_leading_bits_and_reject_the_rest():
+def test_random_integers_reject_numbers_above_the_limit():
     top = [value << 61 for value in (7, 5, 2)]  # three leading bits
     assert [Integers(words(*top)).below(n) for n in (8, 7, 5)] == [7, 5, 2]
     one = Integers(words(*top))

@@ -140,7 +140,7 @@ def test_early_acceptance_agrees_with_the_exact_comparison():
         assert table.early[table.tail] == 0
 
 
-def test_table_counts_are_within_1_of_their_exact_shares():
+def test_noise_table_counts_differ_from_exact_shares_by_below_1():
     weights = [3, 10**40, 7**30, 1, 2**120]
     counts = counts_of(weights)
     assert sum(counts) == 2**64

@@ -175,7 +175,7 @@ def test_top_k_refuses_k_above_the_number_of_bins(k):
         Frequency(bins=4, k=k)
 
 
-def test_best_returns_the_highest_scores_in_order():
+def test_the_highest_scores_are_selected_in_falling_order():
     assert best(torch.tensor([1.0, 3.0, 3.0, 0.0]), 3).tolist() == [1, 2, 0]
 
 

@@ -82,13 +82,13 @@ def engine_for(model, *, kind="rdp", noise=1.3, steps=5, clip=0.7, **options):
 
 
 @pytest.mark.parametrize("kind", ["rdp", "prv", "gdp"])
-def test_spent_returns_the_history_of_the_privacy_engine(kind):
+def test_spent_charges_equal_the_history_of_the_privacy_engine(kind):
     engine, _, _, loader = engine_for(small(), kind=kind, steps=7)
     assert spent(engine) == spent(engine.accountant) == (Charge(0.2, 1.3, 7),)
     assert sampling_rate(loader) == 0.2
 
 
-def test_spent_keeps_changed_noise_and_rates_separate():
+def test_spent_charges_keep_changed_noise_and_rates_separate():
     engine, _, optimizer, _ = engine_for(small(), steps=3)
     optimizer.noise_multiplier = 0.9
     optimizer.step_hook(optimizer)
@@ -110,7 +110,7 @@ class Trees(RDPAccountant):
         return "tree aggregation"
 
 
-def test_spent_refuses_objects_that_are_not_opacus_accountants():
+def test_spent_charges_of_other_accountants_are_refused():
     with pytest.raises(
         PrivacyError,
         match=r"Trees is not a supported .*: tree aggregation.; .*rdp or prv or gdp",
@@ -142,12 +142,12 @@ def test_a_loader_without_poisson_sampling_is_refused():
 
 
 @pytest.mark.parametrize("options", [{}, {"grad_sample_mode": "ghost"}, {"loss_reduction": "mean"}])
-def test_settings_returns_noise_and_clip_norm_of_the_optimizer(options):
+def test_optimizer_settings_are_the_noise_and_the_clip_norm(options):
     _, _, optimizer, _ = engine_for(small(), **options)
     assert settings(optimizer) == (1.3, 0.7)
 
 
-def test_settings_refuses_optimizers_with_other_clipping():
+def test_optimizer_settings_refuse_another_kind_of_clipping():
     adaptive = {
         "target_unclipped_quantile": 0.5,
         "clipbound_learning_rate": 0.2,
@@ -199,7 +199,7 @@ def traces(model):
     "options", [{"grad_sample_mode": mode} for mode in ("hooks", "functorch", "ghost")]
 )
 @pytest.mark.parametrize("wrap", [True, False])
-def test_unwrapped_returns_a_clean_model_with_equal_parameters(options, wrap):
+def test_unwrapping_returns_a_clean_model_with_equal_parameters(options, wrap):
     model = small()
     _, wrapped, _, _ = engine_for(model, wrap_model=wrap, **options)
     params = list(model.parameters())
@@ -212,14 +212,14 @@ def test_unwrapped_returns_a_clean_model_with_equal_parameters(options, wrap):
     check_model(model)
 
 
-def test_unwrapped_removes_the_hooks_of_opacus():
+def test_unwrapping_removes_the_hooks_of_opacus():
     model = small()
     engine_for(model, wrap_model=False)
     assert traces(model)[1] and unwrapped(model) is model
     assert traces(model) == (set(), 0, set())
 
 
-def test_unwrapped_cleans_up_after_an_interrupted_pass():
+def test_unwrapping_cleans_a_model_after_an_interrupted_pass():
     model = nn.ModuleDict({"layer": DPLSTM(5, 4, batch_first=True)})
     wrapped = GradSampleModule(model)
     model["layer"](torch.rand(3, 4, 5))
@@ -232,7 +232,7 @@ def test_unwrapped_cleans_up_after_an_interrupted_pass():
     )
 
 
-def test_unwrapped_returns_a_plain_model_unchanged():
+def test_unwrapping_returns_a_plain_model_unchanged():
     model = small()
     passes = []
     model[0].register_forward_hook(lambda *_: passes.append(1))
@@ -241,7 +241,7 @@ def test_unwrapped_returns_a_plain_model_unchanged():
     assert passes == [1]
 
 
-def test_unwrapped_removes_data_parallel_wrappers(tmp_path):
+def test_unwrapping_removes_data_parallel_wrappers(tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
     try:
         parallel = nn.parallel.DistributedDataParallel
