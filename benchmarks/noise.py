@@ -27,7 +27,7 @@ from perdure.privacy.noise import NoiseKey
 from perdure.utils import store_rows
 
 NUMBERS = {"MLP 784-400-400-10": 478_410, "28 million": 28_000_000}
-"""Numbers of parameters: those of the model in `dp_step.py`, and of a small transformer."""
+"""Numbers of parameters: those of the model in `loop.py`, and of a small transformer."""
 NOISE = 1.1
 NANOSECONDS_TARGET = 4.0
 """Largest time per number that is aimed at, including the cipher."""

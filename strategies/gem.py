@@ -135,11 +135,11 @@ def dual(gram: Tensor, along: Tensor, margin: float) -> Tensor:
     change the solution.
     """
     import numpy as np
-    import quadprog  # itself, because qpsolvers imports every solver it finds, JAX among them
+    import quadprog  # not qpsolvers, which imports every solver it finds, JAX among them
 
     matrix, vector = (value.detach().double().cpu().numpy() for value in (gram, along))
     lengths = np.sqrt(matrix.diagonal())
-    lengths[lengths == 0] = 1.0  # a reference of 0 forbids nothing
+    lengths[lengths == 0] = 1.0  # a reference of 0 excludes no direction
     unit = np.eye(len(vector))
     slope = vector / lengths
     least = margin * lengths

@@ -122,7 +122,7 @@ class MIR(Strategy):
             )
         scores = self._scores(forward, batch.take(new), batch.take(old), context)
         chosen = old[scores.argsort(descending=True, stable=True)[:wanted]]
-        # the rows that count, and no other: a pass with the gradient costs three without
+        # only the rows with a weight, because a pass with gradients costs three without
         rows = torch.cat([new, chosen])
         losses = task_losses(forward, batch.take(rows), context)
         share = torch.where(torch.arange(len(rows)) < len(new), 1 / len(new), 1 / len(chosen))
@@ -138,7 +138,7 @@ class MIR(Strategy):
         own = {n: value for n, value in forward.module.named_parameters() if value.requires_grad}
         here = {**own, **(forward.params or {})}
         with evaluating(forward.module):
-            if forward.params is None:  # as it is in every step; a third faster than by torch.func
+            if forward.params is None:  # always the case in a step; a third faster than torch.func
                 with torch.enable_grad():
                     mean = loss(None)
                 found = torch.autograd.grad(

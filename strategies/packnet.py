@@ -272,7 +272,7 @@ def network_weights(params: Params, state: State, task: int | Tensor, head: str)
     for name, live in params.items():
         owner = state[f"owner/{name}"]
         held = state[f"held/{name}"]
-        # what is not trained has an earlier owner, but for what was pruned, which nobody has
+        # an untrained entry belongs to an earlier task, or was pruned and belongs to none
         fixed = held * owner.clamp(max=1) if owners[name] else held
         weights[name] = torch.lerp(live - held, fixed, others(owner, owners[name]))
     return weights

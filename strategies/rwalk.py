@@ -123,7 +123,7 @@ class RWalk(QuadraticPenalty):
         noise_variance: float = 0.0,
     ) -> State:
         """Add a step to the path, and compute scores at the end of a window."""
-        # by the same arithmetic as in place: a run that was resumed ends in the same bits
+        # the same arithmetic as in place, so that a resumed run ends in the same bits
         walk = [f"{group}/{name}" for group in ("metric", "won", "moved") for name in before]
         own = state.replace({name: state[name].clone() for name in ("steps", *walk)})
         return self.after_step_in_place(before, after, gradient, own, noise_variance)

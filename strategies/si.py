@@ -99,7 +99,7 @@ class SI(QuadraticPenalty):
         noise_variance: float = 0.0,
     ) -> State:
         """Add a step to the path of each parameter."""
-        # by the same arithmetic as in place: a run that was resumed ends in the same bits
+        # the same arithmetic as in place, so that a resumed run ends in the same bits
         own = state.replace_group("path", {name: state[f"path/{name}"].clone() for name in before})
         return self.after_step_in_place(before, after, gradient, own, noise_variance)
 

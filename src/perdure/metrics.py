@@ -43,7 +43,7 @@ __all__ = [
 ACCURACY = SingleLabel.metric
 """Metric of single-label records: percent, higher is better."""
 
-_SLACK = 1e-6  # accuracies summed in float32 may pass 100 by a rounding error
+_SLACK = 1e-6  # accuracies summed in float32 may exceed 100 by rounding
 
 
 def accuracy(

@@ -113,5 +113,5 @@ def test_verify_reports_a_changed_log_of_noise_draws(perdure, mine, how):
         log.write_bytes(shorter if how == "shorter" else data.replace(b"open", b"shut", 1))
     code, out, _ = perdure("verify", mine)
     (wrong,) = [each for each in out.splitlines() if each.startswith("WRONG: ")]
-    told = "line 1 is damaged or edited" if how == "edited" else "is missing, shorter or other"
+    told = "line 1 is damaged or edited" if how == "edited" else "is missing, or does not continue"
     assert code == 1 and str(log) in wrong and told in wrong

@@ -60,7 +60,7 @@ def steepest_direction(gradient: Tensor, norm: Norm) -> Tensor:
     if norm == "linf":
         return gradient.sign()
     dims = tuple(range(1, gradient.ndim))
-    # Dividing by the largest entry first: the squares of a confident model's gradient underflow in
+    # Divide by the largest entry first, because the squares of a small gradient underflow in
     # float32.
     largest = gradient.abs().amax(dims, keepdim=True).clamp_min(torch.finfo(gradient.dtype).tiny)
     scaled = gradient / largest
@@ -84,7 +84,7 @@ def uniform_in_ball(like: Tensor, epsilon: float, norm: Norm, generator: torch.G
     else:
         normal = torch.randn(like.shape, dtype=like.dtype, generator=generator)
         share = torch.rand(len(like), *[1] * (like.ndim - 1), dtype=like.dtype, generator=generator)
-        # Volume grows with radius ** dimension, so the radius is that root of a uniform share.
+        # Volume grows with radius ** dimension, so the radius is this root of a uniform number.
         draw = epsilon * share ** (1 / like.shape[1:].numel()) * steepest_direction(normal, "l2")
     return draw.to(like.device)
 
@@ -146,5 +146,5 @@ class Attack(CheckedFields, ABC):
         """Move `moved` back into the ball around `origin` and into the bounds."""
         if self.norm == "l2":
             moved = origin + project_l2(moved - origin, self.epsilon)
-        # Clamping last moves entries towards the origin only, so it cannot leave the ball again.
+        # Clamping only moves entries towards the origin, so the result stays in the ball.
         return moved.clamp(*limits)

@@ -95,8 +95,7 @@ def _check(inputs: Tensor, labels: Tensor, attack: Attack, batch_size: int) -> N
         return
     low = min(inputs[piece].min().item() for piece in row_slices(inputs))
     high = max(inputs[piece].max().item() for piece in row_slices(inputs))
-    # An attack cannot move entries outside its bounds freely, so a robust accuracy computed anyway
-    # would be too high.
+    # If inputs are outside the bounds, an attack is limited there, and robust accuracy too high.
     if low < attack.bounds[0] or high > attack.bounds[1]:
         raise ConfigError.of(
             "attack.bounds",

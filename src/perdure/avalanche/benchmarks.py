@@ -71,7 +71,7 @@ def from_avalanche(
     ]
     offsets = _offsets(tasks, classes)
     by_class = sum(map(len, classes)) == len(set().union(*classes))
-    # Classes alone do not tell: labels of another task may be other columns of the same table.
+    # Different classes are not enough: another task may have the same records with other labels.
     disjoint = by_class and len(shown) == len(torch.unique(shown))
     if assigned_by_record is None and (disjoint or _same_records(parts)):
         assigned_by_record = True if whole else None

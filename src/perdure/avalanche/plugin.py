@@ -207,7 +207,7 @@ class StrategyPlugin:
             batch_size=template.train_mb_size,
             seed=self._seed,
             device=template.device,
-            warm_start=True,  # the loop, and what it trains, are Avalanche's
+            warm_start=True,  # Avalanche has the loop, and decides what it trains
         )
         self._tasks = torch.tensor(task_labels(benchmark), device=template.device)
         return session

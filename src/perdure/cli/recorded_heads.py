@@ -65,13 +65,13 @@ def behind(
             problems.append(f"there is no ledger of {each.owner!r}, but {told} belongs to one")
         copies = [(path, part) for path, part in named if not head_path(path).exists()]
         own = [(path, part) for path, part in named if head_path(path).exists()]
-        # a merged file holds copies of the ledgers: both have to go on from it
+        # a merged file has copies of the ledgers; both must continue from the recorded head
         for namesakes in (copies, own):
             refused = [
                 missed(Anchor(each.head, told), part, key, path)
                 for path, part, key in sealed_by(each.head, namesakes, key_of)
             ]
-            # ledgers of one name and key are told apart by their lines alone
+            # ledgers with the same owner and key differ only in their lines
             if all(refused):
                 problems += [line for lines in refused for line in lines]
     return problems

@@ -39,7 +39,7 @@ class Combine(Strategy):
 
     def __init__(self, *parts: Strategy) -> None:
         for part in parts:
-            # what stands in for a strategy, as in an audit, need not be of its class
+            # an object that acts as a strategy, as in an audit, may be of another class
             if isinstance(part, type) or not callable(getattr(part, "losses", None)):
                 allowed = "instances of strategies, as in Combine(EWC(strength=100.0), Naive())"
                 raise ConfigError.of("a part of Combine", part, allowed)

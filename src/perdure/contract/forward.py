@@ -39,7 +39,7 @@ def _recorded_features(module: nn.Module) -> Iterator[list[_Call]]:
     calls: list[_Call] = []
     own = vars(module)
     method = getattr(module, "features", None)
-    # a part of that name is no method; a method that was set on the object is its own affair
+    # skip an attribute `features` that is a submodule, and a method that was set on the object
     if not callable(method) or isinstance(method, nn.Module) or "features" in own:
         yield calls
         return

@@ -290,7 +290,7 @@ class HeldRecords:
         rows = self.memory.rows
         kept = {} if rows is None else {f"memory.{n}": t for n, t in rows.tensors().items()}
         if not self.private_sum:
-            # a reservoir writes over its rows while the run goes on; coins take other rows
+            # copies, because a reservoir writes over its rows while the run continues
             kept = {name: value.clone() for name, value in kept.items()}
         noted = {f"noted.{name}": value for name, value in self._noted.items()}
         facts = {"offered": self.memory.offered, "latest": self.memory.latest}
@@ -491,7 +491,7 @@ class HeldRecords:
     def _note(self, remember: Remember) -> None:
         """Save the results of `remember`, with the present parameters, for the last new rows."""
         current = self.pool.current
-        # positions from len(current) on are rows of memory, which keep what is stored with them
+        # rows of memory, at positions from len(current) on, keep the tensors stored with them
         at = self._drawn[self._drawn < len(current)]
         new = remembered(current.take(at), remember, self.forward, one_by_one=True)
         note_rows(self._noted, new, at, len(current))

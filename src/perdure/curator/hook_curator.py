@@ -49,7 +49,7 @@ def for_hooks(
         return ask
 
     def refuse(_: object, name: str) -> Any:
-        if name.startswith("__"):  # what copy and its like try
+        if name.startswith("__"):  # names that `copy` and similar functions look up
             raise AttributeError(name)
         raise PrivacyError(
             f"a hook reads curator.{name}, which no charge in the ledger covers; allowed: "

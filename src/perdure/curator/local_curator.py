@@ -237,7 +237,7 @@ class LocalCurator:
         while total is None:
             batch = sampler.rows.take(sampler.positions(self._held.private_sum, step))
             clipped = partial(self._clipped, losses, params, batch)
-            # Where the step was charged again, other coins decide who is in it.
+            # If the step was charged again, its rows are drawn again.
             with suppress(ChangedSumError):
                 total = self._held.private_sum.reference(clipped, params, step=step, purpose=name)
         return {key: value / sampler.exposure.expected for key, value in total.items()}
@@ -429,7 +429,7 @@ class LocalCurator:
         if not clip.counted:
             total.pop(WITHIN, None)
         with torch.no_grad():
-            # no losses of an empty batch: a model may fail there
+            # no losses for an empty batch, on which a model may fail
             loss = losses(forward, batch).mean() if len(batch) else torch.zeros(())
         clipped = 0.5 - within / max(1, len(batch))
         self._last_step = Diagnostics(rows=len(batch), loss=loss, clipped=clipped)
@@ -463,7 +463,7 @@ class LocalCurator:
             releases: number of releases.
         """
         params: Mapping[str, Tensor] = dict(self._held.forward.module.named_parameters())
-        # No parameter has a space in its name, so the two never meet.
+        # No parameter name has a space, so the names cannot be equal.
         answers = {f"shown {name}": value.detach() for name, value in shown.items()}
         return ReleaseKey(
             partitions=exposed,

@@ -110,7 +110,7 @@ class Memory:
         if plan.selection == "reservoir":
             kept = reservoir(len(self), self.offered, len(new), plan.capacity, generator)
             if self.rows is not None and len(kept) == len(self):
-                # full: row i is the stored one, or a new one in its place
+                # the memory is full: row i is the stored one, or the new one that replaces it
                 come = torch.nonzero(kept >= len(self)).flatten()
                 self._put(self.rows, new, come, kept[come] - len(self))
             else:
@@ -268,7 +268,7 @@ class Memory:
         """
         first = self.rows is not None and parts[0] is self.rows
         if first and len(kept) == len(self) and bool((kept < len(self)).all()):
-            return  # no new row is kept, so the stored ones stay as they are: spare the copy
+            return  # no new row is kept and the stored ones do not change: no copy is needed
         everything = concatenate(parts)
         self._room = None
         self.rows = everything.take(kept.to(everything.inputs.device))
@@ -342,7 +342,7 @@ def herded(features: Tensor, most: int) -> Tensor:
 
     Features, and their mean, are scaled to norm 1. Rebuffi et al. 2017, iCaRL, algorithm 4.
     """
-    # column by column in memory: the product, which takes nearly all the time, is faster so
+    # columns are contiguous in memory, because this makes the product, the slowest part, faster
     rows = torch.nn.functional.normalize(features.T.contiguous().double(), dim=0).T
     mean = torch.nn.functional.normalize(rows.mean(0), dim=0)
     squares = rows.square().sum(1)
@@ -376,7 +376,7 @@ def reservoir(
             added.append(stored + i)
         elif slot < capacity:
             replaced[slot] = stored + i
-    # no list of all slots: in a memory that is updated every step most stay as they are
+    # only the changed positions are listed, because a step changes few of them
     kept = torch.cat([torch.arange(stored), torch.tensor(added, dtype=torch.int64)])
     kept[list(replaced)] = torch.tensor(list(replaced.values()), dtype=torch.int64)
     return kept
@@ -408,7 +408,7 @@ def shares(found: Tensor, capacity: int, per_class: int | None) -> Tensor:
     n_groups = max(1, len(found))
     order_of_group = torch.arange(len(found))
     if n_groups > capacity:
-        # the hash of a group is of its label (last column), salted with the other columns
+        # a group is hashed by its label (last column), together with the other columns
         by_hash = hashed(found[:, -1], *found[:, :-1].T).argsort()
         order_of_group[by_hash] = torch.arange(n_groups)
     return (capacity + n_groups - 1 - order_of_group) // n_groups

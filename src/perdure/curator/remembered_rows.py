@@ -41,7 +41,7 @@ def remembered(
         if one_by_one:
             parts = [rows_one_by_one(remember, forward, rows)]
         else:
-            # rows that lie in a file are read a piece at a time
+            # rows that are stored in a file are read one piece at a time
             parts = [remember(forward, rows.take(at)) for at in row_slices(rows.inputs)]
     stored = parts[0]
     if len(parts) > 1:

@@ -187,7 +187,7 @@ class PrivateSampler:
         coins = mechanism.coins(records.whose, step, self.purpose)
         if exposed.slots is None:
             hit = (coins < exposed.rate).nonzero().flatten()
-            # below the rate, divided by it: uniform again
+            # numbers below the rate, divided by it, are uniform again
             drawn = records.rows(hit, coins[hit] / exposed.rate)
         else:
             place = (mechanism.tags(records.ids, "place in an epoch") * exposed.slots).long()

@@ -286,7 +286,7 @@ def _hashed_owners(
     row_of = torch.zeros(max(strata) + 1, dtype=torch.int64)
     row_of[list(strata)] = torch.arange(len(strata))
     coins = public_coin(records.ids, seed=seed)
-    # the last share ends at 1 up to rounding, and no coin may fall beyond it
+    # the last share ends at 1 except for rounding, so no number may be above it
     bounds = table.cumsum(1)[row_of[_stratum(records)], :-1]
     owners = (coins[:, None] >= bounds).sum(1)
     ids = records.ids.tolist()
@@ -329,7 +329,7 @@ def _by_coin(records: Records, coins: Tensor, shares: Shares) -> Tensor:
     """(n,) client of each record, from its hash (a number in [0, 1)) and its label's shares."""
     labels, row = torch.unique(_stratum(records), return_inverse=True)
     table = torch.stack([shares(records.partition, label) for label in labels.tolist()]).cumsum(1)
-    # the last share ends at 1 up to rounding, and no coin may fall beyond it
+    # the last share ends at 1 except for rounding, so no number may be above it
     return (coins[:, None] >= table[row, :-1]).sum(1)
 
 

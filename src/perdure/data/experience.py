@@ -164,7 +164,7 @@ class Stream:
         names = {experience.task: experience.task.name for experience in self}
         if len(names) > 1:
             raise ConfigError.of("tasks of the experiences", sorted(names.values()), "one task")
-        _ = self.stages  # refuse stages that cannot be measured, before anybody trains
+        _ = self.stages  # refuse stages that cannot be evaluated
 
     @property
     def task(self) -> Task:

@@ -128,7 +128,7 @@ def _addresses(parts: Iterable[Records]) -> Tensor:
             continue
         seen.add(id(rows))
         places = addresses_of(rows)
-        found.append(places[places != 0])  # rows without a place say nothing of each other
+        found.append(places[places != 0])  # rows without an address cannot be compared
     each: Tensor = torch.unique(torch.cat(found))
     return each
 

@@ -255,7 +255,7 @@ class Batch:
     stored: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
-        return self.inputs.shape[0]  # at every step, several times; len() of a tensor is slow
+        return self.inputs.shape[0]  # called several times per step; len() of a tensor is slow
 
     @classmethod
     def current(cls, records: Records, task: int) -> "Batch":
@@ -304,7 +304,7 @@ class Batch:
 
     def at(self, places: Tensor) -> "Batch":
         """Take the rows at int64 positions (k,), none negative; fast enough for every step."""
-        # several times as fast as an index in brackets, where rows are long
+        # several times as fast as indexing with brackets, if rows are long
         rows = places.to(self.inputs.device)
         return Batch(
             inputs=rows_at(self.inputs, rows),

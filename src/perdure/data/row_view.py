@@ -21,7 +21,7 @@ Change = Callable[[Tensor], Tensor]
 
 aten = torch.ops.aten
 
-# They read the shape, the dtype and the device of their argument, and none of its numbers.
+# They read shape, dtype and device of their argument, but none of its numbers.
 FACTORIES = {
     aten.new_empty.default,
     aten.new_empty_strided.default,
@@ -63,7 +63,7 @@ class RowPart:
     def between(self, start: int, stop: int) -> Tensor:
         """Read the rows from `start` up to `stop`."""
         if self.index is None:
-            # a copy, as of other rows: a model that works in place does not reach the source
+            # a copy, so that code that works in place does not change the source
             return self._changed(self.source[start:stop].clone())
         return self._changed(rows_at(self.source, self.index[start:stop]))
 
@@ -91,7 +91,7 @@ class RowView(Tensor):
     def __new__(cls: type[Self], parts: Sequence[RowPart]) -> Self:
         """Make a view of consecutive parts, whose rows have the same shape and dtype."""
         first = parts[0]
-        # a change may give another shape or dtype: ask it about few rows
+        # a change may give another shape or dtype, so apply it to a single row
         like = first.between(0, 1) if first.change else first.source
         shape = (sum(map(len, parts)), *like.shape[1:])
         view: Self = Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device)
@@ -147,7 +147,7 @@ class RowView(Tensor):
         first = args[0] if args else None
         if isinstance(first, RowView):
             if func in FACTORIES:
-                # as large as the view, of one number
+                # a tensor of one number, expanded to the shape of the view
                 blank = torch.empty((), dtype=first.dtype, device=first.device)
                 return func(blank.expand(first.shape), *args[1:], **kwargs)
             if func is aten.detach.default:
@@ -202,7 +202,7 @@ def _some_rows(func: Any, view: RowView, args: Sequence[Any], kwargs: Any) -> Te
     elif func is aten.index.Tensor and len(args[0]) == 1 and args[0][0].dim() == 1:
         return view.at(positions_of(args[0][0], n).to(view.device))
     elif func is aten._to_copy.default and "memory_format" not in kwargs:
-        # piece by piece: what is moved to an accelerator is never held here as a whole
+        # piece by piece, so that the CPU never holds everything that is moved to another device
         dtype = kwargs.get("dtype") or view.dtype
         moved = torch.empty(view.shape, dtype=dtype, device=kwargs.get("device") or view.device)
         for piece in row_slices(view, always=True):
@@ -240,7 +240,7 @@ def positions_of(index: Tensor | slice, n: int) -> Tensor:
 
 def rows_at(rows: Tensor, positions: Tensor) -> Tensor:
     """Read the rows at positions (k,), int64, none negative, on the device of the rows."""
-    # without the way through torch's dispatcher, which every step would pay for
+    # not through torch's dispatcher, which would take time in each step
     return rows.at(positions) if isinstance(rows, RowView) else rows.index_select(0, positions)
 
 
@@ -257,7 +257,7 @@ def addresses_of(rows: Tensor) -> Tensor:
                 for own, part in zip(found, rows.parts, strict=True)
             ]
         )
-    if not rows.numel() or not rows.stride(0):  # all rows of an expanded tensor lie at one place
+    if not rows.numel() or not rows.stride(0):  # all rows of an expanded tensor have one address
         return torch.zeros(len(rows), dtype=torch.int64)
     return rows.data_ptr() + rows.stride(0) * rows.element_size() * torch.arange(len(rows))
 
@@ -271,7 +271,7 @@ def view_rows(rows: Tensor, positions: Tensor) -> Tensor:
     """
     part = RowPart(source=rows)
     if isinstance(rows, RowView) and len(rows.parts) == 1:
-        part = rows.parts[0]  # a view of a view is one of its source
+        part = rows.parts[0]  # a view of a view becomes a view of the source
     index = positions if part.index is None else part.index.index_select(0, positions)
     run = _run(index)
     if run is None:

@@ -77,7 +77,7 @@ def first_not_finite(inputs: Tensor) -> tuple[int, tuple[int, ...]] | None:
         return None
     for piece in row_slices(inputs, always=True):
         rows = inputs[piece]
-        # a value that is not finite makes the sum so, and a sum is fast
+        # a sum is fast, and is not finite if a value is not
         if bool(rows.sum().isfinite()):
             continue
         bad = ~torch.isfinite(rows)

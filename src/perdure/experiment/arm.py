@@ -279,7 +279,7 @@ class ArmRun:
             aggregator=make_aggregator(chosen.aggregator, chosen.aggregator_options),
             seed=seed,
         )
-        # what watches a run cannot be sent to Ray's processes
+        # callbacks that watch a run cannot be sent to Ray's processes
         party = (
             self if chosen.engine == "inprocess" else replace(self, progress=silent, callbacks=())
         )

@@ -162,7 +162,7 @@ def audit_run(
     config = config.of_seed(config.all_seeds[0])
     stream = open_stream(config)
     mine = client_streams(config, stream)[0] if config.federation else stream
-    # an arm reads what a run left in its folder: give it an empty one
+    # an empty folder, because an arm would use the files of an earlier run
     with TemporaryDirectory() as name:
         log = MetricsLog(Path(name, "metrics.jsonl"))
         learners = {

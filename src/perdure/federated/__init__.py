@@ -13,7 +13,7 @@ Import `Federation` for the settings, and `fit_federated` to train and evaluate 
 import warnings
 
 with warnings.catch_warnings():
-    # Flower loads typer, which reads names that click has marked
+    # Flower imports typer, which uses names that click has deprecated
     warnings.filterwarnings("ignore", "'click.utils", DeprecationWarning)
     from perdure.federated.client import client_app
     from perdure.federated.flower_adapter import InProcessGrid

@@ -68,7 +68,7 @@ class ClientSessions:
         seat = self._seats.pop(client, None)
         if seat and seat.exchange == exchange != FRESH and self._held(seat.learner):
             return seat
-        self.private = True  # an error of building them may quote a record
+        self.private = True  # the message of a later error may contain values of a record
         learner, stream = self._make(client)
         self.private = learner.privacy is not None
         refuse_folder(learner.folder, client)
@@ -140,7 +140,7 @@ def client_app(
             except Exception as error:
                 return error_reply(message, error, private=seats.private)
             finally:
-                # between exchanges the folder is free: another server may start on it
+                # the folder is free between exchanges, so another server may use it
                 seats.close()
 
         return handle
@@ -190,8 +190,8 @@ def _opened(
     private_sum = learner.private_sum
     require_known(private_sum.ledger if private_sum else None, message)
     while learner.position.experience < task["experience"]:
-        # an experience that it did not train in: the server asks none such to consolidate where
-        # that needs neither the global model nor other clients
+        # The client did not train in this experience. The server asks it to consolidate only if
+        # this needs the global model or other clients.
         learner.begin(learner.position.experience)
         learner.finish()
     learner.begin(task["experience"])

@@ -337,7 +337,7 @@ def simulate(server: ServerApp, client: ClientApp, clients: int) -> None:
     before = {name: getattr(TaskIdentity, name) for name in IDENTITY}
     logger = logging.getLogger("flwr")
     level = logger.level
-    # the entry is marked deprecated in the log, while Flower has no other one for app objects
+    # Flower marks this entry as deprecated, but has no other one for app objects
     logger.setLevel(logging.ERROR)
     try:
         with _unobserved():
@@ -356,7 +356,7 @@ def _unobserved() -> Iterator[None]:
     from flwr.supercore import telemetry
 
     if "FLWR_TELEMETRY_ENABLED" not in os.environ:
-        # stays off: events are sent from threads that may outlive the run
+        # telemetry stays off, because threads that outlive the run send events
         telemetry.FLWR_TELEMETRY_ENABLED = "0"
     before = os.environ.get(RAY_USAGE)
     os.environ[RAY_USAGE] = before or "0"
@@ -391,7 +391,7 @@ def recall(aggregator: Aggregator) -> tuple[Params, dict[str, str]]:
             arrays = {str(i): array for i, array in enumerate(value)}
         else:
             continue
-        # settings may be containers too, and an empty one says nothing of what it is for
+        # settings may be containers, too, and an empty container does not show its purpose
         numeric = all(isinstance(array, np.ndarray | np.generic) for array in arrays.values())
         if kind == "record" or (arrays and numeric):
             kinds[name] = kind

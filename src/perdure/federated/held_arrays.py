@@ -34,7 +34,7 @@ class HeldArray(Array):
     """
 
     def __init__(self, value: Tensor) -> None:
-        # not by attributes: Flower's take note of every change, and here is none yet
+        # not by attributes, because Flower's attributes record every change
         self.__dict__ |= {
             "tensor": value,
             "shape": tuple(value.shape),
@@ -117,7 +117,7 @@ def copied(content: RecordDict) -> RecordDict:
     """
     own = RecordDict()
     for name, record in content.items():
-        fresh: Any = record.copy()  # of any kind, each with values of its own types
+        fresh: Any = record.copy()  # a record of any kind, with values of its own types
         values = values_of(fresh)
         for key, value in values.items():
             if isinstance(value, (Array, list)):

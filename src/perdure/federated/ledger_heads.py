@@ -50,7 +50,7 @@ class ClientHeads:
                 )
             return
         text = head_in(reply)
-        del reply.content[LEDGER]  # an aggregator expects parameters and numbers only
+        del reply.content[LEDGER]  # an aggregator accepts only parameters and numbers
         new = SealedHead.parse(text, where=where)
         old = SealedHead.parse(known, where=SERVER) if known is not None else None
         if old and (new.count < old.count or (new.count == old.count and new.hash != old.hash)):

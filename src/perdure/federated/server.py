@@ -112,7 +112,7 @@ class Server:
             "callbacks": (),
             "matrix": [],
         }
-        # what the clients train under belongs to the run, although the server has none of it
+        # privacy of the clients is a setting of the run, although the server has no private data
         self._settings = {
             "federation": self.federation.facts()
             | {"aggregator": plain_attributes(self.federation.aggregator)},
@@ -385,7 +385,7 @@ def run_federation(
     learner = make_learner(0)
     others = (make_learner(client) for client in range(1, federation.clients))
     refuse_parties([party_of(each, i) for i, each in enumerate(chain([learner], others))], folder)
-    # here, where all records are still with their holder: a client's error goes to the server
+    # checked here, in the process of the records, because a client's error goes to the server
     if learner.privacy:
         refuse_records_in_two_partitions(streams)
     check_streams(streams, training=bool(learner.privacy))

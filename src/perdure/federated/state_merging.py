@@ -47,7 +47,7 @@ def combine(old: State | None, states: Sequence[State], weights: Sequence[float]
 
 def _sum(before: Tensor, values: Sequence[Tensor], weights: Sequence[float], name: str) -> Tensor:
     wide = torch.float64 if before.is_floating_point() else before.dtype
-    # clients answer on the CPU, the server may stand on a GPU
+    # clients reply with tensors on the CPU; the server may use a GPU
     start = before.to(values[0].device, wide)
     return (start + sum(value.to(wide) - start for value in values)).to(before.dtype)
 

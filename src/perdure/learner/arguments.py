@@ -85,7 +85,7 @@ def check_arguments(given: Mapping[str, Any]) -> None:
 
 def _check_strategy(strategy: object) -> None:
     """Refuse a strategy that is a name, a class or anything else than an instance."""
-    # what stands in for a strategy, as in an audit, need not be of its class
+    # an object that acts as a strategy, as in an audit, may be of another class
     if callable(getattr(strategy, "losses", None)) and not isinstance(strategy, type):
         return
     kind: object = strategy

@@ -46,7 +46,7 @@ def measurements(party: Party, stream: Stream, batch_size: int) -> list[float]:
     found = []
     with torch.no_grad(), evaluating(party.model):
         for stage in stream.stages:
-            # the test records alone: a stream of pieces has thousands of experiences
+            # move only the test records: a stream of pieces has thousands of experiences
             test = stage.test.to(party.device)
             predicted = predictor(party, stage.latest(after), after=after)
             found.append(evaluate(stream.task, predicted, test.inputs, test.labels, batch_size))

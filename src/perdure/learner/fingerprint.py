@@ -159,7 +159,7 @@ def described(value: object) -> JSONValue:
     except (ConfigError, RecursionError, ValueError):
         return f"a {type(value).__qualname__}"
     if len(text) <= LONGEST:
-        loaded: JSONValue = json.loads(text)  # as it comes back from the disk
+        loaded: JSONValue = json.loads(text)  # as it is read from the disk
         return loaded
     return f"sha256 {hashlib.sha256(text.encode()).hexdigest()}"
 

@@ -102,14 +102,14 @@ def _look_again(inspection: Inspection, index: int) -> None:
     facts = inspection.facts(index, len(pairs[0].one))
     inputs = domain.random(TRIAL_RECORDS, inspection.generator).to(inspection.device)
     own = inspection.rows.facts(index, TRIAL_RECORDS)
-    with evaluating(inspection.model):  # puts the modes back
+    with evaluating(inspection.model):  # restores the modes at the end
         quiet_training(inspection.model)
         with explained(inspection.name, "a small batch"):
             check_losses(partial(inspection.losses, index), inputs, own, inspection.name)
         for name, ask in losses_of(inspection).items():
             of = partial(ask, index)
             check_neighbours(inspection.model, of, pairs, facts, name, layers=False)
-            drop = name == inspection.name  # an attack may draw at random
+            drop = name == inspection.name  # an attack may use random numbers
             look_at_mixtures(inspection, ask, name, index, pairs, drop=drop)
 
 

@@ -361,7 +361,7 @@ def look_at_mixtures(
     chosen = [pair for pair in pairs if pair.name in MIXED]
     mixtures = MIXTURES if rows.rehearses(index) else MIXTURES[:1]
     dropped = DROPPED if drop else ()
-    if not inspection.foreign_parts:  # a glance checks the construction
+    if not inspection.foreign_parts:  # a few tests, to check the construction
         chosen, mixtures, dropped = chosen[:1], mixtures[-1:], dropped[:1]
     for mixture in mixtures:
         facts = rows.beside(index, pairs[0], mixture)
@@ -438,7 +438,7 @@ def _look_closer(
             check_outputs(features, batches, "features() of the model")
     quiet_training(model)
     for name, losses in losses_of(inspection).items():
-        # an attack sees the whole step
+        # an attack gets the whole batch of a step
         at_once = inspection.at_once if name == inspection.name else math.inf
         rows = whole_batch(domain, inspection.expected, at_once)
         batches = large

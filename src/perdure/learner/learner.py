@@ -177,7 +177,7 @@ class Learner:
             self.resume()
             for index in range(self.position.experience, len(stream)):
                 measured = self.is_measured(index)
-                # Under privacy a resume goes back no further than the present experience.
+                # Under privacy a resume never goes back to an earlier experience.
                 kept = measured or self.blocks > 1 or self.privacy is not None
                 self.begin(index)
                 for block in self.training.remaining_blocks(index, self.position.step):
@@ -214,7 +214,7 @@ class Learner:
         self.progress = []
         self._rates = None
         self._new_optimizer()
-        if self.scheduler:  # refuse it before anything is inspected, charged or written
+        if self.scheduler:  # refuse a schedule before anything is inspected, charged or written
             refuse_schedule(self.optimizer, self.scheduler, self.iterations)
         self._session = Session(
             model=self.model,
@@ -435,7 +435,7 @@ class Learner:
         Raises:
             ConfigError: if `prepare` was not called.
         """
-        _ = self.session  # refuse before there is any
+        _ = self.session  # refuse if there is no session yet
         return self._optimizer
 
     @property
@@ -461,7 +461,7 @@ class Learner:
         for name, value in other._initial.items():
             own = self._initial.get(name)
             if own is not None and same_bits(own, value):
-                self._initial[name] = value  # the session has this very dictionary
+                self._initial[name] = value  # the session has the same dictionary
 
     def _new_optimizer(self) -> None:
         self._optimizer = made_optimizer(self.optimizer, self.params)

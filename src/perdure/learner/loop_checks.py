@@ -115,7 +115,7 @@ class StepOrder:
                 f"each: {CALLS}"
             )
         gone = any(param.grad is None for param in trained.values())
-        # Zeros in place cost a pass to see, so the first step of an experience is looked at.
+        # Zeros need a pass to be found, so only the first step of an experience is checked.
         if gone or (self._moving and not _any_number(trained)):
             raise LoopError(
                 "the gradients were zeroed between session.backward(batch) and optimizer.step(); "

@@ -71,7 +71,7 @@ class LossPath:
         """Run the passes in `precision`, also if the caller's program has switched on autocast."""
         low = self.precision == "bfloat16"
         if not low and not torch.is_autocast_enabled(device):
-            return nullcontext()  # entering costs a tenth of a small step
+            return nullcontext()  # entering autocast takes a tenth of a small step
         return torch.autocast(device, torch.bfloat16, enabled=low)
 
     def perturbed(

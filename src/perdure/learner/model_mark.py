@@ -57,7 +57,7 @@ class ModelMark:
         own = self._uncounted
         put = ledger is None and own is not None and uncounted in ("", own.uncounted)
         if put and own is not None and carried(self._model, own):
-            return  # it carries nothing else, and the same would be put in its place
+            return  # the model carries this mark already and no other
         since = [
             each
             for each in trainings_of(self._model)

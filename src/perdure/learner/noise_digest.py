@@ -49,7 +49,7 @@ def noise_digest(
     """
     asked = {"version": VERSION, **settings(session, snapshot, optimizer, scheduler)}
     texts = {name: canonical_text(value) for name, value in asked.items()}
-    # the rates of a long run are many, and their text is made once
+    # a long run has many rates, so their text is computed only once
     texts["scheduler"] = f"{texts['scheduler'][:-1]},{rates}]"
     text = "{" + ",".join(f'"{name}":{texts[name]}' for name in sorted(texts)) + "}"
     shown = digest({**snapshot.tensors, **probe_strategy(session)})

@@ -70,7 +70,7 @@ def made_optimizer(make: MakeOptimizer, params: Params) -> Optimizer:
     refuse_unusable(made)
     own = {id(value) for value in params.values()}
     held = {id(value) for group in made.param_groups for value in group["params"]}
-    if own and not own & held:  # a model without parameters has any optimiser
+    if own and not own & held:  # a model without parameters may have any optimiser
         raise ConfigError.of(
             "optimizer",
             f"{type(made).__name__} of other parameters",

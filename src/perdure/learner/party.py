@@ -298,7 +298,7 @@ class Party:
             known = ", ".join(self.params)
             raise StrategyError(f"no parameter begins with {prefixes}; the model trains {known}")
         for param in self.params.values():
-            param.grad = None  # the optimiser must not use what an earlier experience left
+            param.grad = None  # the optimiser must not use a gradient of an earlier experience
         self._memory = StepMemory()
         self.uses = dict(self._hooks)
         self.uses["penalty"] &= plan.applies_penalty
@@ -341,16 +341,16 @@ class Party:
         if self._inspected:
             self._inspected.refuse_changed(self.model, self.path)
         if self._stochastic and self.private_sum is None:
-            # Dropout draws from torch's global generator: give it its own place in every step.
+            # Dropout uses torch's global generator, so seed it for every step.
             seed_globally(derive(*self._place("layers", step)))
         for param in self.trained.values():
-            param.grad = None  # the new gradient may take its memory
+            param.grad = None  # so that the new gradient can use its memory
         with self._drawing(step):
             changed = self._varied(batch, step)
             references = self.references()
             gradient = self._released(changed, step)
         while gradient is None:
-            # The step was charged again, and other coins decide who is in it.
+            # The step was charged again, so its rows are drawn again.
             batch = self.held.draw(step)
             with self._drawing(step):
                 gradient = self._released(self._varied(batch, step), step)
@@ -405,7 +405,7 @@ class Party:
         """Write the gradient, with penalty and projection, to `.grad`."""
         total = gradient
         if self.uses["penalty"] or self.uses["after_step"]:
-            # The released gradient stays as it is: an optimiser may write into .grad too.
+            # A copy, because an optimiser may write into .grad.
             total = self._memory.copy_of(gradient)
         if self.uses["penalty"]:
             self.strategy.add_penalty_gradient(total, self.params, self.state)

@@ -101,7 +101,7 @@ def open_private_sum(
     warn_of_delta(privacy.delta, declared_records(training.stream))
     try:
         charge_before(ledger, training, schedule, carried)
-    except BudgetError:  # also where the kept noise is not that of this plan
+    except BudgetError:  # also if the stored noise does not belong to this plan
         schedule = scheduled(training)
         charge_before(ledger, training, schedule, carried)
     kept.keep(training, schedule)
@@ -171,7 +171,7 @@ def charge_before(
         plan = planned(training, schedule)
         known = {name: plan[name] for name in ledger.partitions if name in plan}
         ledger.grant(known, epsilon=targets(training, known), delta=privacy.delta)
-    # After the grant, which contains them: a partition may have come after an earlier grant.
+    # After the grant, which contains them: a partition may be newer than an earlier grant.
     for entry in [*spent, *earlier]:
         ledger.charge(entry)
 

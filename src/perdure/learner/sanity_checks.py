@@ -184,7 +184,7 @@ def require_state(hook: str, strategy: Strategy, answer: object) -> State:
 
 
 def _finite(value: Tensor) -> bool:
-    # one pass that stores nothing; a sum of finite numbers may overflow, and then each is looked at
+    # a sum stores nothing; only if it is not finite, which an overflow can cause, check each value
     return bool(value.sum().isfinite()) or bool(value.isfinite().all())
 
 

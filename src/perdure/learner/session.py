@@ -100,7 +100,7 @@ class Session(Party):
 
     def __post_init__(self) -> None:
         check_stream(self.stream)
-        # the optimiser is here already: it is looked at itself, not what makes one
+        # check the given optimiser itself, because no function makes one
         check_arguments({**vars(self), "optimizer": refuse_unusable})
         check_fields(self, prefix="", only=PLAIN)
         self.model = plain_model(self.model, self.privacy, self.device)
@@ -175,7 +175,7 @@ class Session(Party):
             raise LoopError(self._left())
         self.consolidate()
         self.notify("experience.end")
-        # under privacy a resume goes back no further than the present experience
+        # under privacy a resume never goes back to an earlier experience
         if self.privacy or self.stream.stage_of(index).last == index:
             self.save()
 
@@ -328,7 +328,7 @@ class Session(Party):
     def _restart(self, optimizer: Optimizer) -> None:
         """Restore the initial state and settings of the optimiser."""
         start = deepcopy(self._start)
-        # a schedule keeps settings of its own beside those of the optimiser
+        # a schedule stores settings of its own among those of the optimiser
         start["param_groups"] = [
             {**own, **first}
             for own, first in zip(

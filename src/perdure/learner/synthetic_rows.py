@@ -164,7 +164,7 @@ class SyntheticRows:
         """Build a batch of these rows, with stored tensors if memory may have stored some."""
         outputs, ids, tasks, stored = facts.unbind(1)
         stream = self.training.stream
-        # the ids tell targets apart that have no class, such as numbers
+        # ids distinguish targets without a class, such as numbers
         numbers = outputs + stream.num_classes * (ids + EXTREME * (ids >= NEIGHBOURS))
         return Batch(
             inputs=inputs,

@@ -80,7 +80,7 @@ class _Block(nn.Module):
 
     def __init__(self, before: int, after: int, stride: int, norm: Normalisation) -> None:
         super().__init__()
-        bias = norm == "none"  # a normalisation brings its own
+        bias = norm == "none"  # a normalisation has its own bias
         self.conv1 = nn.Conv2d(before, after, 3, stride=stride, padding=1, bias=bias)
         self.norm1 = _norm(norm, after)
         self.conv2 = nn.Conv2d(after, after, 3, padding=1, bias=bias)

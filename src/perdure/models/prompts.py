@@ -135,7 +135,7 @@ class Components(nn.Module):
 
     def forward(self, query: Tensor) -> Tensor:
         """Prompt vectors p(q) (n, size) of queries (n, width), for this block and experience."""
-        # looked up for every record, because book-keeping has per-record gradients of lookups
+        # one lookup per record, because book-keeping has per-record gradients of lookups
         rows = every_row(self.keys, query)
         weights = cosines(query[:, None] * self.attention(rows), self.keys(rows))
         prompt: Tensor = self.prompts(weights)
@@ -155,7 +155,7 @@ class ComposedPrompts(nn.Module):
         self.backbone = fixed(backbone)
         self.length = length
         width = backbone.width
-        size = 2 * length * width  # of a prompt: keys and values
+        size = 2 * length * width  # keys and values of a prompt
         total = experiences * components
         starts = [
             [

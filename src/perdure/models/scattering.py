@@ -88,7 +88,7 @@ class Scattering(CheckedFields):
         n, c, height, width = images.shape
         shape = (n, c * self.channels, height // margin, width // margin)
         planes = images.float().reshape(n * c, 1, height, width)
-        # under vmap there is one image, and nothing may be written into a plain tensor
+        # vmap gives a single image, and forbids writing into a plain tensor
         if 0 < n * c <= batch_size:
             return self._transformed(planes).reshape(shape)
         answer = torch.empty(n * c, self.channels, *shape[2:], device=images.device)

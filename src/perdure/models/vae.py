@@ -91,6 +91,6 @@ def generative(
         raise ConfigError.of("latent", latent, "whole numbers from 1")
     if any(units < 1 for units in hidden):
         raise ConfigError.of("hidden", hidden, "positive whole numbers")
-    # not that of the classifier's own layers, which may have the same shapes
+    # another seed than the classifier's layers, which may have the same shapes
     with seeded(derive(seed, "generator")):
         return Generative(classifier, tuple(input_shape), latent, hidden)

@@ -122,7 +122,7 @@ class WrappedWithFeatures(Wrapped):
         """
         caught: Caught = []
         layer = self.model.get_submodule(self.layer)
-        # For this pass alone: a hook that stayed would be copied with the model.
+        # Only for this pass, because a hook that stayed would be copied with the model.
         if self.entering:
             handle = layer.register_forward_pre_hook(partial(_catch_input, caught))
         else:
@@ -182,7 +182,7 @@ def wrap(
         wrap(transformers.BertForSequenceClassification(config), output="logits",
              head="classifier", padding=0)
         wrap(torchvision.models.resnet18(num_classes=10), head="fc")
-        wrap(my_module, output=0)                      # the first of a tuple
+        wrap(my_module, output=0)                      # the first tensor of a tuple
 
     Strategies such as iCaRL, SLDA or RanPAC need features, the input of the head. They are taken in
     the same pass as the outputs.
@@ -297,5 +297,5 @@ def _catch_output(caught: Caught, layer: nn.Module, entered: object, left: objec
 
 
 def _keep(caught: Caught, *values: object) -> None:
-    # copies: models write into what a layer returned, as torchvision's ResNets do
+    # copies, because models write into results of layers, as torchvision's ResNets do
     caught += [(value.clone(), value) for value in values if isinstance(value, Tensor)]

@@ -52,7 +52,8 @@ class KeptNoise:
         kept = self._read()
         if kept.get(key) != list(schedule.noise):
             plans = {**kept, key: list(schedule.noise)}
-            # what cannot be kept, say where a folder has that name, is found again
+            # if it cannot be stored, for example because of a folder of that name, it is computed
+            # again
             with suppress(OSError, RecursionError):
                 write_json(self._path, {"version": VERSION, "plans": plans})
 

@@ -172,7 +172,7 @@ def _loops(numbers: int) -> tuple[Callable[..., bool], Callable[..., None]]:
 
 def to_units(values: Floats, factor: float, most: float, out: Integers) -> bool:
     """Round values to whole grid steps; return False if one is not below `most` in size."""
-    # in float64: a float32 product would be rounded by more than a step
+    # in float64, because a float32 product is rounded by more than a grid step
     whole = np.rint(values.astype(np.float64) * factor)
     inside = bool((np.abs(whole) < most).all())
     if inside:

@@ -92,7 +92,7 @@ class Mechanism:
         self.ledger.chain.hold()
         while self.ledger.has(entry) and self._draws.seen(entry.digest):
             entry = entry.later()
-        # The log first: an entry that it does not know counts as seen.
+        # Write the log first, because an entry that is not in the log counts as seen.
         self._draws.open(entry.digest)
         self.ledger.charge(entry)
         return entry
@@ -125,7 +125,7 @@ class Mechanism:
             data=data,
             start=start,
             simulated=self._key.simulated,
-            # the rows of a release are asked of each record alone
+            # the query of a release runs on each record alone
             independence=self.independence
             and ("by construction" if purpose.startswith("release:") else self.independence),
         )

@@ -216,7 +216,7 @@ class PrivateSum(Releases):
         nonce = self._nonce("gradient", block, step, exact)
         noise = self._gradient_noise(block.expected)
         chain = self._chain
-        # with a chain, `units` stay exact until the step is done
+        # with correlated noise, `units` stay exact until the step is finished
         value = self._noised(units, block, noise, "gradient", step, nonce, chain=chain)
         device = next(iter(params.values())).device
         clip_norm = self.clip_norm
@@ -233,7 +233,8 @@ class PrivateSum(Releases):
             )
             within = float(counted) / votes.grid.steps * VOTE
             following = adaptive.updated(clip_norm, within, block.expected)
-        # Nothing of the step counts before all of it is drawn: it may be asked for again.
+        # The chain changes only after the whole step is drawn, because the step may be asked for
+        # again.
         if chain:
             chain.commit(units, value, step)
         scale = noise * clip_norm * (chain.deviation(step) if chain else 1.0)
@@ -326,7 +327,8 @@ class PrivateSum(Releases):
         )
         self.ledger.trace("noise.drawn")
         if step + 1 < block.steps.stop:
-            # charged already, and added only once the log has the MAC of the next sum
+            # the steps are charged; this noise is added only after the log has the MAC of the next
+            # sum
             self._key.draw_ahead(
                 len(units),
                 scale,
@@ -390,7 +392,7 @@ class PrivateSum(Releases):
 
     def _start_of(self, start: str, purpose: str, expected: float, slots: int | None) -> str:
         """Digest of everything that decides the noise or the sum of a block."""
-        # the gradients beside a reference, whose noise shapes the parameters
+        # the gradient block beside a reference, because its noise changes the parameters
         beside = "" if purpose == "gradient" else self._blocks["gradient"].paid_by
         chosen: dict[str, JSONValue] = {
             "version": 2,

@@ -214,7 +214,7 @@ class Releases(Mechanism):
             dict.fromkeys(occasion.partitions, 1.0),
             occasion.numbers,
             occasion.start,
-            # its own place, or the ledger would tell where the records are the same
+            # with a label of its own, otherwise equal records would be visible in the ledger
             self.fingerprint(occasion.data, f"{name} {occasion.numbers.start} {occasion.start}"),
             grid=grid,
         )

@@ -43,7 +43,7 @@ def mean_gradient(
     Args:
         at_once: number of rows of one pass through the model; None for all.
     """
-    # known without waiting for a device
+    # only if this is known without waiting for a device
     unpadded = batch.valid.device.type == "cpu" and bool(batch.valid.all())
     total: list[Tensor] | None = None
     loss: Tensor | None = None
@@ -60,7 +60,7 @@ def mean_gradient(
         )
         if total is None:
             total = grads
-        elif number == 1:  # autograd may hand out one tensor twice: the sum is the first of our own
+        elif number == 1:  # autograd may return one tensor twice, so the first sum is a new tensor
             total = list(torch._foreach_add(total, grads))
         else:
             torch._foreach_add_(total, grads)
@@ -168,13 +168,13 @@ def _from_batch(
             full = filled_batch(rows, least)
             part = _in_one_pass(forward, losses, params, full, count, clip, least)
             if part is not None and clip.counted:
-                # the gradient of a copy is 0, and counts as within the bound
+                # remove the counts of the copies, whose gradient is 0 and so within the bound
                 part[WITHIN] = part[WITHIN] - 0.5 * max(0, least - count)
             return part
         except NotFiniteError as found:
             bad = found.rows[:count]
             if not bool(bad.any()):
-                return None  # only copies, whose losses were left out
+                return None  # only copies are not finite, and their losses were left out
             rows = rows.take(~bad)
     device = rows.inputs.device
     nothing = {n: torch.zeros(p.shape, device=device) for n, p in params.items()}
@@ -200,8 +200,8 @@ def _in_one_pass(
         losses(forward, rows.take(slice(0, fewer)))
         return fewer
 
-    fewer = least - 1  # a number of its own: a pass has `least` rows or more
-    rehearsed = rehearse if fewer else None  # of one row, all is that record's
+    fewer = least - 1  # another number of records, because a pass has `least` rows or more
+    rehearsed = rehearse if fewer else None  # a single row depends on its record only
     module = forward.module
     part = clipped_gradient_sum(module, params, run, len(rows), clip, rehearsed)
     if part is None:

@@ -102,7 +102,7 @@ def bounded_sum(
     Guarantee: one record changes the sum by at most `clip.norm` in L2 norm, for any query.
     """
     if isinstance(query, SummedQuery) and _is_own(type(query)):
-        # of the class: an attribute of the object could clip otherwise
+        # the class's method, because an attribute of the object may clip differently
         return type(query).clipped_sum(query, module, params, tensors, clip)
     return clipped_row_sum(query, module, params, tensors, clip)
 

@@ -140,7 +140,7 @@ class Gram(SummedQuery):
         sums: Params = {}
         with torch.no_grad():
             for rows in asked_alone(rows_of(self.parts, module), params, tensors):
-                # in float64: over many records, sums in float32 move by more than the clip norm
+                # in float64: over many records, sums in float32 change by more than the clip norm
                 parts = {name: value.double() for name, value in rows.items()}
                 self._add(sums, parts, clip_factors(self._squared_norms(parts), clip.norm))
         return self.packed(sums) if sums else None
@@ -188,7 +188,7 @@ class Gram(SummedQuery):
         weighted = f if factors is None else (f := _finite(f)) * factors[:, None]
         if "gram" not in sums:
             sums["gram"] = f.new_zeros(f.shape[1], f.shape[1])
-        sums["gram"].addmm_(weighted.T, f)  # in place: at d = 5,000 it has 100 MB
+        sums["gram"].addmm_(weighted.T, f)  # in place, because it has 100 MB for d = 5,000
         if y is not None:
             add_to(sums, "cross", weighted.T @ y)
         if y is not None and self.totals:

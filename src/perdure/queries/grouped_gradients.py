@@ -81,7 +81,7 @@ class GroupedGradient(SquaredGradient):
         if not len(tensors["labels"]):
             return None
         layers = self.outer_layers(module, params, tensors)
-        # one group more, for the others; in float64 where clipped (see `clipped_outer`)
+        # one more group for records without a group; float64 if clipped (see `clipped_outer`)
         wide = None if clip is None else torch.float64
         sums = {
             name: value.new_zeros(self.groups + 1, *value.shape, dtype=wide)

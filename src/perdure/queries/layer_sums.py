@@ -92,7 +92,7 @@ class LayerTap:
 def tapped(layers: Mapping[str, nn.Module]) -> Iterator[LayerTap]:
     """Context manager that attaches hooks to the layers, and removes them at the end."""
     tap = LayerTap()
-    # first of the layer's hooks: the others may change the output
+    # before the layer's other hooks, which may change the output
     handles = [
         layer.register_forward_hook(tap.hook(name), prepend=True, with_kwargs=True)
         for name, layer in layers.items()
@@ -170,7 +170,7 @@ class _Passes:
         tensors: Mapping[str, Tensor],
     ) -> "_Passes | None":
         """Run one blank record to find the calls of layers; None if these layers are not enough."""
-        # torch's attention looks for gradients, does not see them through vmap, and goes without
+        # torch's attention uses a path without gradients, because vmap hides them from its check
         if any(isinstance(part, nn.MultiheadAttention) for part in module.modules()):
             return None
         layers = matrix_layers(module, params)
@@ -203,7 +203,7 @@ class _Passes:
         """Number of records of one pass, limited by the memory for outputs and gradients."""
         numbers = 2 * sum(value.numel() for value in self.others.values())
         for shape in self.outputs.values():
-            # beside the gradients, what autograd keeps of the layer and of those behind it
+            # in addition to the gradients, autograd keeps tensors of the layer and of later layers
             numbers += prod(shape) * (TERMS_AT_ONCE + 4)
         return min(CHUNK, max(1, PASS_NUMBERS // max(1, numbers)))
 
@@ -211,7 +211,7 @@ class _Passes:
         """Add the sums over some records; False if the model called other layers than before."""
         n = len(tensors["labels"])
         with torch.enable_grad(), tapped(self.layers) as tap:
-            # views: nothing is kept n times
+            # expanded views, so that nothing is stored n times
             zero = next(iter(self.params.values())).new_zeros(()).requires_grad_()
             shifts = {call: zero.expand(n, *shape) for call, shape in self.outputs.items()}
             own = {

@@ -80,7 +80,7 @@ class SquaredGradient(SummedQuery):
         with unrolled_recurrence(module):
             try:
                 total = self.summed(module, params, batch.tensors())
-                # each row is as large as the parameters
+                # few at a time, because each row is as large as the parameters
                 return total or exact_row_sum(self, forward, batch, min(chunk, per_pass(params)))
             except torch.OutOfMemoryError:
                 raise
@@ -112,7 +112,7 @@ class SquaredGradient(SummedQuery):
         total = self.summed(module, params, tensors, clip)
         return total or clipped_row_sum(self, module, params, tensors, clip)
 
-    # only the terms are differentiated; without this a graph for a second derivative is kept
+    # only the terms use gradients; otherwise a graph for a second derivative is kept
     @torch.no_grad()
     def summed(
         self,
@@ -297,9 +297,9 @@ def linear_layers(module: nn.Module) -> dict[str, nn.Linear] | None:
     gradient, or a layer has other parameters than weight and bias.
     """
     linear = {name: layer for name, layer in module.named_modules() if type(layer) is nn.Linear}
-    # Layers of a frozen body hold buffers instead of parameters: they have no gradient to square.
+    # Layers of a frozen body have buffers instead of parameters, so no gradient is squared.
     layers = {name: layer for name, layer in linear.items() if list(layer.parameters())}
-    # others may be computed from, as by torch.nn.utils.weight_norm, or be there without a weight
+    # other parameters may determine a weight (torch.nn.utils.weight_norm)
     if any(_own_names(layer) not in ({"weight"}, {"weight", "bias"}) for layer in layers.values()):
         return None
     owned = {

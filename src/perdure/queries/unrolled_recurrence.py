@@ -29,7 +29,7 @@ def unrolled_recurrence(module: nn.Module) -> Iterator[None]:
     if not any(isinstance(part, nn.RNNBase) for part in module.modules()):
         yield
         return
-    # with cuDNN a layer would move its weights into one block, which functional ones are not
+    # cuDNN would move the weights into one block, which is impossible under functional calls
     with torch.backends.cudnn.flags(enabled=False), _Unrolled():
         yield
 
@@ -41,7 +41,7 @@ class _Unrolled(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         cell = CELLS.get(getattr(func, "__name__", ""))
-        # a packed sequence has its lengths in the place of the state, and the state behind them
+        # for a packed sequence, the lengths are in the place of the state, and the state follows
         if cell is None or not isinstance(args[3], bool):
             return func(*args, **(kwargs or {}))
         return _recurrent(cell, *args)

@@ -35,15 +35,15 @@ WIDTH = 10.0
 COLUMNS = 4
 FAINT = "#e3e7ec"
 HOLE = "#eceff2"
-# Light to dark in one hue, so that grey print and every kind of colour vision keep the order.
+# Light to dark in one hue, so that the order is visible in grey and for any colour vision.
 SHADES = ["#f3f6fa", "#b5d0e8", "#5b9bd0", "#1f66ab", "#0a3463"]
-# Okabe and Ito's colours that carry on white; markers and dashes repeat what colour says.
+# Colours of Okabe and Ito that are visible on white; markers and dashes differ, too.
 LINES = ["#0072b2", "#d55e00", "#009e73", "#aa4499", "#7a5c00", "#332288"]
 MARKERS = ["o", "s", "^", "D", "v", "P"]
 DASHES = ["-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (5, 1.2, 1.2, 1.2))]
-LONGEST_NAME = 26  # characters; a panel has no room for a longer line
-LINE_HEIGHT = 0.085  # of a name beside a line, as a share of the panel's height
-MOST_CELLS = 10  # a wider matrix has no room for numbers in its cells
+LONGEST_NAME = 26  # characters; a longer line does not fit into a panel
+LINE_HEIGHT = 0.085  # height of a name beside a line, as a share of the panel's height
+MOST_CELLS = 10  # the cells of a wider matrix have no space for numbers
 
 
 def pictures(result: Result, run: Path) -> list[Picture]:
@@ -326,7 +326,7 @@ def _name_line_ends(axes: "Axes", lines: "list[Line]") -> None:
     for k in sorted(range(len(lines)), key=lambda k: -lines[k][1][-1]):
         names, line = lines[k]
         named = fill(f"{', '.join(names)}: {epsilon_number(line[-1])}", LONGEST_NAME)
-        # a name is centred at its height, so a longer one starts lower and ends lower
+        # a name is centred at its height, so a name of more lines needs space on both sides
         half = LINE_HEIGHT / 2 * len(named.splitlines())
         height = min(line[-1] / top, ceiling - half)
         ceiling = height - half

@@ -85,7 +85,7 @@ def read_options(text: str) -> dict[str, str] | None:
         if not isinstance(call, ast.Call) or call.args:
             return None
         options = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
-    # text that is nested too deeply is a MemoryError or RecursionError, a null byte a ValueError
+    # deep nesting gives a MemoryError or RecursionError, a null byte a ValueError
     except (SyntaxError, ValueError, MemoryError, RecursionError):
         return None
     return {name: value for name, value in options.items() if name is not None}

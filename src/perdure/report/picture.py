@@ -11,14 +11,14 @@ if TYPE_CHECKING:
 
 INK = "#1d2733"
 MUTED = "#5d6b7a"
-# one scale for all pictures of a page, so that their letters are of one size
+# one scale for all pictures of a page, so that their text has the same size
 PIXELS_PER_POINT = 1.5
-STYLE: Any = {  # matplotlib types its settings by a literal of every name
+STYLE: Any = {  # Any, because matplotlib's type of settings is a literal of all names
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
     "font.size": 9.0,
     "text.color": INK,
-    "text.parse_math": False,  # a dollar in a strategy's options is a dollar
+    "text.parse_math": False,  # a dollar sign in a strategy's options is not mathematics
     "axes.titlesize": 10.0,
     "axes.titlelocation": "left",
     "axes.titleweight": "bold",

@@ -48,7 +48,7 @@ TITLES = {
     "area_under_accuracy": "area under the curve",
 }
 """Titles of numbers where they are other words than their names."""
-COLUMNS = len(NUMBERS) + 4  # strategy, robust accuracy, epsilon and time beside them
+COLUMNS = len(NUMBERS) + 4  # and strategy, robust accuracy, epsilon and time
 GLOSSARY = (
     (
         "arm",
@@ -247,7 +247,7 @@ def _arm_row(arm: ArmResult, label: str, options: Sequence[str], *, wins: bool, 
         with_error(numbers[name], errors[name], places) for name in (*NUMBERS, "robust_accuracy")
     ]
     cells = "".join(f'<td class="number">{value}</td>' for value in values)
-    # epsilon takes several lines: it and the time reach down beside the options
+    # epsilon takes several lines, so its cell and the time span the row of options, too
     height = ' rowspan="2"' if options else ""
     return (
         f'<tr class="arm{" best" * wins}">'

@@ -134,7 +134,7 @@ def _run(
             return
         except ConformanceError as error:
             raise ConformanceError(f"{fixture.name} fails the check {name!r}: {error}") from error
-        except Exception as error:  # whatever a strategy of somebody else raises
+        except Exception as error:  # any error of a user's strategy
             told = (
                 f"{type(error).__name__}: "
                 f"{str(error).splitlines()[0] if str(error) else 'no message'}"

@@ -215,9 +215,9 @@ class MidRunFixture:
         self.learner.model.eval()
         self.strategy: Strategy = self.learner.strategy
         self.state: State = self.learner.state
-        # copies: rows of a view refuse to be written to, and a hook that writes is to be named
+        # copies, because rows of a view refuse writes, and a hook that writes must be reported
         self.batch: Batch = self.learner.session.held.rows.map(torch.clone)
-        # the share that a step would set; half and half, so that both kinds of rows count
+        # as in a step; one half each, so that both kinds of rows have a weight
         share = 0.5 if bool(self.batch.from_memory.any()) else 0.0
         self.context: Context = replace(self.learner.curator.context, memory_share=share)
         self.params: Params = {

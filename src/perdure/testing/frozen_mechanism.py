@@ -63,7 +63,7 @@ class Draw:
         """Distance between the exact values of two runs, which is compared with `allowed`."""
         here = self.exact.double()
         there = other.exact.double()
-        # scores may be infinite on both sides
+        # scores may be infinite in both runs
         change = torch.where(here == there, torch.zeros_like(here), here - there)
         if not len(change):
             return 0.0

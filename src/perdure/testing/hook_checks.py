@@ -354,7 +354,7 @@ def vmap(fixture: StrategyFixture) -> None:
         ]
         try:
             together = torch.func.vmap(lambda *parts, call=call: tensors_of(call(*parts)))(*stacks)
-        except Exception as error:  # torch, or whatever the hook raises on batched tensors
+        except Exception as error:  # an error of torch, or of the hook on batched tensors
             told = str(error).splitlines()[0] if str(error) else type(error).__name__
             require(
                 False,
@@ -384,7 +384,7 @@ def _stacks(scene: MidRunFixture) -> tuple[Params, Params, Params, Params]:
     def near(value: Tensor) -> Tensor:
         return value + 0.1 * torch.randn(value.shape, generator=rng).to(value)
 
-    # symmetric matrices and counts must stay what they are
+    # symmetric matrices must stay symmetric, and counts must stay counts
     def scaled(value: Tensor, factor: float) -> Tensor:
         return (value * factor).to(value.dtype) if value.is_floating_point() else value
 

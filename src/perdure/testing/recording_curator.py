@@ -129,7 +129,7 @@ class RecordingStrategy:
         step: function that returns the number of the current step; set it after a learner was made.
     """
 
-    # A field, because the noise digest describes a strategy by its fields; `asked` is none.
+    # A field, because the noise digest describes a strategy by its fields; `asked` is no field.
     _strategy: Strategy
 
     def __init__(self, strategy: Strategy) -> None:

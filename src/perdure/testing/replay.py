@@ -126,7 +126,7 @@ class ReplayRun:
         points = self._points.setdefault(place, [])
 
         def trace(point: str, learner: Learner) -> None:
-            # a copy that only measures has no callbacks, and is none of the run's learners
+            # a copy for evaluation has no callbacks, and is not a learner of the run
             self.learners[place] = learner
             here = learner.position
             points.append(f"{point} in experience {here.experience}, step {here.step}")
@@ -154,7 +154,7 @@ class ReplayRun:
     def finish(self) -> None:
         """Record everything that the learners hold at the end, except their private rows."""
         for place, learner in self.learners.items():
-            # a second run that ended in `prepare` has no session to look at
+            # a second run that stopped in `prepare` has no session
             with suppress(ConfigError):
                 self.outputs |= {f"{place}: {n}": v for n, v in outputs_of(learner).items()}
             for number, point in enumerate(self._points[place]):
@@ -270,7 +270,7 @@ def replayed(
     try:
         experiment(second, neighbour)
     except Exception as error:
-        # the first run went through, so that any error is an output that depends on the record
+        # the first run succeeded, so an error here is an output that depends on the record
         second.stopped = str(error) or type(error).__name__
     second.finish()
     return compared(first, second)

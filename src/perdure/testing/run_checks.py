@@ -218,7 +218,7 @@ def _resumed(fixture: StrategyFixture, privacy: Privacy | None) -> None:
         store.save(1, first.snapshot())
         snapshot = store.load()
     assert snapshot is not None
-    # before another learner is there, with whom it could share what it should not have
+    # before another learner exists, with which it could wrongly share state
     _to_the_end(first)
     again = fixture.prepared(privacy)
     again.restore(snapshot)

@@ -43,7 +43,7 @@ def _write_atomically(path: Path, data: bytes, *, private: bool) -> None:
     else:
         path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
-    draft.unlink(missing_ok=True)  # a draft that a crash left may be open to others
+    draft.unlink(missing_ok=True)  # others may be able to read a draft that a crash left
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
     try:
         with os.fdopen(os.open(draft, flags, PRIVATE if private else 0o666), "wb") as file:
@@ -53,7 +53,7 @@ def _write_atomically(path: Path, data: bytes, *, private: bool) -> None:
         draft.replace(path)
     except OSError:
         with suppress(OSError):
-            draft.unlink()  # it takes space where there is none
+            draft.unlink()  # an incomplete draft uses disk space
         raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:

@@ -68,7 +68,7 @@ def _checked(own: Callable[[Any], None]) -> Callable[[Any], None]:
         except PerdureError:
             raise
         except Exception:
-            # a value of another type, which the class did not expect, explains most failures
+            # most failures are explained by a value of a wrong type
             if fault is not None:
                 raise fault from None
             raise
@@ -128,7 +128,7 @@ def _hint(kind: type, name: str) -> Any:
     alone = types.SimpleNamespace(__annotations__={name: inspect.get_annotations(owner)[name]})
     try:
         return typing.get_type_hints(alone, vars(sys.modules[owner.__module__]))[name]
-    except Exception:  # it may name what is imported for type checkers alone, or nothing
+    except Exception:  # a name for type checkers only
         return Any
 
 
@@ -180,7 +180,7 @@ def _instance(value: object, kind: Any) -> object:
     """Return the value if it is an instance of `kind`, else `MISFIT`."""
     try:
         return value if not isinstance(kind, type) or isinstance(value, kind) else MISFIT
-    except TypeError:  # a protocol that is not made for this
+    except TypeError:  # a protocol that does not support isinstance
         return value
 
 

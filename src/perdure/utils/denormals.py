@@ -34,5 +34,5 @@ def flushed() -> Iterator[None]:
 
 
 def _are_flushed() -> bool:
-    # the mode of the processor holds for Python's numbers too, and a tensor costs 50 times as much
+    # the mode also applies to Python's numbers, and a tensor would take 50 times as long
     return SMALLEST * HALF == 0.0

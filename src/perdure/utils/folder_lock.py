@@ -65,7 +65,7 @@ class FolderLock:
             ) from None
         try:
             if not _taken(descriptor):
-                gc.collect()  # a holder that was dropped may wait in a circle of references
+                gc.collect()  # an unused holder may not be freed yet because of a reference cycle
                 if not _taken(descriptor):
                     raise RunError(
                         f"{self.folder} is in use by another process or learner; let it finish or "
@@ -100,7 +100,7 @@ class FolderLock:
         if self._descriptor is None:
             return
         if self._process == present_process():
-            # a forked child shares the lock: closing the file would leave it with the child
+            # a forked child shares the lock, and would keep it if the file were only closed
             fcntl.flock(self._descriptor, fcntl.LOCK_UN)
         self._drop()
 

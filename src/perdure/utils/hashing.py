@@ -144,7 +144,7 @@ def digest(tensors: Tensors) -> bytes:
     total = hashlib.sha256()
     for name, value in sorted(tensors.items()):
         total.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
-        # of rows that are not in memory, a piece at a time; the bytes are the same
+        # rows that are not in memory are read one piece at a time; the bytes are the same
         pieces = (value[piece] for piece in row_slices(value)) if value.dim() else iter([value])
         for piece in pieces:
             own = piece.detach().cpu().contiguous().reshape(-1).view(torch.uint8)

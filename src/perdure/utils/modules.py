@@ -56,7 +56,7 @@ def _put_into_mode(module: nn.Module, *, training: bool) -> None:
     for part in parts:
         own = vars(part)
         if "training" in own:
-            own["training"] = training  # past the module's checks for parameters, which are slow
+            own["training"] = training  # skips the slow checks for parameters
         else:
             part.training = training
 

@@ -105,7 +105,7 @@ def drawing_from(seed: Seed, device: torch.device | str = "cpu") -> Iterator[Non
 def _accelerator_from(secret: bytes, place: torch.device) -> Iterator[None]:
     module = torch.get_device_module(place)
     with torch.random.fork_rng(devices=[place], device_type=place.type):
-        # a module's manual_seed is for its present device, which may be another
+        # manual_seed of a module uses its present device, which may be another one
         with module.device(place) if hasattr(module, "device") else nullcontext():
             module.manual_seed(int.from_bytes(hashlib.sha256(secret).digest()[:8], "big"))
         yield
@@ -144,6 +144,6 @@ def seeded(seed: int) -> Iterator[None]:
     The generators of the caller do not change.
     """
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        # not torch.manual_seed, which would also reseed every accelerator
+        # not torch.manual_seed, which would also seed every accelerator
         torch.default_generator.manual_seed(seed)
         yield

@@ -12,5 +12,5 @@ def number_unless_vmapped(value: Tensor) -> float | None:
     """
     try:
         return float(value)
-    except RuntimeError:  # what vmap raises for a number that is one a replica
+    except RuntimeError:  # error of vmap for a tensor that has one number per record
         return None

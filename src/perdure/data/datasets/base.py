@@ -254,7 +254,7 @@ def load_or_make(path: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str,
     with contextlib.suppress(OSError, SafetensorError):
         return load_file(path)
     tensors = make()
-    with contextlib.suppress(OSError):  # a cache that cannot be written costs time, never the data
+    with contextlib.suppress(OSError):  # without a cache nothing is lost but time
         save_tensors(path, tensors)
     return tensors
 

@@ -175,7 +175,7 @@ def _quantiles(times: Tensor, experiences: int) -> Tensor:
     ordered = times.sort().values
     cuts = ordered[torch.arange(1, experiences) * len(times) // experiences]
     if len(torch.unique(cuts)) < len(cuts) or (len(cuts) and cuts[0] == ordered[0]):
-        # too many records of one time: equal numbers of different times instead
+        # too many records have the same time: give each experience equally many different times
         cuts = found[torch.arange(1, experiences) * len(found) // experiences]
     return cuts
 

@@ -135,7 +135,7 @@ def rotate(images: Tensor, *, degrees: float) -> Tensor:
         return images
     sine = math.sin(math.radians(degrees))
     cosine = math.cos(math.radians(degrees))
-    # grid_sample measures both axes from -1 to 1: without the ratio an oblong image would be
+    # grid_sample scales both axes to -1 .. 1; without the ratio, other images than squares would be
     # sheared
     ratio = images.shape[-2] / images.shape[-1]
     turn = images.new_tensor([[cosine, -sine * ratio, 0.0], [sine / ratio, cosine, 0.0]])
@@ -166,7 +166,7 @@ def _copies(
                 inputs=changed_rows(records.inputs, change),
                 labels=records.labels + index * step if step else records.labels,
                 placed_by=rule,
-                # a turned image is 0 in its corners
+                # a rotated image has zeros in its corners
                 domain=records.domain and records.domain.including(0.0),
             )
             for records in (data.train.declared(declared_size), data.test)

@@ -61,10 +61,10 @@ def _exact_pieces(records: Records, chunk: int, seed: int) -> list[Records]:
 
 
 def _hashed_pieces(records: Records, chunk: int, seed: int) -> list[Records]:
-    # from the declared size: a count of the records present would depend on who is among them
+    # from the declared size, because the number of present records depends on private data
     count = math.ceil(records.declared_size / chunk)
     piece = (public_coin(records.ids, seed=seed) * count).long()
-    # one sort of all, or every piece would look at every record
+    # one sort for all pieces; otherwise every piece would read every record
     order = piece.argsort(stable=True).to(records.inputs.device)
     rows = torch.split(order, piece.bincount(minlength=count).tolist())
     return [records.take(taken).declared(chunk) for taken in rows]

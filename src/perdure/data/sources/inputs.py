@@ -119,7 +119,7 @@ class Scaling:
         """Domain of scaled inputs with this shape; None if no range is declared."""
         if self.low is None or self.high is None:
             return None
-        # the same arithmetic as on the inputs, so that none of them leaves the range by rounding
+        # computed like the inputs, so that rounding moves no input out of the range
         low = float(self.applied(self.low).min())
         high = float(self.applied(self.high).max())
         return InputDomain(shape=shape, range=(low, high))

@@ -118,8 +118,8 @@ def numbers_of(value: object, name: str) -> Tensor:
         if any(stride < 0 for stride in found.strides):
             found = np.ascontiguousarray(found)
         with warnings.catch_warnings():
-            # perdure writes into no array of a user, so a read-only one, as of a mapped file, is
-            # as good as any other
+            # a read-only array, such as a mapped file, is allowed, because arrays of a user are
+            # never changed
             warnings.filterwarnings("ignore", "The given NumPy array is not writable")
             found = torch.from_numpy(found)
     if found.is_complex() or found.layout != torch.strided or found.is_quantized:

@@ -101,7 +101,7 @@ def worst(
     ]
     for bound, history in sorted(bounds, reverse=True):
         if found[0] != "none" and bound <= found[1]:
-            break  # the coarse grid bounds all that follow
+            break  # no later history can cost more, by its bound on the coarse grid
         spent = epsilon(history, delta=delta, relation=relation)
         if found[0] == "none" or spent > found[1]:
             found = (names[history], spent)
@@ -116,7 +116,7 @@ def within(
     If the coarse grid cannot show this, the fine grid decides.
     """
     history = merged(charges)
-    # the margin keeps the verdict the same as that of the fine grid
+    # with this margin the answer is that of the fine grid
     coarse = pld_epsilon(history, delta, relation, COARSE_INTERVAL)
     return coarse <= 0.998 * target or epsilon(history, delta=delta, relation=relation) <= target
 
@@ -179,7 +179,7 @@ def _over(
 ) -> int | None:
     """Index of a history other than `solved` that costs more than `target`; None if none does."""
     others = [history for history in _undominated(histories) if history != histories[solved]]
-    # those that cost most first
+    # the most expensive first
     for history in sorted(others, key=lambda own: -rough_epsilon(own, delta)):
         if not within(history, target, delta=delta, relation=relation):
             return histories.index(history)
@@ -191,7 +191,7 @@ def _undominated(histories: Iterable[History]) -> list[History]:
     distinct = list(dict.fromkeys(histories))
     steps = {own: {charge.kind: charge.steps for charge in own} for own in distinct}
     left: dict[History, None] = {}
-    # the one that contains another has more steps in all, so it comes first
+    # a history that contains another one has more steps, so it comes first
     for own in sorted(distinct, key=lambda history: -sum(steps[history].values())):
         if not any(_contains(steps[other], own) for other in left):
             left[own] = None
@@ -247,7 +247,7 @@ def _on_the_fine_grid(
 
     noise = _round_up(math.exp(root))
     before = excess(noise)
-    slope = -1.0  # at least so steep, where all charges depend on the noise
+    slope = -1.0  # the slope is at least as steep if all charges depend on the noise
     found = math.inf if before > 0 else noise
     for _ in range(FINE_CALLS):
         if -FINE_TOLERANCE < before <= 0:
@@ -304,7 +304,7 @@ def _mu_squared(charge: Charge) -> float:
         return math.inf
     inverse = 1 / charge.noise_multiplier**2
     if charge.noise == "exponential":
-        return inverse / 4  # as a Gaussian with the same zero-concentrated privacy
+        return inverse / 4  # the Gaussian with the same zero-concentrated privacy
     if charge.sampling_rate == 1:
         return inverse
     return charge.sampling_rate**2 * math.expm1(min(inverse, 600))

@@ -71,7 +71,7 @@ def covers(stronger: Iterable[Charge], weaker: Iterable[Charge]) -> bool:
     left = {charge.kind: charge.steps for charge in merged(stronger)}
     for charge in sorted(weaker, key=lambda each: (-each.sampling_rate, each.noise_multiplier)):
         needed = charge.steps
-        # the weakest that is enough first, so that the strongest are left for others
+        # use the weakest sufficient step first, so that stronger ones remain for others
         for kind in sorted(left, key=lambda each: (each[0], -each[1])):
             rate, noise_multiplier, noise = kind
             enough = rate >= charge.sampling_rate and noise_multiplier <= charge.noise_multiplier

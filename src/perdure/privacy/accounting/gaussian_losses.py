@@ -87,7 +87,7 @@ def _output_per_variance(side: str, rate: float, noise: float, epsilons: Numbers
         return -epsilons / 2
     half = np.abs(epsilons) / 2
     with np.errstate(divide="ignore"):
-        # log of sinh(half) (1 - rate) / rate e^(1 / (2 noise^2)), which is infinitely small at 0
+        # log of sinh(half) (1 - rate) / rate e^(1 / (2 noise^2)); minus infinity at 0
         log = half + np.log(-np.expm1(-2 * half) / 2)
         log += 0.5 / noise**2 + math.log1p(-rate) - math.log(rate)
     large = np.maximum(log, 0.0)

@@ -101,7 +101,7 @@ def clipped_gradient_sum(
         return None
     flowed, backs = went_back_to(total, calls, [use.out for use in uses])
     broadcasts = rows_by_module(uses, backs)
-    del tape, calls, uses, backs  # each input goes as soon as its layer is done
+    del tape, calls, uses, backs  # free each input once its layer is finished
     device = total.device.type
     mixed = torch.is_autocast_enabled(device)
     with torch.no_grad(), torch.autocast(device, enabled=False) if mixed else nullcontext():
@@ -133,7 +133,7 @@ def _clipped(
     sums: Params = {}
     for name, rows in broadcasts.items():
         sums |= rows.weighted(factors[name])
-    for name in list(known):  # a layer's activations go as soon as its sum is there
+    for name in list(known):  # free the activations of a layer once its sum is computed
         for own, value in own_sums(layers[name], known.pop(name), factors[name]).items():
             sums[f"{name}.{own}".removeprefix(".")] = value
     total: Params = {}
@@ -244,7 +244,7 @@ def _goes_by(rule: ClippingRule, name: str, layer: nn.Module, own: Params) -> bo
     """
     if not layer._parameters.keys() <= rule.parameters:
         return False
-    # a part with parameters would have its calls inside the layer's own
+    # calls of a child module with parameters would be inside the layer's own call
     parted = any(True for part in layer.children() for _ in part.parameters())
     if parted or not rule.covers(layer) or not runs_as_built(layer):
         return False

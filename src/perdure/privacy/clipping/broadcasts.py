@@ -112,7 +112,7 @@ def bare_parameters(layer: nn.Module, own: Params, total: int) -> bool:
     containers = (nn.ParameterList, nn.ParameterDict)
     library = type(layer).__module__.partition(".")[0]
     if library in ("torch", "opacus") and type(layer) not in containers:
-        return False  # such layers multiply with their parameters
+        return False  # such layers multiply inputs with their parameters
     full = all(value.dtype in (torch.float32, torch.float64) for value in own.values())
     return full and sum(value.numel() for value in own.values()) <= MOST_SHARE * total
 
@@ -229,7 +229,7 @@ class Graph:
             return False
         padded = (1,) * (len(out) - len(shape)) + tuple(shape)
         if node.name() == "RepeatBackward0" and padded[1:] != tuple(out[1:]):
-            return False  # tiled along another axis
+            return False  # copied along another axis, too
         return all(self._meets_rows(user, node) for user in self.above[node])
 
     def _meets_rows(self, user: Node, node: Node) -> bool:
@@ -268,7 +268,7 @@ class Graph:
             )
         call = self.jumps.get(functions[0][0]) if len(functions) == 1 else None  # type: ignore[arg-type]
         if kind in RESHAPES and call is not None and call.shape == _shape(node):
-            return True  # a layer computed its output on flat rows, and this is how it left
+            return True  # a layer computed on flattened rows, and this reshapes its output
         alone = len(functions) == 1 and self._has_rows(*functions[0])
         return alone and _first_axis_stays(node, _shape(functions[0][0]))
 
@@ -293,7 +293,7 @@ def _axis(node: Node, name: str) -> int:
     axis = getattr(node, name, None)
     if not isinstance(axis, int):
         return -1
-    signed = axis - 2**64 if axis >= 2**63 else axis  # torch shows a negative one without its sign
+    signed = axis - 2**64 if axis >= 2**63 else axis  # torch gives a negative axis unsigned
     return signed if signed >= 0 else signed + len(_shape(node))
 
 
@@ -347,7 +347,7 @@ class BroadcastRows(FormedRows):
         rows: Params = {}
         for use, back in self.uses:
             own = _row(use, back, piece)
-            own = own if own.dim() > 1 else own[:, None]  # of a single number
+            own = own if own.dim() > 1 else own[:, None]  # the parameter is a single number
             rows[use.name] = rows[use.name] + own if use.name in rows else own
         return rows
 

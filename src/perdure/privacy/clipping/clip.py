@@ -97,8 +97,8 @@ def clip_factors(squared_norms: Tensor, clip_norm: float) -> Tensor:
     precision of the rows.
     """
     norms = at_least_float32(squared_norms).sqrt()
-    factors = (clip_norm / norms).clamp(max=1.0)  # 1 for a norm of 0: C / 0 is infinite
-    # not finite: C / infinity is 0, and NaN is not above any number
+    factors = (clip_norm / norms).clamp(max=1.0)  # 1 for a norm of 0, as C / 0 is infinite
+    # the factor is 0 for an infinite norm, and also for NaN
     return torch.where(factors >= SMALLEST, factors, 0.0)
 
 
@@ -163,7 +163,7 @@ def per_pass(params: Params) -> int:
     return min(LARGEST_PASS, max(1, PASS_NUMBERS // max(1, size)))
 
 
-# only `rows` differentiates; without this every pass would be kept for a second derivative
+# only `rows` uses gradients; otherwise each pass would be kept for a second derivative
 @torch.no_grad()
 def clipped_sum(
     rows: Rows, params: Params, tensors: Mapping[str, Tensor], clip: Clip, chunk: int
@@ -182,7 +182,7 @@ def clipped_sum(
     """
     total: Params | None = None
     each = torch.func.vmap(rows, in_dims=(None, 0), randomness="different")
-    # a row moves with the size of its chunk
+    # the rounding of a row depends on the size of its chunk, so the last chunk is filled up
     for full, count in filled_chunks(tensors, chunk):
         vectors = each(params, full)
         clipped = sum_of_clipped({n: v[:count] for n, v in vectors.items()}, clip)
@@ -235,13 +235,13 @@ def _add_by_torch(rows: Params, scales: Params, longest: float, sums: Params) ->
     for name, row in rows.items():
         scale = scales[name].view(-1, *[1] * (row.dim() - 1))
         whole = (row.double() * scale).round_()
-        if bool((scale == 0).any()):  # such a row may hold what is not a number
+        if bool((scale == 0).any()):  # a row with scale 0 may contain NaN
             whole.masked_fill_(scale == 0, 0.0)
         units[name] = whole.unsqueeze(-1).flatten(1)
     squares = sum_of([table.square().sum(1) for table in units.values()])
     inside = (squares <= longest).double()
     for name, table in units.items():
-        # integers, each times 0 or 1: exact in whatever order they are added
+        # integers times 0 or 1, so the sum is exact in any order
         sums[name] += (inside @ table).view(sums[name].shape)
 
 
@@ -253,7 +253,7 @@ def _add_by_loop(rows: Params, scales: Params, longest: float, sums: Params) -> 
         total = sums[name].view(-1).numpy()
         loops.add_grid_rows(row_loops.table_of(row), scales[name].numpy(), total, squares.numpy())
     inside = squares <= longest
-    if not bool(inside.all()):  # never, of a clipped row; once more without it
+    if not bool(inside.all()):  # does not happen for a clipped row; then add again without it
         for value in sums.values():
             value.zero_()
         kept = {name: torch.where(inside, scale, 0.0) for name, scale in scales.items()}

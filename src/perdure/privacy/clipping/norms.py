@@ -52,7 +52,7 @@ def squared_row_norms(*tables: Tensor) -> list[Tensor]:
     """
     on_cpu = all(table.device.type == "cpu" for table in tables)
     if not on_cpu or any(table.dtype == torch.float64 for table in tables):
-        # accelerators read the rows at the same speed, and to ask them for an answer takes longer
+        # on an accelerator float64 takes no longer, and waiting for the result of a check would
         return [_wide(table).square() for table in tables]
     quick = torch.stack([_quick(table) for table in tables])
     norms = quick.double()

@@ -57,7 +57,7 @@ def row_loops() -> RowLoops:
     """Compile the loops, once per process."""
     import numba
 
-    # terms of a sum may be added in any order, several at a time; nothing else may change
+    # only the order in which terms of a sum are added may change
     jit: Any = numba.njit(nogil=True, fastmath={"reassoc"})
     return RowLoops(jit(_add_squares), jit(_add_grid_rows))
 
@@ -75,7 +75,7 @@ def _add_grid_rows(rows: Floats, scales: Doubles, total: Doubles, squares: Doubl
     for i in range(len(rows)):
         scale = scales[i]
         own = 0.0
-        if scale != 0.0:  # a row of scale 0 may hold what is not a number
+        if scale != 0.0:  # a row with scale 0 may contain NaN
             for j in range(rows.shape[1]):
                 units = np.rint(np.float64(rows[i, j]) * scale)
                 own += units * units

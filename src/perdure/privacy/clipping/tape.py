@@ -90,7 +90,7 @@ def taped(layers: Layers, params: Params | None = None) -> Iterator[Tape]:
         own = layer._parameters
         weights = own if params is None else {n: params.get(_joined(name, n)) for n in own}
         hook = partial(_record, tape, name, tuple(weights.values()))
-        # first of the layer's hooks: the others may change the output
+        # before the layer's other hooks, which may change the output
         handles.append(layer.register_forward_hook(hook, prepend=True, with_kwargs=True))
     try:
         yield tape
@@ -127,7 +127,7 @@ def _record(
         entered=entered.detach(),
         version=entered._version,
         edge=get_gradient_edge(_written_to(left)),
-        # a parameter that enters as it is has no function, but a place
+        # a parameter that is passed unchanged has a node, but no function
         before=get_gradient_edge(entered).node if entered.requires_grad else None,
         shape=left.shape,
         foreign=any(now is not then for now, then in zip(own, weights, strict=True)),
@@ -195,7 +195,7 @@ class Rehearsals:
         try:
             with undisturbed(), taped(layers) as tape:
                 records = rehearse()
-        except Exception:  # of any model: it does not run with another number of records
+        except Exception:  # of any model, which may not run with another number of records
             return None
         return follows(tape, records)
 
@@ -246,6 +246,6 @@ def went_back_to(
     backs = torch.autograd.grad(total, edges, allow_unused=True)
     for call, back in zip(calls, backs[: len(calls)], strict=True):
         if back is not None:
-            own = back.reshape(call.shape)  # the back of what was viewed has another shape
+            own = back.reshape(call.shape)  # the gradient of a view has another shape
             flowed.setdefault(call.layer, []).append(LayerCall(call.entered, own, own))
     return flowed, list(backs[len(calls) :])

@@ -162,7 +162,7 @@ def _gap(case: GradientCase, what: str, per_layer: bool) -> tuple[float, str]:
         rows = [_row(case, slice(i, i + 1)) for i in records]
         norm = sorted(map(_length, rows))[len(rows) // 2]
         if not 0.0 < norm < math.inf:
-            return 0.0, ""  # nothing reaches the parameters, or all of it overflows
+            return 0.0, ""  # no gradient reaches the parameters, or all gradients overflow
         clip = Clip(norm=norm, per_layer=per_layer)
         seed_globally(0)
         found = _found(case, clip, what)
@@ -208,7 +208,7 @@ def _found(case: GradientCase, clip: Clip, what: str) -> Params:
         found = case.clipped(case.inputs, case.labels, clip)
     except PerdureError:
         raise
-    except Exception as error:  # the losses themselves ran on each record
+    except Exception as error:  # the losses run on each record, so this is another error
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise GuardError(
             f"gradients of single records cannot be computed for {what}: "

@@ -176,7 +176,7 @@ def _listen(
     name: str, layer: nn.Module, heard: list[tuple[str, nn.Module, Tensor, Any]]
 ) -> RemovableHandle:
     def hook(_: nn.Module, entered: tuple[Any, ...], left: Any) -> None:
-        # a parametrisation is called without inputs; its output is a weight
+        # skip parametrisations, which have no inputs and return a weight
         if entered and isinstance(left, Tensor) and left.requires_grad and left.dim():
             heard.append((name or "model", layer, left, entered[0]))
 

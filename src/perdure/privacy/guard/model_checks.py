@@ -75,7 +75,7 @@ def _lazy(module: nn.Module) -> str | None:
 
 def _statistics(module: nn.Module) -> str | None:
     if isinstance(module, _INSTANCE_STATISTICS):
-        # torch moves them wherever they are there, whatever track_running_stats says
+        # torch updates these buffers if they exist, for any value of track_running_stats
         if not module.track_running_stats and module.running_mean is None:
             return None
         return (
@@ -194,7 +194,7 @@ def check_buffers(model: nn.Module, inputs: Tensor, *others: Tensor) -> None:
             list or dict) whose content depends on the inputs.
     """
     before = dict(model.named_buffers())
-    # Both copies run equally often: what counts passes alone stays equal in them.
+    # Both copies run equally often, so a counter of passes is equal in both.
     one, other = (copy.deepcopy(model).train() for _ in range(2))
     for changed in others or (inputs[len(inputs) // 2].expand_as(inputs).contiguous(),):
         _run(one, inputs)
@@ -259,7 +259,7 @@ def _leaves(path: str, value: object) -> Iterator[tuple[str, object]]:
 def _equal(one: object, other: object) -> bool:
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         return same_values(one, other)
-    return repr(one) == repr(other)  # nan is like nan
+    return repr(one) == repr(other)  # NaN equals NaN here
 
 
 # --------------------------------------------------------------------------- optimiser
@@ -300,7 +300,7 @@ def _failure(optimizer: Optimizer) -> str | None:
             param.grad = torch.zeros_like(param)
     try:
         trial.step()
-    except Exception as error:  # whatever an optimiser of somebody else raises
+    except Exception as error:  # any error of a user's optimiser
         return f" ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
     return None
 

@@ -140,7 +140,7 @@ def _compare_layers(
             "the batch"
         )
     for (name, rows, parts), (_, _, others) in zip(before, after, strict=True):
-        if rows % n:  # one row for all; the losses show what it does
+        if rows % n:  # one row for all records; the losses show its effect
             continue
         kept = torch.cat([pair.kept + start for start in range(0, rows, n)])
         for part, value in parts.items():

@@ -104,7 +104,7 @@ def _float_kinds(domain: InputDomain, n: int, generator: torch.Generator) -> dic
         "large": 100 * normal,
     }
     rows = {name: value.clamp(low, high) for name, value in rows.items()}
-    # Such a record counts as zero; it may neither spoil others nor make the model fail.
+    # Such a record counts as zero; it may not change other rows or make the model fail.
     rows |= {name: torch.full(shape, value) for name, value in NOT_FINITE.items()}
     return {name: value.to(domain.dtype) for name, value in rows.items()}
 
@@ -150,7 +150,7 @@ def _without_padding(domain: InputDomain, tokens: Tensor) -> Tensor:
 
 def kept_rows(domain: InputDomain, generator: torch.Generator) -> Tensor:
     """(k, *shape) rows, one of every finite kind, and at least six in all."""
-    # Not those that are not finite: coupling would make all rows NaN whatever the neighbours.
+    # Without rows of NaN or infinity, which would make coupled rows NaN for any neighbours.
     one = [rows[:1] for name, rows in kinds(domain, 1, generator).items() if name not in NOT_FINITE]
     return torch.cat([*one, domain.random(max(1, 6 - len(one)), generator)])
 

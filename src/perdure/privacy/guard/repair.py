@@ -31,7 +31,7 @@ def repaired(model: nn.Module) -> nn.Module:
         if isinstance(module, nn.TransformerEncoder) and any(
             isinstance(part, RepairedAttention) for part in module.modules()
         ):
-            # a short cut for inference that reads the weights of torch's attention
+            # disables a faster inference that reads the weights of torch's attention
             module.use_nested_tensor = False
     return result
 
@@ -102,8 +102,7 @@ def _recurrent(module: nn.RNNBase) -> nn.Module | None:
     if module.proj_size:
         return None
     kind = {"nonlinearity": module.nonlinearity} if isinstance(module, nn.RNN) else {}
-    # torch drops out between layers only, so with one layer nothing; Opacus would drop out there
-    # too
+    # torch applies dropout between layers only, so not for one layer; Opacus would apply it
     dropout = module.dropout if module.num_layers > 1 else 0.0
     new: nn.Module = getattr(layers, f"DP{type(module).__name__}")(
         module.input_size,
@@ -161,7 +160,7 @@ class RepairedAttention(nn.Module):
         )
         self.out_proj = _linear(source.out_proj.weight, source.out_proj.bias)
         self.dropout = nn.Dropout(source.dropout)
-        # torch's encoder layers ask for these before they take a short cut around the layer
+        # torch's encoder layers read these before they skip the layer for speed
         self._qkv_same_embed_dim = False
         self.in_proj_weight = None
         self.in_proj_bias = None

@@ -43,7 +43,7 @@ class WriteWatch:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        # Walking the modules costs more than reading the counters, so it is done once.
+        # Listing the modules takes longer than reading the counters, so it is done once.
         self._tables: list[tuple[str, Mapping[str, Tensor | None]]] = []
         for prefix, module in model.named_modules():
             dot = f"{prefix}." if prefix else ""
@@ -109,7 +109,7 @@ class WriteWatch:
 
 def version_of(tensor: Tensor) -> int:
     """Number of in-place operations on the tensor so far; 0 if torch does not count them."""
-    if isinstance(tensor, RowView):  # it is written to where its rows are read from
+    if isinstance(tensor, RowView):  # writes go to the source of its rows
         return sum(version_of(part.source) for part in tensor.parts)
     return 0 if tensor.is_inference() else tensor._version
 

@@ -49,7 +49,7 @@ class Statement:
         return self.delta * self.units >= 1
 
     def __str__(self) -> str:
-        # rounded up, so that what is printed was never exceeded
+        # rounded up, so that the printed value is an upper bound
         value = (
             "infinite"
             if math.isinf(self.epsilon)
@@ -204,7 +204,7 @@ class Account:
 
     def statement(self, delta: float) -> Statement:
         """Return the worst epsilon so far, with everything that it needs to be understood."""
-        # at rate 1 the coins of a Poisson sample leave nobody out
+        # at rate 1 a Poisson sample contains every record
         kinds = {
             "none" if set(entry.scope.values()) == {1.0} else entry.sampling
             for entry in self.entries

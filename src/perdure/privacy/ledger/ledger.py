@@ -225,7 +225,7 @@ class Ledger(Account):
                     f"the entry has {field} = {getattr(entry, field)!r}, but the ledger has {own!r}"
                 )
         self._known(entry.scope)
-        self.chain.hold()  # also where nothing is appended: noise is drawn after this
+        self.chain.hold()  # also if nothing is appended, because noise is drawn afterwards
         if entry.digest not in self._digests:
             self._allow(entry)
             self._write({"kind": "entry", **asdict(entry)})

@@ -44,7 +44,7 @@ class Merged(Account):
         first = parts[0].account if parts else Account()
         super().__init__(unit=first.unit, relation=first.relation)
         self.parts = tuple(parts)
-        # the smallest: what is stated at it holds at the larger ones, too
+        # the smallest delta, because a statement for it also holds for larger ones
         known = [part.account.delta for part in parts if part.account.delta is not None]
         self.delta = min(known, default=None)
         for part in parts:
@@ -108,7 +108,7 @@ class Merged(Account):
     def _of_several_clients(self) -> bool:
         """Return True if several clients have a ledger here; each arm of a run has one ledger."""
         owners = [part.account.owner for part in self.parts]
-        # ARM/client-0 is the only party of every arm where there is no ARM/client-1
+        # without ARM/client-1, ARM/client-0 is the only party of each arm
         parties = {re.sub(r".*/(client-\d+)", r"\1", owner) for owner in owners}
         return len(parties) > 1 or len(set(owners)) < len(owners)
 
@@ -153,7 +153,7 @@ def read(path: Path, keys: Mapping[str, NoiseKey] | None = None) -> Merged:
     if not head_path(path).exists():
         return Merged(list(_parts(path, keys or {})))
     lines, bodies, head = load(path, None)
-    if not bodies:  # stopped before its first line: nothing was charged
+    if not bodies:  # the run stopped before its first line, so nothing was charged
         return Merged([])
     return Merged([_part(lines, bodies, head, keys or {}, str(path))])
 

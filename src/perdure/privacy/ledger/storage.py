@@ -332,7 +332,7 @@ class HashChain:
             self.lines, self.bodies, head = load(path, key)
             self.last = head.hash
             self._size = sum(len(line) + 1 for line in self.lines)
-        # before anything is written: a refused folder stays as it was
+        # before anything is written, so that a refused folder does not change
         known = (copy.read() for copy in self._copies)
         for anchor in (*anchors, *(found for found in known if found is not None)):
             self.require(anchor)
@@ -409,7 +409,7 @@ class HashChain:
         head = SealedHead.seal(len(self.lines) + 1, own, self._key)
         if self._path is not None:
             write_atomically(head_path(self._path), head.text().encode())
-        for copy in self._copies:  # after the head, which is never behind a copy
+        for copy in self._copies:  # after the head, so that no copy is newer than the head
             copy.write(head)
         self.lines.append(line)
         self.bodies.append(body)

@@ -52,7 +52,7 @@ class DrawAhead:
         return alive and self._process == present_process()
 
     def _run(self, draw: Callable[[Integers], None]) -> None:
-        # who asks draws anew, and meets the error
+        # the caller then draws again, and gets the error
         with contextlib.suppress(Exception):
             self._room.fill(0)
             draw(self._room)

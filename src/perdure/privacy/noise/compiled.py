@@ -137,9 +137,9 @@ def grid_loops() -> tuple[Callable[..., bool], Callable[..., None]]:
 def _to_units(values: Floats, factor: float, most: float, out: Integers) -> bool:
     inside = True
     for i in range(len(values)):
-        # in float64: a float32 product would be rounded by more than a step
+        # in float64, because a float32 product is rounded by more than a grid step
         whole = np.rint(np.float64(values[i]) * factor)
-        inside &= abs(whole) < most  # false for what is not a number
+        inside &= abs(whole) < most  # false for NaN
         out[i] = np.int64(whole)
     return inside
 

@@ -115,7 +115,7 @@ def _laplace(t: int, integers: Integers) -> int:
             times += 1
         size = remainder + t * times
         negative = integers.below(2)
-        if size or not negative:  # else 0 would come twice as often
+        if size or not negative:  # otherwise 0 would have twice its probability
             return -size if negative else size
 
 

@@ -151,7 +151,7 @@ def compare(
     Raises:
         PrivacyError: if a line is damaged, edited or moved, or a line before it is missing.
     """
-    # before the log, which a run may go on with meanwhile
+    # read before the log, which a run may extend meanwhile
     beside = read_head(head_file(path))
     known = [beside, *map(read_head, copies), *anchors]
     found = read_lines(path, key)

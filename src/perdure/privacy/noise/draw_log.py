@@ -181,7 +181,7 @@ class DrawLog:
         if mac in drawn:
             return drawn[mac]
         again = bool(drawn) and (self._key.simulated or not unseen)
-        # Where the MAC is not noted, nothing is drawn for it here.
+        # If the MAC was not written to the log, no noise is drawn for it here.
         if again or entry in self._closed or entry not in self._opened:
             return None
         nonce = secrets.token_hex(16) if drawn else self.nonce
@@ -237,7 +237,8 @@ class DrawLog:
             if not missed:
                 self._record()
                 return
-        # Before the heads are written over, or a kill in between would make the log look whole.
+        # Before the heads are overwritten; otherwise a kill in between would hide the missing
+        # lines.
         heads = ", ".join(sorted(f"{head.count} {head.mac}" for head in missed))
         self._write({"kind": "lost", "heads": heads})
 
@@ -268,7 +269,7 @@ class DrawLog:
                 written = os.write(self._log, data)
             self._head = DrawsHead(self._head.count + 1, mac)
             device, number, size = self._file
-            # a line that a full disk cut does not have the size that the next draw looks for
+            # the size with a complete line; a line cut by a full disk is detected at the next draw
             self._file = (device, number, size + len(data))
             with writing(self._path):
                 if written != len(data):

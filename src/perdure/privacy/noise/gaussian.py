@@ -135,7 +135,7 @@ def _decide(
     """Decide the open coordinates at `places`, attempt by attempt, until none is left."""
     attempt = 0
     while len(places):
-        # copies, so that every array of a loop has one layout: it would be compiled for each
+        # copies with one memory layout, because a loop is compiled for each layout
         own = _own_words(places, OWN_BLOCKS * attempt, OWN_WORDS, blocks).T.copy()
         first = own[0] if attempt else words
         cell = loops.cells(first, own[1], table.cut, table.alias, table.offset_bits)
@@ -171,7 +171,7 @@ def settle(
     uniform = (number << rest) | (third >> (np.uint64(64) - rest))
     value = (cell << offset_bits) + offset
     kept = uniform < keeping(cell, offset, slope, offset_bits)
-    kept &= (value > 0) | (negative == 0)  # 0 has one sign, or it would come twice as often
+    kept &= (value > 0) | (negative == 0)  # 0 only once, without a sign
     total[places[kept]] += np.where(negative, -value, value)[kept]
     left = places[~kept]
     places[: len(left)] = left

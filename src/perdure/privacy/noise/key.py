@@ -306,7 +306,7 @@ def keystream_reader(key: bytes, most: int) -> Callable[[int], npt.NDArray[np.ui
 
     cipher = Cipher(algorithms.AES(key), modes.CTR(bytes(BLOCK_BYTES))).encryptor()
     zeros = _zeros(most)
-    # the cipher asks for room for a block more
+    # the cipher needs space for one more block
     out = np.empty(most + BLOCK_BYTES - 1, dtype=np.uint8)
 
     def read(n_bytes: int) -> npt.NDArray[np.uint8]:

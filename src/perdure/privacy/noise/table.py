@@ -216,7 +216,7 @@ def _levels(weights: list[int], wanted: int) -> tuple[list[int], list[list[int]]
         while end < len(weights) and weights[end] >= least and end - start < 2**COLUMN_BITS - 1:
             end += 1
         borders.append(end)
-    # beyond the last table there is nothing, so the tails end there
+    # the tails end here, because there is no later table
     kept = weights[: borders[-1]]
     counts = []
     for start, end in pairwise(borders):
@@ -285,5 +285,5 @@ def _early(slope: list[int], cells: int, offset_bits: int) -> list[int]:
         return [whole] * cells + [0] * (2**COLUMN_BITS + 1 - cells)
     kept = [
         whole - 2 - (slope[j] * (2 * j + 1) >> (78 - EARLY_BITS)) for j in range(cells)
-    ]  # exp(-y) >= 1 - y, rounded down and one less
+    ]  # exp(-y) >= 1 - y; rounded down, minus one
     return kept + [0] * (2**COLUMN_BITS + 1 - cells)

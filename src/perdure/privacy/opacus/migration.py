@@ -2,7 +2,7 @@
 
 >>> engine = PrivacyEngine()
 >>> model, optimizer, loader = engine.make_private(...)             # trained for a while, then:
->>> privacy = from_opacus(engine, optimizer)                        # goes on from what was spent
+>>> privacy = from_opacus(engine, optimizer)                        # continues from its cost
 >>> learner = Learner(model=unwrapped(model), ..., privacy=privacy)
 
 Opacus is imported only when a function needs it.

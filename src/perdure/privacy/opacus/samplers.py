@@ -123,7 +123,7 @@ def grad_sample_sum(
     if rehearse and not REHEARSALS.allow(module, modules, calls, rehearse, follows):
         return None
     flowed = went_back(total, calls)
-    del tape, calls  # each input goes as soon as its layer is done
+    del tape, calls  # free each input once its layer is finished
     with torch.no_grad():
         return _clipped(layers, flowed, params, records, clip)
 
@@ -218,7 +218,7 @@ def sampled_layers(module: nn.Module, params: Params) -> list[Layer] | None:
         if isinstance(part, DPMultiheadAttention) and not part.batch_first:
             return None  # its linear layers see (length, n, features)
         if isinstance(part, DPRNNBase):
-            continue  # it only lends its parameters other names
+            continue  # it only gives its parameters other names
         names = {
             own: known[param]
             for own, param in part.named_parameters(recurse=False, remove_duplicate=False)
@@ -262,7 +262,7 @@ def _layer(key: str, part: nn.Module, names: Mapping[str, str]) -> Layer | None:
     alone = nn.Sequential(part)
     if ruled_layers(alone, dict(alone.named_parameters())) is not None:
         return named(gradients=clipping_rules()[type(part)].gradients)
-    if type(part) is RNNLinear:  # one call a time step
+    if type(part) is RNNLinear:  # one call per time step
         return named(gradients=clipping_rules()[nn.Linear].gradients)
     if type(part) is SequenceBias:
         return named(gradients=_last_of_sequence, records=0 if part.batch_first else 1)
@@ -285,7 +285,7 @@ def _sampled_rightly(part: nn.Module) -> bool:
 
 def _too_large(layer: Layer, records: int) -> bool:
     size = sum(param.numel() for param in layer.module.parameters())
-    size *= getattr(layer.module, "groups", 1)  # Opacus forms the blocks off the diagonal too
+    size *= getattr(layer.module, "groups", 1)  # Opacus also computes the blocks off the diagonal
     return layer.gradients is _by_sampler and records * size > PASS_NUMBERS
 
 

@@ -369,7 +369,7 @@ def _ghost(entered: Tensor, back: Tensor) -> tuple[Tensor, Tensor]:
     a = entered.diagonal(dim1=1, dim2=2)
     d = back.diagonal(dim1=1, dim2=2)
     longest = (a * d).clamp(min=0.0).sqrt().sum(1).square()
-    largest = torch.maximum(a, d).amax(1)  # before the products are written over
+    largest = torch.maximum(a, d).amax(1)  # before the products are overwritten
     norms = entered.mul_(back).sum((1, 2))
     hidden = norms < CANCELLED * longest
     return (norms + hidden * SLACK * longest).clamp(min=0.0), largest

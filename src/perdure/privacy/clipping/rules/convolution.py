@@ -192,7 +192,7 @@ class Geometry:
         height, width = self.kernel
         rows, columns = self.stride
         top, left = self.padding
-        # below 0 where no place sees the last columns
+        # below 0 if no output pixel depends on the last columns
         right = columns * (places - 1) + width - x.shape[3] - left
         padded = F.pad(x, (left, right, top, top))
         split = padded.view(*padded.shape[:3], -1, columns).permute(0, 1, 4, 2, 3).contiguous()

@@ -64,7 +64,7 @@ def _add(
             "rule", rule, "an object of a subclass of perdure.privacy.clipping.ClippingRule"
         )
     known = table.get(module_type)
-    # a cell of a notebook that runs again defines the same class anew
+    # a notebook cell that runs again defines the same class again
     if known is not None and _name(known) != _name(rule):
         raise ConfigError(
             f"{module_type.__name__} already has the clipping rule {_name(known)}, and "
