@@ -2,12 +2,13 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from helpers.learners import SIMULATED, learner_of  # noqa: F401
 from helpers.toy_data import records
-from perdure.data import Stream, blurry, dirichlet, iid, online, permuted, rotated, split
+from perdure.data import Records, Stream, blurry, dirichlet, iid, online, permuted, rotated, split
 from perdure.data.experience import Experience
 from perdure.data.record_identity import refuse_records_in_two_partitions
 from perdure.errors import GuardError
@@ -121,3 +122,25 @@ def test_a_split_with_one_id_in_two_classes_is_refused(toy):
     stream = split(replace(toy, train=replace(toy.train, ids=ids)), scenario="class", experiences=2)
     with pytest.raises(GuardError, match="'experience-0' and 'experience-1' of stream split-toy"):
         refuse_records_in_two_partitions([stream])
+
+
+@pytest.mark.parametrize("first", [0, 12, 20])
+def test_rows_of_a_file_that_is_mapped_twice_are_recognised(tmp_path, first):
+    """20 rows of each mapping, without ids of their own; the second mapping begins later."""
+    path = tmp_path / "rows.npy"
+    np.save(path, np.zeros((40, 1, 4, 6), dtype=np.float32))
+    parts = []
+    for partition, start in (("january", 0), ("february", first)):
+        mapped = np.load(path, mmap_mode="c")[start : start + 20]
+        parts.append(
+            Records(
+                inputs=torch.from_numpy(mapped),
+                labels=torch.zeros(20, dtype=torch.int64),
+                partition=partition,
+            )
+        )
+    if first == 20:
+        refuse_records_in_two_partitions([by_hand(*parts)])
+        return
+    with pytest.raises(GuardError, match="contain the same rows of one tensor"):
+        refuse_records_in_two_partitions([by_hand(*parts)])

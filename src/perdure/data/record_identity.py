@@ -11,7 +11,10 @@ public fact depends on ids.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from itertools import count
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -22,14 +25,16 @@ from perdure.data.row_view import addresses_of
 from perdure.errors import DataError, GuardError
 
 Place = tuple[int, str]
-"""Number of a stream, and name of a partition in it."""
+"""Number of a stream and name of a partition in it."""
+LARGEST_FILE = 2**44
+"""Largest size of a mapped file in bytes; it separates the numbers of two files."""
 
 
 def refuse_records_in_two_partitions(streams: Sequence[Stream]) -> None:
     """Refuse streams in which one record is in two partitions.
 
     If no ids were given, ids are positions and do not identify records: such records are compared
-    only by the memory that holds them.
+    only by the memory that holds them, and rows of a mapped file by their place in the file.
 
     Args:
         streams: the streams of all parties whose records this process holds. Partitions of two
@@ -43,7 +48,8 @@ def refuse_records_in_two_partitions(streams: Sequence[Stream]) -> None:
         for experience in stream:
             held.setdefault((number, experience.train.partition), []).append(experience.train)
     by_id = {place: _ids(parts) for place, parts in held.items()}
-    by_memory = {place: _addresses(parts) for place, parts in held.items()}
+    files = _mapped_files()
+    by_memory = {place: files.places(_addresses(parts)) for place, parts in held.items()}
     found = _shared(by_id)
     if found is not None:
         raise GuardError(
@@ -131,6 +137,46 @@ def _addresses(parts: Iterable[Records]) -> Tensor:
         found.append(places[places != 0])  # rows without an address cannot be compared
     each: Tensor = torch.unique(torch.cat(found))
     return each
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _MappedFiles:
+    """Parts of memory that are mapped from files.
+
+    Args:
+        starts: (m,) int64 first address of each part, ascending.
+        ends: (m,) int64 address behind each part.
+        moves: (m,) int64 difference of an address to the place in its file, which is negative and
+            is the same however often the file is mapped.
+    """
+
+    starts: Tensor
+    ends: Tensor
+    moves: Tensor
+
+    def places(self, addresses: Tensor) -> Tensor:
+        """Convert addresses (r,) in mapped files to places in the files; keep other addresses."""
+        if not len(self.starts):
+            return addresses
+        part = torch.bucketize(addresses, self.ends, right=True).clamp(max=len(self.ends) - 1)
+        inside = (self.starts[part] <= addresses) & (addresses < self.ends[part])
+        return torch.where(inside, addresses + self.moves[part], addresses)
+
+
+def _mapped_files() -> _MappedFiles:
+    """Return the mapped files of this process; none if the system does not list them."""
+    lines: list[str] = []
+    with suppress(OSError):
+        lines = Path("/proc/self/maps").read_text().splitlines()
+    numbers: dict[str, int] = {}
+    found = []
+    for span, _, offset, device, inode, *_ in (line.split(maxsplit=5) for line in lines):
+        if inode != "0":
+            start, end = (int(address, 16) for address in span.split("-"))
+            file = numbers.setdefault(f"{device} {inode}", len(numbers) + 1)
+            found.append((start, end, int(offset, 16) - start - file * LARGEST_FILE))
+    starts, ends, moves = torch.tensor(found, dtype=torch.int64).reshape(-1, 3).T
+    return _MappedFiles(starts=starts, ends=ends.contiguous(), moves=moves)
 
 
 def _shared(keys: Mapping[Place, Tensor]) -> tuple[Place, Place] | None:

@@ -63,6 +63,8 @@ class Records:
             (n,). A stream may be cut by them; models do not get them. They are as private as the
             records.
         task: meaning of the labels: loss, metric and shape.
+        public_facts: facts that were found in the records instead of declared, such as the classes,
+            one sentence each. They are public thereby, and the privacy statement names them.
         spent: releases that all of these records were exposed to before, such as constants for
             scaling. A private learner charges them to its ledger, and plans for them.
 
@@ -82,6 +84,7 @@ class Records:
     domain: InputDomain | None = None
     attributes: Mapping[str, Tensor] = field(default_factory=dict)
     task: Task = field(default_factory=SingleLabel)
+    public_facts: tuple[str, ...] = ()
     spent: tuple[Spent, ...] = ()
 
     _fits: set[tuple[int, ...]] = field(default_factory=set, init=False, repr=False)

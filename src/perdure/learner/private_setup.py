@@ -151,7 +151,9 @@ def charge_before(
             ledger.declare(partition, before.size, before.rule)
     for experience in training.stream:
         records = experience.train
-        ledger.declare(records.partition, records.declared_size, rule_of(records))
+        ledger.declare(
+            records.partition, records.declared_size, rule_of(records), records.public_facts
+        )
     own = dict.fromkeys(experience.train.partition for experience in training.stream)
     spent = [
         elsewhere(charge, partition, ledger.simulated)

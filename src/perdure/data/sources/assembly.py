@@ -118,7 +118,12 @@ def dataset_of(
         targets, classes = converted(part.targets, task, classes, f"{part.label}targets", notes)
         made.append(_records(part, targets, task, settings.name))
     assert classes is not None
-    facts = [*settings.facts, *_facts(classes, settings)]
+    found = list(settings.facts)
+    if not classes.declared:
+        found.append("the classes found in the records are declared public")
+    facts = list(found)
+    if settings.declared_size is None:
+        facts.append("the number of training records is declared public")
     if isinstance(test, Part):
         learnt, measured = _with_other_ids(*made)
     else:
@@ -127,7 +132,7 @@ def dataset_of(
         learnt = replace(whole.take(~out), drawn_by_position=whole.ids_by_position)
         measured = whole.take(out)
         facts.append(f"the test part, a share of {test:g} by a hash of the ids, is public")
-    learnt = learnt.declared(settings.declared_size)
+    learnt = replace(learnt.declared(settings.declared_size), public_facts=tuple(found))
     if is_release(settings.standardise):
         _refuse_drawn_by_position(learnt)
         scaling, learnt = released_scaling(settings.standardise, scaling, learnt)
@@ -199,14 +204,6 @@ def _refuse_drawn_by_position(records: Records) -> None:
 
 def _scaled(records: Records, scaling: Scaling, domain: InputDomain | None) -> Records:
     return replace(records, inputs=scaling.applied(records.inputs), domain=domain)
-
-
-def _facts(classes: Classes, settings: Settings) -> list[str]:
-    """Sentences about facts that were computed from the records and are declared public."""
-    found = [] if classes.declared else ["the classes found in the records are declared public"]
-    if settings.declared_size is None:
-        found.append("the number of training records is declared public")
-    return found
 
 
 def _named(classes: Classes) -> dict[str, tuple[str, ...]]:

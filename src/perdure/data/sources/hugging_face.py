@@ -132,12 +132,16 @@ def from_huggingface(
             **settings,
         )
     named = {} if classes is None else {"target": tuple(classes)}
-    told = (*made.public_facts, *facts.public)
+    told, learnt = (
+        tuple(dict.fromkeys([*own, *facts.public]))
+        for own in (made.public_facts, made.train.public_facts)
+    )
     return replace(
         made,
+        train=replace(made.train, public_facts=learnt),
         categories={**made.categories, **facts.categories, **named},
         numbered_by_records=facts.found,
-        public_facts=tuple(dict.fromkeys(told)),
+        public_facts=told,
     )
 
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import chain, combinations
 from typing import Any
 
 from perdure.errors import ConfigError, LedgerError
@@ -29,6 +29,8 @@ class Statement:
         units: declared (public) number of units (records, clients) over all partitions; 0 if not
             known.
         before: how epsilon covers the earlier training of the model's first weights, in words.
+        public_facts: facts that were found in the records instead of declared, one sentence each;
+            epsilon does not cover them.
     """
 
     epsilon: float
@@ -42,6 +44,7 @@ class Statement:
     units: int = 0
     independence: str = ""
     before: str = NOT_COUNTED
+    public_facts: tuple[str, ...] = ()
 
     @property
     def delta_is_large(self) -> bool:
@@ -65,6 +68,7 @@ class Statement:
             self.sampling,
             self.trust,
             "declared sizes public",
+            *self.public_facts,
             *([f"independence of records {self.independence}"] if self.independence else []),
         )
         warning = "; simulation: not a private release" if self.simulated else ""
@@ -100,6 +104,8 @@ class Account:
         self.sizes: dict[str, int] = {}
         self.rules: dict[str, str] = {}
         """Partition to the digest of the public rule that assigned its records; "" if not known."""
+        self.public_facts: dict[str, tuple[str, ...]] = {}
+        """Partition to the facts that were found in its records and are therefore public."""
         self.entries: list[Entry] = []
         """Charges in order; new ones are appended, and existing ones never change."""
         self._indexed = EntryIndex(entries=self.entries)
@@ -138,6 +144,7 @@ class Account:
         if kind == "partition":
             self.sizes[content["name"]] = content["size"]
             self.rules[content["name"]] = content.get("rule", "")
+            self.public_facts[content["name"]] = tuple(content.get("public_facts", ()))
         elif kind == "entry":
             self.entries.append(Entry(**content))
         elif kind == "asked":
@@ -224,6 +231,7 @@ class Account:
             simulated=self.simulated,
             units=sum(self.sizes.values()),
             independence=self.independence,
+            public_facts=tuple(dict.fromkeys(chain.from_iterable(self.public_facts.values()))),
             before=COUNTED if self.continues else NOT_COUNTED,
         )
 

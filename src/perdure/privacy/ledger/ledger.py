@@ -125,13 +125,16 @@ class Ledger(Account):
         """Return True if noise comes from a seed that the user chose."""
         return self._key.simulated or super().simulated
 
-    def declare(self, partition: str, size: int, rule: str = "") -> None:
+    def declare(
+        self, partition: str, size: int, rule: str = "", public_facts: Sequence[str] = ()
+    ) -> None:
         """Declare a partition and its public size; repeating a declaration changes nothing.
 
         Args:
             partition: name of the partition.
             size: declared number of its records.
             rule: digest of the public rule that assigned its records; "" if none is known.
+            public_facts: facts that were found in its records and are therefore public.
 
         Raises:
             ConfigError: if the size is below 1 or the name is empty.
@@ -140,19 +143,22 @@ class Ledger(Account):
         if size < 1 or not partition:
             raise ConfigError.of("partition", (partition, size), "a name and a size of at least 1")
         known = self.sizes.get(partition)
-        if known is None:
-            body: Body = {"kind": "partition", "name": partition, "size": int(size)}
-            self._write(body | ({"rule": rule} if rule else {}))
-        elif known != size:
+        told = self.public_facts.get(partition, ())
+        facts = list(dict.fromkeys([*told, *public_facts]))
+        if known not in (None, size):
             raise LedgerError(
                 f"partition {partition!r} was declared with {known} records, now {size}"
             )
-        elif self.rules[partition] != rule:
+        if known is not None and self.rules[partition] != rule:
             raise LedgerError(
                 f"partition {partition!r} was made by another rule than the partition of that "
                 "name in this ledger (another data set, order, seed or size); give the same "
                 "stream as before, or another folder"
             )
+        if known is None or len(facts) > len(told):
+            body: Body = {"kind": "partition", "name": partition, "size": int(size)}
+            body |= {"rule": rule} if rule else {}
+            self._write(body | ({"public_facts": facts} if facts else {}))
 
     def grant(
         self,

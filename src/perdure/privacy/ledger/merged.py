@@ -66,6 +66,7 @@ class Merged(Account):
                 "owner=..., or read the ledgers one by one"
             )
         self.sizes |= {names[name]: size for name, size in account.sizes.items()}
+        self.public_facts |= {names[name]: told for name, told in account.public_facts.items()}
         for entry in account.entries:
             self.entries.append(
                 replace(entry, scope={names[name]: rate for name, rate in entry.scope.items()})
