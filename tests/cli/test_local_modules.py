@@ -2,12 +2,12 @@
 need them.
 """
 
-import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from helpers.ledger_cli import CONFIG, shown
+from helpers.ledger_cli import CONFIG, cli, shown
 
 STRATEGY = '''
 """A strategy that stands beside the config."""
@@ -27,7 +27,6 @@ MINE = f"""{CONFIG.partition("[[arms]]")[0]}
 strategy = "mine_beside:Mine"
 private = true
 """
-SCRIPT = "import sys; from perdure.cli.main import main; main()"
 
 
 @pytest.fixture(scope="module")
@@ -36,10 +35,16 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("beside")
     (folder / "mine_beside.py").write_text(STRATEGY)
     (folder / "mine.toml").write_text(MINE)
-    # as the installed command: unlike `python -m`, it finds nothing in the current folder by itself
-    command = [sys.executable, "-P", "-c", SCRIPT, "run", "mine.toml"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        # as the installed command: unlike `python -m`, it finds nothing in the current folder by
+        # itself
+        patch.setattr(sys, "path", [place for place in sys.path if Path(place).is_absolute()])
+        patch.setattr(sys, "argv", ["perdure", "run", "mine.toml"])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+    assert not ended.value.code
+    del sys.modules["mine_beside"]
     (folder / "mine_beside.py").unlink()
     (folder / "imported").unlink()
     return folder / "runs" / "small"

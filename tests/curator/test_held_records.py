@@ -87,13 +87,13 @@ def test_step_memory_gets_no_row_twice_at_the_experience_end(toy_stream, toy_mod
 
 @pytest.mark.statistical
 def test_step_memory_is_a_uniform_sample_of_all_records(toy_stream, toy_model):
-    """800 seeds keep 12 of 48 records; each count lies within 4.5 standard deviations of a quarter
+    """400 seeds keep 12 of 48 records; each count lies within 4.5 standard deviations of a quarter
     (48 x 7e-6: 3e-4).
     """
     stream = toy_stream()
     counts = torch.zeros(48)
     model = toy_model(stream)
-    trials = 800
+    trials = 400
     for seed in range(trials):
         learner = learner_of(model, given(selection="reservoir", update="step"), seed=seed)
         learner.prepare(stream)

@@ -432,7 +432,7 @@ def test_a_reservoir_keeps_rows_offered_one_by_one_equally_often():
         return memory.rows.ids.tolist()
 
     counts = torch.zeros(sum(PIECES), dtype=torch.float64)
-    trials = 400
+    trials = 200
     for trial in range(trials):
         kept = one_by_one(place(trial))
         assert len(set(kept)) == len(kept) == CAPACITY

@@ -345,14 +345,14 @@ def test_a_reference_in_the_first_experience_is_refused(four, toy_model):
 
 @pytest.mark.statistical
 def test_references_have_independent_noise_of_the_stated_scale(four, toy_model, meetings):
-    """A correlation of 400 x 64 pairs has standard deviation 1/160, and 5 of them are allowed
-    (6e-7). The scale is measured on 6 x 400 x 64 normals within 2 % (over 7 standard errors).
+    """64 numbers a stream: a correlation of 200 x 64 pairs has standard deviation 1/113; bound 5 of
+    them (6e-7).
 
-    The scale is measured on 6 x 400 x 64 normals within 2 % (7 standard errors and more).
+    The scale is measured on 200 x 64 normals and more, within 4 % (6 standard errors and more).
     """
     learner = opened(learner_of(toy_model(four), GEM(memory_size=12), iterations=1), four, 2)
     meetings.of.clear()
-    learner.session.held.reserve(steps := range(400), "start")
+    learner.session.held.reserve(steps := range(200), "start")
     for step in steps:
         batch = learner.session.held.sample(step)
         for k in (0, 1):
@@ -362,10 +362,10 @@ def test_references_have_independent_noise_of_the_stated_scale(four, toy_model, 
         name: torch.cat(meetings.noises(name))
         for name in ("gradient", "reference 0", "reference 1")
     }
-    assert [len(each) for each in streams.values()] == [400 * 64] * 3 and len(meetings.sums) >= 1200
+    assert [len(each) for each in streams.values()] == [200 * 64] * 3 and len(meetings.sums) >= 600
     for one, other in combinations(streams.values(), 2):
-        assert abs(float(torch.corrcoef(torch.stack([one, other]))[0, 1])) < 5 / 160
+        assert abs(float(torch.corrcoef(torch.stack([one, other]))[0, 1])) < 5 / 113
     for each in streams.values():
-        assert abs(float(each.std()) - 1) < 0.02
+        assert abs(float(each.std()) - 1) < 0.04
         # step after step
-        assert abs(float(torch.corrcoef(torch.stack([each[64:], each[:-64]]))[0, 1])) < 5 / 160
+        assert abs(float(torch.corrcoef(torch.stack([each[64:], each[:-64]]))[0, 1])) < 5 / 113

@@ -149,7 +149,7 @@ def test_training_with_views_learns_and_is_reproducible(learner_of, toy_stream, 
     privacy = Privacy(noise_multiplier=0.5, seed=0) if private else None
     ends = []
     for _ in range(2):
-        learner = learner_of(strategy=strategy, privacy=privacy, iterations=60)
+        learner = learner_of(strategy=strategy, privacy=privacy, iterations=30)
         matrix = learner.fit(toy_stream())
         ends.append(learner.model.state_dict())
     assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())

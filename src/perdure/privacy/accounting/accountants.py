@@ -117,6 +117,7 @@ def _widening(spread: float) -> float:
     return 10.0 ** min(0, math.floor(math.log10(spread)))
 
 
+@lru_cache(maxsize=16)
 def _steps(charge: Charge, relation: Relation, interval: float) -> Any:
     """Privacy loss distribution of all steps of `charge`.
 
@@ -130,9 +131,11 @@ def _steps(charge: Charge, relation: Relation, interval: float) -> Any:
         one = _counted(charge.noise_multiplier, interval)
         return one.self_compose(2 * charge.steps if relation == "replace-one" else charge.steps)
     elif charge.sampling_rate == 1:
-        return _single(1.0, _effective(charge) / math.sqrt(charge.steps), relation, interval)
+        noise = _effective(charge) / math.sqrt(charge.steps)
+        return gaussian_step(1.0, noise, relation, interval).once()
     else:
-        one = _single(charge.sampling_rate, _effective(charge), relation, interval)
+        step = _single(charge.sampling_rate, _effective(charge), relation, interval)
+        return step.repeated(charge.steps)
     return one.self_compose(charge.steps)
 
 

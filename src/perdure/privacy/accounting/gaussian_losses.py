@@ -1,11 +1,13 @@
-"""Privacy loss distributions of one Gaussian step, sampled or not, for dp-accounting to compose.
+"""Privacy loss distributions of Gaussian steps, sampled or not, for dp-accounting to compose.
 
-Bounds, distributions and pessimistic discretisation equal those of dp-accounting's
-`from_gaussian_mechanism`, up to rounding. That function looks for the output at each privacy loss
-in a Python loop, which takes nine tenths of a calibration; here one formula covers the whole grid.
+Bounds, distributions, pessimistic discretisation and repetition equal those of dp-accounting's
+`from_gaussian_mechanism` and `self_compose`, up to rounding. They look for the output at each
+privacy loss in a Python loop, and for the tails by sums of exponentials, which takes nine tenths of
+a calibration; here one formula covers the whole grid.
 """
 
 import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,15 +16,102 @@ import numpy.typing as npt
 from perdure.privacy.accounting.charges import Relation
 
 if TYPE_CHECKING:
+    from dp_accounting.pld.pld_pmf import DensePLDPmf
     from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
 
 Numbers = npt.NDArray[np.float64]
 
+TAIL = 1e-15
+"""Probability of the tails that repeated steps cut off; it counts as an infinite loss."""
 
-def gaussian_step(
-    rate: float, noise: float, relation: Relation, interval: float
-) -> "PrivacyLossDistribution":
-    """Privacy loss distribution of one step, by connecting the dots (Doroshenko et al. 2022).
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Losses:
+    """Pessimistic probabilities of the privacy losses of one step, on a grid.
+
+    Args:
+        interval: distance between two points of the grid.
+        lowest: smallest loss, in intervals.
+        masses: (n,) probability of every loss on the grid, from the smallest.
+        infinite: probability of an infinite loss.
+    """
+
+    interval: float
+    lowest: int
+    masses: Numbers
+    infinite: float
+
+    def once(self) -> "DensePLDPmf":
+        """Return the losses of the step itself."""
+        from dp_accounting.pld.pld_pmf import DensePLDPmf
+
+        return DensePLDPmf(self.interval, self.lowest, self.masses, self.infinite, True)
+
+    def repeated(self, steps: int) -> "DensePLDPmf":
+        """Return the losses of `steps` steps; tails of mass `TAIL` count as an infinite loss."""
+        from dp_accounting.pld.pld_pmf import DensePLDPmf
+        from scipy import fft
+
+        low, high = self._bounds(steps)
+        size = fft.next_fast_len(max(high - low + 1, len(self.masses)), real=True)
+        around = fft.irfft(fft.rfft(self.masses, size) ** steps, size)
+        masses = np.roll(around, -low)[: high - low + 1]
+        infinite = TAIL - math.expm1(steps * math.log1p(-self.infinite))
+        return DensePLDPmf(self.interval, self.lowest * steps + low, masses, infinite, True)
+
+    def _bounds(self, steps: int) -> tuple[int, int]:
+        """Return the first and last index of the sum of `steps` losses, except for a mass of `TAIL`.
+
+        Uses the Chernoff bound at 40 orders, as dp-accounting does, but with a product per order
+        instead of a sum of exponentials, which takes most of the time of a calibration.
+        """
+        n = len(self.masses)
+        low = 0
+        high = (n - 1) * steps
+        rest = math.log(2 / TAIL)
+        places = np.arange(n) / n
+        for sign in (1, -1):
+            one = np.exp(sign * places)
+            power = np.ones(n)
+            for order in range(1, 21):
+                power *= one
+                moment = float(self.masses @ power)
+                if moment <= 0:
+                    continue
+                bound = (steps * math.log(moment) + rest) * n / (sign * order)
+                if sign > 0:
+                    high = min(high, math.ceil(bound))
+                else:
+                    low = max(low, math.floor(bound))
+        return low, high
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class GaussianStep:
+    """Privacy losses of one Gaussian step, for a removed and for an added record.
+
+    Args:
+        sides: losses for a removed record and, if they differ, for an added one.
+    """
+
+    sides: tuple[Losses, ...]
+
+    def once(self) -> "PrivacyLossDistribution":
+        """Return the distribution of the step itself."""
+        return self._both([side.once() for side in self.sides])
+
+    def repeated(self, steps: int) -> "PrivacyLossDistribution":
+        """Return the distribution of `steps` steps."""
+        return self._both([side.repeated(steps) for side in self.sides])
+
+    def _both(self, masses: "list[DensePLDPmf]") -> "PrivacyLossDistribution":
+        from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
+
+        return PrivacyLossDistribution(*masses)
+
+
+def gaussian_step(rate: float, noise: float, relation: Relation, interval: float) -> GaussianStep:
+    """Return the privacy losses of one step, by connecting the dots (Doroshenko et al. 2022).
 
     Args:
         rate: probability that a record takes part in the step.
@@ -30,29 +119,36 @@ def gaussian_step(
         relation: how neighbouring data sets differ.
         interval: distance between two points of the grid of privacy losses.
     """
-    from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
     from dp_accounting.pld.privacy_loss_mechanism import AdjacencyType, GaussianPrivacyLoss
 
     sides = [AdjacencyType.REMOVE, AdjacencyType.ADD][: 1 if rate == 1 else 2]
     if relation == "replace-one":
         sides = [AdjacencyType.REPLACE]
-    masses = []
+    found = []
     for side in sides:
         loss = GaussianPrivacyLoss(noise, sampling_prob=rate, adjacency_type=side)
-        masses.append(_discretised(loss, side.name, rate, noise, interval))
-    return PrivacyLossDistribution(*masses)
+        found.append(_discretised(loss, side.name, rate, noise, interval))
+    return GaussianStep(sides=tuple(found))
 
 
-def _discretised(loss: Any, side: str, rate: float, noise: float, interval: float) -> Any:
-    """Probabilities on the grid that give an upper bound, from the exact deltas at its points."""
-    from dp_accounting.pld import pld_pmf
-
+def _discretised(loss: Any, side: str, rate: float, noise: float, interval: float) -> Losses:
+    """Return probabilities on the grid that give an upper bound, from the exact deltas (alg. 1)."""
     bounds = loss.connect_dots_bounds()
     lowest = math.floor(bounds.epsilon_lower / interval)
-    highest = math.ceil(bounds.epsilon_upper / interval)
+    highest = max(math.ceil(bounds.epsilon_upper / interval), lowest + 1)
     epsilons = np.arange(lowest, highest + 1) * interval
-    return pld_pmf.create_pmf_pessimistic_connect_dots_fixed_gap(
-        interval, lowest, highest, _deltas(loss, side, rate, noise, epsilons)
+    deltas = np.minimum.accumulate(_deltas(loss, side, rate, noise, epsilons))
+    falls = np.diff(deltas)
+    growth = math.expm1(interval)
+    masses = np.empty_like(deltas)
+    masses[0] = 1 - deltas[0] + falls[0] / growth
+    masses[1:-1] = (falls[1:] - falls[:-1] * math.exp(interval)) / growth
+    masses[-1] = falls[-1] / math.expm1(-interval)
+    return Losses(
+        interval=interval,
+        lowest=lowest,
+        masses=np.maximum(masses, 0.0),
+        infinite=float(deltas[-1]),
     )
 
 
