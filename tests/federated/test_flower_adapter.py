@@ -21,6 +21,7 @@ from perdure.errors import (
     GuardError,
     LedgerError,
     PrivacyError,
+    RunawayError,
     RunError,
     StrategyError,
 )
@@ -176,6 +177,9 @@ def test_client_failures_of_other_types_are_federation_errors():
         == "client 3 stopped: StrategyError: two memories"
     )
     assert type(failure(3, "PrivacyError: raw")) is PrivacyError
+    diverged = failure(3, "RunawayError: head.weight is NaN")
+    assert type(diverged) is RunawayError
+    assert str(diverged) == "client 3 diverged: head.weight is NaN"
     assert str(failure(3, "")) == "client 3 stopped: no reason given"
 
 

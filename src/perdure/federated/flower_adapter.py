@@ -41,6 +41,7 @@ from perdure.errors import (
     LedgerError,
     PerdureError,
     PrivacyError,
+    RunawayError,
 )
 from perdure.federated.held_arrays import copied
 from perdure.federated.messages import read_metric, to_record
@@ -270,6 +271,7 @@ def answers(grid: Grid, messages: Sequence[Message], clients: Mapping[int, int])
 
     Raises:
         PrivacyError: if the privacy rules of a client refused.
+        RunawayError: if the training of a client diverged.
         FederationError: if there was another failure, or no reply.
     """
     replies = {
@@ -295,11 +297,13 @@ def answers(grid: Grid, messages: Sequence[Message], clients: Mapping[int, int])
 def failure(client: int, reason: str) -> PerdureError:
     """Turn an error reply into an exception.
 
-    A refusal by the privacy rules becomes a PrivacyError.
+    A refusal by the privacy rules becomes a PrivacyError, diverged training a RunawayError.
     """
     line = (reason.strip().splitlines() or ["no reason given"])[0]
     kind, _, text = line.partition(": ")
     known = getattr(errors, kind, None)
+    if known is RunawayError:
+        return RunawayError(f"client {client} diverged: {text}")
     if isinstance(known, type) and issubclass(known, PrivacyError):
         return known(f"client {client}: {text}")
     return FederationError(f"client {client} stopped: {line}")

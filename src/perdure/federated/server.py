@@ -153,6 +153,7 @@ class Server:
         Raises:
             FederationError: if a client or the aggregator cannot continue.
             PrivacyError: if the privacy rules of a client refuse.
+            RunawayError: if training diverged.
             RunError: if the folder is in use, or has a run with other settings.
         """
         with contained(), locked(self.folder):

@@ -72,6 +72,8 @@ class Privacy(CheckedFields):
             attacks; records are then independent by construction, except for state that the module
             keeps. Models of known modules, with strategies and attacks of the library, are
             independent by construction and run in batches in both modes.
+        unit: protected unit: a record.
+        relation: neighbouring data sets: one record more or less.
 
     Raises:
         ConfigError: if a value is outside its range.

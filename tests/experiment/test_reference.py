@@ -1,0 +1,148 @@
+"""The reference of a config: every field of Python, as the dataclasses have it."""
+
+import inspect
+from dataclasses import MISSING, fields
+
+import pytest
+import torch
+from torch.optim import lr_scheduler
+
+from perdure import adversarial, explain, models, strategies
+from perdure.data.augmentation import Views
+from perdure.errors import ConfigError
+from perdure.experiment import reference
+from perdure.experiment.config import Arm, Config, FederationConfig
+from perdure.experiment.data_config import DataConfig
+from perdure.experiment.model_config import BUILDERS, GIVEN
+from perdure.experiment.overrides import toml_value
+from perdure.experiment.training_config import (
+    OPTIMIZERS,
+    SCHEDULES,
+    ScheduleConfig,
+    TrainingConfig,
+    ViewsConfig,
+)
+from perdure.federated import Federation
+from perdure.learner import Learner
+from perdure.models import ModelConfig
+from perdure.privacy import Privacy
+
+CLASSES = {
+    "outside of tables": Config,
+    "[data]": DataConfig,
+    "[model]": ModelConfig,
+    "[training]": TrainingConfig,
+    "[federation]": FederationConfig,
+    "[privacy]": Privacy,
+    **{f'[[arms]] strategy = "{name}"': strategies.find(name) for name in strategies.names()},
+    **{f'[explain] method = "{name}"': explain.find(name) for name in explain.names()},
+    **{
+        f'[attack] and [training.adversary] name = "{name}"': adversarial.find(name)
+        for name in adversarial.names()
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def tables():
+    return {table.title: table.keys for table in reference.tables()}
+
+
+def test_reference_has_every_field_of_every_class(tables):
+    for title, kind in CLASSES.items():
+        own = [each.name for each in fields(kind) if each.init]
+        assert [key.name for key in tables[title]] == own, title
+
+
+def test_reference_has_the_defaults_of_the_classes(tables):
+    for title, kind in CLASSES.items():
+        known = {each.name: each for each in fields(kind)}
+        for key in tables[title]:
+            default = known[key.name].default
+            if default is MISSING:
+                continue
+            written = "left out" if default is None else toml_value(_listed(default))
+            assert key.default in (written, "as below"), (title, key.name)
+
+
+def _listed(value):
+    return list(value) if isinstance(value, tuple) else value
+
+
+def test_reference_says_type_and_meaning_of_every_key(tables):
+    for title, keys in tables.items():
+        for key in keys:
+            assert key.type and "no value" not in key.type, (title, key.name)
+            told = "name = " not in title and "optimizer" not in title
+            assert key.meaning or not told, (title, key.name)
+
+
+def test_reference_has_the_limits_of_the_checks(tables):
+    allowed = {key.name: key.allowed for key in tables["[training]"]}
+    assert allowed["batch_size"] == "1 to 1000000000"
+    assert allowed["momentum"] == "a number from 0 to below 1"
+    assert "SGD" in allowed["optimizer"]
+
+
+def test_reference_has_the_parameters_of_functions(tables):
+    for name in BUILDERS:
+        own = set(inspect.signature(getattr(models, name)).parameters) - set(GIVEN)
+        assert {key.name for key in tables[f'[model] name = "{name}"']} == own
+    for name in OPTIMIZERS:
+        keys = tables[f'[training] optimizer = "{name}": optimizer_options']
+        assert {key.name for key in keys} < set(
+            inspect.signature(vars(torch.optim)[name]).parameters
+        )
+    for name in SCHEDULES:
+        keys = tables[f'[training.schedule] name = "{name}"']
+        assert {key.name for key in keys} < set(
+            inspect.signature(getattr(lr_scheduler, name)).parameters
+        )
+
+
+def test_config_reaches_every_setting_of_a_learner():
+    """Those that no config gives belong to the caller: files, callbacks, parties, audits."""
+    caller = {"callbacks", "client", "owner", "folder", "warm_start", "make_private_sum"}
+    results = {"matrix", "progress"}
+    keys = {each.name for kind in (Config, TrainingConfig, Arm) for each in fields(kind)}
+    renamed = {"scheduler": "schedule"}
+    own = {each.name for each in fields(Learner) if each.init} - caller - results
+    assert {renamed.get(name, name) for name in own} <= keys
+    assert {each.name for each in fields(Views)} <= {"count", *ViewsConfig.__dataclass_fields__}
+    federation = {each.name for each in fields(Federation)} - {"seed", "mode"}
+    assert federation <= {each.name for each in fields(FederationConfig)}
+
+
+def test_every_schedule_of_the_reference_can_be_made():
+    needed = {
+        "StepLR": {"step_size": 0.5},
+        "MultiStepLR": {"milestones": [0.5, 0.75]},
+        "ExponentialLR": {"gamma": 0.9},
+        "CosineAnnealingWarmRestarts": {"T_0": 0.5},
+        "OneCycleLR": {"max_lr": 0.5},
+        "CyclicLR": {"base_lr": 0.1, "max_lr": 0.5, "step_size_up": 0.5, "cycle_momentum": False},
+    }
+    for name in SCHEDULES:
+        schedule = ScheduleConfig.from_table({"name": name, **needed.get(name, {})}, "x")
+        config = TrainingConfig(optimizer="SGD", epochs=1, schedule=schedule)
+        optimizer = config.factory()([torch.nn.Parameter(torch.zeros(1))])
+        rates = []
+        made = schedule(optimizer, steps=8)
+        for _ in range(8):
+            rates.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            made.step()
+        assert len(set(rates)) > 1 or name == "ConstantLR", name
+
+
+def test_numbers_of_steps_may_be_shares_of_an_experience():
+    schedule = ScheduleConfig.from_table({"name": "MultiStepLR", "milestones": [0.5, 6]}, "x")
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    assert sorted(schedule(optimizer, steps=8).milestones) == [4, 6]
+    whole = ScheduleConfig.from_table({"name": "CosineAnnealingLR"}, "x")
+    assert whole(optimizer, steps=8).T_max == 8
+
+
+def test_reference_of_an_unknown_table_is_refused():
+    with pytest.raises(ConfigError, match=r"^--table = 'x' is not allowed; allowed: data, model"):
+        reference.reference_text("x")
