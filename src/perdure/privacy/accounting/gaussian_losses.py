@@ -60,7 +60,7 @@ class Losses:
         return DensePLDPmf(self.interval, self.lowest * steps + low, masses, infinite, True)
 
     def _bounds(self, steps: int) -> tuple[int, int]:
-        """Return the first and last index of the sum of `steps` losses, except for a mass of `TAIL`.
+        """Return the first and last index of the sum of `steps` losses, less a mass of `TAIL`.
 
         Uses the Chernoff bound at 40 orders, as dp-accounting does, but with a product per order
         instead of a sum of exponentials, which takes most of the time of a calibration.
