@@ -53,7 +53,8 @@ EXIT_CODES = """
 |---|---|
 | 0 | done |
 | 1 | `run`: finished, but a training diverged. `audit`: a claim is refuted. \
-`ledger verify`: something is wrong. `ledger show` and `ledger project`: a ledger of the run is missing |
+`ledger verify`: something is wrong. `ledger show` and `ledger project`: \
+a ledger of the run is missing |
 | 2 | the command cannot be carried out: wrong option, config, folder or data; one line says why |
 | 3 | `ledger verify`: nothing is wrong, but a key is missing, so the history is not proved |
 | 130 | stopped by Ctrl-C; give the same command again to continue |
