@@ -274,8 +274,8 @@ def herding(repeats: int) -> Row:
 
     The model has no body, so that its features are the records.
     """
-    stream = stream_of((FEATURES,), RECORDS, 1)
-    model = partial(mlp, input_shape=(FEATURES,), num_classes=1, hidden=(), seed=0)
+    stream = stream_of((FEATURES,), RECORDS, EXPERIENCES)  # one class in each experience
+    model = partial(mlp, input_shape=(FEATURES,), num_classes=EXPERIENCES, hidden=(), seed=0)
     times = []
     for _ in range(repeats):
         pair = []
