@@ -140,7 +140,7 @@ def mirrored(matrix: Tensor) -> Tensor:
 
 
 def ridge_head(gram: Tensor, cross: Tensor, ridge: float) -> Tensor:
-    """(d, c) matrix W that minimises sum_i |f_i^T W - y_i|^2 + ridge |W|^2, by Cholesky.
+    """Return (d, c) matrix W that minimises sum_i |f_i^T W - y_i|^2 + ridge |W|^2, by Cholesky.
 
         W = (gram + ridge I)^-1 cross
 
@@ -188,12 +188,12 @@ def denoised(matrix: Tensor, share: float = SHARE) -> Tensor:
 
 
 def class_means(cross: Tensor, totals: Tensor) -> Tensor:
-    """(d, c) mean of each class; 0 for a class without records."""
+    """Return (d, c) mean of each class; 0 for a class without records."""
     return cross / totals.clamp(min=1.0)
 
 
 def absent(totals: Tensor) -> Tensor:
-    """(c,) bias of the logits: `MASKED` for classes without records, 0 for others.
+    """Return (c,) bias of the logits: `MASKED` for classes without records, 0 for others.
 
     With it, classes without records are never predicted.
     """
@@ -209,7 +209,7 @@ def within_covariance(gram: Tensor, cross: Tensor, totals: Tensor) -> Tensor:
 
 
 def shrunk(covariance: Tensor, shrinkage: float, *, scaled: bool) -> Tensor:
-    """(1 - shrinkage) covariance + shrinkage m I.
+    """Return (1 - shrinkage) covariance + shrinkage m I.
 
     m is the mean variance if `scaled`, and 1 if not.
     """
@@ -286,7 +286,7 @@ class Analytic(Strategy, ABC):
         return unit(features) if self.normalise else features
 
     def predict(self, forward: Forward, x: Tensor, context: Context, state: State) -> Tensor:
-        """(n, C) logits of the solved head."""
+        """Return (n, C) logits of the solved head."""
         features = self.features(forward, x, state)
         logits = features.double() @ state["weight"] + state["bias"]
         return torch.where(context.allowed, logits.to(features.dtype), MASKED)

@@ -177,7 +177,7 @@ class Curvature:
     fit: Tensor
 
     def __call__(self, forward: Forward, batch: Batch) -> Tensor:
-        """(n, 5) rows: by alpha, by beta, twice by alpha, by both, twice by beta."""
+        """Return (n, 5) rows: by alpha, by beta, twice by alpha, by both, twice by beta."""
         raw = forward(batch.inputs)
         logits = torch.where(self.new, self.fit[0] * raw + self.fit[1], corrected(raw, self.state))
         p = torch.softmax(self.context.mask(logits, batch), dim=1)
@@ -200,7 +200,7 @@ class Curvature:
 
 
 def newton(sums: Tensor, fit: Tensor) -> Tensor:
-    """(2,) step of alpha and beta, at most 1 long, from the sums (5,).
+    """Return (2,) step of alpha and beta, at most 1 long, from the sums (5,).
 
     Noise may make them anything.
     """
@@ -214,7 +214,7 @@ def newton(sums: Tensor, fit: Tensor) -> Tensor:
 
 
 def corrected(logits: Tensor, state: State) -> Tensor:
-    """(n, C) logits times alpha plus beta."""
+    """Return (n, C) logits times alpha plus beta."""
     return state["alpha"] * logits + state["beta"]
 
 

@@ -118,7 +118,7 @@ class CODAPrompt(Strategy):
         return Plan(trainable=(f"{COMPONENTS}{experience.index}.", HEAD))
 
     def losses(self, forward: Forward, batch: Batch, context: Context, state: State) -> Tensor:
-        """(n,) cross entropy over the classes of the record's own experience (its task)."""
+        """Return (n,) cross entropy over the classes of the record's own experience (its task)."""
         logits = forward.method("upto")(batch.inputs, context.experience)
         own = context.task_classes[batch.tasks]
         return context.task.losses(logits, batch.labels, own)

@@ -102,7 +102,7 @@ class CWRStar(Strategy):
         return Plan(trainable=(self.head,) if experience.index else None)
 
     def losses(self, forward: Forward, batch: Batch, context: Context, state: State) -> Tensor:
-        """(n,) cross entropy of the temporary head."""
+        """Return (n,) cross entropy of the temporary head."""
         shift = {
             n: start(value, context.current) - state[f"base/{n}"]
             for n, value in state.group("cw").items()

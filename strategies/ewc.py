@@ -189,7 +189,7 @@ def anchor(state: State, name: str) -> Tensor:
 
 
 def drawn(p: Tensor, uniform: Tensor) -> Tensor:
-    """(n,) int64 class for each row of p (n, C), drawn with numbers (n,) uniform in (0, 1).
+    """Return (n,) int64 class for each row of p (n, C), drawn with numbers (n,) uniform in (0, 1).
 
     A class of probability 0 is never drawn.
     """

@@ -129,7 +129,7 @@ def flat(gradient: Params) -> Tensor:
 
 
 def dual(gram: Tensor, along: Tensor, margin: float) -> Tensor:
-    """(k,) dual variables of the quadratic program, from R R^T (k, k) and R g (k,).
+    """Return (k,) dual variables of the quadratic program, from R R^T (k, k) and R g (k,).
 
     The program is solved for references of length 1 and a scaled gradient; a common factor does not
     change the solution.

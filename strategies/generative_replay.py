@@ -131,7 +131,7 @@ class GenerativeReplay(Strategy):
         return Plan()
 
     def losses(self, forward: Forward, batch: Batch, context: Context, state: State) -> Tensor:
-        """(n,) losses of each row and of one generated row.
+        """Return (n,) losses of each row and of one generated row.
 
         They are cross entropy and reconstruction of the row, and distillation and reconstruction of
         the generated row.
@@ -166,7 +166,7 @@ class GenerativeReplay(Strategy):
 def distillation(
     logits: Tensor, teacher: Tensor, context: Context, temperature: float | None
 ) -> Tensor:
-    """(n,) distance of the student's probabilities from the teacher's, averaged over tasks.
+    """Return (n,) distance of the student's probabilities from the teacher's, averaged over tasks.
 
     Args:
         logits: (n, C) logits of the student.
@@ -189,13 +189,13 @@ def distillation(
 
 
 def drawn(ids: Tensor, step: Tensor, count: int, seed: int) -> Tensor:
-    """(n, count) standard normal numbers for the records with ids (n,) in a step ()."""
+    """Return (n, count) standard normal numbers for the records with ids (n,) in a step ()."""
     places = torch.arange(count, device=ids.device)
     return normals(ids[:, None], derive(seed, "generative replay"), step, places)
 
 
 def vae_loss(forward: Forward, x: Tensor, noise: Tensor) -> Tensor:
-    """(n,) minus the evidence lower bound of each row, in nats per pixel, with one sample.
+    """Return (n,) minus the evidence lower bound of each row, in nats per pixel, with one sample.
 
     Args:
         forward: model with a generator.

@@ -100,7 +100,7 @@ class LoRA(Strategy):
         return Plan(trainable=(f"{self.adapters}{experience.index}.", self.head))
 
     def losses(self, forward: Forward, batch: Batch, context: Context, state: State) -> Tensor:
-        """(n,) cross entropy over the classes of the record's experience."""
+        """Return (n,) cross entropy over the classes of the record's experience."""
         own = context.task_classes[batch.tasks]
         return context.task.losses(forward(batch.inputs), batch.labels, own)
 

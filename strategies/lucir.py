@@ -145,7 +145,7 @@ class LUCIR(Strategy):
         return Plan(memory=MemoryPlan(capacity=self.memory_size, selection="herding", use="pooled"))
 
     def losses(self, forward: Forward, batch: Batch, context: Context, state: State) -> Tensor:
-        """(n,) cross entropy of scaled cosines, less-forget constraint, and ranking loss."""
+        """Return (n,) cross entropy of scaled cosines, less-forget constraint, and ranking loss."""
         old = before(context)
         features = forward.features(batch.inputs)
         cosine, scale = self._scaled_cosines(forward, features, old, state)
@@ -183,7 +183,7 @@ class LUCIR(Strategy):
     def _scaled_cosines(
         self, forward: Forward, features: Tensor, old: Tensor, state: State
     ) -> tuple[Tensor, Tensor]:
-        """(n, C) cosines of features (n, f) with all class embeddings, and their scale eta.
+        """Return (n, C) cosines of features (n, f) with all class embeddings, and their scale eta.
 
         The embeddings of the old classes, a mask (C,), are the fixed ones.
         """
@@ -193,7 +193,7 @@ class LUCIR(Strategy):
         ]
 
     def _ranking_losses(self, cosine: Tensor, labels: Tensor, old: Tensor, new: Tensor) -> Tensor:
-        """(n,) margin ranking loss for records of old classes; 0 for other records.
+        """Return (n,) margin ranking loss for records of old classes; 0 for other records.
 
         Args:
             cosine: (n, C) cosines of the features with every class embedding.

@@ -74,7 +74,7 @@ class LwF(Strategy):
         return State().declare_group("teacher", spec.teacher, "local")
 
     def losses(self, forward: Forward, batch: Batch, context: Context, state: State) -> Tensor:
-        """(n,) cross entropy plus distillation."""
+        """Return (n,) cross entropy plus distillation."""
         logits = forward(batch.inputs)
         new = context.losses(logits, batch)
         if context.experience == 0:

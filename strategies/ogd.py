@@ -168,7 +168,7 @@ def filled_rows(state: State, filled: Tensor) -> Params:
 
 
 def group_of(batch: Batch, context: Context, groups: int) -> Tensor:
-    """(n,) group of each record, decided by its class and its id only.
+    """Return (n,) group of each record, decided by its class and its id only.
 
     Every class of the experience has an equal share of the groups.
 
@@ -180,12 +180,12 @@ def group_of(batch: Batch, context: Context, groups: int) -> Tensor:
 
 
 def scattered(ids: Tensor, into: int) -> Tensor:
-    """(n,) numbers from 0 to `into` - 1, each by a hash of the record's id."""
+    """Return (n,) numbers from 0 to `into` - 1, each by a hash of the record's id."""
     return (uniforms(ids, derive("ogd")) * into).long()
 
 
 def inverse_of(products: Tensor) -> Tensor:
-    """(K, K) pseudo-inverse of the inner products (K, K), computed with unit directions.
+    """Return (K, K) pseudo-inverse of the inner products (K, K), computed with unit directions.
 
     Directions of length 0 are left out.
     """

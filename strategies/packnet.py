@@ -126,7 +126,7 @@ class PackNet(Strategy):
         return Plan()
 
     def losses(self, forward: Forward, batch: Batch, context: Context, state: State) -> Tensor:
-        """(n,) cross entropy of the task's network over the classes of the task."""
+        """Return (n,) cross entropy of the task's network over the classes of the task."""
         logits = self._network(forward, state, context.experience)(batch.inputs)
         return context.task.losses(logits, batch.labels, context.current)
 

@@ -107,7 +107,7 @@ class RanPAC(Analytic):
         return state.declare("projection", drawn.to(state["bias"].device), "local")
 
     def features(self, forward: Forward, x: Tensor, state: State) -> Tensor:
-        """(n, d) features for the ridge regression.
+        """Return (n, d) features for the ridge regression.
 
         They are projected and normalised, with the bias feature at the end.
         """

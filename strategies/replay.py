@@ -87,7 +87,7 @@ class Replay(Strategy):
         return Plan(memory=self._memory(records_in(self.memory_size, experience)))
 
     def losses(self, forward: Forward, batch: Batch, context: Context, state: State) -> Tensor:
-        """(n,) cross entropy, with other weights for stored rows than for new rows."""
+        """Return (n,) cross entropy, with other weights for stored rows than for new rows."""
         losses = task_losses(forward, batch, context)
         if self.weighting == "equal" or context.memory_share == 0:
             return losses

@@ -345,7 +345,7 @@ class Audited(Strategy):
         )
 
     def losses(self, forward: Forward, batch: Batch, context: Context, state: State) -> Tensor:
-        """(n,) losses of the inner strategy; a canary has the loss of the probe instead."""
+        """Return (n,) losses of the inner strategy; a canary has the loss of the probe instead."""
         place = batch.ids - self.first
         canary = (place >= 0) & (place < self.canaries)
         probe = self.loudness * probed(forward, place.clamp(0, self.canaries - 1))
@@ -409,7 +409,7 @@ class Audited(Strategy):
 
 
 def probed(forward: Forward, place: Tensor) -> Tensor:
-    """(n,) values of the probe at the positions `place`.
+    """Return (n,) values of the probe at the positions `place`.
 
     They come from the call of a layer, so that every way of clipping handles them.
     """

@@ -122,7 +122,7 @@ def lira(
 
 
 def halves(n: int, shadows: int, seed: int) -> Tensor:
-    """(shadows, n) bool: a random half of the records, then the other half, and so on."""
+    """Return (shadows, n) bool: a random half of the records, then the other half, and so on."""
     first = [
         torch.randperm(n, generator=generator(seed, "half", k)) < n // 2
         for k in range(shadows // 2)
@@ -132,7 +132,7 @@ def halves(n: int, shadows: int, seed: int) -> Tensor:
 
 @torch.no_grad()
 def logit_confidence(predict: Predictor, records: Records) -> Tensor:
-    """(n,) log p_y - log(1 - p_y), which has nearly a normal distribution.
+    """Return (n,) log p_y - log(1 - p_y), which has nearly a normal distribution.
 
     It is the logit of the label minus the log-sum-exp of all other logits.
     """
@@ -143,7 +143,7 @@ def logit_confidence(predict: Predictor, records: Records) -> Tensor:
 
 
 def likelihood_ratio(target: Tensor, shadows: Tensor, seen: Tensor) -> Tensor:
-    """(n,) log likelihood ratio of the target's confidences (n,), with shadow models.
+    """Return (n,) log likelihood ratio of the target's confidences (n,), with shadow models.
 
     The shadow models have confidences (k, n).
 

@@ -112,7 +112,7 @@ class Context:
         return mask_outputs(logits, self.allowed_for(batch))
 
     def losses(self, outputs: Tensor, batch: Batch) -> Tensor:
-        """(n,) loss of the task for each row, over the classes that it may be predicted as.
+        """Return (n,) loss of the task for each row, over the classes that it may be predicted as.
 
         Args:
             outputs: (n, ..., C) outputs of the model for the rows.

@@ -34,7 +34,7 @@ class Utility(Protocol):
         ...
 
     def scores(self, numbers: Tensor, *, strict: bool) -> Tensor:
-        """(m,) scores of the answers, from one number of each record (n,)."""
+        """Return (m,) scores of the answers, from one number of each record (n,)."""
         ...
 
 
@@ -105,7 +105,7 @@ class Curator(Protocol):
         ...
 
     def count(self, of: Of, *, bins: int, purpose: str) -> Tensor:
-        """(bins,) int64 numbers of records in each bin, plus integer noise under privacy.
+        """Return (bins,) int64 numbers of records in each bin, plus integer noise under privacy.
 
         Args:
             of: function from a batch to (n,) bins, whole numbers from 0; others are not counted.
@@ -115,7 +115,7 @@ class Curator(Protocol):
         ...
 
     def select(self, of: Of, utility: Utility, *, purpose: str) -> Tensor:
-        """(k,) int64 positions of the best scores, best first.
+        """Return (k,) int64 positions of the best scores, best first.
 
         Args:
             of: function from a batch to (n,) numbers, from which `utility` computes the scores.

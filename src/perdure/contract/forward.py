@@ -83,12 +83,12 @@ class Forward:
         self._frozen = frozen
 
     def __call__(self, x: Tensor) -> Tensor:
-        """(n, C) logits."""
+        """Return (n, C) logits."""
         logits: Tensor = self._run(self.module, self.params, x)
         return logits
 
     def features(self, x: Tensor) -> Tensor:
-        """(n, f) features, which are the input of the head."""
+        """Return (n, f) features, which are the input of the head."""
         features: Tensor = self.method("features")(x)
         return features
 

@@ -283,7 +283,7 @@ class LocalCurator:
         return unpacked(query, released)
 
     def count(self, of: Of, *, bins: int, purpose: str) -> Tensor:
-        """(bins,) int64 numbers of records in each bin, plus integer noise under privacy.
+        """Return (bins,) int64 numbers of records in each bin, plus integer noise under privacy.
 
         Args:
             of: function from a batch to (n,) bins, whole numbers from 0; a record outside is not

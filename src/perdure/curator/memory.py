@@ -154,7 +154,7 @@ class Memory:
     def _order(
         self, new: Batch, plan: MemoryPlan, generator: torch.Generator, known: Tensor | None
     ) -> Tensor:
-        """(m,) positions of the new rows, in the order in which they fill the quotas."""
+        """Return (m,) positions of the new rows, in the order in which they fill the quotas."""
         if plan.selection == "class-balanced":
             return torch.randperm(len(new), generator=generator)
         if plan.selection == "ring":
@@ -275,7 +275,7 @@ class Memory:
 
 
 def groups_of(parts: list[Batch], stages: Tensor | None, task: Task) -> Tensor:
-    """(n, 2) stage and group of every row, on the CPU; rows with equal values share a quota.
+    """Return (n, 2) stage and group of every row, on the CPU; rows with equal values share a quota.
 
     Args:
         parts: batches of rows.
@@ -288,7 +288,7 @@ def groups_of(parts: list[Batch], stages: Tensor | None, task: Task) -> Tensor:
 
 
 def group_of(targets: Tensor, task: Task) -> Tensor:
-    """(n,) int64 group of each row by its targets; 0 for all if the task makes no groups."""
+    """Return (n,) int64 group of each row by its targets; 0 for all if the task makes no groups."""
     groups = task.balance_groups(targets)
     return targets.new_zeros(len(targets), dtype=torch.int64) if groups is None else groups
 

@@ -71,7 +71,7 @@ def group_records(ids: Tensor, owner: Tensor) -> RecordGroups:
 
 
 def partition_index(tasks: Tensor, experiences: Sequence[Experience]) -> Tensor:
-    """(n,) number of the partition that each row came from."""
+    """Return (n,) number of the partition that each row came from."""
     names = sorted({experience.train.partition for experience in experiences})
     table = torch.tensor(
         [names.index(experience.train.partition) for experience in experiences], dtype=torch.int64

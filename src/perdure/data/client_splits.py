@@ -305,7 +305,7 @@ def _owners(
     seed: int,
     shares: Shares,
 ) -> Tensor:
-    """(n,) client of each training record; `homes` maps the ids of records to clients."""
+    """Return (n,) client of each training record; `homes` maps the ids of records to clients."""
     records = experience.train
     if len(records) < clients * min_size:
         allowed = (
@@ -339,7 +339,7 @@ def _strata(experience: Experience, classes: tuple[int, ...]) -> tuple[int, ...]
 
 
 def _stratum(records: Records) -> Tensor:
-    """(n,) int64 label of each record among the labels with separate shares, on the CPU."""
+    """Return (n,) int64 label of each record among the labels with separate shares, on the CPU."""
     if isinstance(records.task, SingleLabel):
         return records.labels.cpu()
     return torch.zeros(len(records), dtype=torch.int64)

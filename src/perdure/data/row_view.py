@@ -212,7 +212,7 @@ def _some_rows(func: Any, view: RowView, args: Sequence[Any], kwargs: Any) -> Te
 
 
 def positions_of(index: Tensor | slice, n: int) -> Tensor:
-    """(k,) int64 positions that an index selects among n rows.
+    """Return (k,) int64 positions that an index selects among n rows.
 
     Args:
         index: positions (k,), negative ones counted from the end, a boolean mask (n,), or a slice.
@@ -245,7 +245,7 @@ def rows_at(rows: Tensor, positions: Tensor) -> Tensor:
 
 
 def addresses_of(rows: Tensor) -> Tensor:
-    """(n,) int64 memory address of each row, on the CPU; 0 for a row without its own memory.
+    """Return (n,) int64 memory address of each row, on the CPU; 0 for a row without its own memory.
 
     For a view, these are the addresses in its source.
     """

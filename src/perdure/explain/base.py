@@ -80,7 +80,7 @@ class Explainer(CheckedFields, ABC):
 
 
 def scores(predict: Predict, rows: Tensor, targets: Tensor) -> Tensor:
-    """(rows,) float64 output `targets[i]` of the model for each row i."""
+    """Return (rows,) float64 output `targets[i]` of the model for each row i."""
     outputs = predict(rows)
     if outputs.ndim != 2 or len(outputs) != len(rows):
         raise ConfigError.of(

@@ -143,7 +143,7 @@ class LIME(Explainer):
 def _perturbed_outputs(
     predict: Predict, inputs: Tensor, shifts: Tensor, targets: Tensor, chunk: int
 ) -> Tensor:
-    """(n, samples) float64 outputs of the model, for every instance and perturbation."""
+    """Return (n, samples) float64 outputs of the model, for every instance and perturbation."""
     shifts = shifts.to(inputs)
     pairs = torch.arange(len(inputs) * len(shifts), device=inputs.device)
     values = [

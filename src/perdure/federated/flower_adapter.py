@@ -199,7 +199,7 @@ class Cohort(Grid):
 
     @property
     def run(self) -> Run:
-        """Flower's identifier of the run, from the grid of all nodes."""
+        """Identifier that Flower gave to the run, from the grid of all nodes."""
         return self._grid.run
 
     def create_message(

@@ -125,7 +125,7 @@ class Inspection:
         return self.watch.see(self.state, values=True)
 
     def losses(self, index: int, inputs: Tensor, facts: Tensor) -> Tensor:
-        """(n,) losses; writes into parameters, buffers and state are refused."""
+        """Return (n,) losses; writes into parameters, buffers and state are refused."""
         batch = self.rows.batch(index, inputs, facts)
         return self._unwritten(index, batch, self.name)
 
@@ -378,7 +378,7 @@ def look_at_mixtures(
 def _look_at_changes(
     inspection: Inspection, pairs: list[Neighbours], index: int, inputs: Tensor
 ) -> None:
-    """Test losses under an attack, or with views, that are user code."""
+    """Test losses of rows that an attack or views have changed, if these are code of the user."""
     changes = inspection.path.foreign_changes
     if not changes:
         return

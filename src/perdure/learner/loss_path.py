@@ -58,7 +58,7 @@ class LossPath:
     task: Task = field(default_factory=SingleLabel)
 
     def losses(self, forward: Forward, batch: Batch, context: Context, state: State) -> Tensor:
-        """(n,) loss of the strategy for every row, averaged over views if there are any."""
+        """Return (n,) loss of the strategy for every row, averaged over views if there are any."""
         strategy = self.strategy
         with self._casting(batch.inputs.device.type):
             if self.views is None:

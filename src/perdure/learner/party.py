@@ -384,7 +384,7 @@ class Party:
         return self.strategy.references(self._asked_by_hooks, self.trained, self.state)
 
     def losses(self, forward: Forward, batch: Batch) -> Tensor:
-        """(n,) loss of the strategy for every row, averaged over views if there are any."""
+        """Return (n,) loss of the strategy for every row, averaged over views if there are any."""
         return self.path.losses(forward, batch, self.held.context, self.state)
 
     def observe(self, batch: Batch) -> None:

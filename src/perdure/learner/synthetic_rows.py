@@ -153,7 +153,7 @@ class SyntheticRows:
         return torch.stack([labels, ids, tasks, stored], dim=1).to(self.device)
 
     def beside(self, index: int, pair: Neighbours, mixture: Mixture) -> tuple[Tensor, Tensor]:
-        """Make the synthetic facts (see `facts`) of the rows of both batches of a pair."""
+        """Make label, id, experience and role (rows, 4) for the rows of two synthetic batches."""
         n = len(pair.one)
         kept = self.facts(index, len(pair.kept), mixture.kept)
         one = self.facts(index, n, mixture.one, neighbours=True)
@@ -237,7 +237,7 @@ class SyntheticRows:
 
 
 def _roles(roles: Roles, rows: int) -> Tensor:
-    """(rows,) int64, 1 for a row from memory and 0 for a new row."""
+    """Return (rows,) int64, 1 for a row from memory and 0 for a new row."""
     number = torch.arange(rows)
     last = number == rows - 1
     chosen = {

@@ -42,7 +42,7 @@ class CosineHead(nn.Module):
         self.scale = nn.Parameter(torch.full((1,), SCALE))
 
     def forward(self, features: Tensor) -> Tensor:
-        """(..., out_features) logits of features (..., in_features)."""
+        """Return (..., out_features) logits of features (..., in_features)."""
         return self.scale * cosines(features, self.weight)
 
     def extra_repr(self) -> str:
@@ -61,5 +61,5 @@ def directions(vectors: Tensor) -> Tensor:
 
 
 def reciprocal_lengths(vectors: Tensor) -> Tensor:
-    """(..., 1) one divided by the length of each vector (..., f)."""
+    """Return (..., 1) one divided by the length of each vector (..., f)."""
     return (vectors.square().sum(-1, keepdim=True) + SHORTEST**2).rsqrt()

@@ -28,7 +28,7 @@ class CausalAttention(Attention):
     """Self-attention in which a token does not attend to later tokens."""
 
     def scores(self, query: Tensor, key: Tensor) -> Tensor:
-        """(n, heads, T, T) scaled inner products, minus infinity for later tokens."""
+        """Return (n, heads, T, T) scaled inner products, minus infinity for later tokens."""
         length = query.shape[-2]
         later = torch.ones(length, length, dtype=torch.bool, device=query.device).triu(1)
         return super().scores(query, key).masked_fill(later, -torch.inf)

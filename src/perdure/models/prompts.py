@@ -265,7 +265,7 @@ def composed(
 
 
 def cosines(query: Tensor, keys: Tensor) -> Tensor:
-    """(n, k) cosines of queries (n, width), or (n, k, width), with keys (n, k, width)."""
+    """Return (n, k) cosines of queries (n, width), or (n, k, width), with keys (n, k, width)."""
     query = query[:, None] if query.dim() == 2 else query
     return F.cosine_similarity(query, keys, dim=2)
 

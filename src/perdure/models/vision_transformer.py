@@ -91,7 +91,7 @@ class Attention(nn.Module):
         return together
 
     def scores(self, query: Tensor, key: Tensor) -> Tensor:
-        """(n, heads, T, S) scaled inner products of queries (n, heads, T, f) and S keys."""
+        """Return (n, heads, T, S) scaled inner products of queries (n, heads, T, f) and S keys."""
         return query @ key.mT / math.sqrt(query.shape[-1])
 
     def _split(self, x: Tensor) -> Tensor:

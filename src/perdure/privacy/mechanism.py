@@ -67,7 +67,7 @@ class Mechanism:
         return self._key.mac(digest(data) + place.encode())
 
     def tags(self, ids: Tensor, purpose: str = "memory") -> Tensor:
-        """(n,) secret random numbers in [0, 1), one fixed number per record.
+        """Return (n,) secret random numbers in [0, 1), one fixed number per record.
 
         They decide if memory keeps a record, or in which step of an epoch the record is.
         """

@@ -164,7 +164,7 @@ class PrivateSum(Releases):
         return purpose in self._blocks
 
     def coins(self, records: Tensor, step: int, purpose: str = "gradient") -> Tensor:
-        """(n,) secret uniform numbers that decide which records enter the step.
+        """Return (n,) secret uniform numbers that decide which records enter the step.
 
         Args:
             records: (n, 2) int64, id of each record and number of the partition that owns it.

@@ -97,7 +97,7 @@ class Releases(Mechanism):
         return {name: answer[name].to(device) for name in shapes}
 
     def count(self, counts: Tensor, *, purpose: str, occasion: ReleaseKey) -> Tensor:
-        """(bins,) int64 counts plus integer noise.
+        """Return (bins,) int64 counts plus integer noise.
 
         Each record is in at most one bin, and changes the count of this bin by 1.
         """

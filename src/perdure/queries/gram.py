@@ -174,7 +174,7 @@ class Gram(SummedQuery):
         return shapes
 
     def _squared_norms(self, parts: Params) -> Tensor:
-        """(n,) squared L2 norms of the records' vectors."""
+        """Return (n,) squared L2 norms of the records' vectors."""
         f = parts["features"].square().sum(1)
         if "targets" not in parts:
             return f.square()

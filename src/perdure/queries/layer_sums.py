@@ -317,7 +317,7 @@ def fan_in(layer: MatrixLayer) -> int:
 
 
 def places_of_input(layer: MatrixLayer, entered: Tensor) -> Tensor:
-    """(n, groups, fan in of a group, places) input of a layer as the factor of its weight.
+    """Return (n, groups, fan in of a group, places) input of a layer as the factor of its weight.
 
     Args:
         layer: the layer.
@@ -334,7 +334,7 @@ def places_of_input(layer: MatrixLayer, entered: Tensor) -> Tensor:
 
 
 def places_of_output(layer: MatrixLayer, back: Tensor) -> Tensor:
-    """(n, groups, outputs of a group, places) gradient at the layer's output."""
+    """Return (n, groups, outputs of a group, places) gradient at the layer's output."""
     if isinstance(layer, nn.Linear):
         return back.reshape(len(back), 1, -1, layer.out_features).mT
     images = back.reshape(-1, *back.shape[1 - layer.weight.dim() :])

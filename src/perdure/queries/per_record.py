@@ -84,7 +84,7 @@ def as_params(answer: Tensor | Params) -> Params:
 
 @torch.no_grad()
 def numbers_of(of: Of, batch: Batch, *, alone: bool) -> Tensor:
-    """(n,) numbers that the function `of` returns for the records.
+    """Return (n,) numbers that the function `of` returns for the records.
 
     Args:
         of: function from a batch to (n,) numbers.

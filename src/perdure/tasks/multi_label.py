@@ -32,7 +32,7 @@ class MultiLabel(Task):
     metric: ClassVar[Metric] = Metric(name="macro-F1", unit="%")
 
     def losses(self, outputs: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(n,) binary cross entropy of each record, averaged over the labels of the mask."""
+        """Return (n,) binary cross entropy of each record, averaged over the labels of the mask."""
         each = F.binary_cross_entropy_with_logits(outputs, targets, reduction="none")
         return _mean(each, mask)
 
@@ -52,11 +52,11 @@ class MultiLabel(Task):
         return _mean(each, known)
 
     def predictions(self, outputs: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(n, C) float32 predicted labels: 1 if a logit is above 0."""
+        """Return (n, C) float32 predicted labels: 1 if a logit is above 0."""
         return (mask_outputs(outputs, mask) > 0).float()
 
     def measures(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """(n, 3C) counts per label: found, predicted, and present."""
+        """Return (n, 3C) counts per label: found, predicted, and present."""
         predicted = outputs > 0
         present = targets > 0
         return torch.cat([predicted & present, predicted, present], dim=1).double()
@@ -109,7 +109,7 @@ class MultiLabel(Task):
 
 
 def _mean(each: Tensor, mask: Tensor | None) -> Tensor:
-    """(n,) mean over the columns of values (n, C) that a mask selects."""
+    """Return (n,) mean over the columns of values (n, C) that a mask selects."""
     if mask is None:
         return each.mean(1)
     mask = fitted(mask, each)

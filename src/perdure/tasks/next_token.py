@@ -34,7 +34,7 @@ class NextToken(Task):
     metric: ClassVar[Metric] = Metric(name="bits per token", unit="bits", higher_is_better=False)
 
     def losses(self, outputs: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(n,) cross entropy of each sequence, summed over its tokens."""
+        """Return (n,) cross entropy of each sequence, summed over its tokens."""
         return self._entropies(mask_outputs(outputs, mask), targets).sum(1)
 
     def distillation(
@@ -47,17 +47,17 @@ class NextToken(Task):
         allowed: Tensor | None = None,
         temperature: float = 1.0,
     ) -> Tensor:
-        """(n,) cross entropy with the teacher's probabilities, summed over the tokens."""
+        """Return (n,) cross entropy with the teacher's probabilities, summed over the tokens."""
         q = torch.softmax(mask_outputs(teacher, known) / temperature, dim=2)
         log_p = torch.log_softmax(mask_outputs(outputs, allowed) / temperature, dim=2)
         return torch.where(targets == self.padding, 0.0, -(q * log_p).sum(2)).sum(1)
 
     def predictions(self, outputs: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(n, L) int64: the most probable token after each position."""
+        """Return (n, L) int64: the most probable token after each position."""
         return mask_outputs(outputs, mask).argmax(2)
 
     def measures(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """(n, 2) loss and number of tokens of each sequence."""
+        """Return (n, 2) loss and number of tokens of each sequence."""
         tokens = (targets != self.padding).sum(1)
         return torch.stack([self._entropies(outputs, targets).double().sum(1), tokens], dim=1)
 
@@ -101,7 +101,7 @@ class NextToken(Task):
         return (*targets.shape, width)
 
     def _entropies(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """(n, L) cross entropy of each token, and 0 for padding."""
+        """Return (n, L) cross entropy of each token, and 0 for padding."""
         each = F.cross_entropy(
             logits.flatten(0, 1), targets.flatten(), ignore_index=self.padding, reduction="none"
         )

@@ -30,7 +30,7 @@ class Regression(Task):
     metric: ClassVar[Metric] = Metric(name="RMSE", unit="", higher_is_better=False)
 
     def losses(self, outputs: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(n,) squared error of each record, averaged over outputs; masks are ignored."""
+        """Return (n,) squared error of each record, averaged over outputs; masks are ignored."""
         return (outputs - targets).square().mean(1)
 
     def distillation(
@@ -43,7 +43,7 @@ class Regression(Task):
         allowed: Tensor | None = None,
         temperature: float = 1.0,
     ) -> Tensor:
-        """(n,) squared distance from the teacher's outputs, averaged over outputs."""
+        """Return (n,) squared distance from the teacher's outputs, averaged over outputs."""
         return ((outputs - teacher) / temperature).square().mean(1)
 
     def predictions(self, outputs: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -51,7 +51,7 @@ class Regression(Task):
         return outputs
 
     def measures(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """(n, 1) squared error of each record, averaged over outputs."""
+        """Return (n, 1) squared error of each record, averaged over outputs."""
         return (outputs.double() - targets.double()).square().mean(1, keepdim=True)
 
     def score(self, totals: Tensor, records: int) -> float:

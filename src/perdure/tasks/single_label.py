@@ -24,7 +24,7 @@ class SingleLabel(Task):
     metric: ClassVar[Metric] = Metric(name="accuracy", unit="%")
 
     def losses(self, outputs: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(n,) cross entropy of each record over the classes of the mask."""
+        """Return (n,) cross entropy of each record over the classes of the mask."""
         return F.cross_entropy(mask_outputs(outputs, mask), targets, reduction="none")
 
     def distillation(
@@ -43,7 +43,7 @@ class SingleLabel(Task):
         return -(q * log_p).sum(1)
 
     def predictions(self, outputs: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(n,) int64: the class with the largest logit."""
+        """Return (n,) int64: the class with the largest logit."""
         return mask_outputs(outputs, mask).argmax(1)
 
     def measures(self, outputs: Tensor, targets: Tensor) -> Tensor:

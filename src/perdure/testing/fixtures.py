@@ -282,7 +282,7 @@ class MidRunFixture:
         }
 
     def losses(self, forward: Forward, batch: Batch) -> Tensor:
-        """(n,) losses of the strategy for a batch."""
+        """Return (n,) losses of the strategy for a batch."""
         return self.strategy.losses(forward, batch, self.context, self.state)
 
 

@@ -132,7 +132,7 @@ class ReplayKey(NoiseKey):
         return "0" * 64
 
     def coins(self, records: Tensor, *, entry: str, step: int) -> Tensor:
-        """(n,) sampling number of each record, independent of the other records.
+        """Return (n,) sampling number of each record, independent of the other records.
 
         The removed record is certainly sampled in even steps: its number is just below the charged
         rate. In odd steps its number is just above the rate, so it may change nothing. A step that

@@ -149,7 +149,7 @@ def _by_place(
 
 
 def _values(records: Records, attribute: str) -> Tensor:
-    """(n,) value of the attribute for every record, on the CPU."""
+    """Return (n,) value of the attribute for every record, on the CPU."""
     if attribute not in records.attributes:
         known = ", ".join(records.attributes) or "none"
         raise DataError(
@@ -167,7 +167,7 @@ def _values(records: Records, attribute: str) -> Tensor:
 
 
 def _quantiles(times: Tensor, experiences: int) -> Tensor:
-    """(experiences - 1,) times at which new experiences begin, for about equal sizes."""
+    """Return (experiences - 1,) times at which new experiences begin, for about equal sizes."""
     found = torch.unique(times)
     if not 1 <= experiences <= len(found):
         allowed = f"1 to {len(found)}, the number of different times"
@@ -181,7 +181,7 @@ def _quantiles(times: Tensor, experiences: int) -> Tensor:
 
 
 def _positions(values: Tensor, order: Sequence[int], attribute: str) -> Tensor:
-    """(n,) index of every value in the order."""
+    """Return (n,) index of every value in the order."""
     places = torch.full(values.shape, -1, dtype=torch.int64)
     for place, domain in enumerate(order):
         places[values == domain] = place

@@ -126,7 +126,7 @@ def _blurred_shares(home: Stream, is_blurry: Tensor, share: float) -> list[float
 def _blurred_place(
     records: Records, home: Stream, is_blurry: Tensor, share: float, seed: int
 ) -> Tensor:
-    """(n,) index of the experience that each record goes to."""
+    """Return (n,) index of the experience that each record goes to."""
     home_of = torch.empty(home.num_classes, dtype=torch.int64)
     for part in home:
         home_of[list(part.classes)] = part.index

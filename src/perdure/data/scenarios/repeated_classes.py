@@ -124,7 +124,7 @@ def _occurrences(
 
 
 def _places(records: Records, table: Tensor, seed: int) -> Tensor:
-    """(n,) index of the experience of each record, one of the experiences with its class."""
+    """Return (n,) index of the experience of each record, one of the experiences with its class."""
     labels = records.labels.cpu()
     # rank-th experience with the class, the first being rank 1
     ranks = table.long().cumsum(0)

@@ -162,7 +162,7 @@ def refuse_not_finite(squares: Mapping[str, Tensor]) -> None:
 
 
 def own_squared_norms(layer: nn.Module, gradients: RecordGradients, records: int) -> Tensor:
-    """(n,) squared norms of the records' gradients in one layer, in float64.
+    """Return (n,) squared norms of the records' gradients in one layer, in float64.
 
     Raises:
         PrivacyError: if the clipping rule of the layer returns another shape.

@@ -122,14 +122,14 @@ def squared_norms(rows: Params) -> dict[str, Tensor]:
 
 
 def _by_loop(row: Tensor) -> Tensor:
-    """(n,) squared norms of one tensor's rows, by the compiled loops."""
+    """Return (n,) squared norms of one tensor's rows, by the compiled loops."""
     squares = torch.zeros(len(row), dtype=torch.float64)
     row_loops.row_loops().add_squares(row_loops.table_of(row), squares.numpy())
     return squares
 
 
 def _by_torch(row: Tensor) -> Tensor:
-    """(n,) squared norms of one tensor's rows, by torch."""
+    """Return (n,) squared norms of one tensor's rows, by torch."""
     table = row.unsqueeze(-1).flatten(1)
     norms: Tensor = torch.linalg.vector_norm(table, dim=1, dtype=torch.float64)
     return norms.square()

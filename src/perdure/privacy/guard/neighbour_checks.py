@@ -83,7 +83,7 @@ def check_neighbours(
 def _observed(
     model: nn.Module, losses: SyntheticLosses, inputs: Tensor, facts: Tensor, layers: bool
 ) -> tuple[Tensor, list[LayerRows]]:
-    """(n,) losses and, if `layers` is True, the calls of the layers."""
+    """Return (n,) losses and, if `layers` is True, the calls of the layers."""
     seen: list[Tensor] = []
 
     def watched(x: Tensor, y: Tensor) -> Tensor:
@@ -150,7 +150,7 @@ def _compare_layers(
 
 
 def rows_moved(one: Tensor, other: Tensor) -> Tensor:
-    """(k,) length of the change of each row, relative to the length of the row.
+    """Return (k,) length of the change of each row, relative to the length of the row.
 
     A row that is almost 0 compared with the other rows is measured relative to those.
     """

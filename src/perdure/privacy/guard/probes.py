@@ -149,14 +149,14 @@ def _without_padding(domain: InputDomain, tokens: Tensor) -> Tensor:
 
 
 def kept_rows(domain: InputDomain, generator: torch.Generator) -> Tensor:
-    """(k, *shape) rows, one of every finite kind, and at least six in all."""
+    """Return (k, *shape) rows, one of every finite kind, and at least six in all."""
     # Without rows of NaN or infinity, which would make coupled rows NaN for any neighbours.
     one = [rows[:1] for name, rows in kinds(domain, 1, generator).items() if name not in NOT_FINITE]
     return torch.cat([*one, domain.random(max(1, 6 - len(one)), generator)])
 
 
 def probe_rows(domain: InputDomain, generator: torch.Generator) -> Tensor:
-    """(k, *shape) rows, one of every kind, including kinds with NaN or infinity."""
+    """Return (k, *shape) rows, one of every kind, including kinds with NaN or infinity."""
     return torch.cat(list(kinds(domain, 1, generator).values()))
 
 

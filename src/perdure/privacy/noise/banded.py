@@ -89,7 +89,7 @@ class BandedNoise:
         return total
 
     def released(self, noisy: Tensor, step: int) -> Tensor:
-        """(d,) float64 noisy sum of a step, in grid steps, from its noisy `weighted` sum."""
+        """Return (d,) float64 noisy sum of a step, in grid steps, from its noisy `weighted` sum."""
         value = noisy.double() / PARTS
         for c, past in self._past(self._released, step):
             value -= c / PARTS * past

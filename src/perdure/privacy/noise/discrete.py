@@ -70,7 +70,7 @@ class Integers:
 
 
 def discrete_gaussian(n: int, sigma: float, stream: Callable[[int], bytes]) -> Tensor:
-    """(n,) int64 independent draws of P(z) proportional to exp(-z^2 / (2 sigma^2)).
+    """Return (n,) int64 independent draws of P(z) proportional to exp(-z^2 / (2 sigma^2)).
 
     Exact: every decision compares integers, and sigma is the exact rational value of the float. So
     the leak of floating-point noise (Mironov 2012) cannot occur. The time of a draw depends on its
@@ -132,7 +132,7 @@ def bernoulli_exp(numerator: int, denominator: int, integers: Integers) -> bool:
 
 
 def counted(values: Tensor, bins: int, *, strict: bool) -> Tensor:
-    """(bins,) int64 counts: how often each bin occurs in `values` (n,).
+    """Return (bins,) int64 counts: how often each bin occurs in `values` (n,).
 
     One record changes one count by 1.
 
@@ -187,7 +187,7 @@ class Frequency:
             raise ConfigError.of("k", self.k, f"1 to {self.bins}, the number of bins")
 
     def scores(self, values: Tensor, *, strict: bool) -> Tensor:
-        """(bins,) float64 counts, from the bin (n,) of each record."""
+        """Return (bins,) float64 counts, from the bin (n,) of each record."""
         return counted(values, self.bins, strict=strict).double()
 
 
@@ -241,7 +241,7 @@ class Quantile:
         return 1
 
     def scores(self, values: Tensor, *, strict: bool) -> Tensor:
-        """(m,) float64 scores of the candidates, from one number (n,) per record.
+        """Return (m,) float64 scores of the candidates, from one number (n,) per record.
 
         NaN is below no candidate.
 
@@ -264,7 +264,7 @@ class Quantile:
         return -off / (2 * max(self.q, 1 - self.q))
 
     def _ranks(self, passed: Tensor) -> Tensor:
-        """(m,) float64 numbers of records that have passed at most j candidates.
+        """Return (m,) float64 numbers of records that have passed at most j candidates.
 
         `passed` (n,) is the number of candidates that each record has passed.
         """
@@ -275,12 +275,12 @@ KnownUtility = Frequency | Quantile
 
 
 def best(scores: Tensor, k: int) -> Tensor:
-    """(k,) int64 indices of the highest scores, best first; among equal scores the first."""
+    """Return (k,) int64 indices of the highest scores, best first; among equal scores the first."""
     return torch.argsort(scores, descending=True, stable=True)[:k]
 
 
 def exponential(scores: Tensor, k: int, *, noise_multiplier: float, uniform: Tensor) -> Tensor:
-    """(k,) int64 indices drawn with P(j) proportional to exp(score_j / noise_multiplier).
+    """Return (k,) int64 indices drawn with P(j) proportional to exp(score_j / noise_multiplier).
 
     They are drawn without replacement.
 

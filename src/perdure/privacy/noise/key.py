@@ -191,7 +191,7 @@ class NoiseKey:
         )
 
     def uniform(self, n: int, *, purpose: str, entry: str, step: int, nonce: str = "") -> Tensor:
-        """(n,) float64 uniform in [0, 1), for Poisson sampling or a selection.
+        """Return (n,) float64 uniform in [0, 1), for Poisson sampling or a selection.
 
         Each number has 53 random bits. Poisson sampling has no nonce; the noise of a selection has.
 
@@ -207,7 +207,7 @@ class NoiseKey:
         return _unit_interval(words)
 
     def coins(self, records: Tensor, *, entry: str, step: int) -> Tensor:
-        """(n,) float64 uniform in [0, 1): the number that decides if a record enters a step.
+        """Return (n,) float64 uniform in [0, 1): the number that decides if a record enters a step.
 
         Args:
             records: (n, 2) id of each record, and number of the partition that owns it; an audit
@@ -218,7 +218,7 @@ class NoiseKey:
         return self.uniform(len(records), purpose="coins", entry=entry, step=step)
 
     def tags(self, ids: Tensor, purpose: str) -> Tensor:
-        """(n,) float64 uniform in [0, 1), one fixed number per record.
+        """Return (n,) float64 uniform in [0, 1), one fixed number per record.
 
         Each number depends only on the record's id (int64) and on `purpose`.
 

@@ -87,7 +87,7 @@ def spent(engine: Any) -> tuple[Charge, ...]:
 
 
 def settings(optimizer: Any) -> tuple[float, float]:
-    """(noise multiplier, clip norm) of a DPOptimizer of Opacus, with flat or ghost clipping.
+    """Return (noise multiplier, clip norm) of a DPOptimizer of Opacus, with flat or ghost clipping.
 
     If a scheduler changes them, the present values are returned.
 

@@ -335,7 +335,7 @@ It returns (m, T, T) products of the inputs a of each record, and of the gradien
 
 
 def ghost_norms(grams: Grams, n: int, numbers: int, width: int) -> Tensor:
-    """(n,) squared ghost norms sum_ts (a_t . a_s)(d_t . d_s) in float64.
+    """Return (n,) squared ghost norms sum_ts (a_t . a_s)(d_t . d_s) in float64.
 
     They are rounded up if positions cancel. They are computed in float32, and again in float64 for
     records where float32 may lose digits.

@@ -142,7 +142,7 @@ class Geometry:
         return (split @ self.patches(x).mT).view(n, self.outs, self.fan_in)
 
     def gradients(self, x: Tensor, back: Tensor) -> Tensor:
-        """(n, outs, fan_in) per-record gradients of the weight.
+        """Return (n, outs, fan_in) per-record gradients of the weight.
 
         They are computed by one convolution with separate groups for every record.
         """
@@ -151,7 +151,7 @@ class Geometry:
         return rows.view(n, self.outs, self.fan_in)
 
     def gradient(self, x: Tensor, back: Tensor, groups: int | None = None) -> Tensor:
-        """(channels of `back`, ins, *kernel) gradient of the weight, summed over images."""
+        """Return (channels of `back`, ins, *kernel) gradient of the weight, summed over images."""
         size = (back.shape[1], self.ins // self.groups, *self.kernel)
         answer: Tensor = conv2d_weight(  # type: ignore[no-untyped-call]
             x, size, back, self.stride, self.padding, self.dilation, groups or self.groups
@@ -183,7 +183,7 @@ class Geometry:
         )
 
     def to_lines(self, x: Tensor, places: int) -> Tensor:
-        """(n, depth, ins x columns x height, ., .) input in the form that `lines` takes.
+        """Return (n, depth, ins x columns x height, ., .) input in the form that `lines` takes.
 
         `places` is the number of columns of the output.
         """
@@ -201,7 +201,7 @@ class Geometry:
         return lines.view(n, depth, *lines.shape[1:])
 
     def from_lines(self, weight: Tensor) -> Tensor:
-        """(outs, ins, *kernel) weight gradient, from the gradient in the form of `lines`."""
+        """Return (outs, ins, *kernel) weight gradient, from the gradient in the form of `lines`."""
         height, width = self.kernel
         _, columns = self.stride
         return weight.view(self.outs, self.ins, columns, height, width // columns).permute(
@@ -251,7 +251,7 @@ def _image(x: Tensor) -> Tensor:
 
 
 def _side_by_side(x: Tensor) -> Tensor:
-    """(depth, n x channels, ., .) from (n, depth, channels, ., .)."""
+    """Reshape (n, depth, channels, ., .) to (depth, n x channels, ., .)."""
     return x.transpose(0, 1).flatten(1, 2)
 
 
@@ -293,7 +293,7 @@ class ConvRows(FormedRows):
         return rows | ({"bias": sum_of([*map(_bias_rows, calls)])} if self.has_bias else {})
 
     def _weights(self, x: Tensor, back: Tensor) -> Tensor:
-        """(m, out, fan_in) per-record gradients of the weight.
+        """Return (m, out, fan_in) per-record gradients of the weight.
 
         With columns of the kernel as channels, the last axis has another order.
         """

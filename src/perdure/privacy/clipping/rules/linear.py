@@ -99,6 +99,6 @@ class LinearGhost:
         return sums if self.bias is None else sums | {"bias": factors @ self.bias[piece]}
 
     def _grams(self, piece: slice | Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """(m, T, T) inner products of the inputs, and of the gradients at the output."""
+        """Return (m, T, T) inner products of the inputs, and of the gradients at the output."""
         a, d = (at_least(value, dtype) for value in self.call.of(piece).flowed())
         return a @ a.mT, d @ d.mT
