@@ -81,7 +81,7 @@ def test_key_of_another_stream_is_refused_with_known_ones():
     told = refusal(f'{HEAD}[data]\nstream = "rotated"\nblurry_share = 0.5\n{ARM}')
     assert told == (
         'data.blurry_share = 0.5 is not allowed; allowed: for stream = "rotated": angles, '
-        "declared_sizes, and no others"
+        "and no others"
     )
 
 

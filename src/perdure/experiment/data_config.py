@@ -59,6 +59,8 @@ OF_STREAMS = {
     "declared_sizes": "declared_size",
 }
 """Keys of `[data]` that are parameters of the functions of streams, and the parameters' names."""
+OF_ALL_RECORDS = ("permuted", "rotated", "joint")
+"""Streams whose experiences hold all records, so that `declared_size` says the size of each."""
 EXPERIENCES = 5
 """Number of experiences where nothing else says it."""
 
@@ -144,6 +146,8 @@ class DataConfig(CheckedFields):
     def _refuse_keys_of_other_streams(self) -> None:
         known = inspect.signature(STREAMS[self.stream]).parameters
         keys = [key for key, parameter in OF_STREAMS.items() if parameter in known]
+        if self.stream in OF_ALL_RECORDS:
+            keys.remove("declared_sizes")
         for key in OF_STREAMS:
             value = getattr(self, key)
             if value is not None and key not in keys:
