@@ -150,7 +150,7 @@ def _facts(run: ComparedRun) -> Iterator[tuple[str, object]]:
     told = run.result["stream"]
     yield "task", run.result["task"]["name"]
     for name in ("name", "scenario", "experiences"):
-        yield f"stream.{name}", told[name]  # type: ignore[literal-required]
+        yield f"stream.{name}", told[name]
     asked = run.tables.get("data", {})
     for field in fields(DataConfig):
         if field.name not in OF_NO_STREAM:

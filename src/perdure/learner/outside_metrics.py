@@ -18,7 +18,7 @@ class OutsideMetric(Protocol):
         """Forget all records."""
 
     def update(self, outputs: Tensor, targets: Tensor, /) -> None:
-        """Count more records in."""
+        """Count in records with outputs (n, ..., C) and their targets (n, ...)."""
 
     def compute(self) -> Any:
         """Return the metric of all records since `reset`."""
