@@ -123,3 +123,77 @@ def test_split_names_the_cuts_that_serve_every_task():
     with pytest.raises(ConfigError, match="by_time, by_domain and joint serve every task"):
         split(data, scenario="class", experiences=1)
     assert len(split(digits(), scenario="class", experiences=5)) == 5
+
+
+# --------------------------------------------------------------------------- odd, but honest
+
+DATA = perdure.data.from_arrays(
+    POINTS.tensors[0], POINTS.tensors[1], attributes={"time": WARDS, "domain": WARDS}
+)
+STREAM = split(DATA, scenario="class", experiences=2)
+OTHER_TYPES = {
+    "split": {"scenario": "class", "experiences": 1.0},
+    "blurry": {"experiences": 2, "blurry_share": "0.1"},
+    "by_time": {"boundaries": 5},
+    "by_domain": {"order": ["north", "south"]},
+    "repetition": {"experiences": "4"},
+    "permuted": {"experiences": 2.5},
+    "rotated": {"angles": 3},
+    "joint": {"declared_size": "5"},
+    "online": {"chunk": True},
+    "iid": {"clients": "2"},
+    "dirichlet": {"clients": 2, "alpha": "1"},
+    "from_arrays": {"targets": [0, 1], "seed": 2**70},
+    "from_torch": {"keys": 3},
+    "from_folder": {"attributes": [1]},
+    "from_tokens": {"vocabulary": "3"},
+}
+
+
+@pytest.mark.parametrize("name", OTHER_TYPES)
+def test_an_argument_of_another_type_is_refused_in_one_line(name):
+    given = STREAM if name in ("online", "iid", "dirichlet") else DATA
+    wrong = list(OTHER_TYPES[name])[-1]
+    with pytest.raises(ConfigError, match=f"^{wrong} = .* is not allowed; allowed: ") as caught:
+        getattr(perdure.data, name)(given, **OTHER_TYPES[name])
+    assert "\n" not in str(caught.value)
+
+
+def test_arrays_and_numbers_of_numpy_are_taken():
+    cut = by_time(DATA, boundaries=np.array([1.0]))
+    assert len(cut) == 2 and len(by_domain(DATA, order=np.array([0, 1]))) == 2
+    assert len(split(DATA, scenario="class", experiences=np.int64(2))) == 2
+
+
+@pytest.mark.parametrize(
+    ("message", "settings"),
+    [
+        (
+            "are a masked array, with 1 values masked",
+            {"inputs": np.ma.masked_values([[1.0, 2]], 2)},
+        ),
+        ("have 9223372036854775808; allowed", {"inputs": np.array([[2**63]], dtype=np.uint64)}),
+        ("on the device 'meta'", {"inputs": torch.ones(1, 2, device="meta")}),
+        ("num_classes = 1000000000", {"num_classes": 10**9}),
+        ("attributes are a list; allowed: a dict", {"attributes": [1]}),
+    ],
+)
+def test_values_that_would_be_lost_are_refused(message, settings):
+    given = {"inputs": [[1.0]], "targets": [0], "test": ([[1.0]], [0])} | settings
+    with pytest.raises(ConfigError, match=message):
+        perdure.data.from_arrays(**given)
+
+
+def test_test_records_have_ids_beside_the_largest():
+    ids = [2**63 - 1, 5]
+    data = perdure.data.from_arrays([[1.0], [2.0]], [0, 1], ids=ids, test=([[1.0]], [0]))
+    assert data.train.ids.tolist() == ids and data.test.ids.tolist() == [4]
+
+
+def test_a_function_of_a_path_that_fails_is_named(tmp_path):
+    (tmp_path / "a").mkdir()
+    Image.new("L", (2, 2)).save(tmp_path / "a" / "x.png")
+    with pytest.raises(ConfigError, match=r"attributes\['time'\] failed for a/x.png: ValueError"):
+        from_folder(tmp_path, attributes={"time": lambda path: float(path.stem)})
+    with pytest.raises(ConfigError, match=r"attributes\['time'\] = 3 is not allowed"):
+        from_folder(tmp_path, attributes={"time": 3})

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from perdure.data.records import Batch
 from perdure.errors import ConfigError
+from perdure.utils.checked_arguments import checked_arguments
 from perdure.utils.checked_fields import CheckedFields
-from perdure.utils.named_arguments import named_arguments
 from perdure.utils.seeding import Seed, drawing_from
 
 Change = Callable[[Tensor], Tensor]
@@ -119,7 +119,7 @@ class ShiftAndFlip(CheckedFields):
         return wide.index_select(-2, rows).index_select(-1, across + offsets[1])
 
 
-@named_arguments
+@checked_arguments
 def shift_and_flip(*, pixels: int, flip: bool = False) -> Change:
     """Make a change for `Views` that shifts an image (c, h, w) and can mirror it, at random.
 

@@ -24,14 +24,14 @@ from perdure.data.records import Records
 from perdure.data.scenarios import hashable, public_coin
 from perdure.errors import ConfigError
 from perdure.tasks import SingleLabel, refuse_other_tasks
-from perdure.utils.named_arguments import named_arguments
+from perdure.utils.checked_arguments import checked_arguments
 from perdure.utils.seeding import derive
 
 Shares = Callable[[str, int], Tensor]
 """Function from (partition, label) to (clients,) float64 shares of the label, with sum 1."""
 
 
-@named_arguments
+@checked_arguments
 def dirichlet(
     stream: Stream,
     *,
@@ -97,7 +97,7 @@ def dirichlet(
     return split.of(stream, exact, declared_size, client_sizes)
 
 
-@named_arguments
+@checked_arguments
 def iid(
     stream: Stream,
     *,

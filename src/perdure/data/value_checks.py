@@ -14,11 +14,11 @@ from perdure.data.experience import Stream
 from perdure.data.record_identity import refuse_measured_records
 from perdure.data.records import Records
 from perdure.errors import DataError
+from perdure.utils.checked_arguments import checked_arguments
 from perdure.utils.chunking import row_slices
-from perdure.utils.named_arguments import named_arguments
 
 
-@named_arguments
+@checked_arguments
 def check_finite(streams: Iterable[Stream], *, training: bool = True) -> None:
     """Refuse training and test inputs that are NaN or infinite.
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from perdure.data.datasets.base import Dataset, data_root, from_published_split
 from perdure.errors import DataError
-from perdure.utils.named_arguments import named_arguments
+from perdure.utils.checked_arguments import checked_arguments
 
 ADULT_URL = "https://archive.ics.uci.edu/dataset/2/adult"
 
@@ -134,7 +134,7 @@ ADULT_COLUMNS = 15
 ADULT_FEATURES = len(ADULT_NUMERIC) + sum(map(len, ADULT_CATEGORIES.values()))
 
 
-@named_arguments
+@checked_arguments
 def adult(root: str | Path | None = None, *, declared_size: int | None = None) -> Dataset:
     """48,842 people of the 1994 census, inputs (105,) in [0, 1], label 1 for an income above 50K.
 

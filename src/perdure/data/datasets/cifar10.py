@@ -20,7 +20,7 @@ from perdure.data.datasets.base import (
     load_or_make,
 )
 from perdure.errors import DataError
-from perdure.utils.named_arguments import named_arguments
+from perdure.utils.checked_arguments import checked_arguments
 
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 CIFAR10_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
@@ -43,7 +43,7 @@ CIFAR_CLASSES = (
 )
 
 
-@named_arguments
+@checked_arguments
 def cifar10(root: str | Path | None = None, *, declared_size: int | None = None) -> Dataset:
     """60,000 colour images of ten classes, inputs (3, 32, 32) in [0, 1], not normalised.
 

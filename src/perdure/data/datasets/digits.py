@@ -3,10 +3,10 @@
 import torch
 
 from perdure.data.datasets.base import Dataset, from_stratified_split
-from perdure.utils.named_arguments import named_arguments
+from perdure.utils.checked_arguments import checked_arguments
 
 
-@named_arguments
+@checked_arguments
 def digits(*, seed: int = 0, test_share: float = 0.3, declared_size: int | None = None) -> Dataset:
     """1,797 handwritten digits of 8 x 8 pixels, inputs (1, 8, 8) in [0, 1]; part of scikit-learn.
 

@@ -17,7 +17,7 @@ from perdure.data.datasets.base import (
     from_published_split,
 )
 from perdure.errors import DataError
-from perdure.utils.named_arguments import named_arguments
+from perdure.utils.checked_arguments import checked_arguments
 
 MNIST_FILES = {"train": "train", "test": "t10k"}
 MNIST_TRAIN_IMAGES_MD5 = "6bbc9ace898e44ae57da46a324031adb"
@@ -26,7 +26,7 @@ MNIST_TRAIN_IMAGES_BYTES = 16 + 60_000 * 28 * 28
 UNSIGNED_BYTE = 0x08
 
 
-@named_arguments
+@checked_arguments
 def mnist(root: str | Path | None = None, *, declared_size: int | None = None) -> Dataset:
     """70,000 handwritten digits, inputs (1, 28, 28) in [0, 1].
 

@@ -8,8 +8,8 @@ from typing import TypeGuard
 
 from perdure.data.datasets.base import Dataset
 from perdure.errors import ConfigError
+from perdure.utils.checked_arguments import checked_arguments
 from perdure.utils.extensions import Extensions
-from perdure.utils.named_arguments import named_arguments
 
 GIVEN = ("root", "seed")
 """Arguments that `load` passes to the functions of data sets, if they have them."""
@@ -55,7 +55,7 @@ def find(name: str, *, field: str | None = None) -> Callable[..., Dataset]:
     return EXTENSIONS.find(plain if plain in names() else name, field=field)
 
 
-@named_arguments
+@checked_arguments
 def load(
     name: str,
     root: str | Path | None = None,

@@ -11,7 +11,7 @@ from perdure.data.domain import InputDomain
 from perdure.data.records import Records
 from perdure.errors import ConfigError, DataError
 from perdure.tasks import NextToken
-from perdure.utils.named_arguments import named_arguments
+from perdure.utils.checked_arguments import checked_arguments
 
 SHAKESPEARE_URL = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -23,7 +23,7 @@ TEST_SHARE = 10
 """One of this many sequences of each speaker is in the test part."""
 
 
-@named_arguments
+@checked_arguments
 def shakespeare(
     root: str | Path | None = None, *, length: int = 64, speakers: int | None = None
 ) -> Dataset:

@@ -10,10 +10,10 @@ from perdure.data.experience import Experience, Stream
 from perdure.data.records import Records
 from perdure.data.scenarios.places import expected_sizes, placed, placing_rule, with_sizes
 from perdure.errors import ConfigError, DataError
-from perdure.utils.named_arguments import named_arguments
+from perdure.utils.checked_arguments import checked_arguments
 
 
-@named_arguments
+@checked_arguments
 def by_time(
     data: Dataset,
     attribute: str = "time",
@@ -56,14 +56,15 @@ def by_time(
         cuts = _quantiles(times[0], experiences)
     else:
         cuts = torch.tensor(list(boundaries), dtype=torch.float64)
-        if not len(cuts) or not bool((cuts.diff() > 0).all()):
+        ascending = bool((cuts.diff() > 0).all()) and bool(cuts.isfinite().all())
+        if not len(cuts) or not ascending:
             raise ConfigError.of("boundaries", tuple(boundaries), "ascending times, at least one")
     places = [torch.bucketize(each, cuts, right=True) for each in times]
     rule: list[object] | None = [attribute, cuts.tolist()] if boundaries is not None else None
     return _by_place(data, "time", places, len(cuts) + 1, rule, declared_size)
 
 
-@named_arguments
+@checked_arguments
 def by_domain(
     data: Dataset,
     attribute: str = "domain",
@@ -101,7 +102,12 @@ def by_domain(
     public = declared and attribute not in data.numbered_by_records
     if order is None:
         order = range(len(names)) if names is not None else torch.unique(values[0]).tolist()
-    if not len(order) or len(set(order)) < len(order):
+    if any(isinstance(each, str) for each in order):
+        allowed = f"numbers of domains, whose names are {names or 'not declared'}"
+        raise ConfigError.of("order", tuple(order), allowed)
+    # plain numbers, of an array as well: they go into a digest
+    order = torch.as_tensor(order).tolist()
+    if not order or len(set(order)) < len(order):
         raise ConfigError.of("order", tuple(order), "numbers of domains, each once")
     places = [_positions(each, order, attribute) for each in values]
     rule: list[object] | None = [attribute, list(order)] if public else None

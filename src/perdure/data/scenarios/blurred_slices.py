@@ -19,10 +19,10 @@ from perdure.data.scenarios.places import (
     with_sizes,
 )
 from perdure.errors import ConfigError
-from perdure.utils.named_arguments import named_arguments
+from perdure.utils.checked_arguments import checked_arguments
 
 
-@named_arguments
+@checked_arguments
 def blurry(
     data: Dataset,
     *,

@@ -19,10 +19,10 @@ from perdure.data.scenarios.places import (
 from perdure.errors import ConfigError
 from perdure.tasks import SingleLabel, refuse_other_tasks
 from perdure.types import SCENARIOS, Scenario
-from perdure.utils.named_arguments import named_arguments
+from perdure.utils.checked_arguments import checked_arguments
 
 
-@named_arguments
+@checked_arguments
 def split(
     data: Dataset,
     *,

@@ -16,10 +16,10 @@ from perdure.data.scenarios.places import placing_rule
 from perdure.errors import ConfigError
 from perdure.tasks import SingleLabel, refuse_other_tasks
 from perdure.types import SCENARIOS, Scenario
-from perdure.utils.named_arguments import named_arguments
+from perdure.utils.checked_arguments import checked_arguments
 
 
-@named_arguments
+@checked_arguments
 def joint(data: Dataset, *, declared_size: int | None = None) -> Stream:
     """Make a stream of one experience with all records, as an upper bound for other streams.
 
@@ -47,7 +47,7 @@ def joint(data: Dataset, *, declared_size: int | None = None) -> Stream:
     )
 
 
-@named_arguments
+@checked_arguments
 def permuted(
     data: Dataset,
     *,
@@ -90,7 +90,7 @@ def permuted(
     return _copies(data, f"permuted-{data.name}", scenario, changes, declared_size)
 
 
-@named_arguments
+@checked_arguments
 def rotated(
     data: Dataset,
     *,

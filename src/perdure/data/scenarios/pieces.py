@@ -9,10 +9,10 @@ from perdure.data.experience import Stream, placed_again, require_stream
 from perdure.data.records import Records
 from perdure.data.scenarios.places import hashable, public_coin
 from perdure.errors import ConfigError
-from perdure.utils.named_arguments import named_arguments
+from perdure.utils.checked_arguments import checked_arguments
 
 
-@named_arguments
+@checked_arguments
 def online(stream: Stream, *, chunk: int, seed: int = 0, exact: bool = True) -> Stream:
     """Cut every experience into small pieces, for training with one pass over each piece.
 

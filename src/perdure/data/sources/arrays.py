@@ -17,13 +17,13 @@ from perdure.data.sources.inputs import Number, Standardise, byte_range, float_i
 from perdure.data.sources.targets import TaskName
 from perdure.data.sources.values import numbers_of
 from perdure.tasks import Task
-from perdure.utils.named_arguments import named_arguments
+from perdure.utils.checked_arguments import checked_arguments
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
 
-@named_arguments
+@checked_arguments
 def from_arrays(
     inputs: "ArrayLike | Tensor",
     targets: "ArrayLike | Tensor",

@@ -22,6 +22,7 @@ from perdure.data.sources.inputs import (
     scaling_of,
 )
 from perdure.data.sources.targets import Classes, TaskName, converted, given_classes, task_of
+from perdure.data.sources.values import LARGEST
 from perdure.errors import ConfigError, DataError
 from perdure.tasks import Task
 
@@ -190,6 +191,8 @@ def _with_other_ids(train: Records, test: Records) -> tuple[Records, Records]:
     if not test.ids_by_position:
         return train, test
     first = int(train.ids.max()) + 1
+    if first > LARGEST - len(test):  # behind the largest number there is none: go below the least
+        first = int(train.ids.min()) - len(test)
     return train, replace(test, ids=first + torch.arange(len(test)), ids_by_position=False)
 
 

@@ -14,14 +14,14 @@ from perdure.data.sources.assembly import Part, Settings, dataset_of, share_of
 from perdure.data.sources.ids import text_ids
 from perdure.data.sources.inputs import Standardise, float_inputs
 from perdure.errors import ConfigError, DataError
-from perdure.utils.named_arguments import named_arguments
+from perdure.utils.checked_arguments import checked_arguments
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 """Endings of the names of image files, in lower case."""
 MODES = {1: "L", 3: "RGB"}
 
 
-@named_arguments
+@checked_arguments
 def from_folder(
     folder: str | Path,
     *,
@@ -83,7 +83,7 @@ def from_folder(
             targets=[names[number] for _, number in files],
             ids=text_ids(f"{label}{file.relative_to(place).as_posix()}" for file, _ in files),
             attributes={
-                key: [fact(file.relative_to(place)) for file, _ in files]
+                key: [_fact(key, fact, file.relative_to(place)) for file, _ in files]
                 for key, fact in (attributes or {}).items()
             },
             label=label,
@@ -107,6 +107,21 @@ def from_folder(
         facts=() if classes is not None else ("the names of the sub-folders are declared public",),
     )
     return dataset_of(train, rest, settings, notes)
+
+
+def _fact(name: str, fact: Callable[[Path], float], path: Path) -> float:
+    """Return an attribute of an image by its path inside the folder."""
+    if not callable(fact):
+        allowed = "a function from the path of an image to a number"
+        raise ConfigError.of(f"attributes[{name!r}]", fact, allowed)
+    try:
+        return fact(path)
+    except Exception as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise DataError(
+            f"attributes[{name!r}] failed for {path}: {type(error).__name__}: {reason}; allowed: a "
+            "function that returns a number for every image"
+        ) from error
 
 
 def _refuse_other_sizes(size: object, channels: object) -> None:

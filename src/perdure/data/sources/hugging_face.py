@@ -16,14 +16,14 @@ from perdure.data.sources.token_sequences import from_tokens
 from perdure.data.sources.torch_datasets import from_torch
 from perdure.errors import ConfigError, DataError
 from perdure.tasks import Task
-from perdure.utils.named_arguments import named_arguments
+from perdure.utils.checked_arguments import checked_arguments
 
 if TYPE_CHECKING:
     from datasets import Dataset as Table
     from datasets import DatasetDict
 
 
-@named_arguments
+@checked_arguments
 def from_huggingface(
     dataset: "Table | DatasetDict",
     *,

@@ -63,6 +63,10 @@ def attributes_of(given: Mapping[str, object] | None, name: str) -> dict[str, Te
     Raises:
         DataError: if values are not numbers, or not finite.
     """
+    if not isinstance(given, Mapping | None):
+        raise DataError(
+            f"{name} are a {type(given).__name__}; allowed: a dict, name to one number a record"
+        )
     found = {}
     for key, value in (given or {}).items():
         found[key] = numbers_of(value, f"{name}[{key!r}]")

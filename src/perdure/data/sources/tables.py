@@ -15,8 +15,8 @@ from perdure.data.sources.inputs import Number, Standardise
 from perdure.data.sources.targets import TaskName
 from perdure.errors import ConfigError, DataError
 from perdure.tasks import Task
+from perdure.utils.checked_arguments import checked_arguments
 from perdure.utils.listing import shown
-from perdure.utils.named_arguments import named_arguments
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -26,7 +26,7 @@ MOST_CATEGORIES = 1000
 """Most different words of a column that are used as categories, if none are declared."""
 
 
-@named_arguments
+@checked_arguments
 def from_pandas(
     table: "DataFrame",
     *,
@@ -434,7 +434,14 @@ def values_by_attribute(
                     f"{column!r}, which is its {role}; allowed: a value in every row; use "
                     f"table[{column!r}].fillna('unknown') to set one"
                 )
-            seen |= set(rows[column].tolist())
+            try:
+                seen |= set(rows[column].tolist())
+            except TypeError:
+                held = type(rows[column].iloc[0]).__name__
+                raise DataError(
+                    f"column {column!r} of the {label}table holds a {held} in row 0; allowed: "
+                    f"words or numbers as {role}"
+                ) from None
         found[role] = sorted(seen, key=lambda value: (str(type(value)), value))
         if column in declared:
             strange = [value for value in found[role] if value not in declared[column]]

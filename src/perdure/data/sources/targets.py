@@ -35,6 +35,8 @@ class Classes:
     declared: bool = False
 
 
+MOST_CLASSES = 2**24
+"""Classes that a data set may have: a model has an output for each."""
 TaskName = Literal["single-label", "multi-label", "regression", "next-token"]
 TASKS: Mapping[str, type[Task]] = {
     kind.name: kind for kind in (SingleLabel, MultiLabel, Regression, NextToken)
@@ -119,9 +121,12 @@ def given_classes(classes: Sequence[object] | None, num_classes: int | None) -> 
             other.
     """
     if num_classes is not None and (
-        isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1
+        isinstance(num_classes, bool)
+        or not isinstance(num_classes, int)
+        or not 1 <= num_classes <= MOST_CLASSES
     ):
-        raise ConfigError.of("num_classes", num_classes, "a whole number from 1, or None")
+        allowed = f"a whole number from 1 to {MOST_CLASSES}, or None"
+        raise ConfigError.of("num_classes", num_classes, allowed)
     if classes is None:
         return None if num_classes is None else Classes(number=num_classes, declared=True)
     if isinstance(classes, str) or not classes or len(set(classes)) != len(classes):

@@ -20,13 +20,13 @@ from perdure.data.sources.targets import TaskName, task_of
 from perdure.data.sources.values import numbers_of
 from perdure.errors import ConfigError, DataError
 from perdure.tasks import NextToken, Task
-from perdure.utils.named_arguments import named_arguments
+from perdure.utils.checked_arguments import checked_arguments
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
 
-@named_arguments
+@checked_arguments
 def from_tokens(
     sequences: "Sequence[ArrayLike | Tensor] | ArrayLike | Tensor",
     targets: "ArrayLike | Tensor | None" = None,

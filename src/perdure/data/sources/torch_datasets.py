@@ -21,7 +21,7 @@ from perdure.data.sources.targets import TaskName
 from perdure.data.sources.values import numbers_of, pixels_of
 from perdure.errors import DataError
 from perdure.tasks import Task
-from perdure.utils.named_arguments import named_arguments
+from perdure.utils.checked_arguments import checked_arguments
 from perdure.utils.seeding import seed_globally, undisturbed
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class MapStyle(Protocol):
         """Return the number of items."""
 
 
-@named_arguments
+@checked_arguments
 def from_torch(
     dataset: MapStyle,
     *,

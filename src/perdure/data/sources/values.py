@@ -22,6 +22,8 @@ TEXT_KINDS = "OSU"
 """Kinds of NumPy arrays that may contain words."""
 KINDS = {"U": "words", "S": "words", "O": "objects", "M": "dates", "m": "spans of time"}
 """Kinds of NumPy arrays without numbers, and their description."""
+LARGEST = 2**63 - 1
+"""Largest int64."""
 WIDER = {"uint16": "int64", "uint32": "int64", "uint64": "int64", "float128": "float64"}
 """Types of numbers that torch does not support, and the types that they are converted to."""
 
@@ -37,6 +39,8 @@ def array_of(value: object, name: str) -> NDArray[Any] | Tensor:
         DataError: if the value cannot be an array.
     """
     if isinstance(value, Tensor):
+        if value.is_meta:
+            raise DataError(f"{name} are on the device 'meta', without values; load them first")
         return value.detach()
     _refuse_others(value, name)
     if isinstance(value, list | tuple) and value and all(isinstance(v, Tensor) for v in value):
@@ -48,6 +52,16 @@ def array_of(value: object, name: str) -> NDArray[Any] | Tensor:
             f"{name} have rows of different lengths; allowed: rows of one shape; "
             "perdure.data.from_tokens pads sequences"
         ) from error
+    if np.ma.is_masked(value):
+        raise DataError(
+            f"{name} are a masked array, with {np.ma.count_masked(value)} values masked; allowed: "
+            "an array with all values; fill it, as in array.filled(0), or leave the rows out"
+        )
+    if found.dtype.name == "uint64" and found.size and found.max() > LARGEST:
+        raise DataError(
+            f"{name} have {found.max()}; allowed: whole numbers up to {LARGEST}; convert inputs to "
+            "float32, and ids to words"
+        )
     if found.dtype.name in WIDER:
         found = found.astype(WIDER[found.dtype.name])
     if not found.dtype.isnative:

@@ -1,0 +1,99 @@
+"""Arguments of public functions: one plain line for one without its name, or of another type."""
+
+import inspect
+import sys
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence, Set, Sized
+from functools import wraps
+from numbers import Integral, Real
+from typing import Any, ParamSpec, TypeVar
+
+from perdure.errors import ConfigError
+from perdure.utils.checked_fields import described, options
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+LARGEST = 2**63
+"""Whole numbers are below it, as torch's are."""
+
+
+def checked_arguments(function: Callable[P, R]) -> Callable[P, R]:
+    """Refuse arguments that need their name, and values of another type than the annotation.
+
+    Numbers, text, lists, mappings and functions are checked; the function checks other types, such
+    as data sets, itself.
+
+    Args:
+        function: with annotations; those that cannot be read are not checked.
+
+    Returns:
+        The function, which raises `ConfigError` where Python would raise a `TypeError`.
+    """
+    parameters = inspect.signature(function).parameters
+    first = [name for name, each in parameters.items() if each.kind is each.POSITIONAL_OR_KEYWORD]
+    others = [f"{name}=..." for name in parameters if name not in first]
+    hints: dict[str, Any] = {}
+
+    @wraps(function)
+    def called(*args: P.args, **kwargs: P.kwargs) -> R:
+        if len(args) > len(first):
+            allowed = " and ".join(first) or "none"
+            raise ConfigError(
+                f"{function.__name__} was given {len(args)} arguments without a name; allowed "
+                f"without one: {allowed}; give the others by name: {', '.join(others)}"
+            )
+        if not hints:
+            hints.update({name: _hint(function, name) for name in parameters})
+        for name, value in [*zip(first, args, strict=False), *kwargs.items()]:
+            hint = hints.get(name, Any)
+            if not any(_fits(value, option) for option in options(hint)):
+                raise ConfigError.of(name, value, described(hint))
+        return function(*args, **kwargs)
+
+    return called
+
+
+def _hint(function: Callable[..., object], name: str) -> Any:
+    """Type of one argument; `Any` where the annotation names what is imported for checkers only."""
+    annotation = inspect.get_annotations(function).get(name, Any)
+    alone = types.SimpleNamespace(__annotations__={name: annotation})
+    try:
+        return typing.get_type_hints(alone, vars(sys.modules[function.__module__]))[name]
+    except Exception:
+        return Any
+
+
+def _fits(value: object, hint: Any) -> bool:
+    """Tell if a value has a type without alternatives; True for types that are not checked."""
+    kind = typing.get_origin(hint) or hint
+    if kind is tuple:
+        known = typing.get_args(hint)
+        wide = Ellipsis in known or not known
+        return isinstance(value, tuple | list) and (wide or len(value) == len(known))
+    return CHECKS.get(kind, _anything)(value)
+
+
+def _anything(value: object) -> bool:
+    return True
+
+
+def _is_whole(value: object) -> bool:
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    return whole and -LARGEST < int(value) < LARGEST  # type: ignore[call-overload, no-any-return]
+
+
+CHECKS: dict[Any, Callable[[object], bool]] = {
+    types.NoneType: lambda value: value is None,
+    bool: lambda value: isinstance(value, bool),
+    str: lambda value: isinstance(value, str),
+    int: _is_whole,
+    float: lambda value: isinstance(value, Real) and not isinstance(value, bool),
+    # arrays as well
+    Sequence: lambda value: (
+        isinstance(value, Sized) and not isinstance(value, str | bytes | Set | Mapping)
+    ),
+    Mapping: lambda value: isinstance(value, Mapping),
+    Callable: callable,
+}
