@@ -12,6 +12,7 @@ import socket
 import struct
 import tempfile
 import zipfile
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -53,9 +54,10 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    """Put files with slow tests first, so that workers do not wait for a long file at the end."""
+    """Put files with slow or many tests first, so that no worker waits for a long file at the end."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    tests = Counter(item.path for item in items)
+    items.sort(key=lambda item: (item.path not in slow, -tests[item.path], str(item.path)))
 
 
 def pytest_collection_finish():

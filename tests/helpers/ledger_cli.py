@@ -76,7 +76,7 @@ def assert_refused(answer, *words):
         assert word in err
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def alone(tmp_path_factory):
     """A finished run with secret noise: two private arms, one without privacy. For reading only."""
     folder = tmp_path_factory.mktemp("alone") / "run"
@@ -84,7 +84,7 @@ def alone(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def federated(tmp_path_factory):
     """A finished federated run with simulated noise. For reading only."""
     folder = tmp_path_factory.mktemp("federated") / "run"
