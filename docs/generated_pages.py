@@ -32,6 +32,7 @@ PACKAGES = {
     "perdure.explain": "Explainers",
     "perdure.auditing": "Attacks on the privacy of a run",
     "perdure.avalanche": "From and to Avalanche",
+    "perdure.export": "Trained models as files",
     "perdure.experiment": "Configured runs and searches",
     "perdure.report": "Reports of runs",
     "perdure.testing": "Checks for extensions of your own",

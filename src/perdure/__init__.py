@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from perdure import data as data
     from perdure import experiment as experiment
     from perdure import explain as explain
+    from perdure import export as export
     from perdure import federated as federated
     from perdure import metrics as metrics
     from perdure import models as models

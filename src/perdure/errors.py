@@ -13,6 +13,7 @@ PerdureError
     │   └── ConformanceError  found so by `perdure.testing.check_strategy`, which names the check
     ├── LoopError           a loop over a session that leaves out, repeats or mixes up its calls
     ├── FederationError     a client or server that cannot go on
+    ├── ExportError         a model that a format cannot hold, or an artifact that answers otherwise
     └── RunError            a run on disk that cannot be read or resumed
         └── StorageError    a file that cannot be written: a full disk, a folder of somebody else
 
@@ -28,6 +29,7 @@ __all__ = [
     "ConfigError",
     "ConformanceError",
     "DataError",
+    "ExportError",
     "FederationError",
     "GuardError",
     "LedgerError",
@@ -106,6 +108,10 @@ class LoopError(PerdureError):
 
 class FederationError(PerdureError):
     """A client or the server of a federation cannot continue."""
+
+
+class ExportError(PerdureError):
+    """A format cannot hold a model, or a written artifact answers otherwise than its model."""
 
 
 class RunError(PerdureError):

@@ -1,14 +1,17 @@
 """Tuning uses only the training records of the first experiences."""
 
 import math
+import subprocess
+import sys
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 
-from perdure.data.scenarios import split
-from perdure.errors import ConfigError, PrivacyError
+from perdure.data.scenarios import rotated, split
+from perdure.errors import ConfigError, PrivacyError, RunawayError, RunError
 from perdure.experiment.tuning import beginning, tune
 from perdure.learner.learner import Learner
 from perdure.privacy import Privacy
@@ -67,7 +70,9 @@ def test_tuning_ignores_test_records_and_later_experiences(stream, make):
     ("options", "message"),
     [
         ({"space": {}}, "space = {}"),
-        ({"space": {"rate": (0.1, 0.01)}}, "space = "),
+        ({"space": {"rate": (0.1, 0.01)}}, r"space\['rate'\] = .*or a list of choices"),
+        ({"space": {"rate": []}}, r"space\['rate'\] = \[\]"),
+        ({"space": {"rate": (0.1, math.inf)}}, r"space\['rate'\] = "),
         ({"experiences": 2}, "experiences = 2.*1 to 1"),
         ({"trials": 0}, "trials = 0"),
         ({"held_out": 1.0}, "held_out = 1.0"),
@@ -95,3 +100,150 @@ def test_tune_refuses_private_training(stream, make):
     private = partial(make, privacy=Privacy(noise_multiplier=1.0, seed=0))
     with pytest.raises(PrivacyError, match="because every trial"):
         tune(private, {"rate": (0.01, 0.1)}, stream, experiences=1, trials=1)
+
+
+def test_copies_of_a_record_are_held_out_together(toy_data):
+    stream = rotated(toy_data_as_images(toy_data), angles=(0.0, 90.0, 180.0))
+    cut = beginning(stream, 2, 0.25, seed=0)
+    learnt = set(torch.cat([each.train.ids for each in cut]).tolist())
+    measured = set(torch.cat([each.test.ids for each in cut]).tolist())
+    assert measured and not learnt & measured and len(measured) == 12
+    assert [len(each.test) for each in cut] == [12, 12]
+
+
+def toy_data_as_images(data):
+    """The toy problem with 24 ids and inputs that can be turned: (1, 2, 2)."""
+
+    def images(records):
+        return replace(records, inputs=records.inputs[:, :4].reshape(-1, 1, 2, 2))
+
+    return replace(data, train=images(data.train), test=images(data.test), input_shape=(1, 2, 2))
+
+
+def test_an_experience_of_one_record_cannot_be_cut(stream):
+    one = replace(stream[0], train=stream[0].train.take(torch.arange(1)))
+    with pytest.raises(ConfigError, match="experience 0 has 1 training records of 1 ids"):
+        beginning(replace(stream, experiences=(one, *stream.experiences[1:])), 1, 0.2, seed=0)
+
+
+def test_whole_numbers_choices_and_zero_are_searched(stream, make):
+    space = {
+        "size": (1, 3),
+        "momentum": (0.0, 0.9),
+        "strength": [0.0, 5.0],
+        "kind": ["SGD", "Adam"],
+    }
+
+    def build(values):
+        learner = make(values)
+        learner.iterations = values["size"]
+        return learner
+
+    found = tune(build, space, stream, experiences=1, trials=8)
+    tried = [values for values, _ in found.trials]
+    assert {type(values["size"]) for values in tried} == {int}
+    assert {values["size"] for values in tried} == {1, 2, 3}
+    assert all(0 <= values["momentum"] <= 0.9 for values in tried)
+    assert {values["strength"] for values in tried} == {0.0, 5.0}
+    assert {values["kind"] for values in tried} == {"SGD", "Adam"}
+
+
+def diverging(make):
+    def build(values):
+        learner = make(values)
+        learner.optimizer = partial(torch.optim.SGD, lr=math.inf)
+        return learner
+
+    return build
+
+
+def test_tune_raises_when_every_trial_ran_away(stream, make):
+    with pytest.raises(RunawayError, match="all 2 trials ran away"):
+        tune(diverging(make), {"rate": (0.01, 0.1)}, stream, experiences=1, trials=2)
+
+
+def test_a_learner_of_an_earlier_trial_is_refused(stream, make, toy_model, tmp_path):
+    search = partial(tune, space={"rate": (0.01, 0.1)}, stream=stream, experiences=1, trials=2)
+    same = make({})
+    with pytest.raises(ConfigError, match="a new one a trial"):
+        search(lambda values: same)
+    model = toy_model(stream)
+    with pytest.raises(ConfigError, match="a new one a trial"):
+        search(lambda values: replace(make(values, warm_start=True), model=model))
+    with pytest.raises(ConfigError, match="a trial would resume another one"):
+        search(lambda values: make(values, folder=tmp_path))
+
+
+SPACE = {"rate": (1e-4, 0.05), "strength": [0.0, 1.0]}
+
+
+def test_a_stopped_search_ends_as_one_that_never_stopped(stream, make, tmp_path):
+    search = partial(tune, space=SPACE, stream=stream, experiences=1, trials=4)
+    file = tmp_path / "study.db"
+    began = []
+
+    def stopped(values):
+        began.append(values)
+        if len(began) == 3:
+            raise KeyboardInterrupt
+        return make(values)
+
+    with pytest.raises(KeyboardInterrupt):
+        search(stopped, study=file)
+    more = []
+    assert search(lambda values: more.append(values) or make(values), study=file) == search(make)
+    assert len(more) == 2 and more[0] == began[2]
+
+
+def test_a_file_of_another_search_is_refused(stream, make, tmp_path):
+    search = partial(tune, make, SPACE, stream, experiences=1, study=tmp_path / "study.db")
+    search(trials=1)
+    with pytest.raises(RunError, match="a search with another held_out, seed; give another file"):
+        search(trials=1, seed=3, held_out=0.3)
+    (tmp_path / "text.db").write_text("no database, but text that is long enough to be read" * 9)
+    with pytest.raises(RunError, match=r"text\.db cannot be read"):
+        tune(make, SPACE, stream, experiences=1, trials=1, study=tmp_path / "text.db")
+
+
+KILLED = """
+import os, signal, sys
+sys.path[:0] = [sys.argv[2]]
+from functools import partial
+from pathlib import Path
+import torch
+from perdure import Learner
+from perdure.experiment import tune
+from perdure.models import mlp
+from perdure.strategies import EWC
+from perdure.testing.fixtures import small_stream
+
+stream = small_stream("class")
+began = []
+
+def make(values):
+    began.append(values)
+    if len(sys.argv) > 3 and len(began) == int(sys.argv[3]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    model = mlp(input_shape=stream.input_shape, num_classes=6, hidden=(4,), seed=0)
+    return Learner(model=model, strategy=EWC(strength=values["strength"]), iterations=3,
+                   optimizer=partial(torch.optim.SGD, lr=values["rate"]), batch_size=8)
+
+space = {"rate": (0.01, 1.0), "strength": [0.0, 1.0]}
+print(tune(make, space, stream, experiences=2, trials=5, study=Path(sys.argv[1])).row())
+"""
+
+
+@pytest.mark.deep(reason="chaos: a search that is killed three times")
+def test_a_killed_search_ends_as_one_that_never_stopped(tmp_path):
+    source = str(Path(__file__).parents[2] / "src")
+
+    def search(file, *stop):
+        words = [sys.executable, "-c", KILLED, str(tmp_path / file), source, *stop]
+        return subprocess.run(words, capture_output=True, text=True, check=False)
+
+    for stop in ("2", "1", "3"):
+        assert search("killed.db", stop).returncode == -9
+    ended = search("killed.db")
+    whole = search("whole.db")
+    assert ended.returncode == whole.returncode == 0, ended.stderr + whole.stderr
+    assert ended.stdout == whole.stdout != ""

@@ -15,6 +15,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from perdure.cli import export as export_cli
 from perdure.cli import ledger as ledger_cli
 from perdure.cli.comparing import compare
 from perdure.cli.consoles import wide_console
@@ -51,6 +52,7 @@ To continue a stopped run, give the same command again.""",
 )
 
 app.add_typer(ledger_cli.app, name="ledger")
+app.command()(export_cli.export)
 app.command()(compare)
 app.command()(predict)
 

@@ -4,13 +4,15 @@ Import `read` or `parse` to get a `Config`, and `run` to train and evaluate it; 
 continues. `tune` searches hyper-parameters on training records. `attack_run` attacks the models of
 a run, and `audit_run` audits the private arms of a config. `read_result` reads the stored result of
 a run, and `to_pandas` makes a table of it. `compare` compares arms over seeds, of one or several
-runs, and `load` loads a trained model. `cards` describes every strategy with its costs.
+runs, and `load` loads a trained model. `export_run` writes it to files
+that run elsewhere. `cards` describes every strategy with its costs.
 """
 
 from perdure.experiment.audits import attack_run, audit_run
 from perdure.experiment.comparison import Comparison, Difference, compare
 from perdure.experiment.config import Config, parse, read, read_text
 from perdure.experiment.data_frames import to_pandas
+from perdure.experiment.exports import export_run
 from perdure.experiment.paired_statistics import Estimate
 from perdure.experiment.result_schema import Result, read_result
 from perdure.experiment.results import spending
@@ -32,6 +34,7 @@ __all__ = [
     "audit_run",
     "cards",
     "compare",
+    "export_run",
     "load",
     "parse",
     "read",

@@ -139,7 +139,7 @@ def load(run: Path | str, arm: str | None = None, *, seed: int | None = None) ->
     folder = Path(run)
     config = read(folder / "config.toml")
     known = trials(config)
-    trial = _chosen(folder, known, arm, seed)
+    trial = chosen_trial(folder, known, arm, seed)
     path = folder / "checkpoint" / trial / "model.safetensors"
     row = folder / "arms" / trial / "arm.json"
     failure = json.loads(row.read_text())["failure"] if row.exists() else None
@@ -159,10 +159,20 @@ def load(run: Path | str, arm: str | None = None, *, seed: int | None = None) ->
     return learner
 
 
-def _chosen(
+def chosen_trial(
     folder: Path, known: Mapping[str, tuple[Arm, int]], arm: str | None, seed: int | None
 ) -> str:
-    """Name the only trial of an arm and a seed."""
+    """Name the only trial of an arm and a seed.
+
+    Args:
+        folder: of the run, for messages.
+        known: trials of its config, from `trials`.
+        arm: name of an arm or trial; None where the run has one arm.
+        seed: of the run; None where it has one seed.
+
+    Raises:
+        RunError: when there is none, or more than one.
+    """
     found = [
         trial
         for trial, (each, its_seed) in known.items()

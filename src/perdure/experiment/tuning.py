@@ -5,31 +5,48 @@ Test records are never used.
 A learner that sees experiences one after another cannot go back, so hyper-parameters that are tuned
 on the whole stream would use data from the future. Here only the first experiences are used for
 tuning; their training records are split into a part for training and a part for evaluation. Later
-experiences and all test records are not used.
+experiences and all test records are not used. All copies of a record, such as its rotations in
+several experiences, are on the same side of the split.
 
 Chaudhry, Ranzato, Rohrbach and Elhoseiny, Efficient Lifelong Learning with A-GEM, ICLR 2019,
 section 2.
 """
 
 import math
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch import Tensor, nn
 
 from perdure.data.experience import Experience, Stream
 from perdure.data.records import Records
-from perdure.errors import ConfigError, PrivacyError, RunawayError
+from perdure.errors import ConfigError, PrivacyError, RunawayError, RunError
 from perdure.learner.learner import Learner
 from perdure.metrics import average_accuracy
-from perdure.utils.seeding import generator
+from perdure.utils.seeding import derive, generator
 
-Values = dict[str, float]
+if TYPE_CHECKING:
+    import optuna
+
+Values = dict[str, Any]
 """Hyper-parameters by name."""
-Space = Mapping[str, tuple[float, float]]
-"""Name of a hyper-parameter to its lowest and highest value, both above 0, on a logarithmic scale.
+Space = Mapping[str, tuple[float, float] | list[Any]]
+"""Name of a hyper-parameter to the values that are searched:
+
+    {"rate": (1e-4, 0.1)}              numbers on a logarithmic scale: the lowest is above 0
+    {"momentum": (0.0, 0.9)}           numbers on a linear scale: the lowest is 0 or below
+    {"epochs": (1, 8)}                 whole numbers, where both ends are whole
+    {"optimizer": ["sgd", "adam"]}     a list of choices: text, numbers, True, False or None
 """
+STUDY = "perdure"
+"""Name of the study inside its file."""
+SEARCH = "search"
+FAILED = "failed"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +58,8 @@ class Tuned:
         score: average accuracy with these values, in percent, on held-out records; for other tasks,
             average of the task's metric.
         experiences: number of experiences used, from the start of the stream.
-        trials: all tried values with their scores.
+        trials: all tried values with their scores; a trial that ran away has the score 0, or
+            infinity if lower is better.
     """
 
     values: Values
@@ -70,87 +88,251 @@ def tune(
     trials: int = 20,
     held_out: float = 0.2,
     seed: int = 0,
+    study: Path | str | None = None,
 ) -> Tuned:
     """Search for hyper-parameters on the first experiences of a stream.
 
-    The search uses Optuna's tree-structured Parzen estimator.
+    The search uses Optuna's tree-structured Parzen estimator. With a file for the study, a search
+    that was stopped at any moment, `kill -9` included, goes on after its last finished trial, to
+    the same result.
 
     Args:
-        make: function from hyper-parameters to a new learner; a learner that diverges gets the
-            score 0, or infinity if lower is better.
-        space: names of hyper-parameters and their ranges.
+        make: function from hyper-parameters to a new learner with a new model, in no folder; a
+            learner that diverges gets the score 0, or infinity if lower is better.
+        space: names of hyper-parameters and their ranges or choices; see `Space`.
         stream: stream to search on; only the training records of its first `experiences` are used.
         experiences: number of experiences to search on.
-        trials: number of learners to train.
-        held_out: share of the training records that is held out to compute the score.
+        trials: number of learners to train, those of an earlier part of the search included.
+        held_out: share of the training records that is held out to compute the score; all copies of
+            a record are on one side.
         seed: seed of the held-out choice and of the search.
+        study: SQLite file that keeps the finished trials; None to keep nothing.
 
     Raises:
-        ConfigError: if a search with these arguments is impossible.
+        ConfigError: if a search with these arguments is impossible, or a learner is not a new one.
         PrivacyError: if the learner is private: every trial would cost privacy, and the chosen
             values would be a release without noise.
+        RunawayError: if every trial diverged.
+        RunError: if the file has another search, or cannot be read.
     """
     _check(space, stream, experiences, trials, held_out)
+    first = beginning(stream, experiences, held_out, seed)
+    metric = stream.task.metric
+    direction: Literal["maximize", "minimize"] = (
+        "maximize" if metric.higher_is_better else "minimize"
+    )
+    search = {
+        "space": {name: list(values) for name, values in space.items()},
+        "stream": stream.name,
+        "metric": metric.name,
+        "experiences": experiences,
+        "held_out": held_out,
+        "seed": seed,
+    }
+    fresh = _FreshLearners()
+    with _opened(study, direction, search) as opened:
+        for number in range(len(_finished(opened)), trials):
+            _run_trial(opened, lambda values: fresh.check(make(values)), space, first, seed, number)
+        done = _finished(opened)
+    tried = tuple((dict(trial.params), float(trial.value or 0.0)) for trial in done)
+    if all(trial.user_attrs[FAILED] for trial in done):
+        raise RunawayError(
+            f"all {len(done)} trials ran away (parameters were NaN or infinite); search smaller "
+            "learning rates, or normalise the inputs"
+        )
+    best, found = (max if metric.higher_is_better else min)(tried, key=lambda pair: pair[1])
+    return Tuned(values=best, score=found, experiences=experiences, trials=tried)
+
+
+def _run_trial(
+    study: "optuna.Study",
+    make: Callable[[Values], Learner],
+    space: Space,
+    stream: Stream,
+    seed: int,
+    number: int,
+) -> None:
+    """Ask for values, train with them, and store the score.
+
+    The sampler is new for every trial, so that a search that goes on draws as one that never
+    stopped.
+    """
     import optuna
 
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    first = beginning(stream, experiences, held_out, seed)
-    tried = []
+    study.sampler = optuna.samplers.TPESampler(seed=derive(seed, "trial", number) % 2**32)
+    trial = study.ask()
+    values = {name: _suggested(trial, name, given) for name, given in space.items()}
+    try:
+        score, failed = _score(make(values), stream)
+    except Exception:
+        study.tell(trial, state=optuna.trial.TrialState.FAIL)
+        raise
+    trial.set_user_attr(FAILED, failed)
+    study.tell(trial, score)
 
-    def score(trial: optuna.Trial) -> float:
-        values = {
-            name: trial.suggest_float(name, *bounds, log=True) for name, bounds in space.items()
-        }
-        learner = make(values)
+
+def _suggested(trial: "optuna.Trial", name: str, given: tuple[float, float] | list[Any]) -> Any:
+    if isinstance(given, list):
+        return trial.suggest_categorical(name, given)
+    low, high = given
+    if _are_whole(low, high):
+        return trial.suggest_int(name, int(low), int(high))
+    return trial.suggest_float(name, low, high, log=low > 0)
+
+
+def _are_whole(*ends: object) -> bool:
+    return all(isinstance(end, int) and not isinstance(end, bool) for end in ends)
+
+
+def _score(learner: Learner, stream: Stream) -> tuple[float, bool]:
+    """Score of a learner, and True where it ran away."""
+    metric = stream.task.metric
+    try:
+        return average_accuracy(learner.fit(stream), metric=metric), False
+    except RunawayError:
+        return (0.0 if metric.higher_is_better else math.inf), True
+
+
+class _FreshLearners:
+    """Refuses a learner that another trial has trained, or would go on from."""
+
+    def __init__(self) -> None:
+        self._models: list[weakref.ref[nn.Module]] = []
+
+    def check(self, learner: Learner) -> Learner:
+        """Return a learner that may be trained.
+
+        Raises:
+            ConfigError: for a model of an earlier trial, a learner that was fitted, or a folder.
+            PrivacyError: for a private learner.
+        """
         if learner.privacy is not None:
             raise PrivacyError(
                 "hyper-parameters cannot be tuned on private records, because every trial and the "
                 "choice itself cost privacy; tune on public records, or use published settings"
             )
-        tried.append((values, _score(learner, first)))
-        return tried[-1][1]
+        known = any(model() is learner.model for model in self._models)
+        if known or learner.position.experience or learner.position.step:
+            raise ConfigError.of(
+                "make", "a function that returns a learner or model again", "a new one a trial"
+            )
+        if learner.folder is not None:
+            raise ConfigError.of(
+                "folder", str(learner.folder), "None, because a trial would resume another one"
+            )
+        self._models.append(weakref.ref(learner.model))
+        return learner
 
-    higher = stream.task.metric.higher_is_better
-    direction: Literal["maximize", "minimize"] = "maximize" if higher else "minimize"
-    study = optuna.create_study(direction=direction, sampler=optuna.samplers.TPESampler(seed=seed))
-    study.optimize(score, n_trials=trials)
-    best, found = (max if higher else min)(tried, key=lambda pair: pair[1])
-    return Tuned(values=best, score=found, experiences=experiences, trials=tuple(tried))
+
+# --------------------------------------------------------------------------- the study
 
 
-def _score(learner: Learner, stream: Stream) -> float:
-    metric = stream.task.metric
+@contextmanager
+def _opened(
+    path: Path | str | None, direction: Literal["maximize", "minimize"], search: Values
+) -> Iterator["optuna.Study"]:
+    """Open the study in memory or in its file; trials that were cut short do not count.
+
+    Raises:
+        RunError: for a file with another search, or one that cannot be read.
+    """
+    import optuna
+    from sqlalchemy.exc import SQLAlchemyError
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    if path is None:
+        yield optuna.create_study(direction=direction)
+        return
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        return average_accuracy(learner.fit(stream), metric=metric)
-    except RunawayError:
-        return 0.0 if metric.higher_is_better else math.inf
+        storage = optuna.storages.RDBStorage(f"sqlite:///{path}")
+    except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise RunError(
+            f"{path} cannot be read ({reason}); give the SQLite file of a search, or a new name"
+        ) from None
+    try:
+        study = optuna.create_study(
+            storage=storage, study_name=STUDY, direction=direction, load_if_exists=True
+        )
+        stored = study.user_attrs.setdefault(SEARCH, search)
+        if stored != search:
+            apart = [name for name, value in search.items() if stored.get(name) != value]
+            raise RunError(
+                f"{path} has a search with another {', '.join(apart)}; give another file, or "
+                "delete it"
+            )
+        study.set_user_attr(SEARCH, search)
+        for trial in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
+            study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+        yield study
+    finally:
+        storage.remove_session()
+        storage.engine.dispose()
+
+
+def _finished(study: "optuna.Study") -> list["optuna.trial.FrozenTrial"]:
+    import optuna
+
+    return study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
+
+
+# --------------------------------------------------------------------------- held-out records
 
 
 def beginning(stream: Stream, experiences: int, held_out: float, seed: int) -> Stream:
-    """Return the first experiences; a share of their training records replaces the test records."""
-    return replace(
-        stream, experiences=tuple(_cut(e, held_out, seed) for e in stream.experiences[:experiences])
-    )
+    """Return the first experiences; a share of their training records replaces the test records.
+
+    All records of one id are on the same side, in every experience.
+
+    Args:
+        stream: whole stream.
+        experiences: number of experiences to keep.
+        held_out: share of the ids of each experience that is held out, among those that no earlier
+            experience has.
+        seed: seed of the choice.
+
+    Raises:
+        ConfigError: where an experience would have no record on one of the sides.
+    """
+    first = stream.experiences[:experiences]
+    none = torch.empty(0, dtype=torch.int64)
+    known = none
+    measured = none
+    for experience in first:
+        ids = experience.train.ids.cpu().unique()
+        new = ids[~torch.isin(ids, known)]
+        order = torch.randperm(len(new), generator=generator(seed, "held out", experience.index))
+        count = round(held_out * len(new))
+        if not torch.isin(ids, measured).any():
+            count = max(1, count)
+        known = torch.cat([known, new])
+        measured = torch.cat([measured, new[order[:count]]])
+    return replace(stream, experiences=tuple(_cut(each, measured) for each in first))
 
 
-def _cut(experience: Experience, held_out: float, seed: int) -> Experience:
+def _cut(experience: Experience, measured: Tensor) -> Experience:
     train = experience.train
-    order = torch.randperm(len(train), generator=generator(seed, "held out", experience.index))
-    size = max(1, round(held_out * len(train)))
-    measured = _rows(train, order[:size])
-    learnt = _rows(train, order[size:])
-    return replace(experience, train=learnt, test=measured)
+    held = torch.isin(train.ids.cpu(), measured)
+    if held.all() or not held.any():
+        raise ConfigError(
+            f"experience {experience.index} has {len(train)} training records of "
+            f"{len(train.ids.unique())} ids, too few to hold some out and learn from others; "
+            "allowed: two ids or more"
+        )
+    return replace(experience, train=_rows(train, ~held), test=_rows(train, held))
 
 
-def _rows(records: Records, places: torch.Tensor) -> Records:
-    return records.take(places.sort().values.to(records.inputs.device))
+def _rows(records: Records, chosen: Tensor) -> Records:
+    return records.take(chosen.nonzero().flatten().to(records.inputs.device))
 
 
 def _check(space: Space, stream: Stream, experiences: int, trials: int, held_out: float) -> None:
-    if not space or any(not 0 < low < high for low, high in space.values()):
-        raise ConfigError.of(
-            "space", dict(space), "names, each with a lowest and a higher value, both above 0"
-        )
+    for name, given in space.items():
+        _check_values(name, given)
+    if not space:
+        raise ConfigError.of("space", dict(space), "a name and its values, or several")
     if not 1 <= experiences < len(stream):
         raise ConfigError.of(
             "experiences",
@@ -161,3 +343,19 @@ def _check(space: Space, stream: Stream, experiences: int, trials: int, held_out
         raise ConfigError.of("trials", trials, "1 or more")
     if not 0 < held_out < 1:
         raise ConfigError.of("held_out", held_out, "a share between 0 and 1")
+
+
+def _check_values(name: str, given: object) -> None:
+    """Refuse what is neither a range nor a list of choices."""
+    if isinstance(given, list):
+        good = bool(given) and all(isinstance(v, str | int | float | bool | None) for v in given)
+    else:
+        good = (
+            isinstance(given, tuple)
+            and len(given) == 2
+            and all(isinstance(v, int | float) and math.isfinite(v) for v in given)
+            and given[0] < given[1]
+        )
+    if not good:
+        allowed = "a tuple (lowest, highest) of numbers, or a list of choices"
+        raise ConfigError.of(f"space[{name!r}]", given, allowed)

@@ -76,7 +76,7 @@ class Decoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Feature vectors (n, width) of tokens (n, L), or (n, L, width) with `every_position`."""
-        places = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
+        places = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
         states = self.tokens(x) + self.positions(places)
         for block in self.blocks:
             states = block(states)

@@ -40,7 +40,7 @@ class GRULayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Compute the states (n, L, hidden) of inputs (n, L, ins)."""
         entered = self.inputs(x)
-        state = entered.new_zeros(len(x), self.hidden)
+        state = entered.new_zeros(x.shape[0], self.hidden)
         states = []
         for now in entered.unbind(1):
             reset, update, new = now.chunk(3, 1)

@@ -41,7 +41,7 @@ class LSTMLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Compute the states (n, L, hidden) of inputs (n, L, ins)."""
         entered = self.inputs(x)
-        state = entered.new_zeros(len(x), self.hidden)
+        state = entered.new_zeros(x.shape[0], self.hidden)
         cell = state
         states = []
         for now in entered.unbind(1):

@@ -52,7 +52,7 @@ class PromptPool(nn.Module):
         similarity, numbers = cosines(query, self.keys(every_row(self.keys, query))).topk(
             self.chosen, dim=1
         )
-        prompts = self.prompts(numbers).reshape(len(x), self.chosen * self.length, -1)
+        prompts = self.prompts(numbers).reshape(x.shape[0], self.chosen * self.length, -1)
         states = self.backbone.encode(torch.cat([prompts, tokens], 1))
         return states[:, : prompts.shape[1]].mean(1), similarity
 
@@ -185,7 +185,7 @@ class ComposedPrompts(nn.Module):
 
     def _addition(self, prefix: Tensor) -> Addition:
         """Convert prompt vectors (n, size) to keys and values (n, length, width) for attention."""
-        keys, values = prefix.reshape(len(prefix), 2, self.length, -1).unbind(1)
+        keys, values = prefix.reshape(prefix.shape[0], 2, self.length, -1).unbind(1)
         return Addition(keys=keys, values=values)
 
 
@@ -272,7 +272,7 @@ def cosines(query: Tensor, keys: Tensor) -> Tensor:
 
 def every_row(table: nn.Embedding, like: Tensor) -> Tensor:
     """(n, rows) indices of all rows of the table, repeated for each of the n records of `like`."""
-    return torch.arange(table.num_embeddings, device=like.device).expand(len(like), -1)
+    return torch.arange(table.num_embeddings, device=like.device).expand(like.shape[0], -1)
 
 
 def orthonormal(rows: int, width: int) -> Tensor:

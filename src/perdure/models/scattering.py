@@ -140,7 +140,7 @@ def modulus(planes: Tensor, scale: int, orientations: int) -> Tensor:
     apart = F.pad(planes.flatten(0, 1)[:, None], (reach,) * 4, mode="circular")
     parts = F.conv2d(apart, torch.cat([kernels.real, kernels.imag])[:, None], stride=2**scale)
     real, imaginary = parts.chunk(2, dim=1)
-    return (real.square() + imaginary.square()).sqrt().view(len(planes), -1, *parts.shape[2:])
+    return (real.square() + imaginary.square()).sqrt().view(planes.shape[0], -1, *parts.shape[2:])
 
 
 def morlet(scale: int, orientations: int) -> Tensor:

@@ -173,7 +173,7 @@ class Transformer(nn.Module):
 
     def tokens(self, x: Tensor) -> Tensor:
         """Tokens (n, 1 + T, width) of inputs: the class token and the patches, with positions."""
-        places = torch.arange(self.positions.num_embeddings, device=x.device).expand(len(x), -1)
+        places = torch.arange(self.positions.num_embeddings, device=x.device).expand(x.shape[0], -1)
         positions: Tensor = self.positions(places)
         return torch.cat(
             [positions[:, :1], positions[:, 1:] + self.embed(patches(x, self.patch))], 1
@@ -199,7 +199,7 @@ def patches(x: Tensor, patch: int) -> Tensor:
         patch: side of a square patch, or length of a run of features.
     """
     if x.dim() == 2:
-        return x.reshape(len(x), -1, patch)
+        return x.reshape(x.shape[0], -1, patch)
     n, channels, height, width = x.shape
     squares = x.reshape(n, channels, height // patch, patch, width // patch, patch)
     return squares.permute(0, 2, 4, 1, 3, 5).reshape(n, -1, channels * patch * patch)

@@ -150,7 +150,7 @@ class WrappedWithFeatures(Wrapped):
         if features.dim() > 2 and features[0, 0].numel() == 1:
             features = features.flatten(1)
         shape = tuple(features.shape)
-        if len(shape) < 2 or shape[0] != len(outputs) or shape[-1] != self.feature_size:
+        if len(shape) < 2 or shape[0] != outputs.shape[0] or shape[-1] != self.feature_size:
             raise ConfigError(
                 f"{given} gives features of shape {shape} for {len(outputs)} records; allowed: "
                 f"({len(outputs)}, ..., {self.feature_size}); give another layer, or its "
