@@ -54,7 +54,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    """Put files with slow or many tests first, so that no worker waits for a long file at the end."""
+    """Put files with slow or many tests first, so that no worker waits for a long one."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     tests = Counter(item.path for item in items)
     items.sort(key=lambda item: (item.path not in slow, -tests[item.path], str(item.path)))
