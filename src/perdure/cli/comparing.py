@@ -1,5 +1,6 @@
 """The command `perdure compare`."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -50,7 +51,11 @@ def compare(
         raise ConfigError.of("--plot", str(plot), f"a file that ends in {' or '.join(PICTURES)}")
     found = compare_runs(*runs, confidence=confidence, baseline=baseline)
     grids = comparison_tables(found, metric)
-    contents = {csv: found.to_csv, json: found.to_json, latex: lambda: as_latex(grids)}
+    contents: dict[Path | None, Callable[[], str]] = {
+        csv: found.to_csv,
+        json: found.to_json,
+        latex: lambda: as_latex(grids),
+    }
     files = {path: write().encode() for path, write in contents.items() if path is not None}
     if plot is not None:
         picture = comparison_picture(found, metric)

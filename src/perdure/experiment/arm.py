@@ -238,8 +238,10 @@ class ArmRun:
             "forward_transfer": measures.forward_transfer,
             "worst_experience_accuracy": measures.worst_experience_accuracy,
             "area_under_accuracy": measures.area_under_accuracy,
-            "calibration_error": classes and [each.calibration_error for each in classes],
-            "by_class": classes and [class_row(each) for each in classes],
+            "calibration_error": None
+            if classes is None
+            else [c.calibration_error for c in classes],
+            "by_class": None if classes is None else [class_row(c) for c in classes],
             "state_bytes": sum(value.nbytes for value in learner.state.values()),
             "robust_accuracy": self._robust(learner),
             "seconds": self._seconds(),

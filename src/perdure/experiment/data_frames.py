@@ -27,7 +27,7 @@ def to_pandas(result: Mapping[str, object]) -> Any:
     rows = [
         {
             "arm": arm["name"],
-            **{name: arm[name] for name in ("strategy", "options", "private")},  # type: ignore[literal-required]
+            **{name: arm[name] for name in ("strategy", "options", "private")},
             "seed": trial["seed"],
             "failure": trial["failure"],
             **numbers(trial),

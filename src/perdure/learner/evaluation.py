@@ -134,7 +134,7 @@ def _asked(stream: Stream, experience: int | None, after: int) -> int:
     return experience
 
 
-def _check_inputs(stream: Stream, inputs: Tensor) -> None:
+def _check_inputs(stream: Stream, inputs: object) -> None:
     if not isinstance(inputs, Tensor):
         given = type(inputs).__name__
         raise ConfigError.of("inputs", given, "a tensor, such as torch.as_tensor(inputs)")
