@@ -301,7 +301,7 @@ def beginning(stream: Stream, experiences: int, held_out: float, seed: int) -> S
     known = none
     measured = none
     for experience in first:
-        ids = experience.train.ids.cpu().unique()
+        ids: Tensor = torch.unique(experience.train.ids.cpu())  # type: ignore[no-untyped-call]
         new = ids[~torch.isin(ids, known)]
         order = torch.randperm(len(new), generator=generator(seed, "held out", experience.index))
         count = round(held_out * len(new))
@@ -318,7 +318,7 @@ def _cut(experience: Experience, measured: Tensor) -> Experience:
     if held.all() or not held.any():
         raise ConfigError(
             f"experience {experience.index} has {len(train)} training records of "
-            f"{len(train.ids.unique())} ids, too few to hold some out and learn from others; "
+            f"{len(set(train.ids.tolist()))} ids, too few to hold some out and learn from others; "
             "allowed: two ids or more"
         )
     return replace(experience, train=_rows(train, ~held), test=_rows(train, held))

@@ -232,7 +232,12 @@ def _card(
         use=_use(kind, predictor),
         check=check_facts(variants[-1], len(rows.checked()[0])),
         variants=variants,
-        **made,
+        data=made["data"],
+        model=made["model"],
+        strategy=made["strategy"],
+        training=made["training"],
+        privacy=made["privacy"],
+        metrics=made["metrics"],
         **environment_facts(),
     )
 

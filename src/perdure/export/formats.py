@@ -42,7 +42,7 @@ class Format(ABC):
 
         Args:
             predictor: the predictor.
-            row: (1, ...) a blank input; no record, because a format may keep it.
+            row: blank input of shape (1, ...); no record, because a format may keep it.
             folder: an existing folder.
 
         Raises:

@@ -34,5 +34,7 @@ def prune(model: nn.Module, share: float) -> None:
     smallest = torch.zeros(len(sizes), dtype=torch.bool)
     smallest[sizes.topk(count, largest=False).indices] = True
     with torch.no_grad():
-        for value, gone in zip(weights, smallest.split([v.numel() for v in weights]), strict=True):
+        for value, gone in zip(
+            weights, torch.split(smallest, [v.numel() for v in weights]), strict=True
+        ):
             value.masked_fill_(gone.view(value.shape), 0.0)
