@@ -15,7 +15,7 @@ import torch
 from perdure.adversarial import Attack, robust_accuracy
 from perdure.data.experience import Stream
 from perdure.errors import ConfigError, NonFiniteError, RunawayError, RunError
-from perdure.experiment.config import Arm, Config, TrainingConfig
+from perdure.experiment.config import Arm, Config
 from perdure.experiment.model_config import make_model
 from perdure.experiment.result_schema import Numbers, PrivacyResult, TrialResult
 from perdure.experiment.results import (
@@ -27,6 +27,7 @@ from perdure.experiment.results import (
     ledger_files,
     spending,
 )
+from perdure.experiment.training_config import TrainingConfig
 from perdure.learner.learner import Callback, Learner
 from perdure.metrics import summarise
 from perdure.privacy.ledger.merged import Merged, merge
@@ -238,10 +239,8 @@ class ArmRun:
             "forward_transfer": measures.forward_transfer,
             "worst_experience_accuracy": measures.worst_experience_accuracy,
             "area_under_accuracy": measures.area_under_accuracy,
-            "calibration_error": None
-            if classes is None
-            else [c.calibration_error for c in classes],
-            "by_class": None if classes is None else [class_row(c) for c in classes],
+            "calibration_error": [each.calibration_error for each in classes] if classes else None,
+            "by_class": [class_row(each) for each in classes] if classes else None,
             "state_bytes": sum(value.nbytes for value in learner.state.values()),
             "robust_accuracy": self._robust(learner),
             "seconds": self._seconds(),

@@ -285,7 +285,7 @@ class Config(CheckedFields):
     arms: tuple[Arm, ...] = ()
 
     def __post_init__(self) -> None:
-        check(self, "name", PLAIN_NAME.fullmatch, ALLOWED_NAMES)
+        check(self, "name", lambda value: bool(PLAIN_NAME.fullmatch(value)), ALLOWED_NAMES)
         check(self, "seed", lambda value: 0 <= value < 2**32, "0 to 4294967295")
         check(
             self,

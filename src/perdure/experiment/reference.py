@@ -187,9 +187,7 @@ def _plain_keys(example: Any) -> tuple[Key, ...]:
             each.name,
             hints[each.name],
             _default(each.default, each.default_factory),
-            _refusal(
-                lambda value, name=each.name: replace(example, **{name: value}), hints[each.name]
-            ),
+            _refusal(example, each.name, hints[each.name]),
             told.get(each.name, ""),
         )
         for each in fields(kind)
@@ -222,14 +220,14 @@ def _default(value: Any, factory: Any = MISSING) -> str:
     return toml_value(list(value) if isinstance(value, tuple) else value)
 
 
-def _refusal(make: Callable[[Any], object], hint: Any) -> str:
+def _refusal(example: Any, name: str, hint: Any) -> str:
     """Words in which a check refuses a value of the right type; "" where it takes all of them."""
     for kind, values in WRONG.items():
         if described(kind) not in described(hint).split(" or "):
             continue
         for value in values:
             try:
-                make(value)
+                replace(example, **{name: value})
             except PerdureError as error:
                 told = str(error).partition("allowed: ")[2].replace("|", "/")
                 return "" if told.startswith(OTHER_STREAM) else told

@@ -54,12 +54,12 @@ def replay_run(config: Config, *, record: int | None = None) -> dict[str, Replay
         ConfigError: if no arm is private, the data have no such record, or an arm cannot be
             replayed (adversary, dropout).
     """
+    config = config.of_seed(config.all_seeds[0])
     private = [arm for arm in config.arms if arm.private]
     if not private or config.privacy is None:
         raise ConfigError.of(
             "arms", [arm.name for arm in config.arms], "at least one with private = true"
         )
-    config = config.of_seed(config.all_seeds[0])
     whole = open_stream(config)
     ids = torch.cat([experience.train.ids for experience in whole])
     left_out = int(ids[0]) if record is None else record

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from perdure.data.experience import Stream, declared_size_of
-from perdure.experiment.config import Arm, AttackConfig, Config
+from perdure.experiment.config import Arm, Config
 from perdure.experiment.result_schema import (
     SCHEMA,
     ArmResult,
@@ -25,6 +25,7 @@ from perdure.experiment.result_schema import (
     Result,
     Spending,
 )
+from perdure.experiment.training_config import AttackConfig
 from perdure.learner.folder_claims import refuse_missing_ledgers
 from perdure.learner.learner import Learner
 from perdure.metrics import ClassMeasures, class_measures

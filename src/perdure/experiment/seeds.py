@@ -48,7 +48,7 @@ def arm_result(arm: Arm, trials: Sequence[TrialResult]) -> ArmResult:
         "epsilon_over_time": worst["epsilon_over_time"],
         "spending": worst["spending"],
         "failures": [
-            {name: trial[name] for name in ("seed", "trial", "failure")}  # type: ignore[literal-required]
+            {name: trial[name] for name in ("seed", "trial", "failure")}
             for trial in trials
             if trial["failure"] is not None
         ],
