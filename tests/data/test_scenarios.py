@@ -314,7 +314,7 @@ def test_every_splitter_accepts_a_declared_size(toy, build):
     assert {counted for _, counted in sizes(build(toy))} == {True}
     assert sizes(build(toy, declared_size=77)) == [(77, False)] * 2
     for wrong in (0, -1, 2.5, True):
-        with pytest.raises(ConfigError, match=r"declared_size = .* whole numbers from 1"):
+        with pytest.raises(ConfigError, match=r"declared_size = .* whole number"):
             build(toy, declared_size=wrong)
 
 

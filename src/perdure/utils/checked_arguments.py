@@ -80,8 +80,9 @@ def _anything(value: object) -> bool:
 
 
 def _is_whole(value: object) -> bool:
-    whole = isinstance(value, Integral) and not isinstance(value, bool)
-    return whole and -LARGEST < int(value) < LARGEST  # type: ignore[call-overload, no-any-return]
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        return False
+    return -LARGEST < int(value) < LARGEST
 
 
 CHECKS: dict[Any, Callable[[object], bool]] = {

@@ -109,7 +109,7 @@ def from_folder(
     return dataset_of(train, rest, settings, notes)
 
 
-def _fact(name: str, fact: Callable[[Path], float], path: Path) -> float:
+def _fact(name: str, fact: object, path: Path) -> object:
     """Return an attribute of an image by its path inside the folder."""
     if not callable(fact):
         allowed = "a function from the path of an image to a number"

@@ -52,9 +52,10 @@ def array_of(value: object, name: str) -> NDArray[Any] | Tensor:
             f"{name} have rows of different lengths; allowed: rows of one shape; "
             "perdure.data.from_tokens pads sequences"
         ) from error
-    if np.ma.is_masked(value):
+    masked = int(np.ma.getmaskarray(value).sum()) if isinstance(value, np.ma.MaskedArray) else 0
+    if masked:
         raise DataError(
-            f"{name} are a masked array, with {np.ma.count_masked(value)} values masked; allowed: "
+            f"{name} are a masked array, with {masked} values masked; allowed: "
             "an array with all values; fill it, as in array.filled(0), or leave the rows out"
         )
     if found.dtype.name == "uint64" and found.size and found.max() > LARGEST:
