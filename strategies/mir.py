@@ -120,11 +120,11 @@ class MIR(Strategy):
                 f"MIR would rehearse {wanted} of {self.candidates} candidates, so there is no "
                 "choice; give more candidates, or a smaller batch_size"
             )
-        scores = self._scores(forward, batch.take(new), batch.take(old), context)
+        scores = self._scores(forward, batch.at(new), batch.at(old), context)
         chosen = old[scores.argsort(descending=True, stable=True)[:wanted]]
         # only the rows with a weight, because a pass with gradients costs three without
         rows = torch.cat([new, chosen])
-        losses = task_losses(forward, batch.take(rows), context)
+        losses = task_losses(forward, batch.at(rows), context)
         share = torch.where(torch.arange(len(rows)) < len(new), 1 / len(new), 1 / len(chosen))
         weighted = losses * batch.valid.sum() * share.to(losses)
         return torch.zeros_like(batch.valid, dtype=losses.dtype).scatter(0, rows, weighted)

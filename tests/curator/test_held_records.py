@@ -456,3 +456,41 @@ def test_restoring_a_snapshot_builds_a_new_pool(toy_stream, toy_model):
     learner.restore(snapshot)
     learner.begin(1)
     assert learner.session.held.pool is not pool
+
+
+# --------------------------------------------------------------------------- columns of one value
+
+
+def test_a_write_into_a_batch_does_not_reach_the_next_step(toy_stream, toy_model):
+    """Batches share tasks, origin and mask, until somebody writes to one of them."""
+    stream = toy_stream()
+    learner = learner_of(toy_model(stream), Naive())
+    learner.prepare(stream)
+    learner.begin(0)
+    held = learner.session.held
+    first, second = held.sample(0), held.sample(1)
+    assert second.valid is first.valid
+    first.valid[2:] = False
+    first.tasks.add_(7)
+    third = held.sample(2)
+    assert bool(third.valid.all())
+    assert third.tasks.tolist() == [0] * len(third)
+    assert learner.session.held.pool.current.valid.all()
+
+
+def test_a_padded_batch_has_the_gradient_of_its_valid_rows(toy_stream, toy_model):
+    stream = toy_stream()
+    learner = learner_of(toy_model(stream), Naive())
+    learner.prepare(stream)
+    learner.begin(0)
+    session = learner.session
+    batch = session.held.sample(0)
+
+    def gradient(rows):
+        return session.curator.gradient(session.losses, session.trained, rows, 0)
+
+    gradient(batch)
+    batch.valid[3:] = False
+    expected = gradient(batch.take(slice(0, 3)))
+    for name, value in gradient(batch).items():
+        torch.testing.assert_close(value, expected[name])

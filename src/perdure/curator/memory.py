@@ -257,7 +257,7 @@ class Memory:
         Other stored rows are not copied.
         """
         device = new.inputs.device
-        come = new.take(positions.to(device)).tensors()
+        come = new.at(positions).tensors()
         for name, kept in stored.tensors().items():
             kept.index_copy_(0, places.to(device), come[name])
 
