@@ -99,7 +99,7 @@ def test_micro_batches_change_neither_training_nor_charges(toy_stream, toy_model
 def test_a_mask_of_ones_changes_no_bit_of_the_gradient(problem):
     """Valid rows are not multiplied by their mask; the reference multiplies them."""
     forward, params, batch = problem
-    mean, loss = mean_gradient(forward, losses, params, batch, None, unpadded=True)
+    mean, loss = mean_gradient(forward, losses, params, batch, None)
     masked = (losses(forward, batch) * batch.valid).sum() / batch.valid.sum()
     expected = torch.autograd.grad(masked, list(params.values()))
     assert torch.equal(loss, masked.detach())

@@ -88,7 +88,6 @@ class LocalCurator:
         self._alone = alone
         self._watched = watched
         self._last_step: Diagnostics | None = None
-        self._all_valid: Tensor | None = None
 
     # ------------------------------------------------------------------ public facts
 
@@ -345,15 +344,7 @@ class LocalCurator:
         return held.rows_of_memory() if over == "memory" else held.rows_of_experience()
 
     def _mean(self, losses: Losses, params: Params, rows: Batch) -> tuple[Params, Tensor]:
-        valid = rows.valid
-        unpadded = valid is self._all_valid and not valid._version
-        # looked at without waiting for a device, once for the steps that share the tensor
-        if not unpadded and valid.device.type == "cpu" and bool(valid.all()):
-            unpadded = True
-            self._all_valid = valid
-        return mean_gradient(
-            self._held.forward, losses, params, rows, self._micro_batch_size, unpadded=unpadded
-        )
+        return mean_gradient(self._held.forward, losses, params, rows, self._micro_batch_size)
 
     def _reserve_reference(
         self, private_sum: PrivateSum, sampler: PrivateSampler, losses: Losses, params: Params

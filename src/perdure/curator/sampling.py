@@ -18,13 +18,9 @@ from perdure.curator.memory import concatenate
 from perdure.curator.record_groups import RecordGroups, partition_index
 from perdure.data.experience import Experience
 from perdure.data.records import Batch
-from perdure.data.row_view import rows_at
 from perdure.errors import PrivacyError
 from perdure.privacy.private_sum import PrivateSum
 from perdure.utils.seeding import generator
-
-SAME_IN_ALL = ("tasks", "from_memory", "valid")
-"""Columns of a batch that have one value in all rows of an experience."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -74,7 +70,6 @@ class Pool:
     opened: Opened
     _orders: dict[str, tuple[int, Tensor]] = field(default_factory=dict)
     _positions: dict[int, Tensor] = field(default_factory=dict)
-    _columns: dict[int, dict[str, Tensor]] = field(default_factory=dict)
 
     @property
     def rehearsed(self) -> Batch | None:
@@ -99,33 +94,11 @@ class Pool:
         """
         if self.plan and self.plan.use == "pooled":
             return self.rows.at(self.shuffled("pool", len(self.rows), self.batch_size, step)), 0.0
-        new = self._new_rows(self.shuffled("new", len(self.new), self.batch_size, step))
+        new = self.new.at(self.shuffled("new", len(self.new), self.batch_size, step))
         if self.rehearsed is None:
             return new, 0.0
         back = self.stored_rows(self.rehearsed, "memory", step)
         return concat_new_and_stored(new, back), len(back) / (len(new) + len(back))
-
-    def _new_rows(self, places: Tensor) -> Batch:
-        """Rows at positions (k,) in the role of new ones.
-
-        Rows of one experience have the same task, and none is padding: batches of one length share
-        these columns, until somebody writes to one.
-        """
-        # tensors that are made in inference mode do not count what is written to them
-        if self.new is not self.current or torch.is_inference_mode_enabled():
-            return self.new.at(places)
-        shared = self._columns.get(len(places))
-        if shared is None or any(column._version for column in shared.values()):
-            shared = {name: getattr(self.new, name)[: len(places)].clone() for name in SAME_IN_ALL}
-            self._columns[len(places)] = shared
-        places = places.to(self.device)
-        return Batch(
-            inputs=rows_at(self.new.inputs, places),
-            labels=rows_at(self.new.labels, places),
-            ids=self.new.ids.index_select(0, places),
-            stored={},
-            **shared,
-        )
 
     def stored_rows(self, back: Batch, what: str, step: int, among: Tensor | None = None) -> Batch:
         """Rows of memory for one step.

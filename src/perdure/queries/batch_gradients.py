@@ -36,20 +36,15 @@ def micro_batches(batch: Batch, size: int | None) -> Iterator[Batch]:
 
 
 def mean_gradient(
-    forward: Forward,
-    losses: Losses,
-    params: Params,
-    batch: Batch,
-    at_once: int | None,
-    *,
-    unpadded: bool = False,
+    forward: Forward, losses: Losses, params: Params, batch: Batch, at_once: int | None
 ) -> tuple[Params, Tensor]:
     """Gradient of the mean loss of the valid rows, and the mean loss ().
 
     Args:
         at_once: number of rows of one pass through the model; None for all.
-        unpadded: True if all rows are known to be valid.
     """
+    # only if this is known without waiting for a device
+    unpadded = batch.valid.device.type == "cpu" and bool(batch.valid.all())
     total: list[Tensor] | None = None
     loss: Tensor | None = None
     for number, piece in enumerate(micro_batches(batch, at_once)):
