@@ -460,9 +460,6 @@ def piece_row(name: str, repeats: int, pieces: int = PIECES) -> Row:
     }
 
 
-# ------------------------------------------------------------------------------- the table
-
-
 def main() -> None:
     """Measure the given rows, or all, and print them."""
     known = [*STEP_ROWS, *GROWTHS, *PIECE_ROWS]
@@ -489,15 +486,13 @@ def main() -> None:
 
 def shown(row: Row) -> str:
     """Format a row as one line."""
-    cells = [
-        ", ".join(f"{each:.3g}" for each in value)
-        if isinstance(value, list)
-        else f"{value:.3f}"
-        if isinstance(value, float)
-        else str(value)
-        for value in row.values()
-    ]
-    return "; ".join(f"{k.replace('_', ' ')} {v}" for k, v in zip(row, cells, strict=True))
+    cells = []
+    for key, value in row.items():
+        text = f"{value:.3f}" if isinstance(value, float) else str(value)
+        if isinstance(value, list):
+            text = ", ".join(f"{each:.3g}" for each in value)
+        cells.append(f"{key.replace('_', ' ')} {text}")
+    return "; ".join(cells)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ from perdure.errors import ConfigError
 from perdure.metrics import summarise
 
 if TYPE_CHECKING:
-    from perdure.learner.learner import Callback, Learner
+    from perdure.learner.learner import Learner
+    from perdure.learner.points import Callback
 
 
 def log_to(evaluator: Any) -> "Callback":

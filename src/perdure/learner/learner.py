@@ -34,6 +34,7 @@ from perdure.learner.fingerprint import Fingerprint, fingerprint_of
 from perdure.learner.noise_digest import noise_digest
 from perdure.learner.optimizers import MakeOptimizer, made_optimizer, options_of, put_options
 from perdure.learner.party import OWNER
+from perdure.learner.points import Callback
 from perdure.learner.private_setup import refuse_optimizer
 from perdure.learner.run_folder import checkpoint_of, restore_checkpoint, write_checkpoint
 from perdure.learner.sanity_checks import refuse_second_ledger
@@ -54,9 +55,6 @@ from perdure.types import Params
 from perdure.utils.checked_fields import check_fields
 from perdure.utils.denormals import flushed
 from perdure.utils.modules import same_bits, trainable_parameters
-
-Callback = Callable[[str, "Learner"], None]
-"""Called at every named point of the loop; the names are `perdure.learner.POINTS`."""
 
 
 @dataclass(kw_only=True)
