@@ -240,7 +240,7 @@ TABLES: dict[str, Listing] = {
         },
     ),
     "growth_pieces": Listing(
-        file="growth",
+        file="growth_pieces",
         only={"row": ("pieces", "pieces, replay", "pieces, replay by quotas")},
         columns={
             "strategy": "{row}",
@@ -286,8 +286,8 @@ TABLES: dict[str, Listing] = {
         columns={
             "cost": "{what}",
             "ms at first": "{first_milliseconds:.2f}{without_milliseconds:.2f}{milliseconds:.0f}",
-            "ms again": "{again_milliseconds:.2f}{with_milliseconds:.2f}"
-            "{one_entry_more_milliseconds:.2f}",
+            "ms again": "{again_milliseconds:.2f}{with_milliseconds:.2f}",
+            "ms after one more entry": "{one_entry_more_milliseconds:.0f}",
             "loss distributions, first and again": "{loss_distributions}, "
             "{loss_distributions_again}",
         },

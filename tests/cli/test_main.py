@@ -112,7 +112,7 @@ def test_help_prints_the_first_steps(perdure, words):
 @pytest.mark.parametrize(
     ("command", "told"),
     [
-        ("run", "CONFIG is a TOML file; perdure demo --show-config prints an example."),
+        ("run", "CONFIG is a TOML file; perdure demo --show-config prints an example, and "),
         ("run", "Folder of the run; default runs/NAME."),
         ("demo", "Print the demo's config and stop."),
         ("report", "RUN is the folder of the run, such as runs/demo."),

@@ -216,6 +216,24 @@ def test_cifar10_reads_the_binary_files(tmp_path):
         load("cifar10", root=tmp_path)
 
 
+def test_cifar100_reads_pixels_and_fine_classes(tmp_path):
+    """A record starts with its superclass and its class."""
+    folder = tmp_path / "cifar-100-binary"
+    folder.mkdir()
+    pixels = np.arange(3072, dtype=np.uint8)
+    for name, labels in (("train.bin", [(1, 99), (2, 0)]), ("test.bin", [(3, 7)])):
+        (folder / name).write_bytes(b"".join(bytes(each) + pixels.tobytes() for each in labels))
+    data = load("cifar100", root=tmp_path)
+    assert data.train.labels.tolist() == [99, 0]
+    assert data.test.labels.tolist() == [7]
+    assert torch.equal(data.train.inputs[1], torch.from_numpy(pixels).reshape(3, 32, 32) / 255)
+    (folder / "test.bin").write_bytes(b"\x00" * 3073)
+    with pytest.raises(DataError, match="3074"):
+        load("cifar100", root=tmp_path)
+    with pytest.raises(DataError, match="no CIFAR-100 in"):
+        load("cifar100", root=tmp_path / "empty")
+
+
 def test_cifar10_reads_zipped_jpeg_files_and_caches_pixels(small_zip, monkeypatch):
     data = load("cifar10", root=small_zip)
     assert data.train.labels.tolist() == [0, 9], (

@@ -444,17 +444,17 @@ def test_a_run_folder_that_cannot_be_made_is_refused(tmp_path):
 
 def test_the_metrics_log_drops_a_truncated_last_line(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    row = {"arm": "a", "experience": 0, "accuracy": [1.0]}
+    row = {"trial": "a", "experience": 0, "accuracy": [1.0]}
     MetricsLog(path).append(row)
     with path.open("a") as file:
-        file.write('{"arm": "a", "exper')
+        file.write('{"trial": "a", "exper')
     log = MetricsLog(path)
     log.append(row)
     log.append(row | {"experience": 1})
     assert rows_of(tmp_path) == [row, row | {"experience": 1}]
 
 
-@pytest.mark.parametrize("line", ["not json", "[]", '{"arm": "a"}', "\xff"])
+@pytest.mark.parametrize("line", ["not json", "[]", '{"trial": "a"}', "\xff"])
 def test_a_damaged_metrics_log_is_refused(tmp_path, line):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(line.encode("latin-1") + b"\n")

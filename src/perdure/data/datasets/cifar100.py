@@ -5,6 +5,7 @@ from pathlib import Path
 from perdure.data.datasets.base import Dataset, bytes_to_unit, data_root, from_published_split
 from perdure.data.datasets.cifar10 import read_cifar_binary
 from perdure.errors import DataError
+from perdure.utils.checked_arguments import checked_arguments
 
 CIFAR100_URL = "https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz"
 CIFAR100_FOLDER = "cifar-100-binary"
@@ -13,6 +14,7 @@ LABEL_BYTES = 2
 """Bytes before the pixels of a record: number of the superclass, number of the class."""
 
 
+@checked_arguments
 def cifar100(root: str | Path | None = None, *, declared_size: int | None = None) -> Dataset:
     """60,000 colour images of a hundred classes, inputs (3, 32, 32) in [0, 1], not normalised.
 
