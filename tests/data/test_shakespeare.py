@@ -39,6 +39,15 @@ def test_shakespeare_is_loaded_by_name(tmp_path):
     assert load("shakespeare", tmp_path).input_shape == (64,)
 
 
+def test_shakespeare_keeps_the_speakers_with_the_longest_lines(tmp_path):
+    place(tmp_path, TEXT.format("x" * 60))
+    data = shakespeare(tmp_path, length=5, speakers=1)
+    assert data.categories == {"domain": ("ROMEO",)}
+    assert not data.train.attributes["domain"].any()
+    with pytest.raises(ConfigError, match=r"speakers = 0 .*whole numbers from 1"):
+        shakespeare(tmp_path, speakers=0)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

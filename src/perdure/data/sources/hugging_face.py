@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from perdure.data.datasets.base import Dataset
@@ -77,34 +78,26 @@ def from_huggingface(
         ConfigError: if a setting is not allowed, or the data set has no such column.
         DataError: if values are not allowed, as in the functions named above.
     """
-    train, rest = _parts(dataset, test)
+    train, rest, tables = _parts(dataset, test)
     columns = [inputs] if isinstance(inputs, str) else list(inputs)
-    tables = [train] if isinstance(rest, int | float) else [train, rest]
-    roles = {"time": time, "domain": domain, "group": group}
-    _refuse_missing_columns(tables, columns, {"target": target, "ids": ids, **roles})
+    roles = _Roles(time=time, domain=domain, group=group)
+    _refuse_missing_columns(tables, columns, {"target": target, "ids": ids, **roles}, vocabulary)
     facts = _Facts.of(tables, roles)
     classes = getattr(train.features[target], "names", None) if target is not None else None
-    own_ids = [ids and _column(table, ids) for table in tables]
+    rows = _rows(tables, ids, facts)
     settings = _Settings(
         num_classes=classes and len(classes), declared_size=declared_size, seed=seed, name=name
     )
     if vocabulary is not None:
-        made = from_tokens(
+        as_tokens = partial(from_tokens, padding=padding, length=length, task=task)
+        made = as_tokens(
             _column(train, columns[0]),
             target and _column(train, target),
             test=_tokens_of_test(rest, columns[0], target),
             vocabulary=vocabulary,
-            padding=padding,
-            length=length,
-            task=task,
-            ids=own_ids[0],
-            test_ids=own_ids[1] if len(tables) > 1 else None,
-            attributes=facts.attributes[0],
-            test_attributes=facts.attributes[1] if len(tables) > 1 else None,
+            **rows,
             **settings,
         )
-    elif target is None:
-        raise _without_target(train)
     elif len(columns) > 1 or isinstance(train[0][columns[0]], bool | int | float | str):
         made = from_pandas(
             train.to_pandas(),
@@ -113,10 +106,8 @@ def from_huggingface(
             test=rest if len(tables) == 1 else rest.to_pandas(),
             task=task or "single-label",
             ids=ids,
-            time=time,
-            domain=domain,
-            group=group,
             categories=facts.declared,
+            **roles,
             **settings,
         )
     else:
@@ -125,24 +116,10 @@ def from_huggingface(
             keys=(columns[0], target),
             test=rest,
             task=task or "single-label",
-            ids=own_ids[0],
-            test_ids=own_ids[1] if len(tables) > 1 else None,
-            attributes=facts.attributes[0],
-            test_attributes=facts.attributes[1] if len(tables) > 1 else None,
+            **rows,
             **settings,
         )
-    named = {} if classes is None else {"target": tuple(classes)}
-    told, learnt = (
-        tuple(dict.fromkeys([*own, *facts.public]))
-        for own in (made.public_facts, made.train.public_facts)
-    )
-    return replace(
-        made,
-        train=replace(made.train, public_facts=learnt),
-        categories={**made.categories, **facts.categories, **named},
-        numbered_by_records=facts.found,
-        public_facts=told,
-    )
+    return facts.added_to(made, {} if classes is None else {"target": tuple(classes)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,6 +162,20 @@ class _Facts:
         """Sentences on what was found and is declared public thereby."""
         return values_are_public(self.found)
 
+    def added_to(self, made: Dataset, named: Mapping[str, tuple[str, ...]]) -> Dataset:
+        """Return a data set with these facts, and with `named` categories."""
+        told, learnt = (
+            tuple(dict.fromkeys([*own, *self.public]))
+            for own in (made.public_facts, made.train.public_facts)
+        )
+        return replace(
+            made,
+            train=replace(made.train, public_facts=learnt),
+            categories={**made.categories, **self.categories, **named},
+            numbered_by_records=self.found,
+            public_facts=told,
+        )
+
 
 class _Settings(TypedDict):
     """Settings that are passed unchanged to every function that makes a data set."""
@@ -195,13 +186,36 @@ class _Settings(TypedDict):
     name: str
 
 
-def _without_target(table: "Table") -> ConfigError:
-    allowed = f"one of {', '.join(table.column_names)}; or None together with vocabulary=..."
-    return ConfigError.of("target", None, allowed)
+class _Roles(TypedDict):
+    """Columns that become attributes of the records; None for no such column."""
+
+    time: str | None
+    domain: str | None
+    group: str | None
 
 
-def _parts(dataset: Any, test: Any) -> tuple[Any, Any]:
-    """Return the training part, and the test part or its share."""
+class _Rows(TypedDict):
+    """Ids and attributes of the records, in the training part and in a test part of its own."""
+
+    ids: Any
+    test_ids: Any
+    attributes: Mapping[str, Any]
+    test_attributes: Mapping[str, Any] | None
+
+
+def _rows(tables: Sequence[Any], ids: str | None, facts: _Facts) -> _Rows:
+    """Return ids from the column `ids`, and the attributes, of one or two parts."""
+    own_ids = [ids and _column(table, ids) for table in tables]
+    return _Rows(
+        ids=own_ids[0],
+        test_ids=own_ids[1] if len(tables) > 1 else None,
+        attributes=facts.attributes[0],
+        test_attributes=facts.attributes[1] if len(tables) > 1 else None,
+    )
+
+
+def _parts(dataset: Any, test: Any) -> tuple[Any, Any, list[Any]]:
+    """Return the training part, the test part or its share, and a list of the parts."""
     if isinstance(dataset, Mapping):
         if "train" not in dataset:
             raise ConfigError.of("parts of the dataset", list(dataset), "a part called 'train'")
@@ -218,12 +232,21 @@ def _parts(dataset: Any, test: Any) -> tuple[Any, Any]:
             )
         if not len(value):
             raise DataError(f"{field} has no records; allowed: at least one")
-    return dataset, test
+    return dataset, test, [dataset] if isinstance(test, int | float) else [dataset, test]
 
 
 def _refuse_missing_columns(
-    tables: Sequence[Any], columns: Sequence[str], others: Mapping[str, str | None]
+    tables: Sequence[Any],
+    columns: Sequence[str],
+    others: Mapping[str, str | None],
+    vocabulary: int | None,
 ) -> None:
+    """Refuse columns that a part of the data set lacks; a target is needed without a vocabulary."""
+    if others["target"] is None and vocabulary is None:
+        allowed = (
+            f"one of {', '.join(tables[0].column_names)}; or None together with vocabulary=..."
+        )
+        raise ConfigError.of("target", None, allowed)
     if not columns:
         raise ConfigError.of("inputs", [], tables[0].column_names)
     asked = [("inputs", column) for column in columns]
