@@ -139,7 +139,7 @@ class _Facts:
     found: tuple[str, ...]
 
     @classmethod
-    def of(cls, tables: Sequence[Any], roles: Mapping[str, str | None]) -> "_Facts":
+    def of(cls, tables: Sequence[Any], roles: Mapping[str, Any]) -> "_Facts":
         """Read the columns of these roles in every part; "time" holds dates or numbers."""
         taken = [column for column in dict.fromkeys(roles.values()) if column is not None]
         frames = [table.select_columns(taken).to_pandas() for table in tables] if taken else []
@@ -238,7 +238,7 @@ def _parts(dataset: Any, test: Any) -> tuple[Any, Any, list[Any]]:
 def _refuse_missing_columns(
     tables: Sequence[Any],
     columns: Sequence[str],
-    others: Mapping[str, str | None],
+    others: Mapping[str, Any],
     vocabulary: int | None,
 ) -> None:
     """Refuse columns that a part of the data set lacks; a target is needed without a vocabulary."""
