@@ -76,7 +76,7 @@ def test_quotas_that_are_filled_piece_by_piece_copy_few_rows():
     assert len(memory) == 300 and len(places) <= 8
 
 
-def test_a_full_memory_takes_new_pieces_without_reading_stored_rows():
+def test_a_full_memory_takes_pieces_without_reading_stored_rows():
     """Pieces of known groups read no stored row: a memory whose rows cannot be read takes them."""
     plan = MemoryPlan(capacity=4)
     memory = Memory()
