@@ -109,7 +109,7 @@ class Combine(Strategy):
         return state.replace(tensors)
 
     def small_model(self, *, input_shape: tuple[int, ...], num_classes: int) -> nn.Module | None:
-        """Return the small model of the first part that needs a special one."""
+        """Return the small model of the first part that needs a special one; None if none does."""
         models = (
             part.small_model(input_shape=input_shape, num_classes=num_classes)
             for part in self.parts
@@ -229,7 +229,7 @@ class Combine(Strategy):
         )
 
     def remember(self, forward: Forward, batch: Batch, state: State) -> dict[str, Tensor]:
-        """Delegate to the only part that overrides `remember`."""
+        """Return the tensors to store from the only part that overrides `remember`."""
         i, part = self._only("remember")
         return part.remember(forward, batch, self._own(state, i))
 
@@ -242,7 +242,7 @@ class Combine(Strategy):
         return self._each(state, lambda part, own: part.derive(own))
 
     def predict(self, forward: Forward, x: Tensor, context: Context, state: State) -> Tensor:
-        """Delegate to the only part that overrides `predict`; without one, mask the logits."""
+        """Return the outputs of the only part that overrides `predict`, or masked logits."""
         i, part = self._only("predict")
         return part.predict(forward, x, context, self._own(state, i))
 

@@ -23,7 +23,7 @@ Over = Literal["experience", "memory"]
 
 
 class Utility(Protocol):
-    """Scores for choosing one answer from a public list with the exponential mechanism.
+    """Scores for choosing answers from a public list with the exponential mechanism.
 
     Adding or removing one record changes the difference between any two scores by at most 1.
     """
@@ -108,14 +108,15 @@ class Curator(Protocol):
         """Return (bins,) int64 numbers of records in each bin, plus integer noise under privacy.
 
         Args:
-            of: function from a batch to (n,) bins, whole numbers from 0; others are not counted.
+            of: function from a batch to (n,) bins, whole numbers from 0; a record outside is not
+                counted.
             bins: public number of bins.
             purpose: name of the release in the ledger.
         """
         ...
 
     def select(self, of: Of, utility: Utility, *, purpose: str) -> Tensor:
-        """Return (k,) int64 positions of the best scores, best first.
+        """Return (k,) int64 positions of the answers with the best scores, best first.
 
         Args:
             of: function from a batch to (n,) numbers, from which `utility` computes the scores.
@@ -125,7 +126,7 @@ class Curator(Protocol):
         ...
 
     def reference(self, losses: Losses, params: Params, *, of: int | None = None) -> Params:
-        """Mean gradient over stored rows, as private as the gradient of a step.
+        """Mean gradient over stored rows; under privacy clipped, noisy and charged, like a step.
 
         Args:
             losses: function from (forward, batch) to one loss per record.

@@ -30,12 +30,12 @@ class _Method(nn.Module):
 
 
 _Call = tuple[object, Tensor, int]
-"""Input of `features`, its output, and the number of writes to the output at that time."""
+"""Call of `features`: its input, its output, and the number of writes to the output so far."""
 
 
 @contextmanager
 def _recorded_features(module: nn.Module) -> Iterator[list[_Call]]:
-    """Context manager that records the calls of the model's method `features`."""
+    """Context manager that records the calls of `features`, to use their results again."""
     calls: list[_Call] = []
     own = vars(module)
     method = getattr(module, "features", None)
@@ -111,7 +111,7 @@ class Forward:
         return logits, self.features(x)
 
     def method(self, name: str) -> Callable[..., Any]:
-        """Another method of the model, with the same parameters as `forward`.
+        """Return another method of the model as a function, with the same parameters as `forward`.
 
         The method takes tensors with one row per record.
 

@@ -49,8 +49,8 @@ class MemoryPlan(CheckedFields):
             that drew the row.
         use: use of stored records. `rehearsal`: a separate batch in addition to the new records.
             `pooled`: shuffled with the new records. `reference`: not trained on; gives one
-            reference gradient per step. `references`: the same, one per earlier experience and
-            step.
+            reference gradient per step. `references`: not trained on; gives one per step and
+            earlier experience.
     """
 
     capacity: int

@@ -36,7 +36,7 @@ class QuadraticPenalty(Strategy):
         Args:
             state: state of the strategy, for single numbers such as scales.
             groups: tensors in the shape of one parameter, one from each group in `weighted_by`; or
-                the same piece of each of these tensors.
+                the same slice of each of these tensors.
 
         Returns:
             The weights, in the shape of the groups, or one number for all.

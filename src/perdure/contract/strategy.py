@@ -91,7 +91,7 @@ class Strategy(CheckedFields):
 
     @property
     def name(self) -> str:
-        """Name of the strategy in tables."""
+        """Name of the strategy in tables of results and in messages."""
         return type(self).__name__
 
     def refuse_task(self, task: Task) -> None:

@@ -85,7 +85,7 @@ class HeldRecords:
         context: Context,
         forward: Forward,
     ) -> None:
-        """Pool the records of the last experience, of earlier ones and of memory, as the plan says.
+        """Open the last of `experiences`, and collect the records that its steps draw, by the plan.
 
         Args:
             experiences: all experiences so far; the last one is opened.
@@ -186,9 +186,9 @@ class HeldRecords:
         return self.draw(step)
 
     def draw(self, step: int) -> Batch:
-        """Draw the rows of a private step with the random numbers of the entry that pays for it.
+        """Draw the rows of a private step with the secret numbers of its ledger entry.
 
-        If another entry pays for the step later, its rows are drawn again.
+        If the step is charged again, under another entry, its rows must be drawn again.
         """
         assert self.private_sum is not None
         sampler = self.samplers["gradient"]
@@ -234,7 +234,7 @@ class HeldRecords:
         return use == "references" and 0 <= of < len(self.experiences) - 1
 
     def next_releases(self, count: int) -> range:
-        """Numbers of the next `count` releases of the open experience."""
+        """Number the next `count` releases of the open experience; every number is used once."""
         first = self._releases
         self._releases += count
         return range(first, self._releases)
@@ -266,7 +266,7 @@ class HeldRecords:
         """Offer the finished experience to memory, unless its steps did so already.
 
         Args:
-            remember: values that memory stores beside the rows; None for none.
+            remember: function that computes the tensors to store with each row; None for none.
         """
         plan = self._plan.memory
         index = self.experiences[-1].index
@@ -280,7 +280,7 @@ class HeldRecords:
             self.memory.latest = index
 
     def close(self) -> None:
-        """Drop all references to the records of the experience."""
+        """End the open experience, and drop all references to its records."""
         self._pool = None
         self.samplers = {}
         self._noted = {}
@@ -348,7 +348,7 @@ class HeldRecords:
         return without(rows, gone) if gone else rows
 
     def rows_of_memory(self) -> tuple[Batch, tuple[str, ...]]:
-        """Rows of memory for a sum over them, and the partitions that the sum exposes.
+        """Rows of memory for a release over memory, and the partitions that it exposes.
 
         Raises:
             PrivacyError: under privacy, if a record may be stored twice.
@@ -361,7 +361,7 @@ class HeldRecords:
         return rows, tuple(name for name in names if name not in self.excluded)
 
     def rows_of_experience(self) -> tuple[Batch, tuple[str, ...]]:
-        """Rows of the open experience for a sum over them, and the partition it exposes."""
+        """Rows of the open experience for a release over it, and the partition it exposes."""
         return self.pool.current, (self.experiences[-1].train.partition,)
 
     def synthetic(self, n: int) -> Batch:
@@ -430,7 +430,7 @@ class HeldRecords:
         return Batch.from_tensors(rows).map(lambda t: t.to(self.pool.device))
 
     def _pooled(self, current: Batch) -> Batch:
-        """Return the rows that batches draw as new rows."""
+        """Return the rows of the pool that the plan names, from which steps draw new rows."""
         if self._plan.pool == "memory":
             stored = self.stored
             return current.take(slice(0, 0)) if stored is None else stored
@@ -462,7 +462,7 @@ class HeldRecords:
     # ------------------------------------------------------------------ its memory
 
     def _offer(self, new: Batch) -> None:
-        """Offer the whole experience to memory once."""
+        """Offer all rows of the open experience to memory, unless they were offered before."""
         plan = self._plan.memory
         memory = self.memory
         experience = self.experiences[-1]

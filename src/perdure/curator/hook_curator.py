@@ -22,11 +22,11 @@ DECLARED = {
 def for_hooks(
     curator: Curator, *, strategy: str = "the strategy", cost: PrivacyCost | None = None
 ) -> Curator:
-    """Return an object with only the members of `perdure.Curator`, which asks the given curator.
+    """Return an object with only the members of `perdure.Curator`, which calls `curator`.
 
     Args:
-        curator: curator that answers.
-        strategy: name of the strategy whose hooks ask, for messages.
+        curator: curator that computes the answers.
+        strategy: name of the strategy whose hooks get the object, for messages.
         cost: privacy cost that the strategy declares.
 
     Guarantee: no attribute of the object leads to the curator, its records or its memory; a hook

@@ -1,4 +1,4 @@
-"""Cache for rows of an experience that is opened again, as in every round of a federation.
+"""Cache of groups and fingerprints of rows, for an experience that is opened in every round.
 
 Each result is kept with a copy of the rows that it was computed from.
 """
@@ -30,7 +30,13 @@ class KnownRows:
         self._fingerprint = ""
 
     def groups(self, purpose: str, ids: Tensor, owner: Tensor) -> RecordGroups:
-        """Group the rows of a purpose by record (see `group_records`)."""
+        """Return rows grouped by record, from the cache if ids and owners did not change.
+
+        Args:
+            purpose: purpose of the noisy sum over the rows, such as `gradient`.
+            ids: (n,) ids of the records that the rows belong to.
+            owner: (n,) number of the partition that owns each row.
+        """
         known = self._groups.get(purpose)
         if known is None or not (torch.equal(known[0], ids) and torch.equal(known[1], owner)):
             known = ids.clone(), owner.clone(), group_records(ids, owner)
@@ -54,7 +60,7 @@ class KnownRows:
         self._distinct = ids.clone()
 
     def fingerprint(self, private_sum: PrivateSum, rows: Tensors) -> str:
-        """Return the keyed fingerprint of all rows.
+        """Return the keyed fingerprint of all rows, for ledger entries.
 
         It is computed again if a row may have changed.
         """

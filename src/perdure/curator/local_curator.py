@@ -40,20 +40,23 @@ from perdure.utils.modules import evaluating, statistics_of
 from perdure.utils.seeding import generator
 
 Watched = Callable[[bool], AbstractContextManager[None]]
-"""Function that opens a private pass; True to compare values, not only version counters."""
+"""Function that returns a context manager, which refuses writes to tensors in a private pass.
+
+Its argument is True to compare values, and False to compare version counters only.
+"""
 
 SYNTHETIC_RECORDS = 16
 """Number of synthetic records on which a query is evaluated, to tell different queries apart."""
 
 
 def unwatched(values: bool) -> AbstractContextManager[None]:
-    """Context manager for a forward pass in which writes to tensors are not checked."""
+    """Return a context manager for a forward pass in which writes to tensors are not checked."""
     return nullcontext()
 
 
 @contextmanager
 def noted() -> Iterator[None]:
-    """Add a note to an error of a query on synthetic records, raised before anything is charged."""
+    """Context manager that adds a note to an error of a query on synthetic records."""
     try:
         yield
     except Exception as error:
@@ -71,8 +74,8 @@ class LocalCurator:
         held: the records, and the private sum that adds noise.
         micro_batch_size: number of rows in one pass through the model; None for a whole batch.
         alone: run the model on each record alone in private gradients.
-        watched: context manager around a private pass, which refuses writes into tensors that are
-            kept.
+        watched: function that returns a context manager for a private pass, which refuses writes
+            to parameters, buffers and state.
     """
 
     def __init__(
@@ -330,9 +333,9 @@ class LocalCurator:
     # ------------------------------------------------------------------ inside
 
     def _try_on_probes(self, of: Of) -> None:
-        """Run a query on synthetic records first.
+        """Run the function `of` on synthetic records, before it runs on private ones.
 
-        Failing on private ones would reveal information.
+        An error on private records would reveal information about them.
         """
         if self.private:
             with self._watched(True), noted():
@@ -394,7 +397,7 @@ class LocalCurator:
                 )
 
     def _check_neighbours(self, losses: Losses, name: str) -> None:
-        """Test the losses of a reference gradient over the domain, if they may couple rows."""
+        """Refuse losses of a reference gradient in which a row depends on other rows."""
         private_sum = self._held.private_sum
         if self._alone or (private_sum and private_sum.independence == "by construction"):
             return

@@ -32,7 +32,7 @@ def concatenate(parts: list[Batch]) -> Batch:
 
 
 def reordered(rows: Batch, order: Tensor) -> Batch:
-    """Rows at int64 positions (m,), without copying long rows."""
+    """Return the rows at int64 positions (m,), without copying long rows."""
     places = order.to(rows.inputs.device)
     return rows.map(
         lambda value: (
@@ -43,10 +43,10 @@ def reordered(rows: Batch, order: Tensor) -> Batch:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Filled:
-    """Number of stored rows in each group of a memory.
+    """Cached number of stored rows in each group (stage and label) of a memory.
 
     Args:
-        rows: stored rows that were counted.
+        rows: stored rows for which the numbers hold.
         found: (m, 2) distinct groups of the rows, ascending.
         counts: (m,) number of rows of each group.
         full_for: plan under which memory has no room for a new row of these groups; else None.
@@ -138,7 +138,7 @@ class Memory:
         self.offered += len(new)
 
     def offer_by_coin(self, new: Batch, tags: Tensor, threshold: float) -> None:
-        """Keep the stored and new records whose secret number is below `threshold`.
+        """Keep the stored and new records whose secret number (`tags`) is below `threshold`.
 
         The threshold of a memory only decreases, so a dropped record never returns.
 
@@ -226,11 +226,11 @@ class Memory:
         return True
 
     def _keep(self, new: Batch, kept: Tensor) -> None:
-        """Keep these positions, ascending; positions count stored rows first, then new rows."""
+        """Store the rows at positions `kept`, ascending, of stored rows followed by new rows."""
         self._take(([self.rows] if self.rows is not None else []) + [new], kept)
 
     def _grow(self, new: Batch, kept: Tensor, capacity: int) -> None:
-        """Append rows to the stored rows, in memory that doubles up to a capacity when it is full.
+        """Append the new rows in `kept` to the stored rows, in a buffer that doubles if it is full.
 
         Copying all rows at every offer would take time proportional to the square of the capacity.
         """
@@ -262,7 +262,7 @@ class Memory:
             kept.index_copy_(0, places.to(device), come[name])
 
     def _take(self, parts: list[Batch], kept: Tensor) -> None:
-        """Store these positions, ascending, of all parts.
+        """Store the rows at positions `kept`, ascending, of the concatenated parts.
 
         The rows are copied, so that the other rows can be freed.
         """

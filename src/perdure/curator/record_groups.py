@@ -39,9 +39,11 @@ class RecordGroups:
         return torch.stack([self.ids, self.owners], dim=1)
 
     def rows(self, drawn: Tensor, pick: Tensor) -> Tensor:
-        """Positions of one row for every drawn record; `drawn` (m,) are numbers of records.
+        """Return (m,) positions of one row for every drawn record.
 
-        `pick`, uniform in [0, 1) per record, chooses the row.
+        Args:
+            drawn: (m,) indices of the drawn records.
+            pick: (m,) uniform numbers in [0, 1), which choose among the rows of each record.
 
         Guarantee: a record is in a step at most once, whatever the number of its rows.
         """

@@ -77,10 +77,10 @@ def note_rows(noted: Params, new: Batch, at: Tensor, n: int) -> None:
 
 
 def as_noted(noted: Params, new: Batch) -> Batch:
-    """Return rows of the experience, with the saved values for the rows that have some.
+    """Return rows of the experience with the tensors that `note_rows` saved for them earlier.
 
     Args:
-        noted: saved values, see `note_rows`.
+        noted: saved tensors by name, and the mask of rows that have them, from `note_rows`.
         new: all rows of the experience, with their stored tensors.
     """
     if not noted:

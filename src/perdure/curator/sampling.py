@@ -25,14 +25,14 @@ from perdure.utils.seeding import generator
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Opened:
-    """Experiences, plan and memory rows from which a pool was made."""
+    """Experiences, plan and memory rows of a pool, to decide if the pool can be used again."""
 
     experiences: Sequence[Experience]
     plan: Plan
     memory: Batch | None
 
     def same_as(self, other: "Opened") -> bool:
-        """Return True if a pool of the other one can be used again.
+        """Return True if a pool that was made from `other` can be used again.
 
         A federation opens the same experience in every round. A pool with a memory that changes in
         every step cannot be used again, because its rows may be overwritten.
@@ -107,7 +107,7 @@ class Pool:
 
         Args:
             back: rows of memory.
-            what: name of the draw.
+            what: name of the random stream, such as `memory` or a reference gradient.
             step: number of the step.
             among: positions to draw from; None for all.
         """
@@ -135,9 +135,15 @@ class Pool:
         return found
 
     def shuffled(self, what: str, n: int, size: int, step: int) -> Tensor:
-        """Positions of one batch, in a new random order in every epoch.
+        """Return the positions of one batch, in a new random order in every epoch.
 
         The last batch of an epoch may be smaller.
+
+        Args:
+            what: name of the random stream.
+            n: number of rows to draw from.
+            size: number of rows in a batch.
+            step: number of the step.
         """
         epoch, i = divmod(step, -(-n // size))
         if self._orders.get(what, (-1,))[0] != epoch:
@@ -151,9 +157,9 @@ class Pool:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PrivateSampler:
-    """Sampling of a private pool: by a secret random number of each record.
+    """Sampler of the rows of a private step, by a secret random number of each record.
 
-    It is Poisson sampling, or a fixed step of the epoch for each record.
+    It uses Poisson sampling, or a fixed step of the epoch for each record.
 
     Args:
         rows: rows to draw from.
@@ -181,7 +187,7 @@ class PrivateSampler:
         return cls(rows=rows, records=found, exposure=exposure, purpose=purpose)
 
     def positions(self, mechanism: PrivateSum, step: int) -> Tensor:
-        """Positions of the rows of a step, on the device of the rows."""
+        """Return the positions of the rows of a step, on the device of the rows."""
         records = self.records
         exposed = self.exposure
         coins = mechanism.coins(records.whose, step, self.purpose)
@@ -202,12 +208,12 @@ def concat_new_and_stored(new: Batch, back: Batch) -> Batch:
 
 
 def replayed(back: Batch) -> Batch:
-    """Mark rows as coming from memory."""
+    """Return the rows, marked as coming from memory."""
     return Batch.from_tensors(back.tensors() | {"from_memory": torch.ones_like(back.from_memory)})
 
 
 def without(rows: Batch, tasks: Sequence[int]) -> Batch:
-    """Rows that come from other experiences than `tasks`."""
+    """Return the rows that come from other experiences than `tasks`."""
     return rows.take(~torch.isin(rows.tasks, torch.tensor(tasks, device=rows.tasks.device)))
 
 

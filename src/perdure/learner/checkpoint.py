@@ -16,14 +16,20 @@ from perdure.errors import RunError
 from perdure.utils.atomic_files import save_tensors, write_json, writing
 
 PROGRESS = "progress"
-"""Key of the measurements inside stages among the facts of a checkpoint."""
+"""Key, in the facts of a checkpoint, of the evaluations that were made inside stages."""
 KEEP = 2
 """Number of kept checkpoints; the last but one survives a crash while a new one is written."""
 
 
 @dataclass
 class Position:
-    """Position of a run; `step` is counted within the experience."""
+    """Position of a run in its stream.
+
+    Args:
+        experience: index of the open experience, or of the next one.
+        step: number of steps of this experience that are done.
+        begun: True if the experience was opened.
+    """
 
     experience: int = 0
     step: int = 0
@@ -57,7 +63,7 @@ class Store:
         self._latest = self.public / "latest.json"
 
     def save(self, number: int, snapshot: Snapshot) -> None:
-        """Write checkpoint `number`, then name it as the latest, then delete old ones.
+        """Write checkpoint `number`, then name it as the latest, then delete old checkpoints.
 
         Raises:
             StorageError: if a file cannot be written; the last checkpoint stays complete.
@@ -168,7 +174,7 @@ def _as_saved(name: str, value: Any) -> Any:
 
 
 def numbered(value: Any) -> Any:
-    """Convert keys that JSON turned into strings, such as milestones, back to whole numbers.
+    """Convert dict keys that JSON turned into strings back to whole numbers, for a schedule.
 
     The value may contain lists and dicts.
     """

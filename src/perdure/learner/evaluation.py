@@ -16,7 +16,7 @@ from perdure.utils.finite_outputs import finite_outputs
 from perdure.utils.modules import evaluating
 
 ROWS = 2048
-"""Rows of one pass through the model, when somebody asks for predictions."""
+"""Number of rows in one pass through the model, in `outputs_for`."""
 
 
 def predictor(party: Party, index: int, *, after: int) -> Callable[[Tensor], Tensor]:
@@ -54,27 +54,28 @@ def measurements(party: Party, stream: Stream, batch_size: int) -> list[float]:
 
 
 def trained_last(party: Party) -> int:
-    """Return the experience that was trained last; one that is being trained counts."""
+    """Return the index of the experience that was trained last, or is being trained."""
     position = party.position
     return max(0, position.experience - (not position.begun))
 
 
 def outputs_for(party: Party, inputs: Tensor, experience: int | None) -> Tensor:
-    """Return the strategy's outputs for inputs of the caller's own.
+    """Return the strategy's outputs, such as logits, for inputs that the user gives.
 
-    The model's modes stay as they are.
+    The modes of the model do not change.
 
     Args:
-        party: with model, strategy and state.
-        inputs: (n, ...).
-        experience: of the inputs, on task-incremental streams; None elsewhere.
+        party: party with model, strategy and state.
+        inputs: (n, ...) inputs of the model.
+        experience: index of the experience of the inputs on task-incremental streams; None on all
+            other streams.
 
     Returns:
-        (n, ..., C), on the party's device.
+        (n, ..., C) outputs, on the party's device.
 
     Raises:
-        ConfigError: for an experience that is missing or not asked for, and for inputs of another
-            shape or type than the stream's; for outputs that are NaN or infinite.
+        ConfigError: if the experience is missing or not allowed, if inputs have another shape or
+            type than the stream's, or if outputs are NaN or infinite.
     """
     after = trained_last(party)
     index = _asked(party.stream, experience, after)
@@ -90,19 +91,23 @@ def outputs_for(party: Party, inputs: Tensor, experience: int | None) -> Tensor:
 
 
 def score_of(party: Party, records: Records, experience: int | None) -> float:
-    """Measure a party on records of the caller's own by the metric of the task.
+    """Measure a party on records that the user gives, by the metric of the task.
 
     Guarantee: none for `records`: the number is computed from them as they are, so they must be
     public. Training records of a model that was trained with privacy are refused.
 
     Args:
-        party: with model, strategy and state.
-        records: to measure on.
-        experience: of the records, on task-incremental streams; None elsewhere.
+        party: party with model, strategy and state.
+        records: public records to measure the party on.
+        experience: index of the experience of the records on task-incremental streams; None on all
+            other streams.
+
+    Returns:
+        The metric, such as accuracy in percent.
 
     Raises:
-        ConfigError: as `outputs_for`; for records of another task.
-        PrivacyError: for training records of a model that was trained with privacy.
+        ConfigError: if the records have another task, or for the reasons in `outputs_for`.
+        PrivacyError: if the model was trained with privacy, and on some of these records.
     """
     if not isinstance(records, Records):
         raise ConfigError.of("records", type(records).__name__, "Records, such as stream[0].test")
@@ -117,7 +122,7 @@ def score_of(party: Party, records: Records, experience: int | None) -> float:
 
 
 def _asked(stream: Stream, experience: int | None, after: int) -> int:
-    """Return the experience whose context answers."""
+    """Return the index of the experience whose classes may be predicted."""
     if stream.scenario != "task":
         if experience is not None:
             raise ConfigError.of(

@@ -16,13 +16,13 @@ from perdure.privacy.noise.draw_lines import DrawsHead
 
 LEDGER = "ledger.jsonl"
 HEAD = "ledger"
-"""Name of the ledger's head among the facts of a checkpoint."""
+"""Key, in the facts of a checkpoint, of the ledger's head: its length and last hash."""
 DRAWS = "draws"
-"""Name of the head of the log of draws among the facts of a checkpoint."""
+"""Key, in the facts of a checkpoint, of the head of the log of draws."""
 
 
 HEADS = "heads"
-"""Name of the clients' heads among the facts of a federation server's checkpoint."""
+"""Key, in the facts of a federation server's checkpoint, of the heads of its clients' ledgers."""
 SERVER = "the checkpoint of the federation's server"
 
 
@@ -118,7 +118,7 @@ def refuse_other_privacy(folder: Path, *, private: bool) -> None:
     """Refuse to continue with privacy a run without privacy, or the reverse.
 
     Raises:
-        PrivacyError: if one has privacy and the other does not; names what was found.
+        PrivacyError: if only one of the two runs has privacy; names the file that shows it.
         RunError: if a checkpoint cannot be read.
     """
     numbers = Store(folder).numbers()

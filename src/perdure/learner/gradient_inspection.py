@@ -52,7 +52,7 @@ def inspect_gradients(
 
     Raises:
         GuardError: names the parameter whose gradients differ most, or gives the reason why
-                gradients of single records cannot be computed.
+            gradients of single records cannot be computed.
     """
     training = rows.training
     quiet_training(model)
@@ -89,14 +89,14 @@ def inspect_gradients(
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Trial:
-    """Gradient of one experience, for the comparison.
+    """Clipped gradients in one experience, to be compared with a loop of autograd.
 
     Args:
         path: computation of the losses that are differentiated.
         rows: source of synthetic batches.
         index: index of the experience.
         trainable: prefixes of the names of trained parameters; None for all.
-        facts: (n, 4) facts of the synthetic records.
+        facts: (n, 4) label, id, experience and role of the synthetic records.
     """
 
     path: LossPath

@@ -27,11 +27,11 @@ HOOKS_OF_ALL = tuple(getattr(nn.modules.module, f"_global{kind}") for kind in HO
 
 
 class InspectedPath:
-    """Code from rows to losses that the guard has tested, and losses that it must test again.
+    """Record of the code from rows to losses that the guard tested, to refuse changed code.
 
     Args:
-        inspection: inspection before any charge.
-        verdict: result of this inspection.
+        inspection: inspection that was run before any charge.
+        verdict: result of the inspection; "tested" losses are tested again in each experience.
     """
 
     def __init__(self, inspection: Inspection, verdict: Verdict) -> None:
@@ -135,6 +135,6 @@ class Glance:
             self._counts += [len(own[kind]) for kind in HOOKS]
 
     def same(self, other: "Glance") -> bool:
-        """Return True if both have the very same objects, and equally many hooks."""
+        """Return True if both records have the very same objects, and equally many hooks."""
         alike = self._counts == other._counts and len(self._things) == len(other._things)
         return alike and all(map(is_, self._things, other._things))

@@ -231,11 +231,11 @@ class Inspection:
         return replace(domain, range=None) if widened and domain.floats else domain
 
     def pairs(self, domain: InputDomain, rows: int | None = None) -> list[Neighbours]:
-        """Pairs of batches with different other rows, on the model's device."""
+        """Pairs of synthetic batches that share some rows only, on the model's device."""
         return [pair.to(self.device) for pair in neighbours(domain, self.generator, rows=rows)]
 
     def facts(self, index: int, rows: int) -> tuple[Tensor, Tensor]:
-        """Return label, id, experience and role (rows, 4) of new rows, for two batches."""
+        """Return label, id, experience and role (rows, 4) of new rows, for a pair of batches."""
         return (
             self.rows.facts(index, rows),
             self.rows.facts(index, rows, neighbours=True),
@@ -306,7 +306,7 @@ def losses_of(inspection: Inspection) -> dict[str, Losses]:
 
 
 def _look(inspection: Inspection, index: int, domain: InputDomain, known: Independence) -> None:
-    """Test the model and the losses in batches, over the whole domain.
+    """Refuse layers and losses of a record that depend on the other rows of its batch.
 
     If records are independent by construction, a short test confirms this.
     """
@@ -348,9 +348,14 @@ def look_at_mixtures(
     layers: bool = False,
     drop: bool = True,
 ) -> None:
-    """Test batches of new and stored rows, and of rows of several experiences.
+    """Refuse losses that depend on other rows, in batches of new and stored rows or experiences.
 
     Args:
+        inspection: inspection with the model and the synthetic rows.
+        losses: function that computes the losses.
+        name: name of the losses, for messages.
+        index: index of the experience.
+        pairs: pairs of batches that share some rows only.
         layers: True to test the layers as well.
         drop: True to also remove one record at a time.
     """
@@ -378,7 +383,7 @@ def look_at_mixtures(
 def _look_at_changes(
     inspection: Inspection, pairs: list[Neighbours], index: int, inputs: Tensor
 ) -> None:
-    """Test losses of rows that an attack or views have changed, if these are code of the user."""
+    """Refuse losses that depend on other rows after an attack or views, if these are user code."""
     changes = inspection.path.foreign_changes
     if not changes:
         return
@@ -395,7 +400,7 @@ def _look_at_changes(
 
 
 def _look_at_memory(inspection: Inspection, index: int, domain: InputDomain) -> None:
-    """Compute the tensors that memory would store for every kind of record, each record alone."""
+    """Refuse a `remember` that fails on a kind of record alone, or writes to model or state."""
     strategy = inspection.training.strategy
     if not strategy.uses("remember"):
         return
@@ -410,7 +415,7 @@ def _look_at_memory(inspection: Inspection, index: int, domain: InputDomain) -> 
 
 
 def _look_at_steps(inspection: Inspection, index: int, domain: InputDomain, *, alone: bool) -> None:
-    """Run a step's attack, views and gradient with records of every kind, with one and with none.
+    """Refuse a step (attack, views, gradient) that fails on a kind of record, on one or on none.
 
     Poisson sampling can draw so few records, and an error would then reveal how few there are.
     """
@@ -426,7 +431,10 @@ def _look_at_steps(inspection: Inspection, index: int, domain: InputDomain, *, a
 def _look_closer(
     inspection: Inspection, pairs: list[Neighbours], index: int, domain: InputDomain
 ) -> None:
-    """Test outputs and features, and batches of the declared size."""
+    """Refuse outputs, features and losses of a record that depend on the other rows.
+
+    Batches are small, and as large as a step is expected to draw.
+    """
     model = inspection.model
     large = inspection.pairs(
         domain, large_batch(domain, min(inspection.expected, inspection.at_once))
@@ -451,7 +459,7 @@ def _look_closer(
 def _look_at_large(
     inspection: Inspection, losses: Losses, name: str, index: int, batches: list[Neighbours]
 ) -> None:
-    """Test large batches of new rows, and one large batch of new and stored rows."""
+    """Refuse losses that depend on other rows in large batches, of new and of mixed rows."""
     model = inspection.model
     rows = inspection.rows
     for size in sorted({len(pair.one) for pair in batches}):
@@ -465,7 +473,7 @@ def _look_at_large(
 
 
 def _look_alone(inspection: Inspection, index: int, domain: InputDomain) -> None:
-    """Compute the gradient of every synthetic record alone, as training will do."""
+    """Refuse code that fails if each record's gradient is computed alone, as in training."""
     model = inspection.model
     rows = inspection.rows
     pairs = inspection.pairs(domain)

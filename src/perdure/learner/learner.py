@@ -66,8 +66,7 @@ class Learner:
     >>> matrix = learner.fit(stream)       # (T, T) accuracy in percent
 
     Args:
-        model: a `perdure.models.classifier.Classifier`, or any module with a full-width head and
-            `features`.
+        model: any module with a full-width head and `features`, as `perdure.models.Classifier`.
         strategy: strategy against forgetting.
         optimizer: function from parameters to a torch optimiser that needs one gradient per step.
         scheduler: called as scheduler(optimizer, steps=number of steps) at the start of an
@@ -91,15 +90,14 @@ class Learner:
         precision: precision of the passes through the model in training; parameters, norms and sums
             stay in float32.
         reset_optimizer: start every experience with a new optimiser.
-        callbacks: called as callback(point, learner).
+        callbacks: functions, called as callback(point, learner) at every point in `POINTS`.
         client: number of the party; 0 if there is only one.
         owner: name of the party in the ledger; a federation uses client-N if there is none.
         folder: folder for checkpoints, ledger and keys; None to write no files. In a federation
             give the folder to `fit_federated` instead.
         warm_start: continue from a model that a learner has trained before. Under privacy its
             earlier cost is charged to the new ledger, too.
-        make_private_sum: function that makes the private sum; for audits
-            (`perdure.testing.replay`).
+        make_private_sum: function that makes the private sum; audits give another one.
     """
 
     model: nn.Module
@@ -277,12 +275,11 @@ class Learner:
     def predict(self, inputs: Tensor, *, experience: int | None = None) -> Tensor:
         """Return the strategy's outputs (n, ..., C) for inputs, in evaluation mode.
 
-        They are what `evaluate` measures: iCaRL's are distances to class means, for example.
-        `learner.stream.task.predictions` makes predicted targets of them, such as classes.
+        `evaluate` measures these outputs; `stream.task.predictions` turns them into classes.
 
         Args:
             inputs: (n, ...) inputs of the model.
-            experience: of the inputs, on task-incremental streams; None elsewhere.
+            experience: index of their experience in a task-incremental stream; None in others.
         """
         return outputs_for(self.session, inputs, experience)
 
@@ -292,8 +289,8 @@ class Learner:
         Guarantee: none for `records`, which must be public; private training records are refused.
 
         Args:
-            records: to measure on.
-            experience: as in `predict`.
+            records: public records to measure the model on.
+            experience: index of their experience in a task-incremental stream; None in others.
         """
         return score_of(self.session, records, experience)
 
@@ -483,7 +480,10 @@ class Learner:
             self._new_schedule(snapshot.facts["position"]["experience"])
 
     def noise_digest(self) -> str:
-        """Digest of all data but the records that determines the next steps; "" if not private."""
+        """Return the digest that identifies the next steps; "" without privacy.
+
+        It changes with all that decides the steps except records, so other steps get other noise.
+        """
         if self.private_sum is None:
             return ""
         rates = "[]"

@@ -14,7 +14,7 @@ from perdure.errors import ConfigError, LoopError, PrivacyError
 from perdure.types import Params
 
 Stage = Literal["between", "drawn", "filled", "taken"]
-"""Stage of a step: none is open, rows are drawn, `.grad` is filled, or the step is taken."""
+"""Stage of the loop: between steps, rows drawn, `.grad` filled, or optimiser step taken."""
 ROWS = frozenset(field.name for field in fields(Batch))
 CALLS = "session.backward(batch), optimizer.step(), session.after_step()"
 
@@ -68,10 +68,11 @@ class StepOrder:
         return self._given
 
     def rows_of(self, batch: object) -> Batch:
-        """Return the rows of the step for which `session.backward` was called.
+        """Return the records of the current step, if `session.backward` got the right batch.
 
         Raises:
-            LoopError: if the batch is another one, or the call is a second one or outside a step.
+            LoopError: if `batch` is not the batch that the loop handed out for this step, if
+                `backward` was already called in this step, or if no step is open.
         """
         if self._rows is None or self.stage == "between":
             raise LoopError(
@@ -92,7 +93,7 @@ class StepOrder:
         return self._rows
 
     def filled(self, trained: Params) -> None:
-        """Record that the gradients of the step are filled."""
+        """Record that `session.backward` has filled the gradients of the step."""
         self.stage = "filled"
         if self._watched and self._moving is None:
             self._moving = _any_number(trained)
@@ -101,8 +102,8 @@ class StepOrder:
         """Check that the optimiser may take its step now.
 
         Raises:
-            LoopError: if the gradients are not filled yet or were set to 0, or if it is a second
-                step.
+            LoopError: if the gradients are not filled yet or were set to 0, or if the optimiser
+                has already taken this step.
         """
         if self.stage in ("between", "drawn"):
             raise LoopError(
@@ -159,7 +160,7 @@ class StepOrder:
             )
 
     def reset(self) -> None:
-        """Forget the current step."""
+        """End the current step without any check."""
         self.stage = "between"
         self._rows = None
         self._given = None

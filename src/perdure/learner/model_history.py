@@ -20,7 +20,7 @@ from perdure.privacy.ledger.account import Account
 from perdure.privacy.ledger.entries import Entry, Stated, weakest
 
 ATTRIBUTE = "_perdure_training"
-"""Name of the mark in the `__dict__` of a module."""
+"""Name of the attribute of a module that holds the `Training`."""
 EARLIER = ", earlier"
 """Suffix for the name of an older partition if the name is now used for other records."""
 START_BARE = (
@@ -35,13 +35,13 @@ class Training:
     """One training of a model, as recorded in its mark.
 
     Args:
-        by: names the session that trained it.
-        sizes: those of its ledger, which go on growing while it trains.
-        rules: as `sizes`.
-        entries: as `sizes`.
-        uncounted: reason why no ledger has its cost; "" where one has.
-        simulated: whether noise came from a seed that the user chose.
-        private: whether it had privacy, where the ledgers are elsewhere.
+        by: random name of the session that trained the model.
+        sizes: partition to declared size in the session's ledger; the ledger adds to it.
+        rules: partition to the digest of the rule that assigned its records, in that ledger.
+        entries: entries of that ledger, with the privacy cost; the ledger adds to it.
+        uncounted: reason why no ledger has the cost of the training; "" if one has it.
+        simulated: True if the noise came from a seed that the user chose.
+        private: True if the training had privacy, but its ledgers are elsewhere.
     """
 
     by: str
@@ -107,7 +107,7 @@ def trainings_of(model: nn.Module) -> list[Training]:
 
 
 def mark(model: nn.Module, training: Training) -> None:
-    """Attach a training to a model and all its parts; it replaces an earlier one."""
+    """Attach a training to a model and all its parts, instead of an earlier training."""
     for part in model.modules():
         vars(part)[ATTRIBUTE] = training
 

@@ -18,7 +18,7 @@ from perdure.privacy.ledger.ledger import Ledger
 
 
 class ModelMark:
-    """Record of a session's training, in addition to earlier trainings of the model.
+    """Mark that attaches a session's training, and its privacy cost, to the model.
 
     If the folder has a checkpoint that will replace the weights, `put` refuses a model that was
     trained before, until the weights were replaced.
@@ -48,7 +48,7 @@ class ModelMark:
 
         Args:
             ledger: ledger of the session; None without privacy.
-            uncounted: description of training without a ledger; "" if there was none yet.
+            uncounted: description of the training without a ledger; "" if nothing was trained yet.
 
         Raises:
             ConfigError: if another learner has trained the model since the session was prepared, or

@@ -38,7 +38,10 @@ def noise_digest(
     scheduler: LRScheduler | None,
     rates: str,
 ) -> str:
-    """SHA-256 of the settings, the snapshot and the code's results on synthetic records.
+    """Return a SHA-256 that identifies a block of steps, as part of the key of its noise.
+
+    It changes with the settings, with the snapshot, and with the results of model, strategy and
+    views on synthetic records, so no noise is used for two different computations.
 
     Args:
         session: session that has opened the experience of the next steps.
@@ -65,7 +68,7 @@ def settings(
     optimizer: Optimizer,
     scheduler: LRScheduler | None,
 ) -> dict[str, JSONValue]:
-    """All settings that determine the steps, by names that only the digest uses.
+    """All settings that determine a block of steps, by names that only the digest uses.
 
     The learning rates of a schedule are left out; `noise_digest` adds them.
 
@@ -146,7 +149,7 @@ def module_settings(path: str, module: nn.Module) -> JSONValue:
 def probe_strategy(session: Party) -> dict[str, Tensor]:
     """Results of views, model and strategy on synthetic records.
 
-    They differ if the code was changed without a change of names.
+    They change the digest if code was changed without a change of names or settings.
     """
     batch = session.curator.synthetic(4)
     batch = session.views.attach(batch, 0) if session.views else batch
@@ -178,7 +181,7 @@ def stored_like(batch: Batch, seed: int) -> Batch:
 
 
 def hooks(session: Party) -> dict[str, Tensor]:
-    """Results of the strategy's hooks on parameters and on a gradient; empty if it has none."""
+    """Results of the strategy's hooks on parameters and on a gradient; empty without hooks."""
     strategy = session.strategy
     state = session.state
     params = {name: value.detach().clone() for name, value in session.trained.items()}

@@ -126,7 +126,7 @@ def options_of(optimizer: Optimizer) -> Options:
 def put_options(optimizer: Optimizer, options: Options) -> None:
     """Give every group exactly these options; momentum and other state do not change.
 
-    This removes the last rate of a schedule, and `initial_lr`, from which the next would start.
+    This removes the last rate of a schedule, and `initial_lr`, where the next schedule would start.
     """
     for group, wanted in zip(optimizer.param_groups, copy.deepcopy(options), strict=False):
         for name in group.keys() - wanted.keys() - {"params"}:

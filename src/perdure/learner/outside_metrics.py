@@ -15,10 +15,10 @@ class OutsideMetric(Protocol):
     """Metric of another library, such as torchmetrics."""
 
     def reset(self) -> None:
-        """Forget all records."""
+        """Discard all records that were counted."""
 
     def update(self, outputs: Tensor, targets: Tensor, /) -> None:
-        """Count in records with outputs (n, ..., C) and their targets (n, ...)."""
+        """Count more records, given by their outputs (n, ..., C) and targets (n, ...)."""
 
     def compute(self) -> Any:
         """Return the metric of all records since `reset`."""
@@ -33,10 +33,11 @@ def evaluate_with(
     >>> evaluate_with(learner, stream, {"f1": MulticlassF1Score(num_classes=10)})
 
     Args:
-        learner: that has been trained or prepared.
-        stream: its test records are used.
-        metrics: by names of your own, with the methods `reset`, `update(outputs, targets)` and
-            `compute` as in torchmetrics; they are reset before and after each stage.
+        learner: learner that was trained or prepared.
+        stream: stream whose test records are used.
+        metrics: name of your choice to metric, an object with the methods `reset`,
+            `update(outputs, targets)` and `compute`, as in torchmetrics. It is reset before and
+            after each stage.
 
     Returns:
         For every stage, the value of `compute` by name; NaN for a stage without test records.

@@ -51,7 +51,7 @@ from perdure.utils.seeding import Seed, derive, drawing_from, seed_globally
 
 HOOKS = ("losses", "references", "penalty", "project", "after_step", "after_step_in_place")
 OWNER = "curator"
-"""Default name of a ledger's owner; a federation uses client-N instead."""
+"""Default name of the party in its ledger; a federation uses client-N instead."""
 
 
 def _silent(point: str) -> None:
@@ -124,7 +124,7 @@ class Party:
             self.lock.acquire()
 
     def close(self) -> None:
-        """Release the folder until the next use; steps that were reserved are not used any more."""
+        """Unlock the folder until it is used again; charged steps not yet taken are given up."""
         if self.lock is None:
             return
         if self._opened is not None:
@@ -462,7 +462,7 @@ class Party:
     # ------------------------------------------------------------------ inside
 
     def mark_model(self, *, learnt: bool = False) -> None:
-        """Record on the model the privacy cost of this session, or its training without one."""
+        """Record on the model the privacy cost of this session, or its training without privacy."""
         without = self.trained_by or self._trained_on
         ledger = self.private_sum.ledger if self.private_sum else None
         self.mark.put(ledger, uncounted=without if learnt else "")

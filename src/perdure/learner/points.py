@@ -25,4 +25,7 @@ POINTS = (
     "ledger.head-written",
     "noise.drawn",
 )
-"""Points at which callbacks are called; a run stopped at any of them resumes to the same bits."""
+"""Points at which callbacks are called.
+
+A run that is killed at any of these points and resumed gives bit-identical results.
+"""

@@ -57,7 +57,7 @@ def open_private_sum(
     history: History | None = None,
     make: MakePrivateSum = PrivateSum,
 ) -> PrivateSum:
-    """Calibrate the noise, open the ledger, and reserve the plan of the whole stream in it.
+    """Calibrate the noise, open the ledger, and make the private sum of a session.
 
     Args:
         training: stream, strategy, privacy and length of every experience.
@@ -65,7 +65,7 @@ def open_private_sum(
         client: number of the party, 0 if there is only one.
         owner: name of the party in the ledger.
         trace: function that is called with the name of every stage of a ledger write or noise draw.
-        independence: how records are known to be independent, as `inspect` found.
+        independence: reason why records are known to be independent, as `inspect` found.
         lock: lock of the folder, which is held while the ledger is written.
         history: earlier cost of a warm-started model, which is carried over into the ledger.
         make: function that makes the private sum; an audit gives its own.
@@ -138,7 +138,7 @@ def _own_key(folder: Path | None, privacy: Privacy, client: int, anchors: list[A
 def charge_before(
     ledger: Ledger, training: TrainingPlan, schedule: Schedule, carried: History
 ) -> None:
-    """Declare the partitions, charge earlier costs, and grant the plan of the stream.
+    """Write to the ledger, before training: partitions, earlier costs, and the plan if it fits.
 
     Raises:
         BudgetError: if the plan does not fit the budget.
@@ -194,9 +194,9 @@ def released_before(spent: Spent, partition: str, simulated: bool) -> Entry:
 
 
 def carried_over(folder: Path | None, history: History, stream: Stream) -> dict[str, Carried]:
-    """Return the exposure by a warm start, from the folder's ledger and from `history`.
+    """Return the earlier charges of a warm-started model, from the folder's ledger and `history`.
 
-    A resumed run finds it in its ledger, whatever its model carries. A partition that was added
+    A resumed run finds them in its ledger, whatever its model carries. A partition that was added
     after the warm start may contain any of the records that were exposed then.
     """
     path = folder / LEDGER if folder else None
@@ -223,7 +223,7 @@ def carried_over(folder: Path | None, history: History, stream: Stream) -> dict[
 
 
 def carried_entries(carried: History, simulated: bool) -> list[Entry]:
-    """Return the ledger entries that a warm start carries over."""
+    """Return the ledger entries for the earlier charges of a warm-started model."""
     return [
         elsewhere(charge, partition, simulated, WARM_START, before.independence)
         for partition, before in carried.items()

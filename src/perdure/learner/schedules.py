@@ -22,7 +22,7 @@ EXAMPLE = "lambda optimizer, steps: CosineAnnealingLR(optimizer, T_max=steps)"
 
 
 STEPS_TRIED = 100
-"""Number of steps for a test of a schedule before the length of an experience is known."""
+"""Number of steps with which a schedule is tested if the length of an experience is unknown."""
 
 
 class MakeSchedule(Protocol):
@@ -150,13 +150,13 @@ class ReplayedRates:
 def replayed(
     known: ReplayedRates | None, optimizer: MakeOptimizer, scheduler: MakeSchedule, steps: int
 ) -> ReplayedRates:
-    """Return the known rates, or replay them again where they are of something else.
+    """Return the learning rates of all steps of an experience, which are `known` if possible.
 
     Args:
-        known: rates of before, if there are any.
-        optimizer: see `ReplayedRates`.
-        scheduler: see `ReplayedRates`.
-        steps: of the experience.
+        known: rates that were computed last; None if there are none.
+        optimizer: function from parameters to the optimiser.
+        scheduler: function from the optimiser and the number of steps to its schedule.
+        steps: number of steps of the experience.
     """
     if known is not None and known.are_of(optimizer, scheduler, steps):
         return known

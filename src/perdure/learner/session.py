@@ -58,9 +58,9 @@ class Session(Party):
         model: any module with a full-width head.
         strategy: strategy against forgetting.
         stream: experiences in the order of training.
-        optimizer: optimiser of `model.parameters()` that needs one gradient per step. Another one
-            may be set between two experiences. None only for a program that calls the parts of the
-            session itself, as `Learner` does.
+        optimizer: optimiser of `model.parameters()` that needs one gradient per step. Another
+            optimiser may be set between two experiences. None only for a program that calls the
+            parts of the session itself, as `Learner` does.
         epochs: number of passes over the records of an experience; give this or `iterations`.
         iterations: number of steps in an experience.
         blocks: number of blocks in an experience; each block is one charge in the ledger.
@@ -142,8 +142,8 @@ class Session(Party):
             The batches of the experience, for use in the `with`.
 
         Raises:
-            ConfigError: if the argument is something else, or the optimiser lacks a trained
-                parameter.
+            ConfigError: if the argument is no experience of the stream, or the optimiser lacks a
+                trained parameter.
             DataError: before the first private experience, if training inputs are NaN or infinite.
             LoopError: if the experience is out of order, inside another one, or left by a `break`.
             RunawayError: if training diverged, so that parameters are NaN or infinite.
@@ -189,8 +189,9 @@ class Session(Party):
             batch: batch of the loop, unchanged.
 
         Raises:
-            LoopError: if the batch is another one, the call is a second one or outside a step, the
-                model is in evaluation mode, or gradients are switched off.
+            LoopError: if `batch` is not the loop's batch of this step, `backward` was already
+                called in this step, no step is open, the model is in evaluation mode, or gradients
+                are switched off.
         """
         rows = self._order.rows_of(batch)
         if not torch.is_grad_enabled():
@@ -236,7 +237,7 @@ class Session(Party):
     # ------------------------------------------------------------------ the loop itself
 
     def steps(self, block: range, digest: Callable[[], str]) -> Iterator[Batch | HiddenBatch]:
-        """Charge a block of steps of the open experience, then yield the batch of each step.
+        """Charge a block of steps of the open experience, and yield the batch of each step.
 
         Args:
             block: numbers of the steps.
@@ -260,7 +261,10 @@ class Session(Party):
         self.notify("block.end")
 
     def noise_digest(self) -> str:
-        """Digest of all data but the records that determines the next steps; "" if not private."""
+        """Return the digest that identifies the next steps; "" without privacy.
+
+        It changes with all that decides the steps except records, so other steps get other noise.
+        """
         if self.private_sum is None:
             return ""
         optimizer = self._loop_optimizer()

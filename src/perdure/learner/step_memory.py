@@ -8,7 +8,7 @@ from perdure.types import Params
 
 
 class StepMemory:
-    """Copies of tensors that the steps of an experience need, in reused memory.
+    """Copies of parameters and gradients for the hooks of each step, in reused memory.
 
     The operating system provides new memory for a tensor as large as the model page by page, which
     takes several times as long as computing with it.
@@ -27,7 +27,7 @@ class StepMemory:
         return self._total
 
     def begin(self, params: Params, gradient: Params, *, again: bool) -> None:
-        """Keep the tensors that the strategy gets after the step.
+        """Store the tensors that `follow` gives to the strategy after the step.
 
         Args:
             params: trained parameters before the step.
@@ -42,7 +42,7 @@ class StepMemory:
     def follow(
         self, strategy: Strategy, after: Params, state: State, noise_variance: float
     ) -> State:
-        """Return the state after the step.
+        """Call the strategy's `after_step`, in place if possible, and return the new state.
 
         No other code refers to the tensors that `after_step` made in the last step, so the strategy
         may write to them, unless the state was set from outside in between.

@@ -28,9 +28,8 @@ from perdure.utils.modules import evaluating
 from perdure.utils.seeding import generator
 
 Roles = Literal["new", "stored", "in turn", "one stored", "one new"]
-"""Which rows of a batch are from memory: none, all, every second one, or only the last one.
-
-"one new" marks all but the last one.
+"""Choice of the rows of a batch that are from memory: none, all, every second, the last, or all
+but the last.
 """
 
 NEIGHBOURS = 2**20
@@ -220,7 +219,7 @@ class SyntheticRows:
 
     @cached_property
     def _plans(self) -> list[Plan]:
-        """Plan of every experience, computed once because every batch needs it."""
+        """Plans of all experiences, computed once because every batch needs one."""
         return [self.training.of(experience) for experience in self.training.stream]
 
     @cached_property

@@ -1,4 +1,4 @@
-"""Noise for a training plan: charges of partitions, calibration, and the cap of a budget."""
+"""Noise of a training plan, calibrated to a privacy budget from the charges of each partition."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -17,9 +17,9 @@ Histories = dict[str, list[Charge]]
 
 
 def planned(training: TrainingPlan, schedule: Schedule) -> Histories:
-    """Charges of every partition over the whole declared stream, with charges made elsewhere.
+    """Return all charges of a plan to every partition, after the partition's earlier charges.
 
-    They depend on public facts only.
+    They depend on public facts only, and include later experiences up to the declared horizon.
     """
     privacy = training.privacy
     stages = horizon(training)
@@ -76,9 +76,9 @@ def charges(
 
 
 def scheduled(training: TrainingPlan) -> Schedule:
-    """Compute noise multipliers for the budget, or the partitions that leave the pools.
+    """Return noise multipliers that fit the budget, and the partitions to leave out of pools.
 
-    Partitions leave the pools if the noise is given and the budget is a cap.
+    Partitions are left out only if the noise is given, so that the budget is a cap.
 
     Raises:
         BudgetError: if no noise is large enough, or new records could not be used even once.
@@ -103,7 +103,11 @@ def scheduled(training: TrainingPlan) -> Schedule:
 
 
 def one_by_one(training: TrainingPlan, targets: Sequence[float]) -> tuple[float, ...]:
-    """Compute one noise multiplier per experience, if no records are used in a later one."""
+    """Compute one noise multiplier per experience, for one target epsilon per experience.
+
+    Raises:
+        ConfigError: if records are used again in a later experience, or targets are missing.
+    """
     privacy = training.privacy
     stages = horizon(training)
     assert privacy is not None
@@ -153,9 +157,9 @@ def targets(training: TrainingPlan, partitions: Iterable[str]) -> float | dict[s
 
 
 def excluded_by_cap(training: TrainingPlan, noise_multiplier: float) -> tuple[frozenset[str], ...]:
-    """Partitions that are left out of the pools in each experience.
+    """Return the partitions to leave out of the pools, for each experience.
 
-    The epsilon of their records would exceed the cap with one more use.
+    With one more use, the epsilon of the records of such a partition would exceed the cap.
     """
     privacy = training.privacy
     stages = horizon(training)
@@ -194,7 +198,7 @@ def excluded_by_cap(training: TrainingPlan, noise_multiplier: float) -> tuple[fr
 def horizon(training: TrainingPlan) -> Sequence[Experience]:
     """Return the experiences that the noise is calibrated for.
 
-    They are those of the stream, and later ones like the last one, up to the declared horizon.
+    These are all experiences of the stream, and copies of the last one up to the horizon.
 
     Raises:
         ConfigError: if the stream is longer than the declared horizon.
@@ -235,7 +239,7 @@ def elsewhere(
         partition: name of the partition.
         simulated: True if this ledger's noise is simulated.
         purpose: name of the charge in the ledger.
-        independence: how records were known to be independent of each other then.
+        independence: reason why the records were known to be independent in that charge.
     """
     sampled = charge.sampling_rate < 1
     return Entry(

@@ -58,7 +58,7 @@ def exposure(
 def pool_size(
     experiences: Sequence[Experience], plan: Plan, excluded: Set[str] = frozenset()
 ) -> tuple[float, set[str]]:
-    """Declared number of records in the pool, and their partitions.
+    """Return the declared number of records in the pool, and the names of their partitions.
 
     Records that are rehearsed in addition to the pool are not counted.
     """
@@ -95,8 +95,8 @@ def reference_exposures(
 ) -> dict[str, Exposure]:
     """Compute the exposure by each reference gradient of a step in the last of `experiences`.
 
-    There is one over all stored records, named `reference`, or one per earlier experience, named
-    `reference 0`, `reference 1` and so on.
+    The plan has one reference gradient over all stored records, named `reference`, or one per
+    earlier experience, named `reference 0`, `reference 1` and so on.
     """
     if not plan.memory or plan.memory.rehearsed:
         return {}
@@ -119,7 +119,7 @@ def reference_exposures(
 
 
 def share(experience: Experience, among: Sequence[Experience]) -> float:
-    """Declared size of the experience divided by the declared size of all."""
+    """Declared size of an experience divided by the total declared size of those in `among`."""
     return experience.train.declared_size / sum(e.train.declared_size for e in among)
 
 
@@ -129,5 +129,5 @@ def split_steps(steps: int, blocks: int) -> list[range]:
 
 
 def block_of_steps(steps: int, blocks: int, number: int) -> range:
-    """Return one of the blocks that `split_steps` makes."""
+    """Return block `number` of those into which `split_steps` cuts the steps."""
     return range(number * steps // blocks, (number + 1) * steps // blocks)

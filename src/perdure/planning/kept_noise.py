@@ -24,7 +24,10 @@ from perdure.utils.hashing import canonical_text
 FILE = "calibration.json"
 VERSION = 1
 REFERENCES = (1.0, 2.0)
-"""Noise multipliers at which histories identify a plan; all charges are linear in the noise."""
+"""Noise multipliers at which the charges of a plan are computed to identify the plan.
+
+Two are enough, because every charge is linear in the noise.
+"""
 
 
 class KeptNoise:
@@ -58,7 +61,7 @@ class KeptNoise:
                 write_json(self._path, {"version": VERSION, "plans": plans})
 
     def _read(self) -> Mapping[str, list[float]]:
-        """Plans in the file; empty if the file is missing or not readable."""
+        """Noise multipliers in the file, by the key of the plan; empty if it cannot be read."""
         try:
             found = json.loads(self._path.read_text()) if self._path else {}
             plans = found["plans"] if found.get("version") == VERSION else {}
@@ -68,7 +71,7 @@ class KeptNoise:
 
 
 def plan_key(training: TrainingPlan) -> str:
-    """Digest of everything that decides the calibrated noise of a plan."""
+    """Digest of everything that decides the noise of a plan; key of the plan in the file."""
     privacy = training.privacy
     assert privacy is not None
     histories = [
@@ -85,7 +88,7 @@ def plan_key(training: TrainingPlan) -> str:
 
 
 def _is_calibrated(training: TrainingPlan) -> bool:
-    """Return True if the noise is calibrated for a budget, which the ledger checks."""
+    """Return True if the noise of a plan is computed from a budget, which the ledger checks."""
     privacy = training.privacy
     return (
         privacy is not None

@@ -97,7 +97,7 @@ class TrainingPlan:
 
     @cached_property
     def _latest(self) -> dict[str, object]:
-        """Experience that was planned last, and its plan."""
+        """Cache of the experience that was planned last (`of`) and of its plan (`plan`)."""
         return {}
 
     def upto(self, index: int) -> Sequence[Experience]:
@@ -124,7 +124,7 @@ class TrainingPlan:
 
     @property
     def most_expected(self) -> float:
-        """Largest declared number of records in a step."""
+        """Largest declared number of records in a step, over all experiences of the stream."""
         return max(self.exposure(self.upto(each.index)).expected for each in self.stream)
 
     def steps_of(self, experiences: Sequence[Experience], excluded: Set[str] = NOBODY) -> int:

@@ -1,4 +1,4 @@
-"""A clip norm that follows a quantile of the gradient norms; every step pays for it with privacy.
+"""A clip norm that follows a quantile of the gradient norms, at a privacy cost in every step.
 
 Andrew, Thakkar, McMahan and Ramaswamy, Differentially Private Learning with Adaptive Clipping,
 NeurIPS 2021.
@@ -48,12 +48,17 @@ class Adaptive(CheckedFields):
                 )
 
     def gradient_noise(self, noise_multiplier: float, expected: float) -> float:
-        """Noise multiplier z_g of the gradient if a noisy count is released with it.
+        """Return the noise multiplier z_g of the gradient sum, released together with a count.
 
+        The count is the noisy number of records whose gradient norm is within the clip norm.
         Gradient and count together are charged as one release with `noise_multiplier`.
 
+        Args:
+            noise_multiplier: noise multiplier z that the ledger charges.
+            expected: declared number of records in a step.
+
         Raises:
-            PrivacyError: if the count alone costs that much already.
+            PrivacyError: if the count alone would use the whole privacy cost of the step.
         """
         left = noise_multiplier**-2 - (2 * self.count_noise * expected) ** -2
         if left <= 0:

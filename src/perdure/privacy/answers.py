@@ -17,13 +17,13 @@ from perdure.utils.atomic_files import save_tensors, writing
 from perdure.utils.hashing import digest
 
 MAC = " mac"
-"""Name of the MAC among the tensors of a file; no name of an answer begins with a space."""
+"""Name of the MAC in a file of released tensors, none of whose names begins with a space."""
 KEEP = 2
 """Number of experiences whose answers are kept; a resume never goes back to earlier ones."""
 
 
 class Answers:
-    """Store of released answers, by the ledger entry that paid for them, each with a MAC.
+    """Store of released answers, each with its ledger entry and a MAC, to be returned again.
 
     A simulation stores nothing, because it draws the same noise again.
 
@@ -38,7 +38,11 @@ class Answers:
         self._here: dict[str, Tensors] = {}
 
     def find(self, entry: str) -> dict[str, torch.Tensor] | None:
-        """Return the answer that an entry paid for; None if it is missing or damaged."""
+        """Return the stored answer of a release; None if it is missing or damaged.
+
+        Args:
+            entry: digest of the ledger entry that charged the release.
+        """
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
@@ -59,7 +63,7 @@ class Answers:
         """Store an answer on the disk, and drop answers of experiences long ago.
 
         Args:
-            entry: digest of the ledger entry that paid for the answer.
+            entry: digest of the ledger entry that charged the release.
             answer: the released tensors.
             experience: index of the experience that asked for the answer.
         """

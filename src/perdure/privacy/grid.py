@@ -50,7 +50,7 @@ Declared and tested.
 STEPS_PER_ROOT = 2**11
 """Smallest ratio of grid steps per clip norm to the square root of the numbers in a sum."""
 SENSITIVITY = 1 + SLACK + 1 / STEPS_PER_ROOT
-"""Most that one record changes a sum on the grid, in units of the clip norm."""
+"""Largest change of a sum on the grid by one record, in units of the clip norm."""
 Shapes = Mapping[str, torch.Size]
 """Shapes of the tensors in a sum, by name, in order."""
 MOST_UNITS = 2.0**52
@@ -91,9 +91,9 @@ class Grid:
 
     @cached_property
     def _kept(self) -> Tensor:
-        """Memory for the integers of a sum.
+        """Buffer for the integers of a sum, used again in every step.
 
-        Allocating it in each step would cost as much as noise.
+        Allocating it in each step would take as long as drawing the noise.
         """
         return torch.empty(self.numbers, dtype=torch.int64)
 
@@ -109,9 +109,9 @@ class Grid:
         }
 
     def units(self, total: Params | None, shapes: Shapes, clip_norm: float) -> Tensor:
-        """(d,) int64 sums in grid steps on the CPU, all names one after another; 0 without records.
+        """Round an exact sum to whole grid steps: (d,) int64 on the CPU, zeros without records.
 
-        The next call overwrites the returned tensor.
+        The tensors of all names are concatenated. The next call overwrites the returned tensor.
 
         Args:
             total: name to exact sum; None if there are no records.
@@ -171,7 +171,11 @@ def _loops(numbers: int) -> tuple[Callable[..., bool], Callable[..., None]]:
 
 
 def to_units(values: Floats, factor: float, most: float, out: Integers) -> bool:
-    """Round values to whole grid steps; return False if one is not below `most` in size."""
+    """Write values times `factor`, rounded to whole grid steps, to `out`.
+
+    Returns:
+        False, with nothing written, if the size of a rounded value is not below `most`.
+    """
     # in float64, because a float32 product is rounded by more than a grid step
     whole = np.rint(values.astype(np.float64) * factor)
     inside = bool((np.abs(whole) < most).all())
@@ -181,5 +185,5 @@ def to_units(values: Floats, factor: float, most: float, out: Integers) -> bool:
 
 
 def to_values(units: npt.NDArray[Any], factor: float, out: Floats) -> None:
-    """Convert grid steps, whole or not, to float32 values."""
+    """Write grid steps, whole or not, times `factor` to `out`, as float32 values."""
     out[:] = units.astype(np.float64) * factor

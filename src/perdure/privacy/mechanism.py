@@ -52,7 +52,7 @@ class Mechanism:
         self.open(0)
 
     def open(self, index: int) -> None:
-        """Switch to experience `index`; earlier reservations do not pay for its steps."""
+        """Switch to experience `index`; steps that were charged before can no longer be drawn."""
         self.experience = index
         self.noise_multiplier = self.schedule.noise_in(index)
         self._blocks: dict[str, ReservedSteps] = {}
@@ -74,20 +74,21 @@ class Mechanism:
         return self._key.tags(ids, purpose=purpose)
 
     def close(self) -> None:
-        """Close the files of the log; they are opened again when they are needed."""
+        """Close the file of the log of draws; it is opened again when it is needed."""
         self._draws.release()
 
     @property
     def draws_head(self) -> DrawsHead:
-        """Head of the log of draws, for a checkpoint."""
+        """Length and last MAC of the log of draws; a checkpoint with them reveals an older log."""
         return self._draws.head
 
     # ------------------------------------------------------------------ inside
 
     def _charge(self, entry: Entry) -> Entry:
-        """Charge an entry, again if its noise may have been drawn without a line in the log.
+        """Charge an entry to the ledger; charge it once more if unlogged noise may exist for it.
 
-        An entry that is already in the ledger, and whose draws are known, costs nothing more.
+        An entry that is already in the ledger, and whose draws are all in the log of draws, costs
+        nothing more.
         """
         self.ledger.chain.hold()
         while self.ledger.has(entry) and self._draws.seen(entry.digest):

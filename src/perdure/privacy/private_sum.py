@@ -1,4 +1,4 @@
-"""The private sum: charge the ledger, clip every record, and add noise.
+"""Private sums: noisy sums over clipped records, charged to a ledger before noise is drawn.
 
 This module does not depend on the learner.
 """
@@ -46,7 +46,7 @@ __all__ = [
 ]
 
 MakePrivateSum = Callable[..., "PrivateSum"]
-"""Function that takes the arguments of `PrivateSum`; an audit uses it to give another key."""
+"""Function that takes the arguments of `PrivateSum`; an audit gives one that uses another key."""
 
 
 class PrivateSum(Releases):
@@ -62,7 +62,7 @@ class PrivateSum(Releases):
         key: key for the noise and for the coins (random numbers that decide which records enter a
             step).
         draws: log of the exact sums for which noise was drawn; None for a log in memory.
-        answers: released answers that are kept; None to keep them in memory.
+        answers: store of released answers; None to keep them in memory.
         independence: how the gradients of records are known to be independent (see
             `perdure.privacy.guard`); "" if not known.
     """
@@ -111,11 +111,11 @@ class PrivateSum(Releases):
             scope: partition to sampling rate.
             steps: the steps of the block.
             data: fingerprint of the pooled records.
-            start: digest of everything else that determines the steps; after any change the noise
-                is different.
+            start: digest of everything except the records that determines the steps; after any
+                change the noise is different.
             expected: declared number of records in a step.
             numbers: largest number of coordinates in a sum, the size of all parameters.
-            slots: steps per epoch if the order is fixed.
+            slots: steps per epoch if each record has a fixed step in it; None for Poisson sampling.
             purpose: `gradient`, or the name of a reference gradient of the same steps.
 
         Raises:
@@ -160,7 +160,7 @@ class PrivateSum(Releases):
         self._chain = None if bands is None else BandedNoise(bands, steps.start)
 
     def reserved(self, purpose: str) -> bool:
-        """Return True if steps of this purpose are reserved besides the gradient block."""
+        """Return True if `reserve` has charged steps for this purpose in the current block."""
         return purpose in self._blocks
 
     def coins(self, records: Tensor, step: int, purpose: str = "gradient") -> Tensor:
@@ -174,9 +174,9 @@ class PrivateSum(Releases):
         return self._key.coins(records, entry=self._paid(step, purpose).paid_by, step=step)
 
     def secret(self, purpose: str, step: int) -> bytes:
-        """Secret bytes for all randomness of records inside a step.
+        """Return the secret seed for one kind of random numbers inside a step.
 
-        Examples are dropout, random views of a record, and the start of an attack.
+        The kinds (`purpose`) are dropout, random views of a record, and the start of an attack.
 
         Such randomness depends on the position of a row in the batch. If it were public, one more
         record would give the other rows other known randomness, and the sum would change by more
@@ -249,8 +249,8 @@ class PrivateSum(Releases):
         `reserve` has charged both.
 
         Args:
-            clipped: as in `gradient`.
-            params: as in `gradient`.
+            clipped: function from a clip to the clipped sum, from `perdure.privacy.clipping`.
+            params: the summed parameters; each sum has the shape of its parameter.
             step: step of the run.
             purpose: name of the reference gradient, as it was reserved.
 
@@ -299,9 +299,9 @@ class PrivateSum(Releases):
         return clipping if isinstance(clipping, Adaptive) else None
 
     def _gradient_noise(self, expected: float) -> float:
-        """Noise multiplier of the gradient.
+        """Noise multiplier of the gradient sum of a step with `expected` records.
 
-        It is larger than the charged one if a noisy count is released too.
+        It is larger than the charged one if adaptive clipping releases a noisy count too.
         """
         if self._adaptive:
             return self._adaptive.gradient_noise(self.noise_multiplier, expected)
@@ -317,7 +317,7 @@ class PrivateSum(Releases):
         nonce: str,
         chain: BandedNoise | None = None,
     ) -> Tensor:
-        """Return the integers with their noise added, in grid steps."""
+        """Add the noise of a step to its exact sum; return the noisy sum, in grid steps."""
         scale = noise * block.grid.steps
         if chain:
             units = chain.weighted(units, step)
@@ -363,16 +363,20 @@ class PrivateSum(Releases):
         )
 
     def _drawn(self, purpose: str, step: int) -> None:
-        """Mark a step as drawn; after the last step of a block, close the block."""
+        """Record that a step's noise was drawn; after the last step, close the block's log."""
         block = self._blocks[purpose]
         self._blocks[purpose] = replace(block, drawn=step + 1)
         if step == block.steps.stop - 1:
             self._draws.close(block.paid_by)
 
     def _in_turn(self, step: int, purpose: str = "gradient") -> ReservedSteps:
-        """Return the block that pays for the step, which may be drawn only once.
+        """Return the block of charged steps that contains `step`, if the step is not drawn yet.
 
-        Noise must not be used for two different sums.
+        Every step is drawn once, because noise must not be used for two different sums.
+
+        Raises:
+            PrivacyError: if the step was not charged or was already drawn, or if another step's
+                gradient is next.
         """
         block = self._paid(step, purpose)
         if step < block.drawn or (step > block.drawn and purpose == "gradient"):
@@ -391,7 +395,7 @@ class PrivateSum(Releases):
         return block
 
     def _start_of(self, start: str, purpose: str, expected: float, slots: int | None) -> str:
-        """Digest of everything that decides the noise or the sum of a block."""
+        """Digest of all settings that decide a block's noise or sums, for its ledger entry."""
         # the gradient block beside a reference, because its noise changes the parameters
         beside = "" if purpose == "gradient" else self._blocks["gradient"].paid_by
         chosen: dict[str, JSONValue] = {
@@ -407,7 +411,7 @@ class PrivateSum(Releases):
 
 
 def clipping_settings(clipping: str | Adaptive) -> JSONValue:
-    """All settings of clipping as JSON, without names of classes or fields."""
+    """Describe the clipping in JSON for a digest, without names of classes or fields."""
     if isinstance(clipping, Adaptive):
         return [clipping.quantile, clipping.learning_rate, clipping.count_noise]
     return clipping

@@ -24,7 +24,7 @@ ONLY = "answer"
 
 
 class Draw(TypedDict):
-    """Arguments that decide which noise of a key is drawn."""
+    """Arguments by which a noise key chooses noise; equal arguments give equal noise."""
 
     purpose: str
     entry: str
@@ -38,10 +38,10 @@ class ReleaseKey:
 
     Args:
         partitions: partitions whose records are exposed, each once (sampling rate 1).
-        numbers: numbers of the release in the order of releases, so that two with the same purpose
-            have two entries and independent noise.
-        start: digest of the model.
-        data: the records, for the keyed fingerprint in the entry.
+        numbers: positions of the release among all releases of the experience (k of them for a
+            top-k), so that two releases with the same purpose have independent noise.
+        start: digest of everything else that decides the result, such as the model's parameters.
+        data: the records, for the keyed fingerprint in the ledger entry.
     """
 
     partitions: tuple[str, ...]
@@ -100,6 +100,11 @@ class Releases(Mechanism):
         """Return (bins,) int64 counts plus integer noise.
 
         Each record is in at most one bin, and changes the count of this bin by 1.
+
+        Args:
+            counts: (bins,) exact numbers of records.
+            purpose: name of the release in the ledger.
+            occasion: identity of the release, with its records.
         """
         noise = self.release_noise
 
@@ -110,15 +115,17 @@ class Releases(Mechanism):
         return self._once(entry, counts.cpu, noised)[ONLY].to(counts.device)
 
     def select(self, scores: Tensor, *, purpose: str, occasion: ReleaseKey) -> Tensor:
-        """Indices of high scores (m,), as many as the release has numbers.
+        """Return (k,) indices of high scores, each from one draw of the exponential mechanism.
 
-        Each index is one draw of the exponential mechanism.
+        k is the length of `occasion.numbers`.
 
         With `release_noise` s, a draw is 2/s-DP and of bounded range, so it costs at most (2/s)^2 /
         8 = 1 / (2 s^2) of zero-concentrated privacy, as much as a Gaussian release.
 
         Args:
             scores: (m,) scores; one record changes the difference of any two by at most 1.
+            purpose: name of the release in the ledger.
+            occasion: identity of the release, with its records.
         """
         noise = self.release_noise / 2
 
@@ -144,13 +151,13 @@ class Releases(Mechanism):
         """Charge and draw a release, or return the stored result of an earlier one.
 
         The ledger must not depend on exact results. So a stored result is returned without
-        computing it again. If it is not stored, the release is charged again, unless the log shows
-        that no result has left: an entry is closed before its result is returned, and this one is
-        open.
+        computing it again. If it is not stored, the release is charged again, unless the log of
+        draws shows that no result was returned: an entry is closed in the log before its result is
+        returned, and this one is open.
 
         Args:
-            entry: entry that pays, at its first attempt.
-            exact: computes the exact result, as integers.
+            entry: ledger entry of the release, at its first attempt.
+            exact: function that computes the exact result, as integers.
             noised: function from the exact result and the noise to draw to the released values.
         """
         self.ledger.chain.hold()

@@ -1,4 +1,4 @@
-"""Steps that are charged to the ledger before the first one is drawn, and their schedule."""
+"""Blocks of steps that are charged before their noise is drawn, and the noise of a run."""
 
 from dataclasses import dataclass
 
@@ -25,7 +25,7 @@ class ChangedSumError(PrivacyError):
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """Settings of each experience that are fixed before the first draw.
+    """Noise multiplier and excluded partitions of every experience, fixed before a run begins.
 
     Args:
         noise: noise multiplier of a step in each experience; the last one is used for all later
@@ -49,15 +49,15 @@ class Schedule:
 
 @dataclass(frozen=True, kw_only=True)
 class ReservedSteps:
-    """Block of steps that a ledger entry pays for.
+    """Block of steps that one ledger entry has charged.
 
     Args:
         entry: the ledger entry.
         steps: the steps of the block.
         expected: declared number of records in a step.
-        slots: steps per epoch if the order is fixed.
+        slots: steps per epoch if each record has a fixed step in it; None for Poisson sampling.
         grid: grid on which the sums are counted.
-        drawn: the step that is drawn next.
+        drawn: next step whose noise may be drawn; the noise of earlier steps was drawn.
     """
 
     entry: Entry
@@ -69,13 +69,13 @@ class ReservedSteps:
 
     @property
     def paid_by(self) -> str:
-        """Digest of the entry that pays."""
+        """Digest of the ledger entry that charged the block."""
         return self.entry.digest
 
 
 @dataclass(frozen=True, kw_only=True)
 class Votes:
-    """Noise of the count that is released for adaptive clipping.
+    """Grid and noise of the count of unclipped records, which adaptive clipping releases.
 
     Args:
         grid: grid of the count.
@@ -87,7 +87,10 @@ class Votes:
 
 
 def votes_of(adaptive: Adaptive | None, expected: float) -> Votes | None:
-    """Grid and noise of the count for adaptive clipping; a record changes it by one vote, 1/2."""
+    """Return grid and noise of the count for adaptive clipping; None for another clipping.
+
+    One record changes the count by one vote, 1/2.
+    """
     if adaptive is None:
         return None
     noise = adaptive.count_noise * expected / VOTE

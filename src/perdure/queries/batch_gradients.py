@@ -83,7 +83,7 @@ def clipped_gradient(
     """Sum over rows of clip(gradient of the row's loss), by the fastest method for the model.
 
     The method is book-keeping if every layer has a clipping rule, then the samplers of Opacus if
-    they cover the model, then record by record.
+    they support the model, then record by record.
 
     A row whose gradient is NaN or infinite is left out of the sum. No error is raised, because an
     error would reveal that such a record exists.
@@ -153,7 +153,7 @@ def _record_by_record(
 def _from_batch(
     forward: Forward, losses: Losses, params: Params, rows: Batch, clip: Clip, least: int
 ) -> Params | None:
-    """Clipped sum from passes over a whole batch; None if no fast way covers the model.
+    """Clipped sum of gradients from whole-batch passes; None if no fast method fits the model.
 
     Rows that are not finite are left out, and the pass is repeated without them.
 
@@ -190,7 +190,7 @@ def _in_one_pass(
     clip: Clip,
     least: int,
 ) -> Params | None:
-    """Clipped sum of the first `count` rows, from one pass over all rows."""
+    """Clipped sum of the gradients of the first `count` rows, from one pass over all rows."""
 
     def run() -> Tensor:
         every = losses(forward, rows)

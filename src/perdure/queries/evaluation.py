@@ -62,16 +62,16 @@ class SummedQuery(ABC):
         return clipped_row_sum(self, module, params, tensors, clip)
 
     def shapes(self, forward: Forward, batch: Batch) -> dict[str, torch.Size]:
-        """Shapes of one row, from any batch."""
+        """Return the shape of one record's row for every tensor name, from any batch."""
         answer = as_params(self(forward, batch))
         return {name: rows.shape[1:] for name, rows in answer.items()}
 
     def on_synthetic(self, forward: Forward, batch: Batch) -> Params:
-        """Result on synthetic records, which distinguishes the query from other queries."""
+        """Result on synthetic records, by which a release tells the query from other queries."""
         return self.exact_sum(forward, batch, CHUNK)
 
     def unpacked(self, released: Params) -> Params:
-        """Convert a released sum to its final form, using only the release."""
+        """Convert a released sum to the form for the caller, using released values only."""
         return released
 
 
@@ -120,18 +120,18 @@ def _is_own(kind: type[SummedQuery]) -> bool:
 def shapes_of(
     query: Query, forward: Forward, tensors: Mapping[str, Tensor]
 ) -> dict[str, torch.Size]:
-    """Shapes of one row of the query, from a synthetic record like those in `tensors`.
+    """Return the shape of one row for every name of the query, from one blank record.
 
-    They are known without records, so that an empty partition gets its noise, too.
+    So the shape of a sum over no records is known, and an empty partition gets noise, too.
     """
     return _summed(query).shapes(forward, Batch.from_tensors(blank_row(tensors)))
 
 
 def evaluate_on_synthetic(query: Query, forward: Forward, batch: Batch) -> Params:
-    """Result of the query on synthetic records, which distinguishes it from other queries."""
+    """Result of a query on synthetic records, by which a release tells it from other queries."""
     return _summed(query).on_synthetic(forward, batch)
 
 
 def unpacked(query: Query, released: Params) -> Params:
-    """Convert a released sum of the query to its final form."""
+    """Convert a released sum of the query to the form for the caller."""
     return _summed(query).unpacked(released)

@@ -1,4 +1,4 @@
-"""Gram matrices of features, with their products and sums of targets."""
+"""Query for the Gram matrix of features, products of features and targets, and sums of targets."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -17,7 +17,7 @@ from perdure.types import Params
 from perdure.utils.chunking import chunks
 
 Table = Callable[[Forward, Batch], Tensor]
-"""Function from (forward, batch) to a table (n, width)."""
+"""Function from (forward, batch) to features or targets (n, width), one row per record."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ class Gram(SummedQuery):
         }
 
     def on_synthetic(self, forward: Forward, batch: Batch) -> Params:
-        """Features and targets of synthetic records, without rows of d^2 numbers."""
+        """Features and targets of synthetic records, by which a release tells queries apart."""
         return self.parts(forward, batch)
 
     def shapes(self, forward: Forward, batch: Batch) -> dict[str, torch.Size]:
@@ -182,7 +182,7 @@ class Gram(SummedQuery):
         return f.square() + self.weight**2 * f * y + self.totals**2 * y
 
     def _add(self, sums: Params, parts: Params, factors: Tensor | None = None) -> None:
-        """Add the parts to the sums in place, each record times its factor (n,)."""
+        """Add the vectors of records, given by their `parts` times factors (n,), to the sums."""
         f = parts["features"]
         y = parts.get("targets")
         weighted = f if factors is None else (f := _finite(f)) * factors[:, None]

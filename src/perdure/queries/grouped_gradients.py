@@ -131,7 +131,7 @@ class GroupedGradient(SquaredGradient):
 
 
 def _add_outer(sums: Params, layers: Mapping[str, nn.Linear], outer: Outer, places: Tensor) -> None:
-    """Add the outer products of the records, one group at a time."""
+    """Add the records' gradients, given as outer products, to the sums of their groups."""
     order = places.argsort(stable=True)
     sizes = places.bincount(minlength=len(next(iter(sums.values())))).tolist()
     for name, (u, v) in outer.items():

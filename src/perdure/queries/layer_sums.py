@@ -37,7 +37,7 @@ PASS_NUMBERS = 2**25
 """Most numbers (128 MiB) that are kept for the records of one pass."""
 
 TERMS_AT_ONCE = 10
-"""Most terms whose gradients are kept together, so that patches are formed once for all."""
+"""Most terms whose gradients are kept together, so that all share the patches of the input."""
 
 
 # --------------------------------------------------------------------------- hooks
@@ -52,7 +52,7 @@ class LayerTap:
     Attributes:
         calls: layer and shape of the output, in the order of the calls in the pass. A call whose
             shape differs from its shift's gets no shift, so compare shapes before you use a
-        gradient.
+            gradient.
     """
 
     def __init__(self) -> None:
@@ -61,7 +61,7 @@ class LayerTap:
         self._inputs: Params = {}
 
     def start_pass(self, shifts: Params) -> Params:
-        """Forget the last pass, and use these shifts, by call, in the next one.
+        """Begin a new pass with these shifts (name of a call to tensor); drop recorded inputs.
 
         Returns:
             An empty mapping from call to input, which the hooks fill during the pass.
@@ -90,7 +90,7 @@ class LayerTap:
 
 @contextmanager
 def tapped(layers: Mapping[str, nn.Module]) -> Iterator[LayerTap]:
-    """Context manager that attaches hooks to the layers, and removes them at the end."""
+    """Context manager that attaches the hooks of a `LayerTap` to the layers, and removes them."""
     tap = LayerTap()
     # before the layer's other hooks, which may change the output
     handles = [
@@ -120,7 +120,7 @@ def sum_by_layers(
 
     Args:
         terms: function that computes losses and weights of every record.
-        size_of: size of each number, with size(x y) = size(x) size(y).
+        size_of: square or absolute value of each number, so that size(x y) = size(x) size(y).
         module: the model.
         params: all parameters of the model, by name.
         tensors: the records, name to (n, ...).
@@ -146,7 +146,7 @@ class _Passes:
 
     Args:
         terms: function that computes losses and weights of every record.
-        size_of: size of each number.
+        size_of: square or absolute value of each number.
         module: the model.
         params: all parameters of the model, by name.
         layers: layers with hooks, by name.
@@ -169,7 +169,10 @@ class _Passes:
         params: Params,
         tensors: Mapping[str, Tensor],
     ) -> "_Passes | None":
-        """Run one blank record to find the calls of layers; None if these layers are not enough."""
+        """Make the passes after a run of one blank record, which finds the calls of layers.
+
+        The result is None if these calls do not give the whole gradient of the model.
+        """
         # torch's attention uses a path without gradients, because vmap hides them from its check
         if any(isinstance(part, nn.MultiheadAttention) for part in module.modules()):
             return None
@@ -208,7 +211,7 @@ class _Passes:
         return min(CHUNK, max(1, PASS_NUMBERS // max(1, numbers)))
 
     def add(self, tensors: Mapping[str, Tensor], total: Params) -> bool:
-        """Add the sums over some records; False if the model called other layers than before."""
+        """Add the sums over some records to `total`; return False if other layers were called."""
         n = len(tensors["labels"])
         with torch.enable_grad(), tapped(self.layers) as tap:
             # expanded views, so that nothing is stored n times
@@ -319,6 +322,8 @@ def fan_in(layer: MatrixLayer) -> int:
 def places_of_input(layer: MatrixLayer, entered: Tensor) -> Tensor:
     """Return (n, groups, fan in of a group, places) input of a layer as the factor of its weight.
 
+    Places are the positions in the output, such as pixels or tokens.
+
     Args:
         layer: the layer.
         entered: (n, ...) input of the layer for every record.
@@ -334,7 +339,12 @@ def places_of_input(layer: MatrixLayer, entered: Tensor) -> Tensor:
 
 
 def places_of_output(layer: MatrixLayer, back: Tensor) -> Tensor:
-    """Return (n, groups, outputs of a group, places) gradient at the layer's output."""
+    """Return (n, groups, outputs of a group, places) gradient at the layer's output.
+
+    Args:
+        layer: the layer.
+        back: (n, ...) gradient at the layer's output, in the shape of the output.
+    """
     if isinstance(layer, nn.Linear):
         return back.reshape(len(back), 1, -1, layer.out_features).mT
     images = back.reshape(-1, *back.shape[1 - layer.weight.dim() :])

@@ -19,7 +19,10 @@ CHUNK = 1024
 
 
 def rows_of(query: Query, module: nn.Module) -> Rows:
-    """Evaluate the query on each record alone, so that no row can depend on another record."""
+    """Return a function that evaluates the query on one record, alone in a batch.
+
+    It takes the parameters and one record's tensors, so its row depends on no other record.
+    """
 
     def rows(params: Params, tensors: Mapping[str, Tensor]) -> Params:
         answer = as_params(query(Forward(module, params), batch_of_one(tensors)))
@@ -31,7 +34,7 @@ def rows_of(query: Query, module: nn.Module) -> Rows:
 def rows_one_by_one(query: Query, forward: Forward, batch: Batch) -> Params:
     """Rows of the query, each record evaluated alone under `torch.func.vmap`.
 
-    Without records, the rows are (0, ...) with the same names; a blank record shows the names.
+    Without records, the rows are (0, ...) with the names that the query gives to a blank record.
     """
     params = {name: value.detach() for name, value in forward.module.named_parameters()}
     tensors = batch.tensors()
@@ -41,7 +44,7 @@ def rows_one_by_one(query: Query, forward: Forward, batch: Batch) -> Params:
 
 
 def asked_alone(rows: Rows, params: Params, tensors: Mapping[str, Tensor]) -> Iterator[Params]:
-    """Evaluate `rows` on each record alone, `CHUNK` records at a time."""
+    """Yield the results of `rows` for each record alone, `CHUNK` records at a time."""
     each = torch.func.vmap(rows, in_dims=(None, 0))
     for piece, count in filled_chunks(tensors, CHUNK):
         with explain_vmap_errors():
@@ -50,7 +53,7 @@ def asked_alone(rows: Rows, params: Params, tensors: Mapping[str, Tensor]) -> It
 
 
 def gradient_rows(losses: Losses, module: nn.Module) -> Rows:
-    """Build the function for one record's loss gradient, with the record alone in a batch."""
+    """Return a function that computes the gradient of one record's loss, alone in a batch."""
 
     def loss(params: Params, tensors: Mapping[str, Tensor]) -> Tensor:
         return losses(Forward(module, params), batch_of_one(tensors)).squeeze(0)
@@ -88,7 +91,8 @@ def numbers_of(of: Of, batch: Batch, *, alone: bool) -> Tensor:
 
     Args:
         of: function from a batch to (n,) numbers.
-            batch: the records.
+        batch: the records.
+        alone: True to evaluate `of` on each record alone, under `torch.func.vmap`.
 
     Raises:
         DataError: if the shape is not one number per record.
@@ -109,7 +113,7 @@ def numbers_of(of: Of, batch: Batch, *, alone: bool) -> Tensor:
 
 @contextmanager
 def explain_vmap_errors() -> Iterator[None]:
-    """Turn an error of `torch.func.vmap` into a PrivacyError that says what is allowed."""
+    """Context manager that turns an error of `torch.func.vmap` into a PrivacyError with a fix."""
     try:
         yield
     except RuntimeError as error:

@@ -49,8 +49,8 @@ def mean(curator: Curator, query: Query, *, clip_norm: float, purpose: str) -> P
 
     Args:
         curator: curator of the current experience.
-        query: query with one row per record (see `perdure.queries.evaluation`), by name or as
-            `value`.
+        query: query with one row per record, as named tensors or as one tensor, whose mean gets
+            the name `value`.
         clip_norm: bound on the L2 norm of one record's row.
         purpose: name of the release in the ledger.
     """

@@ -48,6 +48,9 @@ class SquaredGradient(SummedQuery):
 
     Guarantee: the row of a record depends on that record alone, because it is evaluated in a batch
     of one, under `torch.func.vmap`.
+
+    Args:
+        terms: function from (forward, batch) to losses l (n, k) and weights w (n, k).
     """
 
     terms: Terms
@@ -70,7 +73,7 @@ class SquaredGradient(SummedQuery):
 
     @torch.no_grad()
     def exact_sum(self, forward: Forward, batch: Batch, chunk: int) -> Params:
-        """Sum of the rows without privacy; if `summed` cannot compute it, rows are formed.
+        """Sum of the rows without privacy; `summed` computes it if it supports the model.
 
         A model that does not run under `torch.func.vmap` runs on one record after another, because
         without privacy nothing has to be hidden.
@@ -108,7 +111,7 @@ class SquaredGradient(SummedQuery):
     def clipped_sum(
         self, module: nn.Module, params: Params, tensors: Mapping[str, Tensor], clip: Clip
     ) -> Params | None:
-        """Sum of the clipped rows; if `summed` cannot compute it, rows are formed."""
+        """Sum of the clipped rows; each row is computed if `summed` does not support the model."""
         total = self.summed(module, params, tensors, clip)
         return total or clipped_row_sum(self, module, params, tensors, clip)
 
@@ -163,6 +166,7 @@ class SquaredGradient(SummedQuery):
         Args:
             at: function from the point to the model with these tensors, and to a mapping that is
                 filled while the model runs.
+            point: tensors with respect to which the losses are differentiated.
             tensors: one record.
         """
 
@@ -247,7 +251,7 @@ class AbsoluteGradient(SquaredGradient):
 
     With one term, the row of a record has the norm of the gradient.
 
-    Guarantee: as for `SquaredGradient`.
+    Guarantee: the row of a record depends on that record alone, as in `SquaredGradient`.
     """
 
     def size_of(self, values: Tensor) -> Tensor:
@@ -256,7 +260,7 @@ class AbsoluteGradient(SquaredGradient):
 
 
 def first_rows(outer: Outer, count: int) -> Outer:
-    """Outer products of the first `count` records."""
+    """Return the outer products of the first `count` records."""
     return {name: (u[:count], v[:count]) for name, (u, v) in outer.items()}
 
 
@@ -272,8 +276,8 @@ def _sums(layers: Mapping[str, nn.Linear], outer: Outer, clip: Clip) -> Params:
 def clipped_outer(layers: Mapping[str, nn.Linear], outer: Outer, clip: Clip | None) -> Outer:
     """Scale outer products so that each record's row is clipped; unchanged without a clip.
 
-    Scaled ones are in float64: over many records, sums in float32 change by more than the clip
-    norm.
+    Scaled outer products are in float64: over many records, sums in float32 change by more than
+    the clip norm.
     """
     if clip is None:
         return outer
@@ -291,7 +295,7 @@ def clipped_outer(layers: Mapping[str, nn.Linear], outer: Outer, clip: Clip | No
 
 
 def linear_layers(module: nn.Module) -> dict[str, nn.Linear] | None:
-    """Return the linear layers with parameters by name, if all parameters are theirs and trained.
+    """Return the linear layers by name, if they have all parameters of the model, all trained.
 
     None if another module has a parameter, two layers share one, a parameter does not require a
     gradient, or a layer has other parameters than weight and bias.

@@ -35,7 +35,7 @@ def unrolled_recurrence(module: nn.Module) -> Iterator[None]:
 
 
 class _Unrolled(TorchFunctionMode):
-    """Mode that replaces the fused operations; packed sequences are left to torch."""
+    """Torch function mode that runs recurrent layers step by step, except packed sequences."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -126,4 +126,4 @@ CELLS: dict[str, Cell] = {
     "rnn_tanh": _rnn_tanh,
     "rnn_relu": _rnn_relu,
 }
-"""Name of torch's operation to one step of it."""
+"""Name of each fused operation of torch to the function for one of its time steps."""

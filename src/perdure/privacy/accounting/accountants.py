@@ -236,7 +236,7 @@ def _selection(epsilon: float, interval: float) -> Any:
 
 @contextmanager
 def _quiet_absl() -> Iterator[None]:
-    """Silence warnings about orders that RDP leaves out; without them the bound is only looser."""
+    """Context manager that silences warnings about orders that the RDP accountant leaves out."""
     logger = logging.getLogger("absl")
     was = logger.disabled
     logger.disabled = True

@@ -42,13 +42,13 @@ class Losses:
     infinite: float
 
     def once(self) -> "DensePLDPmf":
-        """Return the losses of the step itself."""
+        """Return the losses of one step, as a distribution of dp-accounting."""
         from dp_accounting.pld.pld_pmf import DensePLDPmf
 
         return DensePLDPmf(self.interval, self.lowest, self.masses, self.infinite, True)
 
     def repeated(self, steps: int) -> "DensePLDPmf":
-        """Return the losses of `steps` steps; tails of mass `TAIL` count as an infinite loss."""
+        """Return the losses of `steps` steps together; cut-off tails count as an infinite loss."""
         from dp_accounting.pld.pld_pmf import DensePLDPmf
 
         low, high = self._bounds(steps)
@@ -62,7 +62,7 @@ class Losses:
         return DensePLDPmf(self.interval, self.lowest * steps + low, masses, infinite, True)
 
     def _bounds(self, steps: int) -> tuple[int, int]:
-        """Return the first and last index of the sum of `steps` losses, less a mass of `TAIL`.
+        """Return the first and last index of the sum of `steps` losses, without tails of `TAIL`.
 
         Uses the Chernoff bound at 40 orders, as dp-accounting does, but with a product per order
         instead of a sum of exponentials, which takes most of the time of a calibration.
@@ -99,11 +99,11 @@ class GaussianStep:
     sides: tuple[Losses, ...]
 
     def once(self) -> "PrivacyLossDistribution":
-        """Return the distribution of the step itself."""
+        """Return the privacy loss distribution of one step."""
         return self._both([side.once() for side in self.sides])
 
     def repeated(self, steps: int) -> "PrivacyLossDistribution":
-        """Return the distribution of `steps` steps."""
+        """Return the privacy loss distribution of `steps` steps together."""
         return self._both([side.repeated(steps) for side in self.sides])
 
     def _both(self, masses: "list[DensePLDPmf]") -> "PrivacyLossDistribution":

@@ -34,8 +34,8 @@ from perdure.privacy.clipping.tape import TapedCall
 from perdure.types import Params
 
 MOST_SHARE = 0.5
-"""Largest share of a model's numbers in such parameters. Usually they are few; a model above this
-share is clipped record by record at once, without a first attempt.
+"""Largest share of a model's numbers in parameters without a rule. Usually they are few; a model
+above this share is clipped record by record at once, without a first attempt.
 """
 
 VIEWS = frozenset(
@@ -129,7 +129,7 @@ def parameter_uses(
         records: number of records in the batch.
 
     Returns:
-        The uses; None if a parameter is also used in a way that this module does not cover.
+        The uses; None if a parameter is also used in a way that this module does not support.
     """
     graph = Graph(total, calls, records)
     uses: list[Use] = []
@@ -146,9 +146,9 @@ class Graph:
     """Graph of autograd from the losses down, without the operations inside layers with a rule.
 
     Args:
-        total: see `parameter_uses`.
-        calls: see `parameter_uses`.
-        records: see `parameter_uses`.
+        total: sum of the losses.
+        calls: calls of layers with a rule, whose outputs have one row per record.
+        records: number of records in the batch.
     """
 
     def __init__(self, total: Tensor, calls: Sequence[TapedCall], records: int) -> None:
@@ -186,7 +186,7 @@ class Graph:
         return found
 
     def _of(self, name: str, param: Tensor, node: Node, user: Node) -> list[Use] | None:
-        """Uses of a view of a parameter by one operation; None if the operation is not covered."""
+        """Uses of a view of a parameter by one operation; None for an unsupported operation."""
         if user in self.jumps or not _single(node) or not _single(user):
             return None
         kind = user.name()
@@ -209,7 +209,7 @@ class Graph:
         return [Use(name=name, param=param, viewed=viewed, shape=shape, out=out, factor=factor)]
 
     def _broadcast(self, node: Node, place: int) -> bool:
-        """Return True if an operand of an operation is broadcast to one with a row per record."""
+        """Return True if an operand is broadcast to another one, which has one row per record."""
         functions = node.next_functions
         if len(functions) != 2 or len(_shape(node)) < 2:
             return False

@@ -14,7 +14,10 @@ from perdure.types import Params
 from perdure.utils.chunking import filled_chunks
 
 Rows = Callable[[Params, Mapping[str, Tensor]], Params]
-"""Function from the parameters and one record, without batch dimension, to its vector, by name."""
+"""Function from parameters and one record to the record's vector, such as its gradient, by name.
+
+The tensors of the record have no batch dimension.
+"""
 
 LARGEST_PASS = 256
 PASS_NUMBERS = 2**27

@@ -113,7 +113,7 @@ def _record(
     named: dict[str, Any],
     left: Any,
 ) -> None:
-    """Forward hook that writes a call of a layer to the tape."""
+    """Forward hook of `taped`, which adds a call of a layer to the tape."""
     if isinstance(left, Tensor) and not left.requires_grad:
         return
     inputs = (*args, *named.values())
@@ -173,7 +173,7 @@ class Rehearsals:
             module: the model.
             layers: layers that were recorded.
             calls: calls of the pass that is tested.
-            rehearse: runs the losses of another number of records, and returns that number.
+            rehearse: function that runs the losses of another number of records, and returns it.
             follows: function from a tape and the number of records to its calls; None if one of
                 them does not have one row per record.
         """
@@ -225,7 +225,7 @@ def escapes(total: Tensor, calls: Sequence[TapedCall], params: Params) -> bool:
 
 
 def went_back(total: Tensor, calls: Sequence[TapedCall]) -> dict[str, list[LayerCall]]:
-    """Calls that the losses depend on, by layer, with the gradients at their outputs.
+    """Run a backward pass; return the calls by layer, with the gradients at their outputs.
 
     Gradients of the weights are not computed.
     """
@@ -235,7 +235,7 @@ def went_back(total: Tensor, calls: Sequence[TapedCall]) -> dict[str, list[Layer
 def went_back_to(
     total: Tensor, calls: Sequence[TapedCall], places: Sequence[GradientEdge]
 ) -> tuple[dict[str, list[LayerCall]], list[Tensor | None]]:
-    """Calls that the losses depend on, by layer, and the gradients at further edges of the graph.
+    """Run a backward pass; return the calls by layer, and the gradients at other graph edges.
 
     One backward pass computes both. A gradient is None if the losses do not depend on the edge.
     """

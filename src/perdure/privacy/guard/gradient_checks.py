@@ -27,9 +27,9 @@ TOLERANCE = 1e-4
 """Largest relative difference of the clipped sums that rounding can explain."""
 
 TOLERANCE_OF_FLOAT32 = 2e-3
-"""The same tolerance for a model that does not run in float64.
+"""Largest relative difference of the clipped sums for a model that does not run in float64.
 
-There, rounding can switch a ReLU on or off, which cannot be told from an error.
+In float32, rounding can switch a ReLU on or off, which cannot be told from an error.
 """
 
 NEAR_OVERFLOW = 1.5e19
@@ -54,7 +54,7 @@ class GradientCase:
             tested.
         params: parameters of the gradient, by name.
         inputs: (n, ...) inputs of synthetic records; n is at least `RECORDS`.
-        labels: (n,) their labels.
+        labels: (n, ...) labels, and other facts, of these records.
     """
 
     losses: SyntheticLosses
@@ -71,7 +71,7 @@ def check_gradients(
     per_layer: bool = False,
     in_double: Callable[[], GradientCase] | None = None,
 ) -> None:
-    """Compare the clipped gradient of synthetic records with a loop of autograd over them.
+    """Refuse a clipped gradient that differs from a loop of autograd over synthetic records.
 
     The bound is the median of the records' norms, so that some records are clipped and some are
     not.
@@ -108,7 +108,7 @@ def check_gradients(
 
 
 def check_bound(case: GradientCase, what: str, *, per_layer: bool = False) -> None:
-    """Test that clipped gradients of records with very large inputs stay within the clip norm.
+    """Refuse a clipped gradient that exceeds the clip norm for a record with very large inputs.
 
     Before a normalisation layer, a very large input has a very small gradient. A clipping rule that
     multiplies their squares in float32 then computes a norm of 0, and does not clip. Denormal

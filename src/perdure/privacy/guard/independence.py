@@ -106,7 +106,7 @@ Condition = Callable[[nn.Module], bool]
 
 
 def _behind_records(name: str) -> Condition:
-    """Build the condition that a named axis of a module is not the batch axis."""
+    """Return a function that is true for a module whose axis `name` is not the batch axis."""
 
     def holds(module: nn.Module) -> bool:
         axis = getattr(module, name)

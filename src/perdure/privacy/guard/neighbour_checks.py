@@ -31,7 +31,12 @@ It applies only if a batch of equal rows changes as much.
 
 @contextmanager
 def explained(what: str, probe: str) -> Iterator[None]:
-    """Turn an exception of a model or loss into a GuardError that names the probed inputs."""
+    """Context manager that turns an exception of a model or loss into a GuardError.
+
+    Args:
+        what: name of the code that runs inside, for the message.
+        probe: description of the synthetic inputs, for the message.
+    """
     try:
         yield
     except PerdureError:
@@ -53,14 +58,14 @@ def check_neighbours(
     *,
     layers: bool,
 ) -> None:
-    """Refuse losses, and layers of the model, whose kept rows depend on the other rows.
+    """Refuse losses and layers in which the shared rows of two batches depend on other rows.
 
     Args:
         model: model that the losses run.
         losses: losses of synthetic records.
         pairs: pairs of batches of one shape; all pairs share the first batch.
-        facts: labels and the like of every row in the first and in the second batch; kept rows use
-            those of the first.
+        facts: labels, or other facts, of every row in the first and in the second batch; shared
+            rows have those of the first batch.
         what: name of the losses, for messages.
         layers: True to compare also the inputs of layers and the gradients at their outputs.
 
@@ -165,10 +170,13 @@ def rows_moved(one: Tensor, other: Tensor) -> Tensor:
 def check_outputs(
     function: Callable[[Tensor], object], pairs: Iterable[Neighbours], what: str
 ) -> None:
-    """Refuse a function of inputs (n, ...) whose kept rows depend on the other rows of the batch.
+    """Refuse a function of inputs (n, ...) if the rows that two batches share depend on others.
 
     Args:
-        function: returns a tensor with one row per record; other results are not compared.
+        function: function that returns a tensor with one row per record; other results are not
+            compared.
+        pairs: pairs of batches that share some rows and differ in all others.
+        what: name of the function, for messages.
 
     Raises:
         GuardError: names the function.
@@ -188,7 +196,7 @@ def check_outputs(
 
 
 def check_alone(losses: SyntheticLosses, pair: Neighbours, facts: Tensor, what: str) -> None:
-    """Refuse losses of the kept rows that differ if a record is alone in its batch.
+    """Refuse losses of the shared rows (`kept`) that differ if a record is alone in its batch.
 
     Kernels for other shapes round differently. A batch of copies of the row shows by how much,
     because in it only the number of rows can have an effect.

@@ -67,7 +67,7 @@ class WriteWatch:
         self.refuse_writes(before, state, what)
 
     def see(self, state: State, *, values: bool = False) -> Seen:
-        """Record the present versions, and if asked the values, of all tensors."""
+        """Record the versions of all tensors, and their values if `values` is True."""
         tensors = self._tensors(state)
         copies = {n: t.detach().clone() for n, t in tensors.items()} if values else {}
         return Seen(

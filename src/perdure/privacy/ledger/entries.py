@@ -61,13 +61,13 @@ class Entry:
         scope: partition to the probability that one of its units is in a step.
         grid: for integer noise, all facts on which its cost depends (see
             `perdure.privacy.grid.Grid.facts`); None for noise from outside perdure.
-        attempt: how many times these steps were charged before, because their sums changed or their
-            noise may have been seen.
+        attempt: number of times that these steps were charged before, because their sums changed
+            or their noise may have been used.
         participations: largest number of these steps in which one unit takes part, if the order is
             fixed; None for all steps.
         unit: protected unit, `record` or `client`.
         relation: how neighbouring data sets differ.
-        trust: who sees raw data.
+        trust: party that sees raw data.
         data: keyed fingerprint of the data.
         start: digest of model, optimiser and strategy state at the first step, and of everything
             else that decides the released values. The digest of the entry is part of the noise key,
@@ -151,7 +151,7 @@ class Entry:
         return sha256(canonical_json(asdict(self)))
 
     def again(self, steps: range, slots: int | None) -> "Entry":
-        """Return the entry that pays a second time for some steps of this one.
+        """Return an entry that charges some steps of this one again, for new noise.
 
         Args:
             steps: the remaining steps of the block.
@@ -167,7 +167,7 @@ class Entry:
         )
 
     def later(self) -> "Entry":
-        """Return the entry that pays a second time for all steps of this one."""
+        """Return an entry that charges all steps of this one again, for new noise."""
         return replace(self, attempt=self.attempt + 1)
 
     @property

@@ -255,7 +255,7 @@ class Ledger(Account):
         return spent
 
     def take(self, body: Body) -> None:
-        """Add one line to the account, and update what the grant still allows."""
+        """Add one line to the account, and update the charges that the grant still allows."""
         super().take(body)
         if body["kind"] == "grant":
             self._plans.append(canonical_json(body))

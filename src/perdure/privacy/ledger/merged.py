@@ -24,7 +24,7 @@ from perdure.utils.atomic_files import write_atomically
 
 @dataclass(frozen=True)
 class Part:
-    """Chain of one curator inside a merged account, line by line, with its head."""
+    """Ledger lines of one curator inside a merged account, with the head of the ledger."""
 
     account: Account
     lines: tuple[str, ...]

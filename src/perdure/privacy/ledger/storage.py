@@ -269,7 +269,7 @@ def load(path: Path, key: NoiseKey | None) -> tuple[list[str], list[Body], Seale
 
 
 def cover(lines: Sequence[str], head: SealedHead, *, where: str, first: int = 1) -> list[Body]:
-    """Bodies of `lines`, which must be exactly the chain that `head` covers.
+    """Return the contents of `lines`; refuse lines that are not those that `head` counts.
 
     Raises:
         LedgerError: names the line where they differ.

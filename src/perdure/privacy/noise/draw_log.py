@@ -12,13 +12,13 @@ is written to the log before noise is added to it, with the nonce for which the 
 
 Lines are passed to the operating system before noise is drawn, so a killed process loses none. They
 are synced to disk once per block, when the block is closed. If the machine stopped in any other way
-(another boot, or an unknown one), the noise of a block that was not closed counts as seen, and the
+(another boot, or an unknown one), the noise of a block that was not closed counts as used, and the
 block is charged again.
 
 If an older copy of the log were restored, a second release would cost nothing. So its head (see
 `perdure.privacy.noise.draw_lines`) is kept elsewhere too. A log that does not continue from that
 head records this in a line of its own, and the noise of every entry that was open before then
-counts as seen. A closed entry never draws anything new, so none of its lines can be needed. One
+counts as used. A closed entry never draws anything new, so none of its lines can be needed. One
 process writes at a time, and this is checked before every draw: a second writer, a file that was
 replaced, and a forked child process are refused.
 """
@@ -162,7 +162,7 @@ class DrawLog:
 
         Args:
             purpose: purpose of the noise.
-            entry: digest of the entry that pays, which must be open.
+            entry: digest of the ledger entry of the sum; `open` was called for it.
             step: step of the run.
             exact: (n,) the exact sum, in grid steps.
             unseen: True if no result is used before the entry is closed; while it is open, another

@@ -47,8 +47,8 @@ class Loops(NamedTuple):
     """Loops of a draw, either those of NumPy in this file or the compiled ones.
 
     Args:
-        first_words: function `first_words`, which adds the numbers that first words decide.
-        cells: function `cells_of`, which finds the cells of open coordinates.
+        first_words: function `first_words`, which adds the integers that first words decide.
+        cells: function `cells_of`, which finds the cells of undecided coordinates.
         settle: function `settle`, which adds the integers that are kept.
     """
 
@@ -101,7 +101,7 @@ def first_words(
     early: Small,
     offset_bits: int,
 ) -> int:
-    """Add the numbers that first words decide; list the open ones, and return their count."""
+    """Add the integers that first words decide; list the other coordinates, return their count."""
     column, negative, number, offset, threshold = _parts(words, offset_bits)
     own = cut[column]
     outcome = np.where(threshold < own, column, alias[column])
@@ -132,7 +132,7 @@ def _decide(
     blocks: Blocks,
     loops: Loops,
 ) -> None:
-    """Decide the open coordinates at `places`, attempt by attempt, until none is left."""
+    """Draw the integers at `places` that no first word decided, attempt by attempt."""
     attempt = 0
     while len(places):
         # copies with one memory layout, because a loop is compiled for each layout
@@ -149,7 +149,7 @@ def _decide(
 
 
 def cells_of(first: Words, second: Words, cut: Words, alias: Small, offset_bits: int) -> Integers:
-    """Cells of open coordinates, or the tail, from their first words and a second word each."""
+    """Cells of undecided coordinates, or the tail, from their first and second random words."""
     column, _, _, _, threshold = _parts(first, offset_bits)
     missing = np.uint64(MISSING_BITS + offset_bits)
     whole = (threshold << missing) | (second >> (np.uint64(64) - missing))
@@ -165,7 +165,7 @@ def settle(
     slope: Words,
     offset_bits: int,
 ) -> int:
-    """Add the integers that are kept; return the number of others, whose places are moved first."""
+    """Add the accepted integers; move the places of the others first, and return their number."""
     _, negative, number, offset, _ = _parts(first, offset_bits)
     rest = np.uint64(63 - EARLY_BITS)
     uniform = (number << rest) | (third >> (np.uint64(64) - rest))

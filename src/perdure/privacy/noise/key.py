@@ -124,7 +124,7 @@ class NoiseKey:
         return lambda message: hmac.digest(own, message, "sha256").hex()
 
     def tag(self, place: str, exact: npt.NDArray[np.int64]) -> str:
-        """Poly1305 tag of an exact sum, under a separate key for every place.
+        """Poly1305 tag of an exact sum, under a separate key for every `place` (a step's name).
 
         A tag is stored next to the key and is never released. Equal sums have equal tags, and
         different sums have different tags.
@@ -147,8 +147,8 @@ class NoiseKey:
         Args:
             total: sums in units of a public grid.
             scale: standard deviation in the same units, 64 to 2^39.
-            purpose: what the noise is for ("gradient", "release:fisher").
-            entry: digest of the ledger entry that pays for it.
+            purpose: use of the noise ("gradient", "release:fisher").
+            entry: digest of the ledger entry that charged it.
             step: step of the run.
             nonce: identifies the attempt at this step, if it may be executed again.
         """
@@ -171,10 +171,10 @@ class NoiseKey:
         Args:
             numbers: number of sums that will get noise.
             scale: standard deviation of the noise, in grid steps.
-            purpose: as in `add_noise`.
-            entry: as in `add_noise`.
-            step: as in `add_noise`.
-            nonce: as in `add_noise`.
+            purpose: use of the random numbers, such as "gradient".
+            entry: digest of the ledger entry that charged their use.
+            step: step of the run.
+            nonce: identifies the attempt at this step, if it may be executed again.
         """
         context = (purpose, entry, step, nonce, numbers, scale)
         ahead = self._ahead.setdefault(purpose, DrawAhead())
@@ -197,10 +197,10 @@ class NoiseKey:
 
         Args:
             n: number of values.
-            purpose: as in `add_noise`.
-            entry: as in `add_noise`.
-            step: as in `add_noise`.
-            nonce: as in `add_noise`.
+            purpose: use of the random numbers, such as "gradient".
+            entry: digest of the ledger entry that charged their use.
+            step: step of the run.
+            nonce: identifies the attempt at this step, if it may be executed again.
         """
         own = subkey(self._secret, "uniform", purpose, entry, step, n, *_given(nonce))
         words = keystream(own, 8 * n).view("<u8")
@@ -212,7 +212,7 @@ class NoiseKey:
         Args:
             records: (n, 2) id of each record, and number of the partition that owns it; an audit
                 uses them to give a record the same number in two runs.
-            entry: digest of the ledger entry that pays for the step.
+            entry: digest of the ledger entry that charged the step.
             step: step of the run.
         """
         return self.uniform(len(records), purpose="coins", entry=entry, step=step)
@@ -237,10 +237,10 @@ class NoiseKey:
         The stream has no end; it is for samplers that reject draws.
 
         Args:
-            purpose: as in `add_noise`.
-            entry: as in `add_noise`.
-            step: as in `add_noise`.
-            nonce: as in `add_noise`.
+            purpose: use of the random numbers, such as "gradient".
+            entry: digest of the ledger entry that charged their use.
+            step: step of the run.
+            nonce: identifies the attempt at this step, if it may be executed again.
         """
         from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 

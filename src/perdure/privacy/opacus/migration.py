@@ -45,7 +45,7 @@ def from_opacus(engine: Any, optimizer: "Optimizer", *, delta: float = 1e-5) -> 
     Args:
         engine: Opacus engine, or Opacus accountant.
         optimizer: DPOptimizer that `make_private` returned.
-        delta: as in `Privacy`.
+        delta: slack of the guarantee, for `Privacy`.
 
     Raises:
         PrivacyError: if the history or the optimiser has no equivalent in perdure.

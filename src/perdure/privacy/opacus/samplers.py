@@ -64,7 +64,7 @@ class Layer:
 
     @property
     def group(self) -> str:
-        """Name of the layer that clipping uses."""
+        """Name of the layer in the model, under which clipping groups its parameters."""
         return layer_of(next(iter(self.names.values())))
 
 
@@ -95,7 +95,8 @@ def grad_sample_sum(
         losses: function that runs the module and returns (n,) losses.
         records: number of records, n.
         clip: the bound C.
-        rehearse: see `clipped_gradient_sum`.
+        rehearse: function that runs the losses with another number of records and returns this
+            number, or None (see `clipped_gradient_sum`).
 
     Returns:
         The sums by parameter name. None, so that the caller computes record by record, if a

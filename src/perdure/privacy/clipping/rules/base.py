@@ -160,7 +160,7 @@ class ClippingRule(ABC):
     parameters: ClassVar[frozenset[str]] = frozenset({"weight", "bias"})
 
     def covers(self, layer: nn.Module) -> bool:
-        """Return True if the rule is right for a layer with these settings."""
+        """Return True if the rule may clip a layer with the settings of `layer`."""
         return True
 
     def output_dims(self, layer: nn.Module) -> int:
@@ -194,7 +194,7 @@ def record_slices(n: int, numbers: int) -> list[slice]:
 
 
 def with_others(piece: slice, n: int) -> tuple[slice, int]:
-    """Extend a slice to the length of the others; also return how many records were put before it.
+    """Extend a short last slice by earlier records; also return the number of these records.
 
     Kernels may round the result for one record differently from the result for two (a convolution
     does). So a last slice that is shorter than the others is computed together with earlier
