@@ -87,7 +87,7 @@ class AGEM(Strategy):
 
 
 def against(gradient: Params, reference: Params) -> Params:
-    """Remove the part of a gradient along a reference, if their inner product is negative."""
+    """Project a gradient orthogonally to a reference, if their inner product is negative."""
     along = torch.stack([(gradient[name] * reference[name]).sum() for name in gradient]).sum()
     length = torch.stack([reference[name].square().sum() for name in gradient]).sum()
     part = along.clamp(max=0) / length.clamp(min=torch.finfo(length.dtype).tiny)

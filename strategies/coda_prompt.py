@@ -138,7 +138,10 @@ class CODAPrompt(Strategy):
 
 
 def rows(params: Params) -> list[Tensor]:
-    """Prompts, keys and attention vectors of each block (experiences, components, size)."""
+    """Return what the penalty makes orthonormal: prompts, keys and attention vectors per block.
+
+    Each tensor is (experiences, components, size).
+    """
     found: dict[str, dict[int, Tensor]] = {}
     for name, value in params.items():
         if name.startswith(COMPONENTS):

@@ -168,16 +168,16 @@ def linear(features: Tensor, head: Params) -> Tensor:
 
 
 def by_row(values: Tensor, like: Tensor) -> Tensor:
-    """Reshape values (C,) so that they multiply the rows of `like`."""
+    """Reshape one value per class (C,) so that it multiplies the class's row of `like`."""
     return values.view(-1, *[1] * (like.dim() - 1))
 
 
 def start(value: Tensor, classes: Tensor) -> Tensor:
-    """Keep the rows for `classes` (C,) bool, and set all others to 0."""
+    """Return initial rows of the temporary head: `value` for `classes` (C,) bool, 0 for others."""
     return torch.where(by_row(classes, value), value, 0.0)
 
 
 def merged(kept: Tensor, trained: Tensor, weight: Tensor) -> Tensor:
-    """Weighted mean of a kept and a trained head; the kept rows have the weight `weight` (C,)."""
+    """Return the mean of a kept and a trained head; kept row c counts `weight[c]` times."""
     share = by_row(weight, kept).to(kept.dtype)
     return (share * kept + trained) / (share + 1)

@@ -144,7 +144,7 @@ class EWC(QuadraticPenalty):
         )
 
     def form_for(self, task: Task, classes: int) -> Fisher:
-        """Form of the Fisher information for a task and a number of classes that are predicted."""
+        """Return the form of the Fisher information; resolve `auto` by task and classes."""
         if self.fisher != "auto":
             return self.fisher
         if not isinstance(task, SingleLabel):

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class GDumb(Strategy):
-    """Train from the initial parameters on a balanced memory.
+    """Train a new model on a class-balanced memory after each experience.
 
     Args:
         memory_size: total number of stored records, or bytes such as "2 MB".

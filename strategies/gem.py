@@ -124,7 +124,7 @@ class GEM(Strategy):
 
 
 def flat(gradient: Params) -> Tensor:
-    """Concatenate all tensors of a gradient to one vector."""
+    """Concatenate all tensors of a gradient into one vector, for inner products."""
     return torch.cat([value.flatten() for value in gradient.values()])
 
 

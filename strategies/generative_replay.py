@@ -171,7 +171,7 @@ def distillation(
     Args:
         logits: (n, C) logits of the student.
         teacher: (n, C) logits of the teacher.
-        context: context with the classes that each of them predicts.
+        context: context with the classes that teacher and student predict.
         temperature: divisor of both logits; None for the most probable class of the teacher only.
     """
 

@@ -209,5 +209,5 @@ class LUCIR(Strategy):
 
 
 def before(context: Context) -> Tensor:
-    """(C,) bool, the declared classes of earlier experiences."""
+    """Return (C,) bool, True for the declared classes of earlier experiences (old classes)."""
     return context.task_classes[: context.experience].any(0)

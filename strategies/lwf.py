@@ -105,7 +105,10 @@ class LwF(Strategy):
 
 
 def answered(context: Context) -> list[tuple[Tensor, Tensor]]:
-    """Return pairs of class masks (C,): classes of the teacher's and of the student's logits."""
+    """Return the classes to distil, as pairs of masks (C,): for the teacher, and for the student.
+
+    In task-incremental streams there is one pair for each earlier task.
+    """
     before = context.task_classes[: context.experience]
     if context.scenario == "task":
         return [(classes, classes) for classes in before]

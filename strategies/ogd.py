@@ -158,9 +158,9 @@ class OGD(Strategy):
 
 
 def filled_rows(state: State, filled: Tensor) -> Params:
-    """Directions (k, numbers) by parameter: the first `filled` () ones, because others are 0.
+    """Return the stored directions (k, numbers) by parameter: the first `filled` () rows.
 
-    Under vmap all rows are returned, because batched states may have different numbers.
+    Later rows are 0. Under vmap all rows are returned, because batched states may have different numbers.
     """
     count = number_unless_vmapped(filled)
     rows = {name: value.flatten(1) for name, value in state.group("directions").items()}

@@ -279,28 +279,25 @@ def network_weights(params: Params, state: State, task: int | Tensor, head: str)
 
 
 def others(owner: Tensor, number: int) -> Tensor:
-    """1 for each entry that another task than `number` owns, 0 for its own; shaped like `owner`.
+    """Return the factor of each entry that removes a task's own: 0 for task `number`, 1 for others.
 
-    It is a number and not a mask, because multiplication is ten times as fast on a CPU as comparing
-    and `torch.where`, with the same bits.
+    It has the shape of `owner`. It is a factor and not a mask, because multiplication is ten times
+    as fast on a CPU as comparing and `torch.where`, with the same bits.
     """
     return (owner - number).abs_().clamp_(max=1)
 
 
 def held_up_to(last: int, state: State, name: str) -> Tensor:
-    """Held values of entries that tasks 1 to `last` own, 0 for others.
-
-    Shaped like the parameter.
-    """
+    """Return the frozen values of a parameter's entries that tasks 1 to `last` own, 0 for others."""
     owner = state[f"owner/{name}"]
     return torch.where((owner > 0) & (owner <= last), state[f"held/{name}"], 0.0)
 
 
 def trained_owners(state: State, head: str) -> dict[str, int]:
-    """Owner of the entries that the current task trains, by parameter.
+    """Return, for each parameter, the value in `owner` of the entries that the task trains now.
 
-    It is 0 (no task) until the task has pruned, and for parameters that are never pruned; after
-    pruning it is the number of the task.
+    The value is 0 (no task) until the task has pruned, and for parameters that are never pruned;
+    after pruning it is the number of the task.
     """
     number = int(state["done"]) + 1 if bool(state["pruned"]) else 0
     return {
@@ -310,19 +307,19 @@ def trained_owners(state: State, head: str) -> dict[str, int]:
 
 
 def prunable(name: str, value: Tensor, head: str) -> bool:
-    """Return True for weight matrices and kernels outside of the head: only these are pruned."""
+    """Return True if a parameter is pruned: a weight matrix or kernel outside of the head."""
     return value.dim() > 1 and not name.startswith(head)
 
 
 def weights_kept(free: int, pruned_share: float) -> int:
-    """Number of a layer's free weights that a task keeps; the others are left to later tasks."""
+    """Return the number of a layer's free weights that a task keeps; later tasks get the others."""
     return round((1 - pruned_share) * free)
 
 
 def largest(weight: Tensor, owner: Tensor, pruned_share: float, number: Tensor) -> Tensor:
-    """Owner of every weight after the task takes the free weights of largest magnitude.
+    """Return the owner of every weight after a task takes the free weights of largest magnitude.
 
-    It takes the rounded share 1 - pruned_share of the free weights.
+    The task takes the rounded share 1 - pruned_share of the free weights.
 
     Args:
         weight: weights of the task's network.

@@ -203,6 +203,6 @@ class RWalk(QuadraticPenalty):
 
 
 def scale(group: Params) -> Tensor:
-    """Return () 1 / the largest number of a group of tensors; 0 if all numbers are 0."""
+    """Return the factor () that scales a group of tensors to a largest number of 1; else 0."""
     largest = torch.stack([value.max() for value in group.values()]).max()
     return torch.where(largest > 0, 1 / largest.clamp(min=torch.finfo(largest.dtype).tiny), 0.0)

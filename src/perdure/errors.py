@@ -10,10 +10,10 @@ PerdureError
     │   └── LedgerError     a ledger that was edited, shortened or does not match its head
     ├── StrategyError       a strategy that breaks its contract
     │   ├── RunawayError    training that ended in NaN or infinity
-    │   └── ConformanceError  found so by `perdure.testing.check_strategy`, which names the check
+    │   └── ConformanceError  a strategy that failed a check of `perdure.testing.check_strategy`
     ├── LoopError           a loop over a session that leaves out, repeats or mixes up its calls
-    ├── FederationError     a client or server that cannot go on
-    ├── ExportError         a model that a format cannot hold, or an artifact that answers otherwise
+    ├── FederationError     a client or server that cannot continue
+    ├── ExportError         a model that a format cannot store, or files with other outputs
     └── RunError            a run on disk that cannot be read or resumed
         └── StorageError    a file that cannot be written: a full disk, a folder of somebody else
 
@@ -79,7 +79,7 @@ class PrivacyError(PerdureError):
 
 
 class BudgetError(PrivacyError):
-    """The next release would spend more than was granted."""
+    """The next release would exceed the granted privacy budget."""
 
 
 class GuardError(PrivacyError):
@@ -111,7 +111,7 @@ class FederationError(PerdureError):
 
 
 class ExportError(PerdureError):
-    """A format cannot hold a model, or a written artifact answers otherwise than its model."""
+    """A file format cannot store a model, or exported files give other outputs than the model."""
 
 
 class RunError(PerdureError):

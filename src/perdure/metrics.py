@@ -301,9 +301,10 @@ class ClassMeasures:
         confusion: (C, C) int64, number of records of class i that were predicted as class j.
         accuracy: (C,) float64, percent of the records of each class that are right (recall); NaN
             for a class without records.
-        f1: (C,) float64, percent; NaN for a class without records.
+        f1: (C,) float64, F1 of each class in percent; NaN for a class without records.
         macro_f1: mean of `f1` over the classes with records, percent.
-        calibration_error: see `expected_calibration_error`.
+        calibration_error: expected calibration error, between 0 and 1; see
+            `expected_calibration_error`.
     """
 
     confusion: Tensor
@@ -401,7 +402,7 @@ def summarise(
 
 
 def _oriented(matrix: Tensor, metric: Metric) -> tuple[Tensor, int]:
-    """Return the matrix in float64, negated if lower is better, and the sign.
+    """Return the accuracy matrix so that higher is better, in float64, and the factor 1 or -1.
 
     Args:
         matrix: tensor, or rows of numbers.
@@ -432,7 +433,7 @@ def _oriented(matrix: Tensor, metric: Metric) -> tuple[Tensor, int]:
 
 
 def _mean_of_past(changes: Tensor, moments: int) -> float:
-    """Mean over past experiences; 0 if there are none."""
+    """Return the mean of changes over past experiences; 0 if there are none."""
     return changes.nanmean().item() if moments > 1 else 0.0
 
 

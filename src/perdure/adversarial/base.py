@@ -51,7 +51,7 @@ def input_gradient(losses: InputLosses, inputs: Tensor) -> Tensor:
 
 
 def steepest_direction(gradient: Tensor, norm: Norm) -> Tensor:
-    """Step of norm 1 that increases <gradient, step> most, for each row.
+    """Return, for each row, the step of norm 1 that increases the loss most to first order.
 
     It is the sign of the gradient (linf) or its unit vector (l2).
 
@@ -133,7 +133,10 @@ class Attack(CheckedFields, ABC):
         """
 
     def _limits(self, origin: Tensor) -> tuple[Tensor, Tensor]:
-        """Box that contains both the ball (an L2 ball is inside the linf ball) and the bounds."""
+        """Return the smallest and the largest allowed value of each entry of perturbed inputs.
+
+        They follow from the bounds and from the linf ball, which also contains the L2 ball.
+        """
         lower = origin - self.epsilon
         upper = origin + self.epsilon
         if self.bounds is not None:

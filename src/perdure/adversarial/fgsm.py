@@ -15,7 +15,7 @@ class FGSM(Attack):
         x' = clip(x + epsilon * sign(grad_x loss))            linf
         x' = clip(x + epsilon * grad_x loss / |grad_x loss|)  l2
 
-    Args: see `Attack`.
+    The fields are those of `Attack`.
 
     >>> import torch
     >>> FGSM(epsilon=0.25).perturb(lambda x: 3 * x[:, 0] - x[:, 1], torch.full((1, 2), 0.5))

@@ -65,7 +65,7 @@ def _survivors(
     attack: Attack,
     generator: torch.Generator | None,
 ) -> int:
-    """Number of records that are classified correctly both without and with the attack."""
+    """Count the records that are classified correctly both without and with the attack."""
     with torch.no_grad():
         right = finite_outputs(predict(inputs)).argmax(1) == labels
     inputs = inputs[right]

@@ -161,8 +161,8 @@ def guesses(scores: Tensor, included: Tensor, share: float) -> tuple[int, int]:
     The highest scores are guessed to be in the data, the lowest not to be in it.
 
     Args:
-        scores: (m,) scores.
-        included: (m,) bool.
+        scores: (m,) scores, one per canary.
+        included: (m,) bool, True for a canary in the data.
         share: share of the canaries about which guesses are made, fixed in advance.
 
     Returns:
@@ -265,9 +265,9 @@ def could_be_gaussian(correct: int, made: int, canaries: int, mu: float, tail: f
 
 
 def _crossing(below: Callable[[float], bool], accuracy: float = 1e-9) -> float:
-    """Point up to which `below` is True, and after which it is False.
+    """Find by bisection the largest number for which the function `below` returns True.
 
-    It is 0 if `below` is always False.
+    It is 0 if `below` returns False for all numbers.
     """
     if not below(0.0):
         return 0.0

@@ -41,7 +41,7 @@ is tested too.
 """
 
 RELEASED = "audit.released"
-"""Name, in the state, of the probe's part of the last released gradient."""
+"""Name of a tensor in the state of `Audited`: the probe's part of the last released gradient."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,8 +202,8 @@ def with_canaries(stream: Stream, experience: int, ids: Tensor) -> Stream:
     """Return a stream in which one experience also has blank records; declared sizes do not change.
 
     Args:
-        stream: the stream.
-        experience: index of the experience.
+        stream: stream of the real records.
+        experience: index of the experience that gets the blank records.
         ids: (k,) ids of the blank records.
     """
     chosen = stream[experience]
@@ -411,7 +411,7 @@ class Audited(Strategy):
 def probed(forward: Forward, place: Tensor) -> Tensor:
     """Return (n,) values of the probe at the positions `place`.
 
-    They come from the call of a layer, so that every way of clipping handles them.
+    The values are outputs of a layer, so that every clipping method handles the probe.
     """
     probe = forward.module.get_submodule("probe")
     if forward.params is None:

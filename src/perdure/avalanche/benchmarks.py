@@ -173,7 +173,7 @@ def _scenario(tasks: Sequence[int], classes: Sequence[tuple[int, ...]]) -> Scena
 
 
 def _offsets(tasks: Sequence[int], classes: Sequence[tuple[int, ...]]) -> list[int]:
-    """Offsets added to the labels of each experience, so that no two tasks share an output."""
+    """Return the number to add to the labels of each experience, so that tasks share no output."""
     by_task = {
         task: {c for t, held in zip(tasks, classes, strict=True) if t == task for c in held}
         for task in tasks
@@ -286,7 +286,7 @@ def _origins_of_parts(
 def _selected_at_once(
     dataset: Any, origins: Sequence[tuple[Any, int]], transforms: Sequence[Any]
 ) -> tuple[Tensor, Tensor] | None:
-    """Inputs (n, ...) float32 and labels (n,), by one index selection instead of item by item.
+    """Read inputs (n, ...) float32 and labels (n,) by one index selection, which is fast.
 
     None if not all rows come from one TensorDataset without input transforms.
     """
@@ -302,7 +302,7 @@ def _selected_at_once(
 
 
 def _item_by_item(dataset: Any) -> tuple[Tensor, Tensor]:
-    """Inputs (n, ...) float32 and labels (n,), reading each item with its transforms.
+    """Read inputs (n, ...) float32 and labels (n,) item by item, with the transforms.
 
     Raises:
         DataError: if inputs are neither tensors nor arrays.

@@ -241,7 +241,7 @@ class StrategyPlugin:
 
 
 class _Given(Forward):
-    """Model whose output for one input is already known."""
+    """Model that returns outputs which Avalanche has already computed for one input."""
 
     def __init__(self, module: nn.Module, x: Tensor, output: Tensor) -> None:
         super().__init__(module)
@@ -253,7 +253,7 @@ class _Given(Forward):
 
 
 def _check(template: Any, strategy: Strategy) -> None:
-    """Refuse training settings that the plugin does not support."""
+    """Refuse settings of an Avalanche template that the plugin does not support."""
     if any(
         type(part).__module__.startswith("opacus.") for part in (template.model, template.optimizer)
     ):

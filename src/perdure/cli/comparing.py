@@ -1,4 +1,4 @@
-"""The command `perdure compare`."""
+"""The command `perdure compare`: a table of the arms of finished runs over their seeds."""
 
 from collections.abc import Callable
 from pathlib import Path

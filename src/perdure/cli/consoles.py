@@ -1,4 +1,4 @@
-"""Consoles of the commands."""
+"""Console of rich to which the commands print."""
 
 import sys
 

@@ -14,7 +14,7 @@ from perdure.privacy.ledger.storage import Anchor
 
 
 def anchors_below(run: Path) -> dict[Path, list[Anchor]]:
-    """Return ledgers with the heads of them that checkpoints in or below a folder record.
+    """Return the heads of ledgers that checkpoints in or below a folder record, by ledger file.
 
     Raises:
         LedgerError: if a head is damaged.
@@ -30,7 +30,7 @@ def anchors_below(run: Path) -> dict[Path, list[Anchor]]:
 
 
 def of_finished_arms(home: Path, config: RunFacts | None) -> dict[str, Path]:
-    """Return the owners, with ledger files, that finished private arms of the config must have."""
+    """Return the ledger files that finished private arms must have, by the ledger's owner."""
     expected: dict[str, Path] = {}
     finished = (home / "result.json").exists()
     clients = config.clients if config else 0

@@ -1,4 +1,4 @@
-"""The command `perdure export`."""
+"""The command `perdure export`: the model of a finished run as files for other programs."""
 
 from pathlib import Path
 from typing import Annotated
@@ -33,8 +33,8 @@ def export(
     """Write the model of a finished run to files that run without perdure.
 
     RUN is the folder of the run, ARM the name of an arm in it, such as ewc-private. The files
-    answer as the strategy's predictor does: they are run and compared before they are left. A model
-    card beside them has data, strategy, privacy statement, metrics, versions and command.
+    predict as the strategy does: they are loaded, run and compared with its predictions before the
+    command ends. A model card has data, strategy, privacy statement, metrics, versions and command.
 
     ONNX and int8 need the packages of `pip install 'perdure[export]'`.
     """

@@ -1,7 +1,7 @@
-"""Options of the commands `perdure ledger`.
+"""Command-line options of `perdure ledger show`, `head`, `verify` and `project`.
 
-Their code is in `ledger_commands`, which is imported only when a command runs, so help needs no
-torch.
+The code of these commands is in `ledger_commands`, which is imported only when a command runs, so
+help needs no torch.
 """
 
 from pathlib import Path
@@ -73,8 +73,8 @@ def verify(
 
     The log of draws beside each key is checked in the same way.
 
-    Exit code 1, with file and line, if one is wrong; 3 if nothing is wrong, but the key of a head
-    is missing, so that the whole history could be forged.
+    Exit code 1 if a chain, head or copy is wrong, with file and line; 3 if nothing is wrong, but
+    the key of a head is missing, so that the whole history could be forged.
     """
     from perdure.cli import ledger_commands
 

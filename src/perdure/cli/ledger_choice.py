@@ -58,21 +58,25 @@ def select(account: Merged, arms: Sequence[str], owners: Sequence[str]) -> Merge
 
 
 def known_as(owner: str) -> set[str]:
-    """Names by which an owner can be chosen: its own, and the name that it shares with others."""
+    """Return the names by which a user can choose an owner, with and without its folders."""
     return {owner} if OWNER.fullmatch(owner) else {owner, owner.rpartition("/")[2]}
 
 
 def arm_of(owner: str) -> str:
-    """Name of the arm to which an owner belongs.
+    """Return the name of the arm to which a ledger's owner belongs.
 
-    It is the name of the owner if there are no arms.
+    It is the name of the owner if the run has no arms.
     """
     found = OWNER.fullmatch(owner)
     return (found and found[1]) or owner
 
 
 def named(account: Merged, asked: Sequence[str]) -> list[str]:
-    """Return the partitions with these names, with or without the owner; all for no names.
+    """Select partitions of an account by name, given as PARTITION or OWNER/PARTITION.
+
+    Args:
+        account: ledgers with the partitions.
+        asked: names that the user gave; none to select all partitions.
 
     Raises:
         ConfigError: if no partition has a given name.

@@ -41,7 +41,7 @@ from perdure.report.ledger_tables import (
 DELTA = 1e-5
 LEDGER = "ledger.jsonl"
 BELOW = ("arms/*", "arms/*/clients/*", "clients/*")
-"""Folders of single curators' ledgers, relative to the folder of a run or an arm."""
+"""Patterns of the folders that hold one curator's ledger each, in the folder of a run or arm."""
 GOOD = 0
 WRONG = 1
 UNSEALED = 3
@@ -66,7 +66,7 @@ class Source:
 
     Args:
         folder: folder of the run.
-        run: folder that the user gave, the run's or one below it; None for a file.
+        run: folder that the user gave, which is the run's or one inside it; None for a file.
         config: facts of the config; no module that it names is imported.
         merged: merged ledger file of a finished run; None if there is none.
         single: ledger files of single curators.
@@ -264,7 +264,7 @@ def opened(source: Source) -> list[tuple[Path, Part]]:
 
 
 def open_file(path: Path, source: Source) -> Merged:
-    """Read one file, and check its heads with the keys that are available.
+    """Read one ledger file, and check its heads with the keys that are available.
 
     A run that stopped before its first line leaves an empty file, which is an empty account.
     """
@@ -282,9 +282,10 @@ def open_file(path: Path, source: Source) -> Merged:
 
 
 def key_of(owner: str, path: Path, source: Source) -> NoiseKey | None:
-    """Find the key of an owner; None if there is none.
+    """Find the noise key of a ledger's owner, to check the head; None if there is no key.
 
-    It is in `private/` next to the ledger, or in the owner's folder of the run, or simulated.
+    The key is in `private/` next to the ledger, in the owner's folder of the run, or follows from
+    the seed of simulated noise.
     """
     found = OWNER.fullmatch(owner)
     arm, number = (found[1], int(found[2])) if found else (None, 0)
@@ -303,7 +304,7 @@ def key_of(owner: str, path: Path, source: Source) -> NoiseKey | None:
 
 
 def key_in(folder: Path) -> NoiseKey | None:
-    """Secret key in a curator's folder, if it is readable; a new key is never created."""
+    """Return the secret key in a curator's folder, if it is readable; never create a new key."""
     file = folder / "private" / "key"
     return NoiseKey.from_os(file) if os.access(file, os.R_OK) else None
 
@@ -315,7 +316,7 @@ def _there(path: Path) -> bool:
 
 
 def _ledgers(run: Path, part: str) -> Iterator[Path]:
-    """Ledgers in the folders that match a pattern, also if only the head is left."""
+    """Yield the ledger files in folders that match a pattern, also files of which a head exists."""
     return (folder / LEDGER for folder in run.glob(part) if _there(folder / LEDGER))
 
 
@@ -330,7 +331,7 @@ def statements(
     Args:
         source: ledgers of the run.
         account: all ledgers that exist.
-        chosen: the ledgers that the user chose.
+        chosen: ledgers that the user chose with options.
         delta: delta of every epsilon.
         whole: True if no ledger is missing; if False, no joint epsilon is stated.
     """
@@ -373,9 +374,10 @@ def summary(
 
 
 def all_arms(account: Merged, delta: float) -> Epsilon | None:
-    """Return the statement for several arms, in which charges of the same records are composed.
+    """Return the privacy statement of several arms together, against a reader of all models.
 
-    None if there is one arm, or if the ledgers belong to no run.
+    Charges of the same records are composed. None if there is one arm, or if the ledgers belong to
+    no run.
     """
     owners = [part.account.owner for part in account.parts]
     arms = {found[1] for found in map(OWNER.fullmatch, owners) if found and found[1]}
@@ -401,7 +403,10 @@ def checks(account: Merged) -> str:
 
 
 def anyone(account: Merged) -> str:
-    """Return a warning if verified heads have a key that follows from a seed, and "" otherwise."""
+    """Return a warning if the key of verified heads follows from a seed, as anyone can compute it.
+
+    The result is "" if no key does.
+    """
     simulated = account.simulated and any(part.keyed for part in account.parts)
     return " (simulated keys: anyone can make such heads)" if simulated else ""
 

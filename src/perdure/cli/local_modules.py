@@ -8,7 +8,10 @@ from pathlib import Path
 
 @contextmanager
 def local_modules() -> Iterator[None]:
-    """Look for modules in the current folder, too, as `python -m` does; last, so it hides none."""
+    """Context manager in which modules of the current folder can be imported.
+
+    The folder is the last place of the search, so that it hides no other module.
+    """
     here = str(Path.cwd())
     new = [] if here in sys.path else [here]
     sys.path += new

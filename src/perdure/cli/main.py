@@ -59,7 +59,7 @@ app.command()(predict)
 INTERRUPTED = 130
 """Exit code of a process that Ctrl-C ended, by custom of the shells."""
 RAN_AWAY = 1
-"""Exit code of a run of which some training diverged; all others are in its result."""
+"""Exit code of `perdure run` if some training diverged; the result has the other trainings."""
 
 Out = Annotated[Path | None, typer.Option("--out", help="Folder of the run; default runs/NAME.")]
 
@@ -84,8 +84,8 @@ def run(
     """Run the experiment that CONFIG describes; a stopped run continues.
 
     CONFIG is a TOML file; `perdure demo --show-config` prints an example, and `perdure config
-    --reference` all that it may have. Its modules are also searched in the current folder. Exit
-    code 1 if some training diverged; the others are in the result.
+    --reference` lists all its keys. Modules that CONFIG names may be in the current folder. Exit
+    code 1 if some training diverged; the result has the other trainings.
     """
     with resumable(), local_modules():
         from perdure.experiment.config import read_text
@@ -293,9 +293,9 @@ def _run(source: str, text: str, out: Path | None) -> None:
 
 @contextmanager
 def shown_progress(console: Console) -> Iterator[Callable[[str, float], None]]:
-    """Context manager with a progress bar per arm.
+    """Context manager with a progress bar per arm; gives the function that sets an arm's share.
 
-    Without a terminal, a line per quarter of an arm.
+    Without a terminal, a line is printed at each quarter of an arm.
     """
     from rich.progress import (
         BarColumn,
@@ -330,7 +330,7 @@ def shown_progress(console: Console) -> Iterator[Callable[[str, float], None]]:
 
 @contextmanager
 def resumable() -> Iterator[None]:
-    """Context manager that answers Ctrl-C with one line instead of a traceback."""
+    """Context manager that prints one line instead of a traceback at Ctrl-C."""
     try:
         yield
     except KeyboardInterrupt:

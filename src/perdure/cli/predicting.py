@@ -1,4 +1,4 @@
-"""The command `perdure predict`."""
+"""The command `perdure predict`: predictions of a finished run's model for a file of inputs."""
 
 import io
 from pathlib import Path
@@ -58,7 +58,7 @@ def predict(
 
 
 def _read(path: Path, wanted: Any) -> "Tensor":
-    """Read inputs; other floats, and other whole numbers, become the stream's."""
+    """Read inputs from a .npy file, and convert them to the dtype of the stream's inputs."""
     import numpy as np
     import torch
 

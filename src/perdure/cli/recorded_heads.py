@@ -45,10 +45,10 @@ def behind(
     recorded: Sequence[Recorded],
     key_of: Callable[[str, Path], NoiseKey | None],
 ) -> list[str]:
-    """List the faults of ledgers that do not continue their recorded heads.
+    """List the ledgers that do not continue from a head that a user recorded, with the reason.
 
     Args:
-        accounts: file to its content.
+        accounts: ledger file to its content.
         recorded: recorded heads, each with its owner.
         key_of: function from an owner and a file to the key; None if it is not available.
     """

@@ -20,11 +20,11 @@ class RunFacts:
     """Facts of a run's config about its privacy.
 
     Args:
-        delta: of its privacy; None where it has none.
-        seed: of simulated noise; None where noise is secret.
+        delta: delta of the table `[privacy]`; None if the config does not have it.
+        seed: seed of simulated noise; None if noise is secret.
         plain_arms: names of the arms that are trained without privacy, one for every seed.
-        private_arms: names of the others, one for every seed.
-        clients: of its federation; 0 where it has none.
+        private_arms: names of the arms that are trained with privacy, one for every seed.
+        clients: number of clients of the federation; 0 without a federation.
     """
 
     delta: float | None

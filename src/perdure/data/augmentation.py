@@ -78,7 +78,7 @@ class Views(CheckedFields):
 
 @contextmanager
 def _explained() -> Iterator[None]:
-    """Turn an error of a change, such as a transform with branches, into a ConfigError."""
+    """Context manager that turns an error of a user's `change` into a ConfigError."""
     try:
         yield
     except torch.OutOfMemoryError:

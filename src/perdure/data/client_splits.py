@@ -66,7 +66,7 @@ def dirichlet(
             all clients have similar data.
         min_size: smallest number of records of each client in each experience; with `exact=False`
             an expected number, computed with equally large classes.
-        seed: public seed of the shares and of u.
+        seed: public seed of the label shares and of the hash u.
         exact: True for exact sizes, False for declared sizes (needed under privacy).
         declared_size: public number of records of an experience over all clients; one for all
             experiences, or one for each; only with `exact=False`. Default: the sizes that the
@@ -148,8 +148,8 @@ class ClientSplit:
         clients: number of clients.
         min_size: smallest number of records of each client in each experience.
         seed: public seed of the hash.
-        shares: public shares of every label.
-        rule: name of the shares.
+        shares: function that gives the public shares of every label.
+        rule: name of the distribution of the shares, part of the digest `placed_by`.
     """
 
     clients: int
@@ -219,11 +219,11 @@ class ClientSplit:
         ]
 
     def _tables(self, stream: Stream, totals: Sequence[int]) -> list[Tensor]:
-        """Return (classes, clients) shares of the labels of every experience.
+        """Return, for every experience, the share of each label that each client gets.
 
-        They give every client the expected `min_size`. Experiences of one partition have the same
-        shares for the same class, so that copies of a record stay with one client, as far as
-        declared facts allow this.
+        Each tensor is (classes, clients), and gives every client `min_size` expected records.
+        Experiences of one partition have the same shares for the same class, so that copies of a
+        record stay with one client, as far as declared facts allow this.
         """
         first: dict[str, Experience] = {}
         tables = []
@@ -244,7 +244,10 @@ class ClientSplit:
         ]
 
     def _evening(self, experience: Experience, expected: Tensor, total: int) -> float:
-        """Weight in [0, 1] of equal shares that gives every client `min_size` expected records."""
+        """Return the weight in [0, 1] with which the shares are moved towards equal shares.
+
+        It is the smallest that gives every client `min_size` expected records.
+        """
         if total < self.clients * self.min_size:
             allowed = (
                 f"at most {total // self.clients}: experience {experience.index} has {total} "
@@ -326,7 +329,7 @@ def _owners(
 
 
 def _by_coin(records: Records, coins: Tensor, shares: Shares) -> Tensor:
-    """(n,) client of each record, from its hash (a number in [0, 1)) and its label's shares."""
+    """Return (n,) client of each record: the one whose share contains the record's hash."""
     labels, row = torch.unique(_stratum(records), return_inverse=True)
     table = torch.stack([shares(records.partition, label) for label in labels.tolist()]).cumsum(1)
     # the last share ends at 1 except for rounding, so no number may be above it
@@ -334,12 +337,12 @@ def _by_coin(records: Records, coins: Tensor, shares: Shares) -> Tensor:
 
 
 def _strata(experience: Experience, classes: tuple[int, ...]) -> tuple[int, ...]:
-    """Labels with separate shares: the classes, or only 0 for records without one class."""
+    """Return the labels that have their own client shares; only 0 for records without a class."""
     return classes if isinstance(experience.task, SingleLabel) else (0,)
 
 
 def _stratum(records: Records) -> Tensor:
-    """Return (n,) int64 label of each record among the labels with separate shares, on the CPU."""
+    """Return (n,) int64 label of each record, among the labels of `_strata`, on the CPU."""
     if isinstance(records.task, SingleLabel):
         return records.labels.cpu()
     return torch.zeros(len(records), dtype=torch.int64)

@@ -289,7 +289,7 @@ class Stream:
 class Seen(Sequence[Experience]):
     """First experiences of a stream, without a copy, with their declared totals.
 
-    They are cached totals, because a stream may have thousands of pieces.
+    The totals are cached, because a stream may have thousands of pieces.
 
     Args:
         stream: the stream.
@@ -362,7 +362,7 @@ def require_stream(stream: object) -> None:
 
 
 def placed_again(stream: Stream, by_record: bool) -> bool | None:
-    """Compute `assigned_by_record` of a stream whose records were assigned a second time.
+    """Return `assigned_by_record` for a stream whose records are assigned to parts once more.
 
     Args:
         stream: stream before the second assignment.
@@ -372,7 +372,9 @@ def placed_again(stream: Stream, by_record: bool) -> bool | None:
 
 
 def size_of_each(declared_size: int | Sequence[int] | None, experiences: int) -> list[int | None]:
-    """Declared size of every experience, from one number for all or one each; None if not given.
+    """Return the declared size of every experience, from one number for all, or one for each.
+
+    The size of an experience is None if no number is given.
 
     Raises:
         ConfigError: if the number of sizes is wrong.

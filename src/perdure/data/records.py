@@ -21,7 +21,7 @@ class Spent:
     """Noisy sum over records that was released before training, such as constants for scaling.
 
     Args:
-        entry: digest of the ledger entry that paid for the sum.
+        entry: digest of the ledger entry to which the sum was charged.
         noise_multiplier: standard deviation of the noise divided by the sensitivity.
         simulated: True if the noise came from a seed that the user chose.
     """
@@ -175,7 +175,7 @@ class Records:
         return self._changed(change, declared_size=self.declared_size)
 
     def _changed(self, change: Callable[[Tensor], Tensor], *, declared_size: int) -> "Records":
-        """Make the changed records at once; a stream of thousands of pieces takes as many."""
+        """Make changed records without new checks, for streams with thousands of pieces."""
         return replace(
             self,
             inputs=change(self.inputs),
@@ -216,7 +216,7 @@ class Records:
 
 
 def require_type(value: object, kind: type, name: str, allowed: str) -> None:
-    """Refuse a value of a wrong type; the message names the functions that convert it.
+    """Refuse a value of a wrong type; the message names the functions that make the right type.
 
     Args:
         value: value given by the user.

@@ -280,7 +280,7 @@ def view_rows(rows: Tensor, positions: Tensor) -> Tensor:
 
 
 def _run(index: Tensor) -> slice | None:
-    """Slice for consecutive positions in an index; None for other positions."""
+    """Return a slice if the positions of an index are consecutive; else None."""
     if not len(index):
         return slice(0, 0)
     first = int(index[0])

@@ -4,8 +4,8 @@ Import `read` or `parse` to get a `Config`, and `run` to train and evaluate it; 
 continues. `tune` searches hyper-parameters on training records. `attack_run` attacks the models of
 a run, and `audit_run` audits the private arms of a config. `read_result` reads the stored result of
 a run, and `to_pandas` makes a table of it. `compare` compares arms over seeds, of one or several
-runs, and `load` loads a trained model. `export_run` writes it to files
-that run elsewhere. `cards` describes every strategy with its costs.
+runs, and `load` loads a trained model. `export_run` writes a trained model to files that run
+without perdure. `cards` describes every strategy with its costs.
 """
 
 from perdure.experiment.audits import attack_run, audit_run

@@ -75,9 +75,9 @@ def open_stream(config: Config, *, without: int | None = None) -> Stream:
 
 
 class MetricsLog:
-    """File of JSON lines, each with a key.
+    """File `metrics.jsonl` of a run: measurements of each arm after each experience.
 
-    A line is not written a second time after a resume.
+    Each line is one JSON object. A resumed run does not repeat the lines that the file has.
     """
 
     def __init__(self, path: Path) -> None:
@@ -97,7 +97,7 @@ class MetricsLog:
             ) from None
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Write one line for an arm after an experience, unless it is there."""
+        """Append the measurements of an arm after an experience, unless the file has them."""
         key = (row["trial"], row["experience"])
         if key in self.rows:
             return
@@ -136,9 +136,9 @@ class ArmRun:
         self._shown = 0.0
 
     def run(self) -> TrialResult:
-        """Train if that is not done yet, and return the row of the result.
+        """Train the arm, unless an earlier process has, and return its row of the run's result.
 
-        A training that ran away has a row that says so.
+        If training diverged, the row has the reason in `failure`, and no measurements.
         """
         done = self.folder / "arm.json"
         if not done.exists():
@@ -185,12 +185,12 @@ class ArmRun:
 
     @cached_property
     def _adversary(self) -> Attack | None:
-        """Adversary of the training; its bounds come from the test records of the whole stream."""
+        """Attack for adversarial training; its input bounds come from the stream's test records."""
         chosen = self._training.adversary
         return chosen.on(self.stream) if chosen else None
 
     def untrained(self) -> Learner:
-        """Make an untrained learner that is set to the end of the stream."""
+        """Make a learner at the end of the stream whose model has not been trained."""
         fresh = self.learner(self.stream)
         fresh.callbacks = ()
         fresh.privacy = None
@@ -218,7 +218,7 @@ class ArmRun:
         }
 
     def _numbers(self, learner: Learner) -> Numbers:
-        """Measure the trained model, and store it."""
+        """Store the trained model, and return its measurements for the run's result."""
         final = {
             n: t
             for n, t in learner.snapshot().tensors.items()
@@ -248,7 +248,7 @@ class ArmRun:
         }
 
     def _no_numbers(self) -> Numbers:
-        """Measures of a training that ran away."""
+        """Return the measurements of an arm whose training diverged: null, but for the time."""
         return {
             "accuracy_matrix": [],
             "average_accuracy": None,
@@ -322,15 +322,15 @@ class ArmRun:
             write_json(self._clock, self._seconds())
 
     def _show(self, share: float) -> None:
-        """Report the progress once per percent; 100 percent is reported when the row is written."""
+        """Call `progress` when the share has grown by one percent; never with more than 0.99."""
         if share >= self._shown + 0.01:
             self._shown = share
             self.progress(self.name, min(0.99, share))
 
     def _share(self, learner: Learner) -> float:
-        """Share of the arm that is done after a step of a learner.
+        """Return the share (0 to 1) of the arm's training that is done after a learner's step.
 
-        In a round, the clients are processed in ascending order.
+        In a round of a federation, the clients train one after another, in ascending order.
         """
         here = learner.position
         blocks = learner.blocks
@@ -341,9 +341,9 @@ class ArmRun:
         return (here.experience + within) / len(self.stream)
 
     def _seconds(self) -> float:
-        """Seconds spent on the arm by all processes.
+        """Return the seconds spent on the arm: by this process, and by earlier ones of the run.
 
-        Each process counts up to the last experience that it finished.
+        An earlier process counts up to the last experience that it finished.
         """
         return time.perf_counter() - self._began
 

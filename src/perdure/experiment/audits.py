@@ -39,7 +39,8 @@ def attack_run(
     The attacker has the config, a mix of test records (non-members) and equally many training
     records (members), and all other training records. He trains shadow models on the whole stream
     with his own noise, and then decides for each record of the mix if it was in training. Private
-    arms and others are attacked, so that they can be compared. Of several seeds it is the first.
+    arms and others are attacked, so that they can be compared. In a run with several seeds, only
+    the models of the first seed are attacked.
 
     Args:
         folder: folder of a finished run.
@@ -75,7 +76,7 @@ def attack_run(
 
 
 def population(stream: Stream, experience: int, seed: int) -> Population:
-    """Mix equally many training and test records; also return the remaining training records."""
+    """Choose the records that `attack_run` attacks: equally many training and test records."""
     train = stream[experience].train
     test = stream[experience].test
     order = torch.randperm(len(train), generator=generator(seed, "attacked"))
@@ -89,7 +90,7 @@ def population(stream: Stream, experience: int, seed: int) -> Population:
 def joined(one: Records, other: Records, first_id: int) -> Records:
     """Join two sets of records under the first one's partition.
 
-    Ids of the second are renumbered.
+    Records of `other` get new ids from `first_id` on.
     """
     ids = first_id + torch.arange(len(other))
     return Records(
@@ -104,7 +105,10 @@ def joined(one: Records, other: Records, first_id: int) -> Records:
 
 
 def mixed(stream: Stream, experience: int, known: Records, half: Records) -> Stream:
-    """Replace an experience's training records by known members and half of those under attack."""
+    """Return the stream of a shadow model: one experience has other training records.
+
+    They are the known members and the chosen half of the records under attack.
+    """
     whole = Records(
         inputs=joined_rows([known.inputs, half.inputs]),
         labels=torch.cat([known.labels, half.labels]),
@@ -120,7 +124,7 @@ def mixed(stream: Stream, experience: int, known: Records, half: Records) -> Str
 
 
 def shadow(config: Config, arm: int, stream: Stream, experience: int, seed: int) -> Predictor:
-    """Train one shadow model, alone and with simulated noise."""
+    """Train a shadow model of the LiRA attack, without clients and with simulated noise."""
     mine = replace(
         config,
         seed=seed % 2**31,

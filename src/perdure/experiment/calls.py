@@ -1,7 +1,7 @@
-"""Functions and classes that a config names, with the arguments that their signatures have.
+"""Checks of the arguments that a config gives to a function or class, from its signature.
 
-A builder of models, a schedule of torch or a data set of the user's own needs no dataclass: its
-parameters are the keys, their annotations the types, and their defaults the defaults.
+A builder of models, a schedule of torch or a user's own data set needs no dataclass for its table
+in a config: parameters are keys, annotations are types, and defaults are defaults.
 """
 
 import importlib
@@ -18,16 +18,16 @@ from perdure.experiment.from_tables import checked_value, described, key_text
 from perdure.utils.extensions import MODULE_AND_NAME
 
 REQUIRED = inspect.Parameter.empty
-"""Default of a parameter that must be given."""
+"""Value of `Parameter.default` for a parameter that a config must give."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parameter:
-    """A parameter that a config may give.
+    """Type and default of one parameter of a function, which a config gives as a key.
 
     Args:
-        hint: its annotation; `Any` where it has none, or none that can be read.
-        default: `REQUIRED` where it must be given.
+        hint: annotation of the parameter; `Any` if it has none, or none that can be read.
+        default: default of the parameter; `REQUIRED` if it has none.
     """
 
     hint: Any
@@ -35,11 +35,11 @@ class Parameter:
 
 
 def parameters(function: Callable[..., Any], without: Collection[str] = ()) -> dict[str, Parameter]:
-    """Return the parameters of a function or class by name, in their order.
+    """Return the parameters that a config may give to a function, by name, in their order.
 
     Args:
-        function: the function or class.
-        without: names of parameters that are given otherwise.
+        function: function or class.
+        without: names of parameters that perdure passes itself.
     """
     owner: Any = function.__init__ if isinstance(function, type) else function  # type: ignore[misc]
     module = vars(sys.modules.get(getattr(owner, "__module__", ""), types))
@@ -51,7 +51,7 @@ def parameters(function: Callable[..., Any], without: Collection[str] = ()) -> d
 
 
 def _hint(annotation: Any, module: Mapping[str, Any]) -> Any:
-    """The type that an annotation means; it may name what is imported for type checkers alone."""
+    """Return the type of an annotation; it may name an import for type checkers alone."""
     if annotation is inspect.Parameter.empty:
         return Any
     alone = types.SimpleNamespace(__annotations__={"it": annotation})
@@ -71,10 +71,10 @@ def arguments(
     """Check the keys and values of a table against the parameters of a function.
 
     Args:
-        function: the function or class that is called with them.
-        table: the keys that were given.
+        function: function or class that will be called with the values.
+        table: keys and values of the config.
         where: name of the table, for messages.
-        without: parameters that are given otherwise.
+        without: names of parameters that perdure passes itself.
 
     Raises:
         ConfigError: for an unknown key, a value of another type, or a parameter that is missing.
@@ -97,9 +97,9 @@ def of_module(name: str, field: str, wanted: str) -> Callable[..., Any]:
     """Import a function or class by `"module:name"`.
 
     Args:
-        name: as a config gives it.
-        field: where it was given, for messages.
-        wanted: description of the function, for messages.
+        name: module and name, such as "my_package.models:make_model".
+        field: key of the config that has the name, for messages.
+        wanted: description of the function that is allowed there, for messages.
 
     Raises:
         ConfigError: where it cannot be imported or called.

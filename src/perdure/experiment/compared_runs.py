@@ -1,4 +1,4 @@
-"""Runs as a comparison needs them: arms of one name and settings, with the numbers of each seed."""
+"""Finished runs, read for a comparison: each arm with its numbers at every seed."""
 
 import json
 import tomllib
@@ -13,9 +13,9 @@ from perdure.experiment.result_schema import ArmResult, Epsilon, Result, TrialRe
 from perdure.tasks import Metric
 
 OF_NO_ARM = ("name", "seed", "seeds", "threads", "device", "arms", "data", "explain")
-"""Tables and values of a config that are no settings of an arm, or are compared apart."""
+"""Top-level keys of a config that are ignored when the settings of two arms are compared."""
 OF_NO_STREAM = ("root", "experiences", "scenario")
-"""Fields of `[data]` that do not tell streams apart, or that the result has as they came out."""
+"""Fields of `[data]` that are ignored when the streams of two runs are compared."""
 PLAIN = (
     "average_accuracy",
     "learning_accuracy",
@@ -28,23 +28,23 @@ PLAIN = (
     "state_bytes",
     "seconds",
 )
-"""Numbers of a trial that are compared as they are."""
+"""Keys of a trial's result whose numbers are compared unchanged."""
 NUMBERS = (*PLAIN, "calibration_error", "epsilon")
 """All numbers of a trial that are compared."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ComparedArm:
-    """One arm with its numbers.
+    """One arm of a comparison, with the numbers that were measured at each seed.
 
     Args:
         strategy: name of the strategy.
-        options: its options, as the result has them.
-        private: whether it was trained with differential privacy.
+        options: options of the strategy, such as "EWC(strength=100.0)".
+        private: True if the arm was trained with differential privacy.
         trials: for every seed, the numbers that were measured, by name.
         failures: for every seed at which training failed, the reason in one line.
-        guarantee: unit, relation and delta of its epsilon; "" without privacy.
-        assumptions: accountant, sampling and trust model of its epsilon; "" without privacy.
+        guarantee: unit, relation and delta of the arm's epsilon; "" without privacy.
+        assumptions: accountant, sampling and trust model of the arm's epsilon; "" without privacy.
     """
 
     strategy: str
@@ -61,9 +61,9 @@ class ComparedRun:
     """A finished run with the tables of its config.
 
     Args:
-        folder: of the run.
-        result: its result.
-        tables: its config as TOML has it.
+        folder: folder of the run.
+        result: content of the run's `result.json`.
+        tables: content of the run's `config.toml`.
     """
 
     folder: Path
@@ -121,16 +121,16 @@ class ComparedRun:
         }
 
     def settings(self, arm: ArmResult) -> str:
-        """Settings of an arm but for the seed, as text that is equal for equal settings."""
+        """Return all settings of an arm except the seed, as text to compare with another arm's."""
         tables = {name: table for name, table in self.tables.items() if name not in OF_NO_ARM}
         return json.dumps([arm["options"], arm["private"], tables], sort_keys=True, default=str)
 
 
 def refuse_other_data(runs: Sequence[ComparedRun]) -> None:
-    """Refuse runs that cannot be compared, because they learnt something else.
+    """Refuse to compare runs that were trained on different data or streams.
 
     Raises:
-        ConfigError: with the first difference, and for one folder that is given twice.
+        ConfigError: names the first difference; also if one folder is given twice.
     """
     folders = [run.folder.resolve() for run in runs]
     for number, folder in enumerate(folders):
@@ -146,7 +146,7 @@ def refuse_other_data(runs: Sequence[ComparedRun]) -> None:
 
 
 def _facts(run: ComparedRun) -> Iterator[tuple[str, object]]:
-    """Yield facts of the stream, which are equal where runs may be compared."""
+    """Yield names and values of the facts of the stream that must be equal in compared runs."""
     told = run.result["stream"]
     yield "task", run.result["task"]["name"]
     for name in ("name", "scenario", "experiences"):
@@ -158,7 +158,7 @@ def _facts(run: ComparedRun) -> Iterator[tuple[str, object]]:
 
 
 def named_arms(runs: Sequence[ComparedRun]) -> dict[str, ComparedArm]:
-    """Put the arms of all runs together, each under its own name.
+    """Return the arms of all runs, each under a unique name.
 
     Arms of one name are one arm with all seeds, if their settings are the same and no seed occurs
     twice; otherwise the name of the run comes first, or its folder where runs have one name.
@@ -201,7 +201,7 @@ def _joined(arms: Sequence[ArmResult]) -> ComparedArm:
 
 
 def numbers(trial: TrialResult) -> dict[str, float]:
-    """Numbers of a trial that were measured, by name; of one that failed, its epsilon alone."""
+    """Return the measured numbers of a trial by name; only epsilon if training failed."""
     epsilon = trial["epsilon"]
     found: dict[str, Any] = {"epsilon": epsilon["value"] if epsilon else None}
     if trial["failure"] is None:
@@ -212,16 +212,16 @@ def numbers(trial: TrialResult) -> dict[str, float]:
 
 
 def _is_measured(value: float | None) -> bool:
-    """Tell a number from null, NaN and infinity, of which there is no mean."""
+    """Return True for a finite number, and False for null, NaN and infinity."""
     return value is not None and abs(value) < float("inf")
 
 
 def guarantee(epsilon: Epsilon) -> str:
-    """Write unit, relation and delta: epsilons that differ in them cannot be compared."""
+    """Write unit, relation and delta of an epsilon; only epsilons with the same can be compared."""
     return f"per {epsilon['unit']}, {epsilon['relation']}, delta {epsilon['delta']:g}"
 
 
 def assumptions(epsilon: Epsilon) -> str:
-    """Write accountant, sampling and trust model, and the label of a simulation."""
+    """Write accountant, sampling and trust model of an epsilon, and if noise was simulated."""
     stated = f"{epsilon['accountant']}, {epsilon['sampling']}, {epsilon['trust']}"
     return f"{stated}, simulation: not a private release" if epsilon["simulated"] else stated

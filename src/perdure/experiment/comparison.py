@@ -32,7 +32,7 @@ from perdure.experiment.paired_statistics import (
 from perdure.tasks import Metric
 
 CONFIDENCE = 0.95
-"""Confidence of an interval, unless another is asked for."""
+"""Default confidence of the intervals of a comparison."""
 COLUMNS = (
     "metric",
     "unit",
@@ -65,16 +65,16 @@ class Difference:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Arms with their numbers at each seed.
+    """Result of `compare`: means of every arm over seeds, and paired differences between arms.
 
     Args:
         runs: folders of the runs.
-        stream: what all arms learnt, in a few words.
+        stream: stream of all arms, such as "digits, class-incremental, 5 experiences".
         arms: every arm by name, in the order of the runs.
         metrics: every metric that some arm has, by its name in the result.
-        confidence: of the intervals.
+        confidence: confidence of the intervals, between 0 and 1.
         baseline: arm that all others are compared with; None to compare all pairs.
-        notes: sentences that a reader of the numbers needs.
+        notes: warnings on missing seeds, failed trainings and epsilons, one sentence each.
     """
 
     runs: tuple[str, ...]
@@ -86,7 +86,7 @@ class Comparison:
     notes: tuple[str, ...] = ()
 
     def values(self, metric: str) -> dict[str, dict[int, float]]:
-        """Numbers of a metric by arm and seed, of the arms that have it.
+        """Return the numbers of a metric by arm and seed, for the arms that have this metric.
 
         Raises:
             ConfigError: for a metric that no arm has.
@@ -100,7 +100,7 @@ class Comparison:
         return {name: values for name, values in found.items() if values}
 
     def estimates(self, metric: str) -> dict[str, Estimate]:
-        """Mean of every arm over its seeds, with standard error and interval."""
+        """Return the mean of a metric over seeds for every arm, with its uncertainty."""
         found = self.values(metric)
         return {name: estimate(values, self.confidence) for name, values in found.items()}
 
@@ -126,12 +126,12 @@ class Comparison:
         ]
 
     def mean_ranks(self, metric: str) -> dict[str, float]:
-        """Mean rank of every arm, 1 for the best, over the seeds that all have."""
+        """Return the mean rank of every arm, 1 for the best, over the seeds that all arms have."""
         higher = self.metrics[metric].higher_is_better
         return mean_ranks(self.values(metric), higher_is_better=higher)
 
     def rows(self) -> list[dict[str, Any]]:
-        """One row for the mean of every arm in every metric, and one for every difference.
+        """Return the comparison as rows: one per arm and metric, and one per paired difference.
 
         The keys are `COLUMNS`. `minus` is None in the row of a mean; `mean_rank` is None in the row
         of a difference.
@@ -147,7 +147,7 @@ class Comparison:
         return data_frame(self.rows(), COLUMNS)
 
     def to_csv(self) -> str:
-        """Write `rows` as CSV; an empty field means that there is no such number."""
+        """Return `rows` as CSV text; an empty field means that there is no such number."""
         written = io.StringIO()
         table = csv.DictWriter(written, COLUMNS, lineterminator="\n")
         table.writeheader()
@@ -155,7 +155,7 @@ class Comparison:
         return written.getvalue()
 
     def to_json(self) -> str:
-        """Write everything as JSON: `rows`, and the numbers at each seed."""
+        """Return the comparison as JSON text: `rows`, and the numbers at each seed."""
         content = {
             "runs": list(self.runs),
             "stream": self.stream,
@@ -201,11 +201,11 @@ def compare(
 ) -> Comparison:
     """Compare the arms of one or several finished runs over their seeds.
 
-    Guarantee: none of its own. An epsilon is that of one model of one seed; see the notes.
+    Guarantee: none of its own. Each epsilon is for one model of one seed; see `Comparison.notes`.
 
     Args:
         runs: folders of finished runs on the same stream.
-        confidence: of the intervals, between 0 and 1.
+        confidence: confidence of the intervals, between 0 and 1.
         baseline: name of the arm that all others are compared with; None to compare all pairs.
 
     Raises:
@@ -249,7 +249,7 @@ def _refuse_no_common_seed(arms: Mapping[str, ComparedArm]) -> None:
 
 
 def _notes(arms: Mapping[str, ComparedArm]) -> Iterator[str]:
-    """Yield sentences on seeds, failures and epsilons."""
+    """Yield warnings for `Comparison.notes`, on missing seeds, failures and epsilons."""
     common = common_seeds([dict.fromkeys(arm.trials, 0.0) for arm in arms.values()])
     if any(len(arm.trials) == 1 for arm in arms.values()):
         yield (
@@ -276,5 +276,5 @@ def _notes(arms: Mapping[str, ComparedArm]) -> Iterator[str]:
 
 
 def _epsilons_compare(arms: Mapping[str, ComparedArm]) -> bool:
-    """Tell if all epsilons are about the same unit, relation and delta."""
+    """Return True if the epsilons of all arms have the same unit, relation and delta."""
     return len({arm.guarantee for arm in arms.values() if arm.private}) < 2

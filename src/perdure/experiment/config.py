@@ -103,13 +103,13 @@ class FederationConfig(CheckedFields):
 
     Args:
         clients: number of parties.
-        rounds: per experience.
+        rounds: rounds in each experience.
         fraction: share of the clients asked in a round.
         aggregator: class of flwr.serverapp.strategy.
-        aggregator_options: its own arguments, such as {server_learning_rate = 0.5}.
+        aggregator_options: arguments of the aggregator, such as {server_learning_rate = 0.5}.
         split: `dirichlet` for an uneven split of the records over the clients, `iid` for an even
             one.
-        alpha: of the Dirichlet split by class; small is uneven.
+        alpha: concentration of the Dirichlet split by class; a small value is an uneven split.
         min_size: fewest records of a client in an experience.
         client_sizes: public number of training records, a list for every client with a number for
             every experience; left out for the numbers that the split gives.
@@ -143,7 +143,7 @@ class ExplainConfig(CheckedFields):
 
     Args:
         method: one of `perdure.explain.names()`, or "my_package.my_module:MyExplainer".
-        explainer: the explainer with its own fields.
+        explainer: the explainer with the values of its own fields.
         records: number of test records of the first experience that are explained.
     """
 
@@ -169,7 +169,7 @@ class ExplainConfig(CheckedFields):
 
 
 COMBINE = "combine"
-"""Strategy that joins the strategies in `parts`."""
+"""Value of `strategy` for an arm that combines the strategies in its key `parts`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,10 +177,10 @@ class Arm(CheckedFields):
     """One model of the run: a strategy, with or without privacy.
 
     Args:
-        strategy: with its own fields.
-        file: name that it was found by: one of `perdure.strategies.names()`, "combine", or
+        strategy: strategy with the values of its own fields.
+        file: strategy name in the config: one of `perdure.strategies.names()`, "combine", or
             "my_package.my_module:MyMethod".
-        private: train it under the run's privacy.
+        private: train with differential privacy, as the table `[privacy]` says.
         given_name: name of its row and folder; "" for the strategy with -plain or -private.
     """
 
@@ -215,15 +215,16 @@ class Arm(CheckedFields):
 
     @property
     def name(self) -> str:
-        """Folder and row name; see `arm_name`."""
+        """Name of the arm in folders and results; see `arm_name`."""
         return self.given_name or arm_name(self.file, private=self.private)
 
 
 def strategy_of(table: Mapping[str, Any], where: str) -> tuple[str, Strategy]:
-    """Name of a strategy, and the strategy built from the table's other keys.
+    """Return the name of a strategy, and the strategy built from the table's other keys.
 
     Args:
-        table: `strategy = NAME` and its fields; for "combine", `parts` with such tables.
+        table: key `strategy` with the name, and the strategy's fields; for "combine", the key
+            `parts` with a list of such tables.
         where: name of the table, for messages.
 
     Raises:
@@ -256,7 +257,7 @@ class Config(CheckedFields):
         seeds: train every arm with each of these seeds instead of one; tables and reports then show
             means and standard errors.
         threads: number of torch threads; results are bit-identical for the same number.
-        device: of models and records, such as "cuda".
+        device: device of models and records, such as "cuda".
         data: data set and stream.
         model: model of every arm.
         training: length, optimiser and precision of training.
@@ -266,7 +267,7 @@ class Config(CheckedFields):
         privacy: differential privacy of the private arms.
         attack: attack for robust accuracy.
         explain: explainer, and number of test records to explain.
-        arms: the strategies.
+        arms: strategies to train, each with or without privacy.
     """
 
     name: str
@@ -327,7 +328,7 @@ class Config(CheckedFields):
         return replace(self, seed=seed, seeds=())
 
     def trial(self, arm: Arm, seed: int) -> str:
-        """Name of the folder of an arm with a seed."""
+        """Return the folder name of a trial, which is an arm with one seed."""
         return trial_name(arm.name, seed if self.seeds else None)
 
 
@@ -369,7 +370,7 @@ def parse(text: str, source: str = "") -> Config:
     """Parse and check the text of a TOML file.
 
     Args:
-        text: of the file.
+        text: content of the TOML file.
         source: name of the file, for messages.
 
     Raises:
@@ -392,14 +393,15 @@ def table_of(text: str, source: str = "") -> dict[str, Any]:
 
 
 def from_table(table: Mapping[str, Any], source: str = "") -> Config:
-    """Check a table and return its config.
+    """Check the content of a config file, and return the config.
 
     Args:
-        table: as a TOML file has it.
+        table: content of the TOML file, as `tomllib` parses it.
         source: name of the file, for messages.
 
     Raises:
-        ConfigError: naming the file, the field, its value and the allowed values.
+        ConfigError: if a value is not allowed; the message names the file, the field, its value
+            and the allowed values.
     """
     try:
         for where, value in leaves(table):

@@ -1,4 +1,4 @@
-"""Table `[data]` of a config: a data set, and the stream that is made of it."""
+"""Table `[data]` of a config: the data set, and its split into a stream of experiences."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -41,7 +41,7 @@ STREAMS: dict[StreamName, Callable[..., Stream]] = {
 }
 """Functions that make a stream of a data set, by their names in a config."""
 OF_LOADERS = (*GIVEN, "declared_size")
-"""Parameters of data sets that are keys of `[data]` themselves."""
+"""Parameters of a data set's function that cannot be in `DataConfig.options`."""
 OF_STREAMS = {
     "scenario": "scenario",
     "experiences": "experiences",
@@ -58,16 +58,16 @@ OF_STREAMS = {
     "order": "order",
     "declared_sizes": "declared_size",
 }
-"""Keys of `[data]` that are parameters of the functions of streams, and the parameters' names."""
+"""Keys of `[data]` to the parameters of the functions in `STREAMS` that get their values."""
 OF_ALL_RECORDS = ("permuted", "rotated", "joint")
-"""Streams whose experiences hold all records, so that `declared_size` says the size of each."""
+"""Streams in which every experience has all records, and `declared_size` is the size of each."""
 EXPERIENCES = 5
-"""Number of experiences where nothing else says it."""
+"""Default number of experiences, where no other key of `[data]` determines it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(CheckedFields):
-    """Data set and stream.
+    """Table `[data]` of a config: the data set, and its split into a stream of experiences.
 
     A key that is left out has the default of the function in `perdure.data` that `stream` names; a
     key that this function does not have is refused.
@@ -82,16 +82,17 @@ class DataConfig(CheckedFields):
         declared_size: public number of training records; left out for the number that the data set
             declares.
         stream: function in `perdure.data` that makes the stream.
-        seed: public seed of the stream's class order, permutations or places; left out for the
-            run's seed.
-        scenario: task, domain or class; left out for class in `split`.
+        seed: public seed of the class order, the permutations or the assignment of records to
+            experiences; left out for the run's seed.
+        scenario: `task`, `domain` or `class` (incremental learning); left out for `class` in
+            `split`.
         experiences: number of experiences; left out for 5, where `increments`, `angles`,
             `boundaries` and domains do not say it.
         increments: number of new classes in each experience, for unequal ones.
         shuffle_classes: order the classes by the seed (split).
         class_order: classes in the order of training.
         first_identity: do not permute the first experience (permuted).
-        angles: degrees, one experience each (rotated).
+        angles: rotation of each experience in degrees (rotated).
         blurry_share: share of records that leave the experience of their class (blurry).
         disjoint_share: share of classes whose records never leave (blurry).
         first_probability: probability of the geometric distribution of first experiences
@@ -175,9 +176,10 @@ class DataConfig(CheckedFields):
         """Load the data and make the stream.
 
         Args:
-            seed: the run's.
-            private: True if some arm has privacy, so that no record may move another one.
-            without: id of a training record to leave out, for an audit.
+            seed: seed of the run.
+            private: True if some arm has privacy; then no record may change the experience of
+                another record.
+            without: id of a training record to leave out, for an audit; None for none.
 
         Raises:
             ConfigError: where there is no such stream of these data.
@@ -197,7 +199,7 @@ class DataConfig(CheckedFields):
         return stream
 
     def _arguments(self, seed: int) -> dict[str, object]:
-        """Arguments of the stream's function."""
+        """Return the arguments for the function in `STREAMS` that makes the stream."""
         known = inspect.signature(STREAMS[self.stream]).parameters
         given: dict[str, object] = {
             parameter: value

@@ -17,7 +17,7 @@ def to_pandas(result: Mapping[str, object]) -> Any:
     A number that was not measured is NaN. The calibration error is the mean over experiences.
 
     Args:
-        result: from `run` or `read_result`.
+        result: result of a run, from `run` or `read_result`.
 
     Raises:
         ConfigError: without pandas.

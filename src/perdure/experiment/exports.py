@@ -21,7 +21,7 @@ from perdure.privacy.ledger.account import Statement
 from perdure.privacy.ledger.merged import merge
 
 EXPORTS = "exports"
-"""Folder of a run that holds its exports, where no other folder is given."""
+"""Default folder of exported models, inside the folder of the run."""
 METRICS = (
     "average_accuracy",
     "learning_accuracy",
@@ -31,7 +31,7 @@ METRICS = (
     "worst_experience_accuracy",
     "robust_accuracy",
 )
-"""Numbers of a run that go to the model card."""
+"""Keys of a trial's result that the model card of an export repeats."""
 
 
 def export_run(
@@ -56,9 +56,9 @@ def export_run(
             ewc-private-seed-1; None where the run has one arm.
         folder: folder of the files; None for RUN/exports/ARM-FORMAT.
         to: name of the format: `safetensors`, `torch-export` or `onnx`.
-        seed: of the run; None where it has one seed, or where `arm` says it.
-        student: model that is distilled from the arm's, as the fields of a [model] table, such as
-            "hidden = [16]"; None for the arm's own model.
+        seed: seed of the model; None if the run has one seed, or if `arm` contains the seed.
+        student: fields of a [model] table, such as "hidden = [16]", for a smaller model that is
+            distilled from the arm's model and exported instead; None for the arm's own model.
         public_inputs: safetensors file with the tensor "inputs" (n, ...), which a student of a
             private arm is distilled on; None for the training records.
         prune: share of the weights to set to 0; 0 for none.
@@ -66,10 +66,10 @@ def export_run(
 
     Raises:
         ConfigError: for an option that is not allowed, or a package that is not installed.
-        ExportError: where the format cannot hold the predictor, or its files answer otherwise.
+        ExportError: if the format cannot store the predictor, or the files give other outputs.
         LedgerError: where a ledger of the arm is missing or damaged.
         PrivacyError: where a private model would be distilled on its training records.
-        RunError: when there is no such model, or several, or it cannot be read.
+        RunError: if no model or several models match, or if the model cannot be read.
     """
     run = Path(run)
     arm = chosen_trial(run, trials(read(run / "config.toml")), arm, seed)
@@ -99,7 +99,7 @@ def export_run(
 
 
 def _row(run: Path, arm: str) -> Mapping[str, Any]:
-    """Result row of the arm."""
+    """Return the row of an arm's trial from the run's `result.json`."""
     path = run / "arms" / arm / "arm.json"
     try:
         row: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -109,10 +109,10 @@ def _row(run: Path, arm: str) -> Mapping[str, Any]:
 
 
 def _statement(run: Path, arm: str, row: Mapping[str, Any]) -> Statement | None:
-    """Statement of the arm's ledgers; None for an arm without privacy.
+    """Return the privacy statement from an arm's ledgers; None for an arm without privacy.
 
     Raises:
-        RunError: where the ledgers of a private arm are gone.
+        RunError: if the arm is private and has no ledger.
     """
     if row["epsilon"] is None:
         return None
@@ -125,7 +125,7 @@ def _statement(run: Path, arm: str, row: Mapping[str, Any]) -> Statement | None:
 
 
 def _student(text: str, stream: Stream, seed: int) -> nn.Module:
-    """Make the student from the fields of a [model] table."""
+    """Make the untrained student of a distillation from the fields of a [model] table."""
     try:
         table = tomllib.loads(f"student = {{ {text} }}")["student"]
     except tomllib.TOMLDecodeError as error:

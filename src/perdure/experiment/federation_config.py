@@ -19,15 +19,15 @@ OF_FLOWER = (
     "train_metrics_aggr_fn",
     "evaluate_metrics_aggr_fn",
 )
-"""Arguments of aggregators that the federation sets."""
+"""Arguments of Flower's aggregators that perdure sets, so that a config may not give them."""
 
 
 def make_aggregator(name: str, options: Mapping[str, Any]) -> Any:
-    """Make an aggregator by its name.
+    """Make the object of Flower that averages the clients' models in a federation.
 
     Args:
-        name: class of flwr.serverapp.strategy.
-        options: its own arguments.
+        name: name of a class in flwr.serverapp.strategy, such as "FedAvg".
+        options: arguments of the class.
 
     Raises:
         ConfigError: for an unknown name, and for arguments that the class refuses.

@@ -1,4 +1,4 @@
-"""Checks that the dataclasses of a config share."""
+"""Checks of values that several dataclasses of a config use."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,16 +7,16 @@ from perdure.errors import ConfigError
 
 
 def check(config: object, names: str, good: Callable[[Any], bool], allowed: str) -> None:
-    """Refuse a field that is given but not good.
+    """Check that fields of a dataclass have allowed values; None is always allowed.
 
     Args:
-        config: the dataclass.
-        names: of the fields, separated by spaces.
-        good: tells if a value is allowed.
-        allowed: description of the allowed values.
+        config: instance of the dataclass.
+        names: names of the fields to check, separated by spaces.
+        good: function that returns True if a value is allowed.
+        allowed: description of the allowed values, for the message.
 
     Raises:
-        ConfigError: for the first such field.
+        ConfigError: for the first field with another value.
     """
     for name in names.split():
         value = getattr(config, name)
@@ -25,7 +25,7 @@ def check(config: object, names: str, good: Callable[[Any], bool], allowed: str)
 
 
 def counts(value: int) -> bool:
-    """Tell if a count is positive and small enough that a run can end."""
+    """Return True if a count is at least 1, and small enough that a run can end."""
     return 1 <= value <= 10**9
 
 

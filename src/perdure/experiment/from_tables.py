@@ -35,7 +35,7 @@ def extension(
     table: Mapping[str, Any],
     where: str,
 ) -> tuple[str, T]:
-    """Name under `key` of a table, and the extension built from the table's other fields."""
+    """Return the name under `key`, and the extension built from the table's other fields."""
     name, options = named_option(key, table, where, names())
     return name, build(find(name, field=f"{where}.{key}"), options, where)
 
@@ -43,16 +43,16 @@ def extension(
 def named_option(
     key: str, table: Mapping[str, Any], where: str, names: Sequence[str]
 ) -> tuple[str, dict[str, Any]]:
-    """Name under `key` of a table, and the table's other keys.
+    """Return the name under `key` of a table of a config, and the table without this key.
 
     Args:
-        key: of the name.
-        table: as a config has it.
+        key: key that has the name of a strategy, an attack or the like.
+        table: table of the config.
         where: name of the table, for messages.
         names: known names, for messages.
 
     Raises:
-        ConfigError: where the name is missing, or no text.
+        ConfigError: if the name is missing, or is not text.
     """
     options = dict(table)
     field = f"{where}.{key}"
@@ -95,7 +95,7 @@ def build(cls: type[T], table: Mapping[str, Any], where: str) -> T:
 
 
 def read_hints(cls: type, where: str) -> dict[str, Any]:
-    """Types of a class's fields; a foreign class may name types that cannot be imported."""
+    """Return the types of a class's fields by name, from its annotations."""
     try:
         return typing.get_type_hints(cls)
     except Exception as error:
@@ -106,7 +106,7 @@ def read_hints(cls: type, where: str) -> dict[str, Any]:
 
 
 def placed(message: str, where: str, known: Iterable[str]) -> str:
-    """Add the name of the table to a dataclass's error message, if it is missing there."""
+    """Return a dataclass's error message with the table's name in front, if it has none."""
     if not where or message.startswith((f"{where}.", f"{where} ")):
         return message
     field = re.split(r"[ .:\[]", message, maxsplit=1)[0]
@@ -122,7 +122,7 @@ def key_text(name: str) -> str:
 
 
 def _options(hint: Any) -> tuple[Any, ...]:
-    """Types that a field may have, from its annotation."""
+    """Return the types that an annotation allows: the members of a union, or the type itself."""
     return (
         typing.get_args(hint)
         if typing.get_origin(hint) in (types.UnionType, typing.Union)
@@ -154,7 +154,7 @@ def checked_value(value: object, hint: Any, where: str) -> object:
 
 
 def _length_fits(value: list[object], hint: Any) -> bool:
-    """Tell if a list may become such a tuple, of any length or of a fixed one."""
+    """Return True if a sequence or tuple type allows lists of this length."""
     if typing.get_origin(hint) is Sequence:
         return True
     if typing.get_origin(hint) is not tuple:

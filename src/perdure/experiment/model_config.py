@@ -1,4 +1,4 @@
-"""Table `[model]` of a config: a built-in model, a builder of `perdure.models`, or one's own."""
+"""Table `[model]` of a config: a built-in model, a builder of `perdure.models`, or a user's own."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -20,21 +20,21 @@ from perdure.utils.seeding import seeded
 BUILDERS = ("decoder", "gru", "lstm", "transformer")
 """Functions of `perdure.models` that a config names; their arguments are keys of `[model]`."""
 GIVEN = ("input_shape", "num_classes", "seed")
-"""Arguments that follow from the stream and the run."""
+"""Arguments of model functions that perdure passes, from the stream and the run's seed."""
 OWN = '"module:name" of a function or class that makes a torch.nn.Module'
 
 
 @dataclass(frozen=True, kw_only=True)
 class BuiltModel(CheckedFields):
-    """Model that a function makes.
+    """Table `[model]` that names a function, which makes the model.
 
-    The function is called with those of `input_shape`, `num_classes` and `seed` that it has, and
-    with `options`. With records of next tokens, `vocabulary` and `every_position` of a builder of
-    `perdure.models` follow from the task where they are left out.
+    The function is called with `options`, and with `input_shape`, `num_classes` and `seed` if it
+    has parameters of these names. With records of next tokens, `vocabulary` and `every_position`
+    of a builder of `perdure.models` follow from the task where they are left out.
 
     Args:
-        name: a builder of `perdure.models`, or "module:name" of a function or class.
-        options: its own arguments, which are keys of the same table.
+        name: name of a builder of `perdure.models`, or "module:name" of a function or class.
+        options: further arguments of the function, which are keys of the same table.
     """
 
     TABLE: ClassVar[str] = "a table with name = NAME and the model's own fields"
@@ -44,7 +44,7 @@ class BuiltModel(CheckedFields):
 
     @classmethod
     def from_table(cls, table: Mapping[str, Any], where: str) -> "BuiltModel | ModelConfig":
-        """Read a table: of a built-in model (`ModelConfig`), or of a function's arguments."""
+        """Read a table `[model]`: a `ModelConfig` for a built-in model, or else a `BuiltModel`."""
         options = dict(table)
         name = options.pop("name", ModelConfig.name)
         if name in MODELS or not isinstance(name, str):
@@ -59,8 +59,8 @@ class BuiltModel(CheckedFields):
         """Make the model for a stream.
 
         Args:
-            stream: of which the shape of inputs and the number of classes are taken.
-            seed: of the initial parameters.
+            stream: stream that gives the shape of inputs and the number of classes.
+            seed: seed of the initial parameters.
 
         Raises:
             ConfigError: where the function refuses its arguments, or returns no model.

@@ -1,4 +1,4 @@
-"""Keys of a config that the command line replaces, and a config as text again."""
+"""Replacement of a config's keys by options of the command line, and writing of TOML text."""
 
 import datetime
 import json
@@ -18,14 +18,14 @@ def overridden(
     engine: str | None = None,
     device: str | None = None,
 ) -> str:
-    """Replace keys of a config, and return its text: the same one where nothing is replaced.
+    """Return the text of a config with some keys replaced; unchanged if no new value is given.
 
     Args:
-        text: TOML text.
+        text: TOML text of the config.
         source: name of the file, for messages.
-        seeds: one number, or several with commas, such as "0,1,2".
-        engine: of the federation.
-        device: of models and records.
+        seeds: new seeds: one number, or several with commas, such as "0,1,2"; None to keep.
+        engine: new engine of the federation; None to keep.
+        device: new device of models and records; None to keep.
 
     Raises:
         ConfigError: for seeds that are no numbers, and for an engine without a federation.

@@ -19,12 +19,12 @@ Seeds = Mapping[int, float]
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """Mean of some values, with its uncertainty.
+    """Mean of values at several seeds, with standard error and confidence interval.
 
     Args:
         seeds: seeds of the values, ascending.
         mean: mean of the values.
-        standard_error: of the mean; None with one value.
+        standard_error: standard error of the mean; None with one value.
         low: lower end of the interval of the mean; None with one value.
         high: upper end of the interval.
     """
@@ -40,8 +40,8 @@ def estimate(values: Seeds, confidence: float) -> Estimate:
     """Estimate the mean of values at seeds.
 
     Args:
-        values: by seed, at least one.
-        confidence: of the interval, between 0 and 1.
+        values: value at each seed; at least one.
+        confidence: confidence of the interval, between 0 and 1.
     """
     seeds = tuple(sorted(values))
     ordered = [values[seed] for seed in seeds]
@@ -63,9 +63,9 @@ def paired_difference(values: Seeds, other: Seeds, confidence: float) -> Estimat
     """Estimate the mean of `values - other` at the seeds that both have; None without any.
 
     Args:
-        values: of an arm, by seed.
-        other: of the arm that is subtracted.
-        confidence: of the interval, between 0 and 1.
+        values: values of an arm, by seed.
+        other: values of the arm that is subtracted, by seed.
+        confidence: confidence of the interval, between 0 and 1.
     """
     differences = {seed: values[seed] - other[seed] for seed in values if seed in other}
     return estimate(differences, confidence) if differences else None
@@ -77,8 +77,8 @@ def mean_ranks(values: Mapping[str, Seeds], *, higher_is_better: bool) -> dict[s
     Arms of the same value share the mean of their ranks.
 
     Args:
-        values: by arm and seed.
-        higher_is_better: direction of the metric.
+        values: value of the metric by arm and seed.
+        higher_is_better: True if a larger value of the metric is better.
 
     Returns:
         Mean rank by arm; empty where no seed is common to all arms.
@@ -96,5 +96,5 @@ def mean_ranks(values: Mapping[str, Seeds], *, higher_is_better: bool) -> dict[s
 
 
 def common_seeds(values: Sequence[Seeds]) -> tuple[int, ...]:
-    """Seeds that all arms have, ascending."""
+    """Return the seeds at which all arms have a value, ascending."""
     return tuple(sorted(set.intersection(*map(set, values)))) if values else ()

@@ -1,7 +1,7 @@
-"""Reference of a config: every table and key, read from the classes and functions that take them.
+"""Reference documentation of config files: every table and key, with type, default and meaning.
 
-Types and defaults are those of fields and parameters, meanings those of docstrings. Allowed values
-come from the refusal of a wrong value, so that they are those of the check itself.
+It is generated. Types and defaults are read from fields and parameters, and meanings from
+docstrings. Allowed values are read from the error message for a wrong value.
 """
 
 import inspect
@@ -47,9 +47,9 @@ from perdure.privacy.adaptive_clipping import Adaptive
 from perdure.privacy.settings import Privacy
 
 WRONG: dict[type, tuple[Any, ...]] = {int: (-1, 0), float: (-1.0, 1e300), str: ("?",)}
-"""Values of each type that a check with limits or choices refuses."""
+"""Wrong values of each type, which are tried to read the allowed values from the error message."""
 OTHER_STREAM = "for stream ="
-"""Beginning of the refusal of a key that belongs to another stream; it tells no values."""
+"""Beginning of the error message for a key of another stream, which has no allowed values."""
 NEEDED = "required"
 LEFT_OUT = "left out"
 DERIVED = ("bounds_given",)
@@ -57,14 +57,14 @@ DERIVED = ("bounds_given",)
 
 @dataclass(frozen=True, kw_only=True)
 class Key:
-    """A key of a table.
+    """One key of a config's table, as the reference documents it.
 
     Args:
-        name: of the key.
+        name: name of the key.
         type: kind of value, in words.
         default: as TOML writes it; "required", or "left out" for a key without a value.
-        allowed: values that are allowed, in words; "" where the type says all.
-        meaning: from the docstring.
+        allowed: values that are allowed, in words; "" if all values of the type are.
+        meaning: description of the key, from a docstring.
     """
 
     name: str
@@ -76,11 +76,11 @@ class Key:
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """A table of a config.
+    """One table of a config, as the reference documents it.
 
     Args:
-        title: as a config writes it, such as `[data]`.
-        keys: in the order of the class or function.
+        title: heading of the table in a config, such as `[data]`.
+        keys: keys of the table, in the order of the class or function that takes them.
     """
 
     title: str
@@ -118,7 +118,7 @@ def tables() -> list[Table]:
 
 
 def reference_text(table: str | None = None) -> str:
-    """Write the reference as plain text.
+    """Return the reference as plain text, for the terminal.
 
     Args:
         table: name of one table, such as "training"; None for all.
@@ -134,12 +134,12 @@ def reference_text(table: str | None = None) -> str:
 
 
 def reference_markdown() -> str:
-    """Write the reference as sections of a page, each with a table."""
+    """Return the reference as Markdown: a section with a table of keys for each config table."""
     return "\n".join(_markdown(one) for one in tables())
 
 
 def _belongs(one: Table, name: str) -> bool:
-    """Tell if a table is the one of a name, or says more of it."""
+    """Return True for the table `[name]`, and for the tables inside it."""
     return f"[{name}]" in one.title or f"[{name}." in one.title
 
 
@@ -174,10 +174,10 @@ def _escaped(title: str) -> str:
 
 
 def _plain_keys(example: Any) -> tuple[Key, ...]:
-    """Keys of a dataclass, in the order of its fields.
+    """Return the keys that a dataclass adds to a table, in the order of its fields.
 
     Args:
-        example: an instance that is right.
+        example: instance of the dataclass with allowed values.
     """
     kind = type(example)
     hints = read_hints(kind, kind.__name__)
@@ -221,7 +221,7 @@ def _default(value: Any, factory: Any = MISSING) -> str:
 
 
 def _refusal(example: Any, name: str, hint: Any) -> str:
-    """Words in which a check refuses a value of the right type; "" where it takes all of them."""
+    """Return the allowed values of a field in words, from the error message for a wrong value."""
     for kind, values in WRONG.items():
         if described(kind) not in described(hint).split(" or "):
             continue
@@ -237,7 +237,7 @@ def _refusal(example: Any, name: str, hint: Any) -> str:
 
 
 def meanings(kind: Callable[..., Any]) -> dict[str, str]:
-    """Meanings of fields or parameters, from the part `Args:` of docstrings, bases included."""
+    """Return the description of each field or parameter, from `Args:` in the docstrings."""
     found: dict[str, str] = {}
     for each in reversed(inspect.getmro(kind)) if isinstance(kind, type) else (kind,):
         found |= _arguments(inspect.cleandoc(each.__doc__ or ""))
@@ -265,7 +265,7 @@ def _parameters(function: Callable[..., Any], without: tuple[str, ...]) -> tuple
 
 
 def _of_functions(title: str, package: Any, without: tuple[str, ...]) -> Iterator[Table]:
-    """Tables of the data sets that have arguments of their own."""
+    """Yield a table for each data set that has arguments of its own."""
     for name in package.names():
         keys = _parameters(package.find(name), without)
         if keys:
@@ -273,7 +273,7 @@ def _of_functions(title: str, package: Any, without: tuple[str, ...]) -> Iterato
 
 
 def _of_torch(title: str, module: Any, names: tuple[str, ...]) -> Iterator[Table]:
-    """Tables of classes of torch."""
+    """Yield a table for each optimiser or schedule of torch."""
     for name in names:
         keys = _parameters(getattr(module, name), (*OF_OPTIMIZERS, *OF_SCHEDULES))
         shares = tuple(
@@ -290,7 +290,7 @@ def _of_torch(title: str, module: Any, names: tuple[str, ...]) -> Iterator[Table
 
 
 def _of_extensions(title: str, package: Any) -> Iterator[Table]:
-    """Tables of attacks, explainers and strategies."""
+    """Yield a table for each attack, explainer or strategy of a package."""
     for name in package.names():
         kind = package.find(name)
         keys = _plain_keys(_example(kind))
@@ -298,7 +298,7 @@ def _of_extensions(title: str, package: Any) -> Iterator[Table]:
 
 
 def _example(kind: type[Any]) -> Any:
-    """An instance of an extension that is right."""
+    """Return an instance of a strategy, attack or explainer with allowed values."""
     make = getattr(kind, "example", None)
     if make is not None:
         return make()

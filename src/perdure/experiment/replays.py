@@ -26,13 +26,13 @@ class ReplayedArm(ArmRun):
     """Arm of a run whose learners are recorded for a replay.
 
     Args:
-        replay: the run of the replay that records.
+        replay: recorder of the outputs and noise draws of this run of the replay.
     """
 
     replay: ReplayRun
 
     def learner(self, stream: Stream, client: int = 0, folder: Path | None = None) -> Learner:
-        """Make a new learner for one party, attached to the replay."""
+        """Make a new learner for one party, with `replay` as recorder of its outputs."""
         made = super().learner(stream, client, folder)
         return self.replay.attach(made, f"client {client}" if self.config.federation else ALONE)
 
@@ -74,7 +74,10 @@ def replay_run(config: Config, *, record: int | None = None) -> dict[str, Replay
 
 
 def declared_like(stream: Stream, other: Stream) -> Stream:
-    """Return the stream with the declared sizes of another stream, because sizes are public."""
+    """Return `stream` with the declared sizes of `other`.
+
+    The stream without one record must declare the sizes of the whole one, because they are public.
+    """
     parts = [
         replace(
             experience,

@@ -11,7 +11,7 @@ SCHEMA = 2
 
 
 class Epsilon(TypedDict):
-    """One privacy statement; `text` is a full sentence."""
+    """Privacy statement of an arm or of the whole run; `text` is the statement as a sentence."""
 
     value: float
     delta: float
@@ -25,7 +25,7 @@ class Epsilon(TypedDict):
 
 
 class Spending(TypedDict):
-    """Privacy cost of one purpose."""
+    """Noisy steps of one purpose, such as gradients: part of an arm's privacy cost."""
 
     purpose: str
     steps: int
@@ -83,7 +83,7 @@ class Numbers(TypedDict):
 class TrialResult(Numbers, PrivacyResult):
     """One arm with one seed.
 
-    `failure` is the message of a training that ran away; the measures are then null. `progress` has
+    `failure` is the error message if training diverged; the measures are then null. `progress` has
     the measurements inside stages: number of the experience that ended, and accuracies.
     """
 
@@ -94,7 +94,7 @@ class TrialResult(Numbers, PrivacyResult):
 
 
 class Failure(TypedDict):
-    """A training that ran away."""
+    """Seed of a trial whose training diverged, and the error message."""
 
     seed: int
     trial: str
@@ -105,7 +105,7 @@ class ArmResult(Numbers, PrivacyResult):
     """One strategy of the run, with or without privacy.
 
     Measures are means over the seeds that did not fail; time is a sum, and state the largest. The
-    statement of privacy is the seed's with the largest epsilon, for its model alone.
+    privacy statement is for one model: the seed with the largest epsilon.
     """
 
     name: str

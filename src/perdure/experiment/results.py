@@ -45,14 +45,14 @@ def summary(
     merged: Merged | None,
     explanations: Explanations | None,
 ) -> Result:
-    """Put the result together.
+    """Build the content of `result.json` from its parts.
 
     Args:
-        config: of the run.
-        stream: of its first seed.
+        config: config of the run.
+        stream: stream of the run's first seed.
         arms: results of all arms.
-        merged: ledgers of all private trials, if there are some.
-        explanations: where the explanation tensors are.
+        merged: ledgers of all private trials; None if no arm is private.
+        explanations: file of the explanation tensors; None without explanations.
     """
     first = config.of_seed(config.all_seeds[0])
     return {
@@ -101,7 +101,7 @@ def by_class(learner: Learner, stream: Stream) -> list[ClassMeasures]:
 
 
 def class_row(measured: ClassMeasures) -> ClassResult:
-    """Measures of each class as the result keeps them: only classes and counts that are not 0."""
+    """Convert measures of each class to the form of `result.json`, without counts of 0."""
     present = measured.confusion.sum(1).nonzero().flatten().tolist()
     return {
         "macro_f1": measured.macro_f1,
@@ -119,7 +119,7 @@ def class_row(measured: ClassMeasures) -> ClassResult:
 
 
 def federation_row(config: Config, stream: Stream) -> dict[str, Any] | None:
-    """Settings of the federation, with the declared size of each client in each experience."""
+    """Return the federation's settings for `result.json`, with each client's declared sizes."""
     if config.federation is None:
         return None
     clients = client_streams(config, stream)
@@ -150,7 +150,7 @@ def client_streams(config: Config, stream: Stream) -> list[Stream]:
 
 
 def epsilon_row(stated: Statement) -> Epsilon:
-    """Convert one privacy statement to the form that the result has."""
+    """Convert one privacy statement to the form of `result.json`."""
     return {
         "value": stated.epsilon,
         "delta": stated.delta,
@@ -169,7 +169,7 @@ OF_SEED = re.compile(r"-seed-(\d+)/client-\d+$")
 
 
 def epsilon_of_all_arms(merged: Merged, delta: float) -> Epsilon:
-    """Statement for somebody who sees all private models, of all arms and seeds.
+    """Return the privacy statement against a reader of all private models of the run.
 
     The same record's uses in all of them compose. A partition's name means the same records in all
     arms of one seed. Where another seed may have placed a record in another partition, such as by
@@ -184,9 +184,12 @@ def epsilon_of_all_arms(merged: Merged, delta: float) -> Epsilon:
 
 
 def _groups(merged: Merged) -> list[dict[str, str]]:
-    """Partitions that compose by name: name in the merged account to name of the records.
+    """Group the partitions in which equal names mean the same records.
 
-    One group for all seeds where the rules that place records are known and the same.
+    Returns:
+        One dictionary for each group, from the partition's name in the merged account to the name
+        of its records. There is one group for all seeds if the rules that assign records to
+        partitions are known and equal, and else one group per seed.
     """
     seeds: dict[str, dict[str, str]] = {}
     rules: dict[str, set[str]] = {}
@@ -204,13 +207,13 @@ def _groups(merged: Merged) -> list[dict[str, str]]:
 
 
 def _composed(names: Mapping[str, str], merged: Merged, delta: float) -> float:
-    """Largest epsilon of a record whose uses in all partitions of its name compose."""
+    """Return the largest epsilon of a record, with all partitions of one record name composed."""
     same = groupby(sorted(names, key=names.__getitem__), key=names.__getitem__)
     return max(merged.epsilon(list(group), delta=delta) for _, group in same)
 
 
 def _units(names: Mapping[str, str], merged: Merged) -> int:
-    """Number of records in the partitions of different names."""
+    """Return the number of records; partitions with one record name are counted once."""
     return sum({record: merged.sizes[name] for name, record in names.items()}.values())
 
 

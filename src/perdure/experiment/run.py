@@ -65,13 +65,14 @@ def run(
 ) -> Result:
     """Run every arm of a config and write the files of the run; a stopped run continues.
 
-    A training that ran away is reported in the result (`failures`), and the other trials go on.
+    If the training of a trial diverges, the result reports it (`failures`), and the other trials
+    run.
 
     Args:
         config: parsed config.
         text: TOML text of the config, which is stored with the result.
         folder: folder of the run; it is created.
-        progress: see `Progress`.
+        progress: function that is called as progress(arm name, share done).
         callbacks: called as callback(point, learner) by every learner of every arm; see
             `perdure.learner.POINTS`.
 
@@ -114,7 +115,7 @@ def run(
 
 
 def trials(config: Config) -> dict[str, tuple[Arm, int]]:
-    """Names of the trials of a config, in the order in which they are trained."""
+    """Return the arm and the seed of every trial of a config by the trial's name, in order."""
     return {config.trial(arm, s): (arm, s) for s in config.all_seeds for arm in config.arms}
 
 
@@ -128,10 +129,10 @@ def load(run: Path | str, arm: str | None = None, *, seed: int | None = None) ->
         run: folder of the run.
         arm: name of an arm, or of its folder in `checkpoint/`, such as ewc-private or
             ewc-private-seed-1; None where the run has one arm.
-        seed: of the run; None where it has one seed, or where `arm` says it.
+        seed: seed of the model; None if the run has one seed, or if `arm` contains the seed.
 
     Raises:
-        RunError: when there is no such model, or several, when its training ran away, or when it
+        RunError: if no model or several models match, if training diverged, or if the model
             cannot be read.
     """
     from safetensors import SafetensorError
@@ -163,16 +164,16 @@ def load(run: Path | str, arm: str | None = None, *, seed: int | None = None) ->
 def chosen_trial(
     folder: Path, known: Mapping[str, tuple[Arm, int]], arm: str | None, seed: int | None
 ) -> str:
-    """Name the only trial of an arm and a seed.
+    """Return the name of the only trial with this arm and this seed.
 
     Args:
-        folder: of the run, for messages.
-        known: trials of its config, from `trials`.
-        arm: name of an arm or trial; None where the run has one arm.
-        seed: of the run; None where it has one seed.
+        folder: folder of the run, for messages.
+        known: trials of the run's config, from `trials`.
+        arm: name of an arm or trial; None if the run has one arm.
+        seed: seed of the trial; None if the run has one seed.
 
     Raises:
-        RunError: when there is none, or more than one.
+        RunError: if no trial or several trials match.
     """
     found = [
         trial
@@ -187,7 +188,7 @@ def chosen_trial(
 
 
 def training_of(folder: Path, trial: str, *, private: bool) -> Training:
-    """Return the history that the model of a finished run's trial carries."""
+    """Return the training history of a finished trial's model, which exported models keep."""
     by = f"{folder.resolve()}, {trial}"
     own = folder / "arms" / trial / "ledger.jsonl"
     if not private:
@@ -207,7 +208,7 @@ def training_of(folder: Path, trial: str, *, private: bool) -> Training:
 
 
 def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors whose name begins with `prefix`, by the rest of their names."""
+    """Select the tensors whose names begin with `prefix`; the prefix is removed from the names."""
     return {
         name.removeprefix(prefix): value
         for name, value in tensors.items()
@@ -216,7 +217,7 @@ def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def keep_config(folder: Path, config: Config, text: str) -> None:
-    """Write the config, or check that the folder's config has the same meaning.
+    """Store the config in a run's folder, or check that the stored config has the same meaning.
 
     Comments may differ. If nothing was run yet, the config may change.
 

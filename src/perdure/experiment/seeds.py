@@ -18,15 +18,15 @@ AVERAGED = (
     "area_under_accuracy",
     "robust_accuracy",
 )
-"""Numbers of a trial that have a mean and a standard error."""
+"""Keys of a trial's result that are averaged over seeds, with a standard error."""
 
 
 def arm_result(arm: Arm, trials: Sequence[TrialResult]) -> ArmResult:
-    """Put the trials of an arm together.
+    """Combine the trials of an arm into one result, with means and standard errors over seeds.
 
     Args:
-        arm: of the config.
-        trials: its results, one for each seed of the run.
+        arm: arm of the config.
+        trials: results of the arm, one for each seed of the run.
     """
     done = [trial for trial in trials if trial["failure"] is None]
     columns = {name: _known(done, name) for name in AVERAGED}
@@ -70,7 +70,7 @@ def standard_error(values: Sequence[float]) -> float | None:
 
 
 def _known(trials: Sequence[TrialResult], name: str) -> list[float]:
-    """Values of a number that were measured."""
+    """Return the values of one number from all trials in which it was measured."""
     values = [cast(Any, trial)[name] for trial in trials]
     if len(values) == 1:  # as it is, not-a-number included
         return [value for value in values if value is not None]
@@ -80,10 +80,10 @@ def _known(trials: Sequence[TrialResult], name: str) -> list[float]:
 def _mean_matrix(
     matrices: Sequence[Sequence[Sequence[float | None]]],
 ) -> list[list[float | None]]:
-    """Mean of each entry over those seeds where it was measured; NaN where none did.
+    """Average accuracy matrices over seeds, each entry over the seeds at which it was measured.
 
-    Seeds may differ in the numbers of their experiences (a stream of other pieces): the largest
-    matrix says the shape.
+    Seeds may have streams with different numbers of experiences; the result has the shape of the
+    largest matrix. An entry that no seed measured is null.
     """
     rows = max(map(len, matrices), default=0)
     return [_mean_rows([matrix[i] for matrix in matrices if i < len(matrix)]) for i in range(rows)]

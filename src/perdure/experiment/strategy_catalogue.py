@@ -33,7 +33,9 @@ HIDDEN = 3
 FEATURES = 17
 CLASSES = 7
 EXPERIENCES = 5
-"""Sizes of the small model and stream; all differ, so that a shape shows which sizes it has.
+"""Number of experiences of the example stream.
+
+All sizes of the example model and stream differ, so that a shape shows which sizes it has.
 """
 WORDS = {INPUTS: "inputs", FEATURES: "features", CLASSES: "classes", EXPERIENCES: "experiences"}
 YEAR = re.compile(r"\b(19|20)\d\d\b")
@@ -215,7 +217,7 @@ def _stored(
 
 
 def _model(strategy: Strategy) -> nn.Module:
-    """Make the small model of the strategy, or a small perceptron if it has none."""
+    """Make the small model for a strategy's costs: its `small_model`, or a perceptron."""
     plain = mlp(input_shape=(INPUTS,), num_classes=CLASSES, hidden=(HIDDEN, FEATURES), seed=0)
     own = strategy.small_model(input_shape=(INPUTS,), num_classes=CLASSES)
     return plain if own is None else own
@@ -226,7 +228,7 @@ def _parameters(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _spec(model: nn.Module) -> Spec:
-    """Public facts for the state of a strategy with this model."""
+    """Return the `Spec` with which a strategy creates its state for this model."""
     return Spec(
         params=_parameters(model),
         num_classes=CLASSES,

@@ -1,4 +1,4 @@
-"""Tables `[training]` and `[private_training]` of a config, and those inside of them."""
+"""Tables `[training]` and `[private_training]` of a config, and the tables inside them."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -25,7 +25,10 @@ from perdure.utils.checked_fields import CheckedFields
 from perdure.utils.chunking import row_slices
 
 NEED_MORE = ("LBFGS", "SparseAdam", "Muon")
-"""Optimisers that need several gradients per step, sparse ones, or matrices only."""
+"""Optimisers of torch that a config may not name.
+
+They need several gradients per step, sparse gradients, or models with matrices only.
+"""
 OPTIMIZERS = tuple(
     name
     for name, value in vars(torch.optim).items()
@@ -35,7 +38,10 @@ OPTIMIZERS = tuple(
     and name not in NEED_MORE
 )
 OF_OPTIMIZERS = ("params", "lr", "momentum", "capturable", "differentiable")
-"""Parameters of optimisers that are no options: given otherwise, or of no use in the loop."""
+"""Parameters of optimisers that may not be in `optimizer_options`.
+
+Other keys or perdure set them, or they have no use in the training loop.
+"""
 NEED_OBJECTS = (
     "LRScheduler",
     "LambdaLR",
@@ -44,7 +50,7 @@ NEED_OBJECTS = (
     "ChainedScheduler",
     "ReduceLROnPlateau",
 )
-"""Schedules that need functions, other schedules or a measured loss."""
+"""Schedules of torch that a config may not name: they need functions, schedules or a loss."""
 SCHEDULES = tuple(
     name
     for name, value in vars(lr_scheduler).items()
@@ -56,22 +62,22 @@ SCHEDULES = tuple(
 STEPS = ("T_max", "T_0", "total_steps", "total_iters", "step_size", "step_size_up", "milestones")
 """Parameters of schedules that are numbers of steps."""
 WHOLE = ("T_max", "total_steps")
-"""Those of them that are all steps of an experience where a config leaves them out."""
+"""Parameters of schedules that default to the number of steps of the experience."""
 OF_SCHEDULES = ("optimizer", "last_epoch", "epochs", "steps_per_epoch", "scale_fn", "verbose")
-"""Parameters of schedules that no config gives."""
+"""Parameters of schedules that a config may not give."""
 CHANGES: dict[str, Callable[..., Callable[[Tensor], Tensor]]] = {"shift_and_flip": shift_and_flip}
-"""Functions that make a change for views, by name."""
+"""Functions that return a random change of records, by their names in a table of views."""
 OWN = '"module:name" of a function'
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttackConfig(CheckedFields):
-    """An attack as a table names it.
+    """Table of a config that names an attack: `[attack]` or `[training.adversary]`.
 
     Args:
         name: name of an attack, or "my_package.my_module:MyAttack".
-        attack: with its own fields.
-        bounds_given: whether the bounds are those of `attack`. Otherwise inputs stay in [0, 1]
+        attack: attack with the values of its own fields.
+        bounds_given: True to use the input bounds of `attack`. Otherwise inputs stay in [0, 1]
             where all public test inputs lie there, and are unbounded elsewhere.
     """
 
@@ -136,7 +142,7 @@ class ScheduleConfig(CheckedFields):
         return cls(name=name, options={k: lengths.get(k, values[k]) for k in options})
 
     def __call__(self, optimizer: Optimizer, *, steps: int) -> LRScheduler:
-        """Return the schedule of an experience of so many steps."""
+        """Make the schedule of an experience that has `steps` steps."""
         function = self.function("name")
         if ":" in self.name:
             made: LRScheduler = function(optimizer, steps=steps, **self.options)
@@ -153,7 +159,7 @@ class ScheduleConfig(CheckedFields):
         """Return the class or function that makes the schedule.
 
         Args:
-            field: where the name was given, for messages.
+            field: key of the config that has the name, for messages.
         """
         if ":" in self.name:
             return of_module(self.name, field, f"{OWN} that returns a schedule of torch.optim")
@@ -171,7 +177,7 @@ def _are_steps(value: object) -> bool:
 
 
 def _steps_of(value: Any, steps: int) -> Any:
-    """Turn shares into numbers of steps, each at least 1."""
+    """Convert shares of an experience's steps into numbers of steps, each at least 1."""
     if isinstance(value, list | tuple):
         return [_steps_of(each, steps) for each in value]
     return max(1, round(value * steps)) if isinstance(value, float) else value
@@ -185,7 +191,7 @@ class ViewsConfig(CheckedFields):
         count: number of versions.
         change: `shift_and_flip`, or "module:name" of a function that returns a change, as
             `perdure.data.shift_and_flip` does. Its own arguments are keys of the same table.
-        views: as a learner takes them.
+        views: the views as the argument `views` of `Learner`, made from `count` and `change`.
     """
 
     TABLE: ClassVar[str] = "a table with count, change = NAME, and the change's own arguments"
@@ -220,9 +226,9 @@ class TrainingConfig(CheckedFields):
     """Length, optimiser and precision of training on an experience.
 
     Args:
-        optimizer: class of torch.optim.
-        learning_rate: where a schedule begins, or the constant rate.
-        momentum: for those that have one; left out for its default.
+        optimizer: name of a class of torch.optim.
+        learning_rate: first learning rate of the schedule, or the constant rate without one.
+        momentum: momentum of the optimiser, if it has one; left out for the optimiser's default.
         optimizer_options: further arguments of the optimiser, such as {weight_decay = 1e-4}.
         schedule: schedule of the learning rate; left out for a constant one.
         epochs: passes over the records of an experience, in a federation spread over its rounds;
@@ -234,7 +240,7 @@ class TrainingConfig(CheckedFields):
         micro_batch_size: rows in one pass through the model, to limit memory; left out for all.
         evaluate_every: in a stage of pieces (`chunk`), measure also after every so many of them.
         reset_optimizer: start every experience with a fresh optimiser.
-        precision: of the passes through the model while training.
+        precision: number format of the passes through the model during training.
         adversary: attack that moves every batch before its gradient (adversarial training).
         views: random versions of every record (augmentation).
     """
@@ -282,7 +288,7 @@ class TrainingConfig(CheckedFields):
             self._try_out()
 
     def _try_out(self) -> None:
-        """Refuse options that torch refuses, before anything is loaded."""
+        """Refuse options that the optimiser's class refuses, before any data are loaded."""
         arguments(self._class, self.optimizer_options, "optimizer_options", without=OF_OPTIMIZERS)
         try:
             made_optimizer(self.factory(), {"weight": nn.Parameter(torch.zeros(1))})
@@ -296,7 +302,7 @@ class TrainingConfig(CheckedFields):
                 raise _of_torch("schedule", given, error) from error
 
     def factory(self) -> MakeOptimizer:
-        """Return a function from parameters to the optimiser."""
+        """Return a function that makes the optimiser for given parameters."""
         options: dict[str, Any] = {"lr": self.learning_rate}
         if self.momentum is not None:
             options["momentum"] = self.momentum
@@ -312,7 +318,7 @@ class TrainingConfig(CheckedFields):
 
 
 def _of_torch(field: str, given: dict[str, Any], error: ConfigError) -> ConfigError:
-    """Refusal of arguments that torch refuses, with its reason."""
+    """Return the error for arguments that torch refused, with torch's reason."""
     cause = error.__cause__
     if not isinstance(cause, Exception):
         return ConfigError(f"{field}: {error}")

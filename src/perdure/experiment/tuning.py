@@ -44,7 +44,7 @@ Space = Mapping[str, tuple[float, float] | list[Any]]
     {"optimizer": ["sgd", "adam"]}     a list of choices: text, numbers, True, False or None
 """
 STUDY = "perdure"
-"""Name of the study inside its file."""
+"""Name of Optuna's study inside the SQLite file."""
 SEARCH = "search"
 FAILED = "failed"
 
@@ -58,7 +58,7 @@ class Tuned:
         score: average accuracy with these values, in percent, on held-out records; for other tasks,
             average of the task's metric.
         experiences: number of experiences used, from the start of the stream.
-        trials: all tried values with their scores; a trial that ran away has the score 0, or
+        trials: all tried values with their scores; a trial that diverged has the score 0, or
             infinity if lower is better.
     """
 
@@ -68,7 +68,7 @@ class Tuned:
     trials: tuple[tuple[Values, float], ...]
 
     def row(self) -> dict[str, object]:
-        """Return the facts that a benchmark stores with a result."""
+        """Return values, score and trials of the search as a dict for a benchmark's result file."""
         return {
             "tuned_on": "held-out training records of the first "
             f"{self.experiences} experiences; no test "
@@ -152,7 +152,7 @@ def _run_trial(
     seed: int,
     number: int,
 ) -> None:
-    """Ask for values, train with them, and store the score.
+    """Run one trial of a search: draw values, train a learner with them, and store the score.
 
     The sampler is new for every trial, so that a search that goes on draws as one that never
     stopped.
@@ -185,7 +185,7 @@ def _are_whole(*ends: object) -> bool:
 
 
 def _score(learner: Learner, stream: Stream) -> tuple[float, bool]:
-    """Score of a learner, and True where it ran away."""
+    """Train a learner on the stream; return its score, and True if training diverged."""
     metric = stream.task.metric
     try:
         return average_accuracy(learner.fit(stream), metric=metric), False
@@ -194,13 +194,13 @@ def _score(learner: Learner, stream: Stream) -> tuple[float, bool]:
 
 
 class _FreshLearners:
-    """Refuses a learner that another trial has trained, or would go on from."""
+    """Check that each trial of a search gets a new learner, untouched by earlier trials."""
 
     def __init__(self) -> None:
         self._models: list[weakref.ref[nn.Module]] = []
 
     def check(self, learner: Learner) -> Learner:
-        """Return a learner that may be trained.
+        """Return the learner of a trial unchanged, after the check that it is new.
 
         Raises:
             ConfigError: for a model of an earlier trial, a learner that was fitted, or a folder.
@@ -231,7 +231,7 @@ class _FreshLearners:
 def _opened(
     path: Path | str | None, direction: Literal["maximize", "minimize"], search: Values
 ) -> Iterator["optuna.Study"]:
-    """Open the study in memory or in its file; trials that were cut short do not count.
+    """Open Optuna's study of a search, in memory or in its file, without unfinished trials.
 
     Raises:
         RunError: for a file with another search, or one that cannot be read.
@@ -282,9 +282,9 @@ def _finished(study: "optuna.Study") -> list["optuna.trial.FrozenTrial"]:
 
 
 def beginning(stream: Stream, experiences: int, held_out: float, seed: int) -> Stream:
-    """Return the first experiences; a share of their training records replaces the test records.
+    """Return the first experiences, with a held-out share of training records as test records.
 
-    All records of one id are on the same side, in every experience.
+    All records of one id are on the same side, training or test, in every experience.
 
     Args:
         stream: whole stream.
@@ -346,7 +346,7 @@ def _check(space: Space, stream: Stream, experiences: int, trials: int, held_out
 
 
 def _check_values(name: str, given: object) -> None:
-    """Refuse what is neither a range nor a list of choices."""
+    """Refuse values of a hyper-parameter that are neither a range nor a list of choices."""
     if isinstance(given, list):
         good = bool(given) and all(isinstance(v, str | int | float | bool | None) for v in given)
     else:

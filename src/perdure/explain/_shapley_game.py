@@ -23,7 +23,7 @@ from perdure.explain.base import Attribution, Predict, scores
 
 
 def players_of(inputs: Tensor, background: Tensor, groups: Tensor | None) -> Tensor:
-    """Player number (features,) of each flattened feature, on the CPU, from 0 to d-1."""
+    """Return the player (features,) to which each flattened feature belongs, from 0 to d-1."""
     shape = inputs.shape[1:]
     if len(background) == 0 or background.shape[1:] != shape:
         raise ConfigError.of(
@@ -40,7 +40,7 @@ def players_of(inputs: Tensor, background: Tensor, groups: Tensor | None) -> Ten
 
 
 def all_subsets(count: int) -> Tensor:
-    """All subsets of `count` players, (2^count, count) bool.
+    """Return all coalitions of `count` players, (2^count, count) bool, True for a member.
 
     The empty subset is first, the full one last.
     """
@@ -72,7 +72,7 @@ class Game:
         return torch.cat(means).view(instances, count)
 
     def _mean(self, owner: Tensor, mask: Tensor) -> Tensor:
-        """(pairs,) mean output over the background, for instances `owner` and coalitions `mask`."""
+        """Return (pairs,) mean output over the background, per pair of instance and coalition."""
         present = self.inputs[owner]
         targets = self.targets[owner]
         total = torch.zeros(len(owner), dtype=torch.float64, device=owner.device)

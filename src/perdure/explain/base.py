@@ -22,7 +22,8 @@ class Attribution:
 
     Args:
         values: (n, ...) contributions in the shape of the inputs, in units of the model's output.
-        base: (n,) output without any contribution.
+        base: (n,) output of which the contributions are the difference, such as the mean output
+            over the background.
         targets: (n,) int64, index of the explained output.
     """
 
@@ -103,5 +104,5 @@ def chosen_targets(predict: Predict, inputs: Tensor, targets: Tensor | None, chu
 
 
 def seeded(generator: torch.Generator | None) -> torch.Generator:
-    """Return the given generator; without one, a generator with seed 0 (repeatable results)."""
+    """Return the given generator; for None, a generator with seed 0, so that results repeat."""
     return torch.Generator().manual_seed(0) if generator is None else generator

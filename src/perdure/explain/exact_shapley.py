@@ -22,7 +22,7 @@ class ExactShapley(Explainer):
 
     Guarantee: as for `KernelSHAP`.
 
-    Args: see `Explainer`.
+    The fields are those of `Explainer`.
 
     Source: Shapley 1953; Lundberg and Lee 2017, equation 4.
     """

@@ -30,7 +30,7 @@ class KernelSHAP(Explainer):
     Args:
         samples: largest number of coalitions to evaluate, not counting the empty and the full one.
             This needs n * samples * b forward rows for n instances and b background rows.
-        chunk: see `Explainer`.
+        chunk: largest number of rows in one forward pass.
 
     Raises:
         ConfigError: if a value is not allowed.

@@ -45,7 +45,7 @@ class LIME(Explainer):
         kernel_width: width of the kernel in units of the noise; None for 0.75 * sqrt(features).
         noise_scale: standard deviation of the perturbation in units of the inputs.
         ridge: penalty on the slopes per unit of noise.
-        chunk: see `Explainer`.
+        chunk: largest number of rows in one forward pass.
 
     Raises:
         ConfigError: if a value is not allowed.
@@ -124,7 +124,7 @@ class LIME(Explainer):
         return feature_scales.to("cpu", torch.float64)
 
     def _perturbations(self, features: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Noise (samples, features) in opposite pairs, and the weights (samples,)."""
+        """Draw noise (samples, features) in opposite pairs; return it with weights (samples,)."""
         width = 0.75 * math.sqrt(features) if self.kernel_width is None else self.kernel_width
         half = torch.randn(self.samples // 2, features, generator=generator, dtype=torch.float64)
         noise = torch.cat([half, -half])

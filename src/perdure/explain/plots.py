@@ -66,7 +66,7 @@ def _check(inputs: Tensor, rows: Sequence[tuple[str, Tensor]], titles: Sequence[
 
 
 def _flat(values: Tensor) -> Tensor:
-    """Attributions (n, height, width) on the CPU, summed over channels."""
+    """Sum attributions over channels: (n, height, width), on the CPU."""
     values = values.detach().cpu().double()
     return values.sum(1) if values.ndim == 4 else values
 

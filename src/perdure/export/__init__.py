@@ -3,9 +3,9 @@
     from perdure.export import export_learner
     export_learner(learner, "exported", to="onnx")
 
-An artifact answers as the strategy's predictor does, masks and solved heads included. It is loaded
-and run before it is left in the folder. Pruning, int8 weights and distillation to a student are
-options.
+The exported files predict as the strategy does, including masks of classes and heads in closed
+form. They are loaded, run and compared with the learner's predictions before they are put into the
+folder. Options are pruning, int8 weights and distillation to a smaller model (student).
 """
 
 from perdure.export.card import ModelCard

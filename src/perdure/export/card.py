@@ -1,4 +1,4 @@
-"""Model card: what an artifact is, what it was trained on, and what its privacy statement says."""
+"""Model card of an exported model: its data, strategy, training, metrics and privacy statement."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -28,25 +28,25 @@ NO_PRIVACY = (
 
 @dataclass(frozen=True, kw_only=True)
 class ModelCard:
-    """Facts of one artifact, written beside it as JSON and as Markdown.
+    """Model card of an exported model (artifact), written as JSON and as Markdown.
 
     Args:
         title: name of the model.
         format: name of the format.
         files: name of every file to its SHA-256.
-        use: how the artifact is called, in code.
+        use: code that loads and calls the artifact.
         data: name, scenario, classes and declared sizes of the stream.
         model: class, number of parameters, inputs and outputs.
-        strategy: name, settings and way to predict.
+        strategy: name and settings of the strategy, and its way to predict.
         training: settings of the training.
-        privacy: the statement, part by part, or that there is none.
+        privacy: parts of the privacy statement; without one, a sentence that there is no privacy.
         metrics: name of the metric, and measurements during and after training.
-        check: how far the artifact's outputs are from the predictor's.
+        check: difference of the artifact's outputs from the outputs of the learner's predictor.
         variants: size, time and metric as trained and after every option.
         versions: versions of Python and packages.
-        machine: on which the artifact was measured.
-        command: that made it.
-        schema: version of this form.
+        machine: machine on which the artifact was measured.
+        command: command that made the artifact.
+        schema: version of the JSON form of the card.
     """
 
     title: str
@@ -67,7 +67,7 @@ class ModelCard:
     schema: int = SCHEMA
 
     def write(self, folder: Path) -> None:
-        """Write both forms of the card."""
+        """Write the card to a folder, as model_card.json and model_card.md."""
         write_json(folder / JSON_NAME, asdict(self))
         write_atomically(folder / MARKDOWN_NAME, self.markdown().encode())
 
@@ -102,7 +102,7 @@ class ModelCard:
 
 
 def data_facts(stream: Stream) -> dict[str, Any]:
-    """Public facts of the data: names, classes and declared sizes."""
+    """Return the public facts of a stream for a card: names, classes and declared sizes."""
     return {
         "name": stream.name,
         "scenario": stream.scenario,
@@ -118,7 +118,7 @@ def data_facts(stream: Stream) -> dict[str, Any]:
 
 
 def model_facts(predictor: Predictor, stream: Stream) -> dict[str, Any]:
-    """Class, size, inputs and outputs of the model."""
+    """Return class, number of parameters, inputs and outputs of the model for a card."""
     model = predictor.model
     return {
         "class": _class_name(model),
@@ -131,7 +131,7 @@ def model_facts(predictor: Predictor, stream: Stream) -> dict[str, Any]:
 
 
 def strategy_facts(strategy: Strategy, predictor: Predictor) -> dict[str, Any]:
-    """Name and settings of a strategy, and how the exported predictor predicts."""
+    """Return name and settings of a strategy and its way to predict, for a card."""
     return {
         "name": strategy.name,
         "settings": settings_of(strategy),
@@ -143,7 +143,7 @@ def strategy_facts(strategy: Strategy, predictor: Predictor) -> dict[str, Any]:
 
 
 def settings_of(strategy: Strategy) -> dict[str, Any]:
-    """Fields of a strategy, or of every part of a combination, as plain values."""
+    """Return the fields of a strategy, or of every part of a combination, as plain values."""
     if isinstance(strategy, Combine):
         return {part.name: settings_of(part) for part in strategy.parts}
     return {
@@ -154,14 +154,14 @@ def settings_of(strategy: Strategy) -> dict[str, Any]:
 
 
 def privacy_facts(statement: Statement | None) -> dict[str, Any]:
-    """Parts of a privacy statement and its sentence; without one, that there is no privacy."""
+    """Return the parts of a privacy statement for a card; None gives a sentence of no privacy."""
     if statement is None:
         return {"private": False, "text": NO_PRIVACY}
     return {"private": True, **asdict(statement), "text": str(statement)}
 
 
 def check_facts(variant: Variant, rows: int) -> dict[str, Any]:
-    """Result of the comparison of the artifact with the predictor."""
+    """Return the comparison of the artifact's outputs with the predictor's, for a card."""
     return {
         "rows": rows,
         "largest_difference": variant.largest_difference,
@@ -170,7 +170,7 @@ def check_facts(variant: Variant, rows: int) -> dict[str, Any]:
 
 
 def environment_facts() -> dict[str, Any]:
-    """Versions, machine and command, by the names of the card's fields."""
+    """Return versions, machine and command, by the names of fields of `ModelCard`."""
     own = {name: value for name, value in machine().items() if value is not None}
     return {"versions": versions(), "machine": own, "command": command()}
 

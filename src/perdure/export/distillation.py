@@ -1,4 +1,4 @@
-"""Distillation: a student learns the answers of a trained predictor."""
+"""Distillation: train a small model (student) on the outputs of a trained predictor (teacher)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,16 +19,16 @@ from perdure.utils.seeding import generator
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Distillation:
-    """Training of a student on the answers of the exported predictor.
+    """Settings of distillation: the student, its inputs and its training.
 
     Args:
         student: untrained module with outputs like the model's; it is trained in place.
         inputs: (n, ...) public inputs; needed for a private model. None for the training inputs.
         steps: number of steps.
         batch_size: records in a step.
-        learning_rate: of Adam.
-        temperature: outputs of both are divided by it.
-        seed: seed of the batches.
+        learning_rate: learning rate of Adam.
+        temperature: number by which the outputs of student and teacher are divided.
+        seed: seed of the choice of batches.
 
     Source: Hinton, Vinyals and Dean, Distilling the knowledge in a neural network, 2015, section 2.
     """
@@ -53,13 +53,13 @@ def distil(
 ) -> Predictor:
     """Train the student and return its predictor, with the classes of the teacher's.
 
-    Guarantee: where `inputs` are public, none beside the teacher's: the student is a function of
-    its answers.
+    Guarantee: the teacher's, if `inputs` are public, because the student is computed from the
+    teacher's outputs alone.
 
     Args:
         settings: student and training.
         teacher: the trained predictor.
-        inputs: (n, ...) inputs of every task; of one where answers do not depend on tasks.
+        inputs: (n, ...) inputs for each task; one tensor if the outputs do not depend on the task.
         task: task of the records.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Export of a trained learner: write, run, compare, measure, and only then leave the files."""
+"""Export of a trained learner to files that are run and compared before they are kept."""
 
 import copy
 import hashlib
@@ -51,12 +51,12 @@ WITH_PREDICTOR = (
 
 @dataclass(frozen=True, kw_only=True)
 class Exported:
-    """Files of an export.
+    """Result of `export_learner`: the folder, its files and the model card.
 
     Args:
         folder: folder of the files.
-        files: the artifact's files; the first is the model.
-        card: facts that are in model_card.json and model_card.md.
+        files: exported files without the card; the first one is the model.
+        card: content of model_card.json and model_card.md.
     """
 
     folder: Path
@@ -76,10 +76,10 @@ def export_learner(
     statement: Statement | None = None,
     facts: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Exported:
-    """Write a trained model to files that answer as the learner's predictor does.
+    """Write a trained model to files that give the same outputs as the learner's predictions.
 
     The options are applied in this order: distillation, pruning, int8. The files are loaded, run
-    and compared with the predictor; what differs by more than 1e-5 is not left in the folder. The
+    and compared with the predictor; files whose outputs differ by more than 1e-5 are refused. The
     learner and its model do not change.
 
     Guarantee: no training record is read, unless a student is distilled without public inputs,
@@ -88,20 +88,21 @@ def export_learner(
 
     Args:
         learner: learner that was fitted, or of a finished run.
-        folder: folder of the files; it is made. Files of these names are replaced.
+        folder: folder of the files; it is created. Existing files of the same names are replaced.
         to: name of the format: `safetensors`, `torch-export` or `onnx`.
-        distillation: train a smaller student on the predictor's answers; None for the model itself.
+        distillation: settings to train a smaller model on the outputs of the predictor, which is
+            exported instead; None for the learner's own model.
         prune: share of the weights to set to 0; 0 for none.
         int8: store weights of linear layers as 8-bit whole numbers; not for safetensors.
         title: name of the model in its card; None for the names of stream and strategy.
-        statement: privacy statement of the model, where the learner does not hold its ledger.
-        facts: more facts for the card, by its field, such as {"metrics": {...}}.
+        statement: privacy statement of the model, if the learner does not have the ledger.
+        facts: more facts for the card, by field of `ModelCard`, such as {"metrics": {...}}.
 
     Raises:
         ConfigError: for an option that is not allowed, or a package that is not installed.
-        ExportError: where the format cannot hold the predictor, or its files answer otherwise.
-        PrivacyError: where a private model would be distilled on its training records, or its
-            statement is not known.
+        ExportError: if the format cannot store the predictor, or the files give other outputs.
+        PrivacyError: if a private model would be distilled on its training records, or its
+            privacy statement is not known.
     """
     kind = format_of(to)
     if int8 and kind.name == "safetensors":
@@ -132,7 +133,7 @@ def export_learner(
 def _variants(
     predictor: Predictor, learner: Learner, options: Mapping[str, Any], *, private: bool
 ) -> Iterator[tuple[str, Predictor]]:
-    """Yield the predictor as trained, and after each option that was chosen."""
+    """Yield (name, predictor): as trained, and after each chosen option in turn."""
     yield "as trained", predictor
     now = predictor
     settings: Distillation | None = options["distillation"]
@@ -154,7 +155,7 @@ def _variants(
 def _inputs(
     settings: Distillation, stream: Stream, predictor: Predictor, *, private: bool
 ) -> list[Tensor]:
-    """Inputs of the distillation, for every task or for all.
+    """Return the inputs on which the student is trained, one tensor per task of the predictor.
 
     Raises:
         PrivacyError: for training records of a private model.
@@ -177,10 +178,10 @@ def _inputs(
 
 
 def _statement(learner: Learner) -> Statement | None:
-    """Statement of the learner's own ledger; None for a model without privacy.
+    """Return the privacy statement from the learner's ledger; None for a model without privacy.
 
     Raises:
-        PrivacyError: where the model is private and its ledger is elsewhere.
+        PrivacyError: if the model is private and the learner does not have its ledger.
     """
     if learner.private_sum is not None and learner.privacy is not None:
         return learner.private_sum.ledger.statement(learner.privacy.delta)
@@ -256,7 +257,7 @@ def _training(learner: Learner) -> dict[str, Any]:
 
 
 def _use(kind: Format, predictor: Predictor) -> str:
-    """Code that runs the artifact."""
+    """Return Python code that loads and runs the artifact, for the model card."""
     text = USES[kind.name]
     if kind.name == "safetensors":
         name = type(predictor.strategy).__name__

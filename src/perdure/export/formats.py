@@ -1,4 +1,4 @@
-"""Formats of an artifact: each writes a predictor to a folder, and runs what it has written."""
+"""File formats of exported models; each class writes a predictor's files and loads them again."""
 
 import copy
 import warnings
@@ -16,17 +16,20 @@ from perdure.errors import ConfigError, ExportError
 from perdure.export.predictor import STATE, WEIGHTS, Predictor, read_predictor, write_predictor
 
 Runner = Callable[..., Tensor]
-"""An artifact that runs: from inputs (n, ...), and the task (n,) where it counts, to outputs."""
+"""Function that runs exported files: from inputs (n, ...) to outputs.
+
+On task-incremental streams the second argument is the task (n,) of every record.
+"""
 
 INPUTS = "inputs"
 TASK = "task"
 OUTPUTS = "outputs"
 TRACED_ROWS = 3
-"""Rows of a trace; 0 and 1 would be taken for constants."""
+"""Number of rows of the input with which a model is traced; 0 and 1 would become constants."""
 
 
 class Format(ABC):
-    """Base class of formats.
+    """Base class of file formats for exported models.
 
     Class attributes:
     name: name in `--to`.
@@ -41,7 +44,7 @@ class Format(ABC):
         """Write the files of a predictor.
 
         Args:
-            predictor: the predictor.
+            predictor: predictor to write.
             row: blank input of shape (1, ...); no record, because a format may keep it.
             folder: an existing folder.
 
@@ -51,26 +54,26 @@ class Format(ABC):
 
     @abstractmethod
     def load(self, predictor: Predictor, folder: Path) -> Runner:
-        """Return what answers from the files alone.
+        """Return a function that runs the model from the files alone, to check them.
 
         Args:
-            predictor: that was written; its classes are used, none of its numbers.
+            predictor: predictor that was written; its classes are used, but no parameter.
             folder: folder of the files.
         """
 
 
 class Safetensors(Format):
-    """Weights whose names load into the bare module, and the tensors of the predictor beside."""
+    """Two safetensors files: weights of the bare model, and other tensors of the predictor."""
 
     name = "safetensors"
     files = (WEIGHTS, STATE)
 
     def write(self, predictor: Predictor, row: Tensor, folder: Path) -> None:
-        """Write both files."""
+        """Write the weights and the other tensors of the predictor."""
         write_predictor(predictor, folder)
 
     def load(self, predictor: Predictor, folder: Path) -> Runner:
-        """Read both files into a copy of the model whose own numbers are gone."""
+        """Read both files into a copy of the model whose parameters were erased before."""
         bare = copy.deepcopy(predictor.model)
         with torch.no_grad():
             for value in bare.state_dict().values():
@@ -150,11 +153,11 @@ def format_of(name: str) -> Format:
 
 
 def traced(predictor: Predictor, row: Tensor) -> ExportedProgram:
-    """Trace a predictor for any number of records.
+    """Trace a predictor to a program of `torch.export` that takes any number of records.
 
     Args:
-        predictor: the predictor; what no answer depends on is left out of the program.
-        row: (1, ...) a blank input.
+        predictor: predictor to trace; buffers on which no output depends are left out.
+        row: (1, ...) blank input.
 
     Raises:
         ExportError: where torch cannot trace the model or the strategy.
@@ -177,7 +180,7 @@ def _trace(predictor: Predictor, given: tuple[Tensor, ...]) -> ExportedProgram:
 
 
 def _unused_buffers(program: ExportedProgram) -> list[str]:
-    """Buffers of the predictor, not of its model, that no node of the graph reads."""
+    """Return the names of the predictor's own buffers that no node of the graph reads."""
     placed = program.graph_signature.inputs_to_buffers
     return [
         placed[node.name]
@@ -191,7 +194,9 @@ def _unused_buffers(program: ExportedProgram) -> list[str]:
 
 @contextmanager
 def _told(name: str) -> Iterator[None]:
-    """Turn any failure of an exporter into one line, and keep its warnings from the user.
+    """Context manager that turns any exception of torch's exporters into an ExportError.
+
+    Warnings of the exporters are not shown.
 
     Raises:
         ExportError: in place of the exporter's own exception.

@@ -18,30 +18,31 @@ from perdure.export.predictor import Predictor
 from perdure.metrics import evaluate
 
 TOLERANCE = 1e-5
-"""Largest allowed difference of an output, relative to its size where that is above 1."""
+"""Largest allowed difference of an artifact's output, relative to outputs above 1."""
 CHECKED_ROWS = 256
-"""Most records that the check compares."""
+"""Largest number of records on which an artifact is compared with the predictor."""
 TIMED_ROWS = 32
-"""Records in a timed call."""
+"""Number of records in a call whose time is measured."""
 TIMED_CALLS = 20
 BATCH = 2048
-"""Records in a pass that is scored."""
+"""Number of records in one call while the metric is measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """One state of the exported model, as trained or after an option, measured in its format.
+    """Measurements of the exported model as trained, or after an option such as pruning.
 
     Args:
-        name: such as "as trained" or "pruned".
-        size_bytes: size of its files.
-        compressed_bytes: size of its files in a zip archive (deflate).
+        name: name of the variant, such as "as trained" or "pruned".
+        size_bytes: size of the variant's files.
+        compressed_bytes: size of the variant's files in a zip archive (deflate).
         milliseconds: median time of a call with `rows_per_call` records, on this machine's
             processor.
         rows_per_call: number of records in a timed call.
         scores: the task's metric on the test records of every stage; None without test records.
         score: mean of `scores`; None where there is none.
-        largest_difference: of the artifact's outputs from the predictor's; see `TOLERANCE`.
+        largest_difference: largest difference of the files' outputs from the predictor's; see
+            `TOLERANCE`.
         zero_share: share of the model's parameters that are 0; None for int8 weights.
     """
 
@@ -78,9 +79,10 @@ class Rows:
         )
 
     def checked(self) -> tuple[Tensor, Tensor]:
-        """Inputs (n, ...) and tasks (n,) of the check: of every stage alike, and three blank ones.
+        """Return inputs (n, ...) and tasks (n,) to compare an artifact with the predictor.
 
-        Blank inputs make sure that something is compared where there are no test records.
+        They are equally many test records of every stage, and three blank inputs, so that a stream
+        without test records has inputs to compare, too.
         """
         each = max(1, CHECKED_ROWS // len(self.tests))
         inputs = [rows.inputs[:each] for rows in self.tests]
@@ -90,7 +92,7 @@ class Rows:
 
 
 def measured(name: str, predictor: Predictor, kind: Format, rows: Rows, folder: Path) -> Variant:
-    """Write a predictor, run what was written, compare it with the predictor, and measure it.
+    """Write a predictor's files, run them, compare their outputs, and return measurements.
 
     Args:
         name: name of the variant.
@@ -128,10 +130,10 @@ def measured(name: str, predictor: Predictor, kind: Format, rows: Rows, folder: 
 
 
 def _difference(predictor: Predictor, run: Runner, rows: Rows) -> float:
-    """Largest difference between an artifact's outputs and the predictor's.
+    """Return the largest difference between an artifact's outputs and the predictor's.
 
     Raises:
-        ExportError: where it is above `TOLERANCE`.
+        ExportError: if the difference is above `TOLERANCE`.
     """
     inputs, tasks = rows.checked()
     worst = 0.0
@@ -157,7 +159,7 @@ def _difference(predictor: Predictor, run: Runner, rows: Rows) -> float:
 def scores_of(
     predict: Callable[..., Tensor], rows: Rows, *, by_task: bool
 ) -> tuple[float | None, ...]:
-    """Measure anything that predicts on the test records of every stage."""
+    """Return the task's metric of a predicting function on the test records of every stage."""
     with torch.no_grad():
         return tuple(_scores(predict, rows.tests, by_task=by_task))
 

@@ -1,4 +1,4 @@
-"""The predictor of a strategy as one module, with everything that it reads."""
+"""Predictor of a trained learner as one torch module, with all tensors that predictions need."""
 
 import copy
 from collections.abc import Sequence
@@ -23,11 +23,11 @@ WEIGHTS = "model.safetensors"
 STATE = "predictor.safetensors"
 """File with the tensors that the predictor reads beside the weights."""
 OF_STATE = "state."
-"""In front of the names of the strategy's own tensors in that file."""
+"""Prefix of the names of the strategy's own tensors in the file `STATE`."""
 
 
 class _OncePerInput(Forward):
-    """A forward that keeps the logits and features of an input: every task asks for the same."""
+    """Forward pass that caches logits and features, because every task predicts the same input."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
@@ -41,23 +41,23 @@ class _OncePerInput(Forward):
         return self._logits[1]
 
     def features(self, x: Tensor) -> Tensor:
-        """(n, f): the input of the head."""
+        """(n, f) features, which are the input of the head."""
         if self._features is None or self._features[0] is not x:
             self._features = (x, super().features(x))
         return self._features[1]
 
 
 class Predictor(nn.Module):
-    """Predictor of a strategy as a module: inputs (n, ...) to outputs (n, ..., C).
+    """Torch module that predicts as a trained learner: inputs (n, ...) to outputs (n, ..., C).
 
     The model is the sub-module `model`; the tensors of the strategy's state are buffers. On
     task-incremental streams `forward` also takes the task (n,) of every record.
 
     Args:
-        model: trained model; it is used as it is, on the CPU and in evaluation mode.
-        strategy: strategy with the `predict` of these answers.
-        state: tensors that the strategy remembers.
-        contexts: public facts for every task of a task-incremental stream, else one.
+        model: trained model, on the CPU and in evaluation mode; it is not copied.
+        strategy: strategy whose `predict` computes the outputs.
+        state: state of the strategy after training.
+        contexts: one context for every task of a task-incremental stream; else a single one.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class Predictor(nn.Module):
         return {name: self.get_buffer(own) for name, own in self._names.items()}
 
     def without(self, buffers: Sequence[str]) -> "Predictor":
-        """Return the predictor with these buffers emptied; for those that no answer depends on."""
+        """Return the predictor with some buffers emptied, on which no output depends."""
         lighter = copy.copy(self)
         lighter._buffers = {
             own: value if value is None or own not in buffers else value.new_empty(0)
@@ -106,11 +106,11 @@ class Predictor(nn.Module):
         return lighter
 
     def forward(self, x: Tensor, task: Tensor | None = None) -> Tensor:
-        """Outputs (n, ..., C) of inputs (n, ...).
+        """Return the outputs (n, ..., C) for inputs (n, ...).
 
         Args:
-            x: inputs.
-            task: (n,) int64, the task of every record; on task-incremental streams only.
+            x: (n, ...) inputs.
+            task: (n,) int64 task of every record; on task-incremental streams only.
         """
         state = self._state()
         run = _OncePerInput(self.model)
@@ -120,7 +120,10 @@ class Predictor(nn.Module):
         return torch.stack(answers, 1)[torch.arange(x.shape[0], device=x.device), task]
 
     def _state(self) -> State:
-        """The state; a number is made anew, so that a trace may branch by it (PackNet)."""
+        """Return the strategy's state for `predict`.
+
+        Single numbers are new constants, so that a traced strategy may branch on them (PackNet).
+        """
         tensors = {
             name: torch.tensor(self._numbers[name].item(), dtype=self._numbers[name].dtype)
             if name in self._numbers
@@ -131,7 +134,7 @@ class Predictor(nn.Module):
 
 
 def predictor_of(learner: Learner) -> Predictor:
-    """Return a copy of a learner's predictor, after the experience that it was trained on last.
+    """Return a copy of a learner's predictor, as after the last experience that it has learnt.
 
     Args:
         learner: learner that was fitted, or of a finished run.
@@ -152,7 +155,7 @@ def predictor_of(learner: Learner) -> Predictor:
 
 
 def write_predictor(predictor: Predictor, folder: Path) -> None:
-    """Write the weights of the bare model, and beside them all that the predictor reads."""
+    """Write the model's weights, and the other tensors that predictions need, to two files."""
     save_tensors(folder / WEIGHTS, predictor.model.state_dict())
     contexts = predictor.contexts
     facts = {
@@ -170,8 +173,8 @@ def read_predictor(folder: Path | str, *, model: nn.Module, strategy: Strategy) 
 
     Args:
         folder: folder of the export.
-        model: module of the exported architecture; it gets the weights.
-        strategy: strategy with the exported settings; the model card has them.
+        model: module of the exported architecture; its weights are replaced.
+        strategy: strategy with the same settings as the exported one; the model card lists them.
 
     Raises:
         ExportError: where a file cannot be read.

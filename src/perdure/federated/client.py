@@ -60,7 +60,8 @@ class ClientSessions:
     def take(self, client: int, exchange: int) -> ClientSession:
         """Return the client in its state after `exchange`.
 
-        It must be put back with `put`; if not, it is built again from the disk.
+        Afterwards give the client back with `put`; without this, the next call builds the client
+        again from the disk.
 
         A learner in another state (after a failed exchange, or from another process) is not used,
         because its ledger may be old.
@@ -91,7 +92,7 @@ class ClientSessions:
         self._seats[client] = seat
 
     def close(self) -> None:
-        """Release the folder of the client that was taken last."""
+        """Release the lock on the folder of the last client."""
         if self._open is not None:
             self._open.close()
         self._open = None
@@ -178,9 +179,10 @@ def client_app(
 def _opened(
     message: Message, context: Context, seats: ClientSessions
 ) -> tuple[dict[str, int], ClientSession]:
-    """Bring the client to the state at the start of the exchange.
+    """Prepare a client for an exchange: load its own state, its records, and the server's message.
 
-    This loads its own state, its records, and the content of the server's message.
+    Returns:
+        Numbers of the exchange from the message, and the client's session.
     """
     sent_task = cast(ConfigRecord, message.content["task"])
     task = {name: int(cast(int, value)) for name, value in sent_task.items()}

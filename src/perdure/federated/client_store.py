@@ -41,7 +41,7 @@ def restore(learner: Learner, exchange: int) -> ClientSession:
     """Restore a prepared learner to its state after `exchange`.
 
     Raises:
-        FederationError: if that state is not saved, or not any more.
+        FederationError: if the state after `exchange` is not on the disk, or was removed.
     """
     if exchange == FRESH:
         return ClientSession(learner)

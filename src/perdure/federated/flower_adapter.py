@@ -295,7 +295,7 @@ def answers(grid: Grid, messages: Sequence[Message], clients: Mapping[int, int])
 
 
 def failure(client: int, reason: str) -> PerdureError:
-    """Turn an error reply into an exception.
+    """Return the exception for an error reply of a client.
 
     A refusal by the privacy rules becomes a PrivacyError, diverged training a RunawayError.
     """

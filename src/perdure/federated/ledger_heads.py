@@ -30,7 +30,10 @@ class ClientHeads:
         self.texts = dict(texts or {})
 
     def told(self, client: int) -> dict[str, ConfigRecord]:
-        """Return the record for a message to a client; empty before its first head."""
+        """Return the client's recorded head as part of a message to the client.
+
+        It is empty before the client has reported a head.
+        """
         text = self.texts.get(str(client))
         return {} if text is None else {LEDGER: ConfigRecord({"head": text})}
 

@@ -26,7 +26,7 @@ def party_of(learner: Learner, client: int) -> Party:
 
 
 def owner_of(learner: Learner, client: int) -> str:
-    """Name of the owner of a client's ledger: as the learner says, or client-N by its number."""
+    """Return the owner of a client's ledger: the learner's `owner`, or client-N by its number."""
     return f"client-{client}" if learner.owner == OWNER else learner.owner
 
 

@@ -423,13 +423,13 @@ def fit_federated(
     `run_federation` returns the whole server, and describes the errors.
 
     Args:
-        make_learner: as in `run_federation`.
-        streams: as in `run_federation`.
-        federation: as in `run_federation`.
-        folder: as in `run_federation`.
-        callbacks: as in `run_federation`.
-        engine: as in `run_federation`.
-        progress: as in `run_federation`.
+        make_learner: function from a client's number to a new learner.
+        streams: one stream per client, with the same experiences.
+        federation: clients, rounds, aggregator.
+        folder: folder of the run; None for a run without checkpoints.
+        callbacks: called as callback(point, server).
+        engine: `inprocess`, or `ray` for Flower's simulation engine.
+        progress: called as progress(replies, expected); only with `inprocess`.
 
     Returns:
         (T, T) float64, accuracy in percent on the stage of the column after the stage of the row;
@@ -462,9 +462,9 @@ def public(stream: Stream) -> Stream:
 
 
 def ready(aggregator: aggregators.Strategy) -> aggregators.Strategy:
-    """Return a copy of an aggregator that uses all nodes that it is shown, also if they are few.
+    """Return a copy of a user's aggregator that asks every client of a round, however few.
 
-    The copy uses perdure's names for records.
+    The copy uses perdure's names for the records in messages.
     """
     fresh = copy.deepcopy(aggregator)
     if HeldFedAvg.replaces(fresh):

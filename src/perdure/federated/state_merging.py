@@ -10,7 +10,7 @@ from perdure.errors import StrategyError
 
 
 def sent(state: State) -> State:
-    """Return the part of a state that is sent to the server: all names except `local` ones."""
+    """Return the part of a client's state that the server gets: all names except `local` ones."""
     rules: dict[str, Rule] = {name: rule for name, rule in state.rules.items() if rule != "local"}
     return State({name: state[name] for name in rules}, rules)
 

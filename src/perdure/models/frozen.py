@@ -133,7 +133,7 @@ def without_parameters(module: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def width(body: nn.Module, input_shape: tuple[int, ...]) -> int:
-    """Length of the feature vectors that a body computes for inputs of this shape.
+    """Return the length of the feature vectors that a body computes for inputs of this shape.
 
     Raises:
         ConfigError: if the body cannot use such inputs.

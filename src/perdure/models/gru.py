@@ -22,7 +22,7 @@ from perdure.models.sequences import recurrent
 class GRULayer(nn.Module):
     """One layer of a GRU.
 
-    The weights of `inputs` and `state` are those of torch, with the gates in torch's order.
+    The sub-modules `inputs` and `state` have the weights of `torch.nn.GRU`, gates in the same order.
 
     Args:
         ins: length of an input vector.
@@ -64,10 +64,10 @@ def gru(
     layers: int = 1,
     every_position: bool = False,
 ) -> Classifier:
-    """Make a GRU with a linear head; parameters depend on `seed` only.
+    """Make a GRU classifier with a linear head; parameters depend on `seed` only.
 
     Args:
-        input_shape: shape of one input, as in `lstm`, which describes the errors.
+        input_shape: shape of one input, (length,) for tokens or (length, features).
         num_classes: full width of the head.
         seed: seed of the initial parameters.
         vocabulary: number of different tokens; None if inputs are vectors of features.

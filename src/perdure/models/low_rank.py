@@ -23,8 +23,8 @@ class LowRankLinear(nn.Module):
 
     Args:
         layer: frozen layer.
-        ins: length of its inputs.
-        outs: length of its outputs.
+        ins: length of the layer's inputs.
+        outs: length of the layer's outputs.
         rank: rank of the change.
         scale: factor of the change; alpha / rank of the paper.
     """
@@ -106,7 +106,7 @@ def low_rank(
 
 
 def _named(model: nn.Module, names: str | Sequence[str], field: str) -> dict[str, nn.Module]:
-    """Modules whose dotted name equals, or ends with, one of the given names.
+    """Find the modules whose dotted name equals, or ends with, one of the given names.
 
     Raises:
         ConfigError: if no module has a given name; the message names some linear layers.

@@ -23,7 +23,7 @@ from perdure.models.sequences import recurrent
 class LSTMLayer(nn.Module):
     """One layer of an LSTM.
 
-    The weights of `inputs` and `state` are those of torch, with the gates in torch's order.
+    The sub-modules `inputs` and `state` have the weights of `torch.nn.LSTM`, gates in the same order.
 
     Args:
         ins: length of an input vector.
@@ -64,7 +64,7 @@ def lstm(
     layers: int = 1,
     every_position: bool = False,
 ) -> Classifier:
-    """Make an LSTM with a linear head; parameters depend on `seed` only.
+    """Make an LSTM classifier with a linear head; parameters depend on `seed` only.
 
         lstm(input_shape=(80,), vocabulary=1000, padding=0, num_classes=2, seed=0)
         # next tokens: outputs (n, L, vocabulary)

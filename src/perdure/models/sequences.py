@@ -68,19 +68,19 @@ def recurrent(
     layers: int,
     every_position: bool,
 ) -> Classifier:
-    """Make a recurrent model from one kind of layer.
+    """Make a recurrent classifier from one kind of layer, for `lstm` and `gru`.
 
     Args:
         layer: function that makes a layer, from the lengths of its inputs and of its state.
-        input_shape: see `perdure.models.lstm`.
-        num_classes: see `perdure.models.lstm`.
-        seed: see `perdure.models.lstm`.
-        vocabulary: see `perdure.models.lstm`.
-        padding: see `perdure.models.lstm`.
-        embedding: see `perdure.models.lstm`.
-        hidden: see `perdure.models.lstm`.
-        layers: see `perdure.models.lstm`.
-        every_position: see `perdure.models.lstm`.
+        input_shape: shape of one input, (length,) for tokens or (length, features).
+        num_classes: full width of the head.
+        seed: seed of the initial parameters.
+        vocabulary: number of different tokens; None if inputs are vectors of features.
+        padding: token id that fills sequences at their end; None for no padding.
+        embedding: length of a token's vector.
+        hidden: length of the state.
+        layers: number of layers.
+        every_position: one output per position instead of one per sequence.
 
     Raises:
         ConfigError: if an argument is not allowed; the message names it.

@@ -340,7 +340,7 @@ def from_timm(weights: Path | str | Mapping[str, Tensor], *, heads: int) -> Tran
 
 
 def _renamed(given: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], set[str]]:
-    """Weights with the names of this library, and the names of timm that were used."""
+    """Convert weights of timm to this library's names; also return timm's names that were used."""
     places = given["pos_embed"][0]
     first = places[:1] + given["cls_token"][0]
     named = {

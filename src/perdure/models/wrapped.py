@@ -268,7 +268,7 @@ def _layer(model: nn.Module, name: str, where: str) -> nn.Module:
 
 
 def _size_at(layer: nn.Module, name: str, where: str) -> int:
-    """Length of the vectors that are the input of a head, or the output of another layer.
+    """Return the feature size at a layer: length of a head's inputs, or of a layer's outputs.
 
     Raises:
         ConfigError: if the layer does not have this length as an attribute.

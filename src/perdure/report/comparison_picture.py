@@ -21,8 +21,8 @@ def comparison_picture(comparison: Comparison, metric: str = "average_accuracy")
     """Draw a metric of all arms: on the left each seed and the mean, on the right the differences.
 
     Args:
-        comparison: the arms.
-        metric: that is drawn.
+        comparison: comparison of the arms.
+        metric: name of the metric to draw.
 
     Raises:
         ConfigError: for a metric that no arm has.
@@ -66,7 +66,7 @@ def comparison_picture(comparison: Comparison, metric: str = "average_accuracy")
 
 
 def _intervals(axes: "Axes", rows: list[tuple[str, Estimate]]) -> None:
-    """Draw one line a row from the top down, with its name."""
+    """Draw one named confidence interval per row, from the top down."""
     for row, (_, found) in enumerate(rows):
         if found.low is not None and found.high is not None:
             axes.plot([found.low, found.high], [row, row], "-", color=POINTS, linewidth=1.6)
@@ -77,7 +77,7 @@ def _intervals(axes: "Axes", rows: list[tuple[str, Estimate]]) -> None:
 
 
 def _words(comparison: Comparison, metric: str) -> str:
-    """Say the numbers of the picture in words."""
+    """Describe the numbers of the picture in words, for readers who cannot see it."""
     name = comparison.metrics[metric].name
     found = comparison.estimates(metric)
     told = ", ".join(f"{arm} {decimal(each.mean, 2)}" for arm, each in found.items())

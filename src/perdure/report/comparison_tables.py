@@ -21,7 +21,7 @@ SHOWN = (
     "robust_accuracy",
     "epsilon",
 )
-"""Metrics that the table of means shows, where they were measured; the files have all."""
+"""Metrics that the table of means shows if they were measured; CSV and JSON files have all."""
 DIGITS = {"%": 2, "points": 2, "bytes": 0, "s": 1}
 """Digits after the point by unit; numbers of other units get three."""
 ESCAPED = {
@@ -38,13 +38,13 @@ ESCAPED = {
 
 
 class Grid(NamedTuple):
-    """A table as text.
+    """Content of a table as text, to be drawn for the terminal or in LaTeX.
 
     Args:
-        title: one line above it.
-        heads: of the columns; the first column has names.
-        rows: cells.
-        best: numbers of the rows that are set in bold.
+        title: line above the table.
+        heads: heads of the columns; the first column has names.
+        rows: cells of each row.
+        best: indices of the rows that are set in bold.
     """
 
     title: str
@@ -54,11 +54,11 @@ class Grid(NamedTuple):
 
 
 def comparison_tables(comparison: Comparison, metric: str = "average_accuracy") -> list[Grid]:
-    """Tables of a comparison: means of the arms, and differences where there are two arms.
+    """Return the tables of a comparison: means of the arms, and differences of pairs of arms.
 
     Args:
-        comparison: the arms.
-        metric: that is compared; it gives the ranks, too.
+        comparison: comparison of the arms.
+        metric: metric whose differences and mean ranks are shown.
 
     Raises:
         ConfigError: for a metric that no arm has.
@@ -70,7 +70,7 @@ def comparison_tables(comparison: Comparison, metric: str = "average_accuracy") 
 
 
 def _means(comparison: Comparison, metric: str) -> Grid:
-    """Table of every arm: seeds, mean and standard error of the main metrics, mean rank."""
+    """Return the table with a row per arm: seeds, main metrics over the seeds, and mean rank."""
     comparison.values(metric)  # refuse an unknown one
     wanted = dict.fromkeys([*SHOWN, metric])
     shown = {name: comparison.metrics[name] for name in wanted if name in comparison.metrics}
@@ -93,7 +93,7 @@ def _means(comparison: Comparison, metric: str) -> Grid:
 
 
 def _differences(comparison: Comparison, metric: str) -> Grid:
-    """Table of paired differences of a metric with their intervals, in bold where 0 is outside."""
+    """Return the table of paired differences with intervals, in bold where 0 lies outside."""
     measured = comparison.differences(metric)
     kind = comparison.metrics[metric]
     level = f"{100 * comparison.confidence:g}\u00a0% interval"
@@ -170,7 +170,7 @@ def _head(metric: Metric) -> str:
 
 
 def _mean_cells(comparison: Comparison, name: str) -> dict[str, str]:
-    """Write a metric of every arm that has it; of epsilon the largest, rounded up."""
+    """Return the cell of each arm for a metric: mean ± standard error, or the largest epsilon."""
     metric = comparison.metrics[name]
     if name == "epsilon":
         values = comparison.values(name)
@@ -184,7 +184,7 @@ def _mean_cells(comparison: Comparison, name: str) -> dict[str, str]:
 
 
 def _interval(found: Estimate, metric: Metric) -> str:
-    """Write the interval of an estimate; a dash where there is one seed."""
+    """Write the confidence interval of an estimate; a dash if it has one seed."""
     if found.low is None or found.high is None:
         return MISSING
     return f"{_number(found.low, metric)} to {_number(found.high, metric)}"

@@ -117,7 +117,7 @@ def _matrices(result: Result) -> Picture:
 
 
 def _span(result: Result) -> tuple[float, float]:
-    """Least and largest value of an axis of the metric: 0 to 100 for percent."""
+    """Return the ends of the metric's axis: 0 to 100 for percent, else 0 to the largest value."""
     import numpy as np
 
     if is_percent(result["task"]):
@@ -276,7 +276,7 @@ def _epsilons(result: Result) -> Picture | None:
 
 
 def _same_terms(result: Result) -> dict[str, list[tuple[ArmResult, str]]]:
-    """Group private arms with a history by unit, relation and delta, which must not be mixed."""
+    """Group private arms by unit, relation and delta of epsilon: one group for each drawing."""
     groups: dict[str, list[tuple[ArmResult, str]]] = {}
     for arm, label in by_privacy(result["arms"]):
         if arm["epsilon"] and arm["epsilon_over_time"]:
@@ -427,7 +427,7 @@ def _rows(result: Result) -> list[list[tuple[ArmResult, str]]]:
 
 
 def _measured(result: Result) -> list[ArmResult]:
-    """Arms of which some training came to its end."""
+    """Return the arms of which at least one training did not fail."""
     return [arm for arm in result["arms"] if arm["accuracy_matrix"]]
 
 

@@ -99,7 +99,7 @@ class Projected:
 
 
 def silent() -> None:
-    """Default callback, which does nothing."""
+    """Default of the arguments `tick`: a callback that does nothing."""
 
 
 def places(account: Merged) -> dict[str, tuple[str, str]]:
@@ -109,7 +109,7 @@ def places(account: Merged) -> dict[str, tuple[str, str]]:
 
 
 def exposures(account: Merged, delta: float, tick: Callable[[], None] = silent) -> list[Exposed]:
-    """Return one row per partition, in the order of the ledgers.
+    """Compute the privacy cost of each partition of an account, in the order of the ledgers.
 
     Args:
         account: account with the charges.
@@ -182,8 +182,11 @@ def projections(
     """Compute the epsilon of each chosen partition before and after one more charge.
 
     Args:
+        account: account with the charges so far.
+        charge: charge that is added.
+        delta: delta of the epsilons, in (0, 1).
         chosen: names of partitions in the merged account.
-        tick: called after every partition.
+        tick: called after every partition; each can take a second.
     """
     rows = []
     own = places(account)

@@ -46,7 +46,7 @@ def _options_of_rivals(arm: ArmResult, arms: Sequence[ArmResult]) -> list[dict[s
 
 
 def _parts(text: str) -> list[str]:
-    """Write `Combine(EWC(...), Replay(...))` as its parts, each with its changed options."""
+    """Split `Combine(EWC(...), Replay(...))` into its strategies, with changed options only."""
     try:
         call = ast.parse(text, mode="eval").body
     except (SyntaxError, ValueError, MemoryError, RecursionError):

@@ -38,16 +38,16 @@ NUMBERS = (
     "worst_experience_accuracy",
     "area_under_accuracy",
 )
-"""Numbers of an arm in the table of all arms."""
+"""Keys of an arm's result that are columns of the table of all arms."""
 CHANGES = ("forgetting", "backward_transfer", "forward_transfer")
-"""Those of them that are differences."""
+"""Keys among `NUMBERS` that are differences of the metric, so that percent become points."""
 TITLES = {
     "average_accuracy": "average {metric}",
     "learning_accuracy": "learning {metric}",
     "worst_experience_accuracy": "worst experience",
     "area_under_accuracy": "area under the curve",
 }
-"""Titles of numbers where they are other words than their names."""
+"""Column titles of keys in `NUMBERS` whose title is not the key itself."""
 COLUMNS = len(NUMBERS) + 4  # and strategy, robust accuracy, epsilon and time
 GLOSSARY = (
     (
@@ -169,13 +169,13 @@ def _price(arm: ArmResult, free: tuple[ArmResult, str] | None, task: TaskResult)
 
 
 def _over(result: Result) -> str:
-    """Say that numbers are means, where they are."""
+    """Return a clause that all numbers are means over seeds; "" for a run with one seed."""
     seeds = len(result["seeds"])
     return f"; all numbers are means over {seeds} seeds" if seeds > 1 else ""
 
 
 def _failed(result: Result) -> str:
-    """List the trainings that ran away."""
+    """Return the list of the trainings that diverged, with the reasons; "" if there are none."""
     failures = [
         f"<li>{escape(each['trial'])}: {escape(each['failure'])}</li>"
         for arm in result["arms"]
@@ -208,7 +208,7 @@ def arms_table(result: Result) -> str:
 
 
 def _head(name: str, task: TaskResult) -> str:
-    """Head of a column of numbers, with its unit."""
+    """Return the head of a column of the table of all arms, with the unit."""
     title = TITLES.get(name, name.replace("_", " ")).format(metric=task["metric"])
     unit = points(task) if name in CHANGES else task["unit"]
     return f"{escape(title)}<small>{escape(unit)}</small>"
@@ -259,7 +259,7 @@ def _arm_row(arm: ArmResult, label: str, options: Sequence[str], *, wins: bool, 
 
 
 def _shown_name(arm: ArmResult) -> str:
-    """Name of an arm, and which of its trainings ran away."""
+    """Return the name of an arm, with a note on the seeds at which training diverged."""
     name = arm["name"] if has_own_name(arm) else arm["strategy"]
     return f"{name} ({failed_in_words(arm)})" if arm["failures"] else name
 

@@ -139,7 +139,7 @@ def _arm(arm: ArmResult, label: str, epsilon: Epsilon) -> str:
 
 
 def _each_seed(arm: ArmResult) -> str:
-    """Say that a statement is for one of several models."""
+    """Return a warning that an arm's privacy statement is for each seed's model alone."""
     models = len(arm["seeds"])
     if models == 1:
         return ""

@@ -102,7 +102,7 @@ def _cells(arm: ArmResult, run: Result) -> list[Text]:
 
 
 def _caption(run: Result) -> str:
-    """Units of the columns; where there are several seeds, what stands behind ±."""
+    """Return the line below the table: units of the columns, and the meaning of ±."""
     task = run["task"]
     if is_percent(task):
         told = f"{task['metric']}, robust: % {'right ' * (task['metric'] == 'accuracy')}at the end"

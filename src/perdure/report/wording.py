@@ -12,9 +12,9 @@ MISSING = "–"
 
 
 def labels(arms: Sequence[ArmResult]) -> list[str]:
-    """Name each arm: by the name that its config gave it, else by its strategy.
+    """Return the name of each arm in reports: the name in the config, or else the strategy's name.
 
-    They are needed if a strategy occurs twice with the same privacy; options that differ are added.
+    If a strategy occurs twice with the same privacy, the options that differ are added.
     """
     named = []
     for arm in arms:
@@ -27,17 +27,17 @@ def labels(arms: Sequence[ArmResult]) -> list[str]:
 
 
 def has_own_name(arm: ArmResult) -> bool:
-    """Tell if the config named an arm; else its name is the strategy's with -plain or -private."""
+    """Return True if an arm has a name from its config, not one made from the strategy's name."""
     return arm["name"] != arm_name(arm["strategy"], private=arm["private"])
 
 
 def by_privacy(arms: Sequence[ArmResult]) -> list[tuple[ArmResult, str]]:
-    """Return arms with their names, those without privacy first, otherwise in the run's order."""
+    """Return (arm, name) of all arms, arms without privacy first, otherwise in the run's order."""
     return sorted(zip(arms, labels(arms), strict=True), key=lambda named: named[0]["private"])
 
 
 def best(arms: Sequence[tuple[ArmResult, str]], task: TaskResult) -> tuple[ArmResult, str] | None:
-    """Return the arm with the best average at the end; None where none was measured."""
+    """Return the arm with the best average metric after training; None if none was measured."""
     measured = [named for named in arms if is_number(named[0]["average_accuracy"])]
     sign = 1 if task["higher_is_better"] else -1
     return max(
@@ -54,12 +54,12 @@ def is_percent(task: TaskResult) -> bool:
 
 
 def digits(task: TaskResult) -> int:
-    """Digits after the point for the metric of a task."""
+    """Return the number of digits after the decimal point for the metric of a task."""
     return 1 if is_percent(task) else 3
 
 
 def points(task: TaskResult) -> str:
-    """Unit of differences of the metric: points of percent, else the unit of the metric."""
+    """Return the unit of differences of the metric: points for percent, else the metric's unit."""
     return "points" if is_percent(task) else task["unit"]
 
 
@@ -85,7 +85,7 @@ def with_error(value: float | None, error: float | None, places: int) -> str:
 
 
 def failed_in_words(arm: ArmResult) -> str:
-    """Say which trainings of an arm ran away: diverged; diverged with seeds 1, 2."""
+    """Say at which seeds an arm's training failed: "diverged", or "diverged with seeds 1, 2"."""
     if len(arm["failures"]) == len(arm["seeds"]):
         return "diverged"
     return f"diverged with {seeds_in_words([each['seed'] for each in arm['failures']])}"

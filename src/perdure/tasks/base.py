@@ -15,7 +15,7 @@ MASKED = -1e9
 """Output for a class that may not be predicted; its probability is exactly 0 in float32."""
 
 EXTREME = 2**40
-"""Smallest number for which `Task.synthetic` makes extreme targets, which records seldom have."""
+"""Smallest of the `numbers` for which `Task.synthetic` makes extreme targets."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,7 +181,7 @@ def mask_outputs(outputs: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def fitted(mask: Tensor, outputs: Tensor) -> Tensor:
-    """Shape a mask (C,) or (n, C) so that it broadcasts to outputs (n, ..., C)."""
+    """Return a mask (C,) or (n, C) reshaped so that it broadcasts to outputs (n, ..., C)."""
     if mask.dim() < 2:
         return mask
     return mask.view(len(mask), *[1] * (outputs.dim() - 2), mask.shape[-1])

@@ -33,7 +33,7 @@ BLOCKS = 2
 BATCH = 6
 CLIP_NORM = 0.5
 NOISE = 0.01
-"""Variance of the noise of a gradient that is passed to `after_step`."""
+"""Noise variance that the checks pass to the hook `after_step`."""
 SIMULATED = Privacy(noise_multiplier=1.0, clip_norm=CLIP_NORM, seed=0)
 
 

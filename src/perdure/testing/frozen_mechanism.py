@@ -1,9 +1,9 @@
 """Private sum whose answers are recorded in one run and repeated in a second run, for `replay`.
 
-A private sum releases an integer sum with integer noise. The key that draws the noise gets the
-exact integers, the ledger entry that pays, and the scale, and it decides which records enter a
-step. So all draws are recorded at the key: an error in clipping, sampling, reserving or counting is
-visible there.
+A private sum releases an integer sum with integer noise. The key that draws the noise gets
+the exact integers, the ledger entry that covers the draw, and the scale, and it decides which
+records enter a step. So all draws are recorded at the key: an error in clipping, sampling,
+reserving or counting is visible there.
 """
 
 import hashlib
@@ -86,9 +86,9 @@ class Tape:
     ledger: Ledger | None = None
 
     def answer(self, own: Draw) -> Tensor:
-        """Return the values to release: in the second run, those of the first run.
+        """Record a draw, and return the values to release.
 
-        In the first run they are the run's own.
+        The first run releases its own values, and the second run the values of the first run.
 
         Raises:
             OtherReleaseError: if the first run had another release at this point.
@@ -190,7 +190,7 @@ class ReplayKey(NoiseKey):
         total.copy_(self._tape.answer(own))
 
     def _paying(self, digest: str) -> tuple[int, Entry | None]:
-        """Position in the ledger of the entry with this digest, and the entry itself."""
+        """Return the ledger entry with this digest, and its position in the ledger."""
         entries = self._tape.ledger.entries if self._tape.ledger else ()
         for place, entry in enumerate(entries):
             if entry.digest == digest:
@@ -205,7 +205,7 @@ class ReplayKey(NoiseKey):
         place: tuple[object, ...],
         exact: Tensor,
     ) -> None:
-        """Record a draw that no entry pays for, or whose noise was already used for another sum."""
+        """Add to the tape's problems a draw that no ledger entry covers, or that reuses noise."""
         if paid is None:
             self._tape.unpaid.append(f"{purpose} of step {step} has no entry in the ledger")
         elif not paid.first_step <= step < paid.first_step + paid.steps:
@@ -256,7 +256,7 @@ def frozen(make: MakePrivateSum, tape: Tape) -> MakePrivateSum:
 
 
 def _reserving(mechanism: PrivateSum, key: ReplayKey) -> Callable[..., None]:
-    """Wrap `reserve` so that it records the declared number of records in a step, by entry."""
+    """Return `reserve` of a private sum, which also tells the key the batch size of each entry."""
     real = mechanism.reserve
 
     def reserve(**facts: object) -> None:
@@ -271,7 +271,10 @@ def _reserving(mechanism: PrivateSum, key: ReplayKey) -> Callable[..., None]:
 
 
 def _answering(real: Callable[..., Tensor], tape: Tape, *, spread: bool) -> Callable[..., Tensor]:
-    """Wrap `count` or `select` to record it; a record changes a count or score difference by 1."""
+    """Return a function that calls `count` or `select` of a private sum, and records the draw.
+
+    One record changes a count, or the difference of two scores, by at most 1.
+    """
 
     def answer(exact: Tensor, *, purpose: str, occasion: ReleaseKey) -> Tensor:
         value = real(exact, purpose=purpose, occasion=occasion)

@@ -31,16 +31,17 @@ from perdure.types import Params
 
 ROUNDING = 1 + 1e-4
 EVERY = 5
-"""Every row whose number is a multiple of this is also evaluated alone."""
+"""Step between the rows that `rows` also evaluates alone: rows 0, 5, 10 and so on."""
 RowsOfBatch = Callable[[Batch], Mapping[str, Tensor]]
 
 # --------------------------------------------------------------------------- a hook changes nothing
 
 
 def pure(fixture: StrategyFixture) -> None:
-    """Check that hooks are pure functions.
+    """Check that the strategy's hooks are pure functions.
 
-    A hook changes neither its arguments nor the strategy, and returns the same in a second call.
+    A hook must change neither its arguments nor the strategy, and must return the same result in a
+    second call.
     """
     scene = MidRunFixture(fixture)
     for hook, call in scene.calls().items():
@@ -158,7 +159,11 @@ def inside(value: object) -> object:
 
 
 def rows(fixture: StrategyFixture) -> str | None:
-    """Check that every row is the same alone, in the batch, and among other or fewer rows."""
+    """Check that a strategy's results for one record do not depend on other records in the batch.
+
+    Losses, predictions, stored tensors and rows of queries must be the same for a record alone, in
+    the batch, and among other or fewer records.
+    """
     scene = MidRunFixture(fixture)
     skipped = scene_couples(fixture.strategy)
     for what, ask in _asked_by_row(scene).items():
@@ -169,7 +174,7 @@ def rows(fixture: StrategyFixture) -> str | None:
 
 
 def scene_couples(strategy: Strategy) -> str | None:
-    """Reason why a row's loss may depend on other rows; None if it may not."""
+    """Return the strategy's reason why a record's loss may depend on others; None if it may not."""
     return (
         "the strategy declares couples_records, so privacy refuses it"
         if strategy.couples_records
@@ -334,7 +339,10 @@ def _but(dropped: int, batch: Batch) -> Tensor:
 
 
 def vmap(fixture: StrategyFixture) -> None:
-    """Check that hooks give the same for stacked parameters and states as for each alone."""
+    """Check that the strategy's hooks run under `torch.func.vmap`.
+
+    Hooks must give the same results for stacked parameters and states as for each one alone.
+    """
     reason = fixture.strategy.not_vmappable_because
     if reason is not None:
         require(

@@ -1,4 +1,4 @@
-"""Checks under privacy: every release is declared, planned and charged.
+"""Checks of a strategy under privacy: every release is declared, planned and charged.
 
 Records influence a run through releases only.
 """
@@ -30,7 +30,10 @@ ANSWERS = ("gradient", "reference", "release", "count", "select")
 
 
 def private(fixture: StrategyFixture) -> None:
-    """Check a whole private run, and a second run with the same releases on other records."""
+    """Check that a strategy uses records through declared, planned and charged releases only.
+
+    A whole private run is checked, and a second run with the same releases on other records.
+    """
     if fixture.strategy.couples_records:
         _refused(fixture)
         raise NotApplicable("the strategy declares couples_records, so privacy refuses it")

@@ -168,5 +168,5 @@ ONCE: tuple[Kind, ...] = ("releases", "memory_releases", "histograms", "selectio
 
 
 def declared(cost: PrivacyCost, kind: Kind) -> int:
-    """Number that `privacy_cost` declares for a kind of query."""
+    """Return the number of queries of a kind that a strategy declares in its `privacy_cost`."""
     return int(getattr(cost, kind))

@@ -249,7 +249,7 @@ def replayed(
     record: int,
     alone: bool = False,
 ) -> ReplayResult:
-    """Run any experiment on two data sets, and compare the runs (see `replay`).
+    """Run any experiment on two data sets that differ in one record, and compare the two runs.
 
     Args:
         experiment: function that attaches its learners to the run, trains them, and adds its other
@@ -328,7 +328,7 @@ def changes(place: str, tape: Tape, other: Tape) -> list[ReleaseChange]:
 
 
 def same(one: Outputs, other: Outputs, name: str) -> bool:
-    """Return True if both runs have the output and it is equal; NaN equals NaN."""
+    """Return True if both runs have the output called `name` with equal values; NaN equals NaN."""
     if name not in one or name not in other:
         return False
     here = one[name]
@@ -347,7 +347,7 @@ def with_records(stream: Stream, kept: Callable[[Tensor], Tensor]) -> Stream:
     """Return the stream with some of its training records; all declared facts stay the same.
 
     Args:
-        stream: the stream.
+        stream: stream of the records.
     """
     parts = []
     for experience in stream:

@@ -1,4 +1,4 @@
-"""Checks of whole runs: alone, stopped and resumed, and as clients of a federation."""
+"""Checks of a strategy in whole runs: alone, stopped and resumed, and in a federation."""
 
 import dataclasses
 import inspect
@@ -31,7 +31,7 @@ from perdure.testing.fixtures import (
 def declared(fixture: StrategyFixture) -> None:
     """Check that the strategy is a frozen, hashable dataclass.
 
-    Its model must be the same in every call.
+    `small_model` of the strategy must return the same model in every call.
     """
     kind = type(fixture.strategy)
     fix = "write @dataclass(frozen=True, kw_only=True) above the class"
@@ -94,9 +94,10 @@ def declared(fixture: StrategyFixture) -> None:
 
 
 def alone(fixture: StrategyFixture) -> None:
-    """Check a whole stream without federation and without a stop.
+    """Check a strategy on a whole stream, without federation and without a stop.
 
-    The state keeps its layout, numbers are finite, and masks and the plan are respected.
+    The state must keep its layout, numbers must be finite, and predictions and penalties must
+    respect the masks and the plan.
     """
     learner = fixture.prepared()
     as_laid_out = layout(learner.state)

@@ -1,4 +1,4 @@
-"""Arguments of public functions: one plain line for one without its name, or of another type."""
+"""Decorator that checks the arguments of a public function, for error messages of one line."""
 
 import inspect
 import sys
@@ -16,20 +16,21 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 LARGEST = 2**63
-"""Whole numbers are below it, as torch's are."""
+"""Upper bound of whole numbers: torch's are smaller."""
 
 
 def checked_arguments(function: Callable[P, R]) -> Callable[P, R]:
-    """Refuse arguments that need their name, and values of another type than the annotation.
+    """Return a function that checks its arguments against the annotations before it runs.
 
-    Numbers, text, lists, mappings and functions are checked; the function checks other types, such
-    as data sets, itself.
+    Numbers, text, lists, mappings and functions are checked; `function` itself checks other types,
+    such as data sets.
 
     Args:
-        function: with annotations; those that cannot be read are not checked.
+        function: function with annotations; an annotation that cannot be read is not checked.
 
     Returns:
-        The function, which raises `ConfigError` where Python would raise a `TypeError`.
+        Function with the same signature. It raises `ConfigError` for a value of a wrong type, and
+        if Python would raise a `TypeError`, such as for an argument without its name.
     """
     parameters = inspect.signature(function).parameters
     first = [name for name, each in parameters.items() if each.kind is each.POSITIONAL_OR_KEYWORD]
@@ -56,7 +57,7 @@ def checked_arguments(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def _hint(function: Callable[..., object], name: str) -> Any:
-    """Type of one argument; `Any` where the annotation names what is imported for checkers only."""
+    """Return the type of one argument; `Any` if the annotation cannot be read at run time."""
     annotation = inspect.get_annotations(function).get(name, Any)
     alone = types.SimpleNamespace(__annotations__={name: annotation})
     try:
@@ -66,7 +67,7 @@ def _hint(function: Callable[..., object], name: str) -> Any:
 
 
 def _fits(value: object, hint: Any) -> bool:
-    """Tell if a value has a type without alternatives; True for types that are not checked."""
+    """Return True if a value has a type that is no union; also for types that are not checked."""
     kind = typing.get_origin(hint) or hint
     if kind is tuple:
         known = typing.get_args(hint)

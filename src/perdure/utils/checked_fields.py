@@ -100,7 +100,7 @@ def check_fields(
 def _fault(
     settings: Any, prefix: str | None = None, only: Collection[str] | None = None
 ) -> ConfigError | None:
-    """Error for the first field with a wrong type; None if there is none."""
+    """Return the error for the first field with a wrong type; None if all fields fit."""
     kind = type(settings)
     where = _name(kind) if prefix is None else prefix
     for name, (hint, fit) in _checks(kind).items():  # type: ignore[arg-type]  # classes are hashable
@@ -115,7 +115,10 @@ def _fault(
 
 @cache
 def _checks(kind: type) -> dict[str, tuple[Any, Fit]]:
-    """Return type and check by field of a dataclass; `Any` for a type that cannot be read."""
+    """Return the type of each field of a dataclass, and the function that checks its values.
+
+    The type is `Any` if the annotation cannot be read.
+    """
     if not is_dataclass(kind):
         return {}
     hints = {field.name: _hint(kind, field.name) for field in fields(kind) if field.init}
@@ -123,7 +126,7 @@ def _checks(kind: type) -> dict[str, tuple[Any, Fit]]:
 
 
 def _hint(kind: type, name: str) -> Any:
-    """Type of one field, from the annotation in the class that defines it."""
+    """Return the type of one field, from the annotation in the class that defines the field."""
     owner = next(base for base in kind.__mro__ if name in inspect.get_annotations(base))
     alone = types.SimpleNamespace(__annotations__={name: inspect.get_annotations(owner)[name]})
     try:
@@ -133,7 +136,10 @@ def _hint(kind: type, name: str) -> Any:
 
 
 def _name(kind: type) -> str:
-    """Return the name of a class in lower case and a dot; underscores are as in its file's name."""
+    """Return the prefix of a class's fields in messages: its name in lower case and a dot.
+
+    Underscores are as in the name of the class's file.
+    """
     stem = kind.__module__.rpartition(".")[2]
     plain = kind.__name__.lower()
     return f"{stem if stem.replace('_', '') == plain else plain}."
@@ -143,7 +149,10 @@ def _name(kind: type) -> str:
 
 
 def _fit_of(hint: Any) -> Fit:
-    """Make the check of a type once, because values are checked in every step."""
+    """Return a function that checks and converts values of a type.
+
+    It is made once for each type, because values are checked in every step.
+    """
     checks = [_fit_of_one(option) for option in options(hint)]
     if len(checks) == 1:
         return checks[0]
@@ -159,7 +168,7 @@ def _fit_of(hint: Any) -> Fit:
 
 
 def _fit_of_one(hint: Any) -> Fit:
-    """Make the check of one type without alternatives."""
+    """Return a function that checks and converts values of a type that is no union."""
     origin = typing.get_origin(hint)
     kinds = typing.get_args(hint)
     if origin is tuple:
@@ -189,7 +198,12 @@ def _is_one_of(value: object, allowed: tuple[object, ...]) -> bool:
 
 
 def _tuple_fit(kinds: tuple[Any, ...]) -> Fit:
-    """Make the check of tuples whose items have these types; without types, of all tuples."""
+    """Return a function that checks and converts tuples.
+
+    Args:
+        kinds: types of the items, in order; (T, ...) for any number of items of type T. Without
+            types, every tuple or list is accepted.
+    """
     repeated = Ellipsis in kinds
     each = [_fit_of(kind) for kind in kinds if kind is not Ellipsis]
 
@@ -211,7 +225,7 @@ def _tuple_fit(kinds: tuple[Any, ...]) -> Fit:
 
 
 def options(hint: Any) -> tuple[Any, ...]:
-    """Types that a field may have, by its annotation."""
+    """Return the types that an annotation allows: the members of a union, or the type itself."""
     union = typing.get_origin(hint) in (types.UnionType, typing.Union)
     return typing.get_args(hint) if union else (hint,)
 

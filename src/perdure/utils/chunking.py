@@ -15,7 +15,7 @@ the difference can be large. No difference was found from 5 rows on; see the tes
 
 
 HELD_BYTES = 2**28
-"""Most bytes of rows that are copied at once; more bytes are read piece by piece."""
+"""Largest size in bytes of rows that are copied at once; larger rows are read in pieces."""
 
 PIECE_BYTES = 2**24
 """Number of bytes of one piece."""
@@ -75,7 +75,7 @@ def filled_chunks(
 
 
 def filled(tensors: Mapping[str, Tensor], least: int = FEWEST_ROWS) -> dict[str, Tensor]:
-    """Append copies of the first row, until there are `least` rows.
+    """Return the rows with copies of the first row at the end, so that there are `least` rows.
 
     Copies are used because they are finite if the row itself is; another row might raise an error
     in a loss, or spoil a sum. If there is no row, blank rows are used.
@@ -95,5 +95,5 @@ def filled(tensors: Mapping[str, Tensor], least: int = FEWEST_ROWS) -> dict[str,
 
 
 def blank_row(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """One row of zeros with the shapes of the rows in `tensors`, which may be empty."""
+    """Return one row of zeros, with the shapes and dtypes of the rows in `tensors`."""
     return {name: value.new_zeros(1, *value.shape[1:]) for name, value in tensors.items()}

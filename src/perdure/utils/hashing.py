@@ -132,12 +132,12 @@ def is_plain(value: object) -> bool:
 
 
 def canonical_text(value: object) -> str:
-    """Canonical JSON text of a value, with sorted keys, for a digest."""
+    """Return JSON text that is equal for equal values in every process, as input of a digest."""
     return json.dumps(canonical(value), sort_keys=True, separators=(",", ":"))
 
 
 def digest(tensors: Tensors) -> bytes:
-    """SHA-256 of named tensors, which changes with any value.
+    """Return the SHA-256 of named tensors: names, dtypes, shapes and values.
 
     For private records, only a keyed MAC of the digest may leave the curator.
     """

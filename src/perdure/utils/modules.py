@@ -29,7 +29,7 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 def statistics_of(module: nn.Module) -> Params:
-    """Copies of the running means and variances of normalisation layers, by name."""
+    """Return copies of the running means and variances of normalisation layers, by name."""
     own = ("running_mean", "running_var")
     return {
         name: value.clone()

@@ -1,4 +1,4 @@
-"""Arithmetic on large tensors in pieces that stay in the processor's cache."""
+"""Iteration over large tensors in small flat views, which fit into the processor's cache."""
 
 from collections.abc import Iterator
 

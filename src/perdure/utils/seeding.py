@@ -36,12 +36,12 @@ def derive(seed: int | str, *where: object) -> int:
 
 
 def generator(seed: int, *where: object) -> torch.Generator:
-    """CPU generator for one use, with a seed from `derive`."""
+    """Return a CPU generator for one use, with a seed from `derive`."""
     return torch.Generator().manual_seed(derive(seed, *where))
 
 
 def generator_from(seed: Seed) -> torch.Generator:
-    """CPU generator whose state is set from a number, or from all bits of secret bytes.
+    """Return a CPU generator whose state is set from a number, or from all bits of secret bytes.
 
     torch's CPU generator keeps only 32 bits of the number given to `manual_seed`, so a secret seed
     could be guessed. Secret bytes fill all 19,968 bits of its state instead.
@@ -112,7 +112,7 @@ def _accelerator_from(secret: bytes, place: torch.device) -> Iterator[None]:
 
 
 def _twister_state(secret: bytes) -> Tensor:
-    """State of torch's CPU generator, filled with SHAKE-256 of the secret.
+    """Return a state for torch's CPU generator, filled with SHAKE-256 of the secret.
 
     Raises:
         ConfigError: if there are fewer than `SECRET_BYTES` bytes, or the state of this torch
@@ -128,7 +128,7 @@ def _twister_state(secret: bytes) -> Tensor:
 
 @cache
 def _fresh_state() -> npt.NDArray[np.uint8]:
-    """State of a CPU generator before its first draw, in which the random words are replaced."""
+    """Return the state of a new CPU generator, the template of `_twister_state`."""
     state: npt.NDArray[np.uint8] = torch.Generator().manual_seed(0).get_state().numpy()
     if len(state) != TWISTER_STATE_BYTES:
         given = f"{len(state)} bytes in torch {torch.__version__}"

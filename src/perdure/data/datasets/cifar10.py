@@ -123,7 +123,7 @@ def read_cifar_binary(paths: list[Path], *, label_bytes: int = 1) -> tuple[Tenso
     Each record is the label bytes and 3072 pixel bytes, red then green then blue, row by row.
 
     Args:
-        paths: of the files.
+        paths: paths of the files.
         label_bytes: number of label bytes, of which the last one is the class.
 
     Raises:

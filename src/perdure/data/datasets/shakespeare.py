@@ -40,7 +40,7 @@ def shakespeare(
     Args:
         root: data root; see `perdure.data.datasets.base`.
         length: number of characters of a sequence.
-        speakers: only the so many speakers with the longest lines; None for all.
+        speakers: number of speakers to keep, those with the longest lines; None for all.
 
     Raises:
         ConfigError: if `length` is below 2, or `speakers` below 1.

@@ -127,7 +127,7 @@ def _by_place(
     Args:
         data: the source.
         kind: name of the scenario.
-        places: (n,) experience of every training record, and of every test record.
+        places: experience of every training record (n,), and of every test record (m,).
         count: number of experiences.
         facts: public facts that decide the experience of a record; None if other records do, too.
         declared_size: public number of training records of an experience.

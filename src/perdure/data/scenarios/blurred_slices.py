@@ -115,7 +115,7 @@ def blurry(
 
 
 def _blurred_shares(home: Stream, is_blurry: Tensor, share: float) -> list[float]:
-    """Expected share of all records in each experience, with equally large classes."""
+    """Return the expected share of all records in each experience, with equally large classes."""
     leaving = [share * int(is_blurry[list(part.classes)].sum()) for part in home]
     return [
         (len(part.classes) - out + (sum(leaving) - out) / (len(home) - 1)) / home.num_classes

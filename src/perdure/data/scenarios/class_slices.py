@@ -96,7 +96,7 @@ def split(
 def _slice_widths(
     num_classes: int, experiences: int | None, increments: Sequence[int] | None, scenario: Scenario
 ) -> list[int]:
-    """Number of classes in each slice."""
+    """Return the number of classes of each experience."""
     if (experiences is None) == (increments is None):
         given = f"experiences={experiences}, increments={increments}"
         raise ConfigError.of("slices", given, "exactly one of experiences and increments")

@@ -89,7 +89,10 @@ def placed(records: Records, rows: Tensor, index: int, rule: str) -> Records:
 def expected_sizes(
     data: Dataset, declared_size: int | Sequence[int] | None, shares: Sequence[float]
 ) -> list[int | None]:
-    """Declared size of every experience; None if neither the caller nor the data set gives one."""
+    """Return the declared size of every experience: given, or a share of the data set's size.
+
+    None if neither the caller nor the data set declares a size.
+    """
     if declared_size is not None or data.train.size_counted:
         return size_of_each(declared_size, len(shares))
     return [max(1, round(data.train.declared_size * share)) for share in shares]

@@ -107,7 +107,10 @@ def repetition(
 def _occurrences(
     order: Sequence[int], experiences: int, first: float, repeat: float, seed: int
 ) -> Tensor:
-    """(T, C) bool, the classes of every experience; each class is in at least one experience."""
+    """Draw the classes of every experience: (T, C) bool, True if experience t has class c.
+
+    Each class is in at least one experience.
+    """
     generator = torch.Generator().manual_seed(seed)
     uniform = torch.rand(len(order), generator=generator, dtype=torch.float64)
     # inverse of the geometric distribution; log1p(-1) is -inf, and the quotient 0

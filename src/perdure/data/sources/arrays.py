@@ -77,8 +77,8 @@ def from_arrays(
             Default: (0, 1) for images of bytes; none for other inputs.
         standardise: "declared" maps `value_range` to -1 .. 1; (mean, deviation) are constants that
             you declare, one number or one for every column or channel; a
-            `perdure.privacy.ReleasedScaling` pays for constants of the training records. Default:
-            no scaling.
+            `perdure.privacy.ReleasedScaling` releases constants of the training records with
+            noise. Default: no scaling.
         declared_size: public number of training records. Default: the number of rows.
         seed: seed of the hash that draws the test part.
         name: name of the data set and of its partition. Other records, or other targets of the same

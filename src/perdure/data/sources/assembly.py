@@ -32,7 +32,7 @@ TEST = 4
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Part:
-    """Rows of one part of a data set: inputs are converted, the rest is as the user gave it.
+    """Training or test part of a data set: converted inputs, and the user's targets and ids.
 
     Args:
         inputs: (n, ...) float32, or int64 tokens.
@@ -59,14 +59,14 @@ class Settings:
         classes: names of the classes in the order of their numbers; None if not declared.
         num_classes: number of classes; None if not declared.
         value_range: smallest and largest value of inputs before scaling.
-        standardise: constants for scaling.
+        standardise: constants for scaling, or the release of such constants.
         declared_size: public number of training records; None for the number of rows.
         seed: seed of the hash that draws the test part.
         columns: names of the columns of inputs (n, k), if they have names.
         domain: declared domain of inputs that are not floats.
         facts: sentences about facts that are declared public.
         categories: names of the values of attributes.
-        numbered_by_records: as in `Dataset`.
+        numbered_by_records: attributes whose values were found in the records; see `Dataset`.
     """
 
     name: str

@@ -124,13 +124,13 @@ def from_huggingface(
 
 @dataclass(frozen=True, kw_only=True)
 class _Facts:
-    """Attributes of the records, from columns.
+    """Attributes of the records (time, domain, group), read from columns of a data set.
 
     Args:
-        attributes: of each part, name to (n,).
-        declared: numbers of the values of a column whose type names them.
+        attributes: for each part, name of the attribute to (n,) values.
+        declared: value to number, by column, for columns whose type lists the values.
         categories: names of the values, by attribute.
-        found: attributes whose values were found in the records.
+        found: attributes whose values were found in the records, and not declared.
     """
 
     attributes: list[dict[str, Any]]
@@ -159,7 +159,7 @@ class _Facts:
 
     @property
     def public(self) -> list[str]:
-        """Sentences on what was found and is declared public thereby."""
+        """Return a sentence for each attribute whose values were found, which makes them public."""
         return values_are_public(self.found)
 
     def added_to(self, made: Dataset, named: Mapping[str, tuple[str, ...]]) -> Dataset:
@@ -178,7 +178,7 @@ class _Facts:
 
 
 class _Settings(TypedDict):
-    """Settings that are passed unchanged to every function that makes a data set."""
+    """Arguments of `from_huggingface` that are passed unchanged to `from_torch` and its kin."""
 
     num_classes: int | None
     declared_size: int | None

@@ -20,12 +20,12 @@ from perdure.errors import ConfigError, DataError
 
 
 class Release(Protocol):
-    """Constants for scaling that are a private release; see `perdure.privacy.ReleasedScaling`."""
+    """Interface of a private release of scaling constants: `perdure.privacy.ReleasedScaling`."""
 
     def constants(
         self, inputs: Tensor, low: Tensor, high: Tensor, *, partition: str, size: int
     ) -> tuple[Tensor, Tensor, tuple[Spent, ...]]:
-        """Release mean and deviation, each broadcasting to one row, and the privacy cost."""
+        """Return noisy mean and deviation, each broadcasting to one row, and the privacy cost."""
 
 
 Number = float | Sequence[float]
@@ -83,7 +83,7 @@ def _units_of_bytes(values: Tensor) -> Tensor:
 
 
 def byte_range(values: Tensor) -> tuple[Number, Number] | None:
-    """Range of inputs that follows from their type: (0, 1) for bytes, which are divided by 255."""
+    """Return the range of inputs that follows from their type: (0, 1) for bytes, else None."""
     return (0.0, 1.0) if values.dtype == torch.uint8 else None
 
 

@@ -161,10 +161,10 @@ def row_attributes(
     """Return the attributes of the rows of a part: name to (n,) numbers.
 
     Args:
-        rows: of a table.
-        label: of the part, for messages.
-        roles: column by attribute; that of "time" holds dates or numbers.
-        values: of the other attributes, in the order of their numbers.
+        rows: rows of a table.
+        label: name of the part, for messages.
+        roles: name of the column of each attribute; the column of "time" has dates or numbers.
+        values: possible values of each other attribute, in the order of their numbers.
     """
     time = roles["time"]
     attributes: dict[str, Any] = {}
@@ -195,7 +195,7 @@ class _Column:
 
     @property
     def names(self) -> list[str]:
-        """Names of the inputs that the column is converted to."""
+        """Names of the input features into which the column is converted."""
         if self.categories is not None:
             return [f"{self.column}={value}" for value in self.categories]
         return [self.column] if self.fill is None else [self.column, f"{self.column} is missing"]
@@ -376,7 +376,7 @@ def _constants(
     standardise: Standardise | None,
     low_and_high: tuple[Number, Number] | None,
 ) -> Standardise | None:
-    """Return the constants of every input; "declared" leaves indicators unchanged."""
+    """Return the scaling constants of every input; "declared" leaves indicators unchanged."""
     if standardise != "declared" or low_and_high is None:
         return standardise  # released constants scale indicators, too
     scaled = [each.numbers and place == 0 for each in encoding for place in range(len(each.names))]
@@ -467,5 +467,5 @@ def _facts(encoding: Sequence[_Column], roles: Sequence[str]) -> tuple[str, ...]
 
 
 def values_are_public(attributes: Sequence[str]) -> list[str]:
-    """Sentences on attributes whose values were found and are declared public thereby."""
+    """Return a sentence for each attribute whose values were found, which makes them public."""
     return [f"the values of the attribute {role} are declared public" for role in attributes]

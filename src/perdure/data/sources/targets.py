@@ -36,7 +36,7 @@ class Classes:
 
 
 MOST_CLASSES = 2**24
-"""Classes that a data set may have: a model has an output for each."""
+"""Largest number of classes of a data set, because a model has an output for each."""
 TaskName = Literal["single-label", "multi-label", "regression", "next-token"]
 TASKS: Mapping[str, type[Task]] = {
     kind.name: kind for kind in (SingleLabel, MultiLabel, Regression, NextToken)
@@ -64,7 +64,7 @@ def task_of(task: object) -> Task:
 def converted(
     value: object, task: Task, classes: Classes | None, name: str, notes: dict[str, None]
 ) -> tuple[Tensor, Classes]:
-    """Convert targets to the shape of the task, and return the classes or outputs that they need.
+    """Convert a user's targets to the shape of the task; return them with the classes.
 
     Args:
         value: targets, in a form that `perdure.data.sources.values.array_of` takes.

@@ -167,7 +167,7 @@ def _refuse_other_counts(*, vocabulary: object, length: object) -> None:
 
 
 def _test_part(test: object, *, with_targets: bool) -> tuple[object, object]:
-    """Return sequences and targets of the test part."""
+    """Split a user's `test` into sequences and targets; None for targets without them."""
     if not with_targets:
         return test, None
     if not isinstance(test, tuple) or len(test) != 2:

@@ -84,7 +84,7 @@ def pixels_of(value: object) -> NDArray[Any] | None:
 
 
 def _refuse_others(value: object, name: str) -> None:
-    """Refuse values that are no array; the message names the function that takes them."""
+    """Refuse a data frame, data set or mapping; the message names the function that reads it."""
     kind = type(value).__name__
     if kind == "DataFrame":
         fix = "perdure.data.from_pandas(table, target='column') takes a table"
