@@ -84,7 +84,7 @@ def test_show_imports_no_module_beside_the_ledger(perdure, finished, monkeypatch
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("[privacy", "is not TOML"),
+        ("[privacy", "is not valid TOML"),
         ("privacy = 3", "privacy = 3"),
         ("arms = 3", "arms = 3"),
         ("[privacy]\ndelta = 'x'", "privacy.delta = 'x'"),

@@ -199,7 +199,7 @@ def test_progress_shows_bars_on_a_terminal_and_lines_in_a_pipe():
 # --------------------------------------------------------------------------- what it refuses
 
 WRONG = {
-    "syntax": ("name = ", "mine.toml is not TOML: "),
+    "syntax": ("name = ", "mine.toml is not valid TOML ("),
     "field": (CONFIG + "colour = 3\n", "arms[0].colour = 3", "one of the fields"),
     "type": (CONFIG.replace("0.1", '"fast"'), "training.learning_rate = 'fast'", "a finite number"),
     "range": (CONFIG.replace("0.1", "nan"), "training.learning_rate = nan"),
@@ -481,7 +481,7 @@ def test_audit_replay_refuses_an_unknown_record_id(perdure, tmp_path):
     path.write_text(CONFIG + REPLAYED)
     answer = perdure("audit", path, "--replay", "--record", 10**6)
     assert_refused(answer, "record = 1000000", "an id of a training record")
-    assert_refused(perdure("audit", path, "--record", 1), "--record = 1", "with --replay")
+    assert_refused(perdure("audit", path, "--record", 1), "--record = 1", "together with --replay")
     answer = perdure("audit", path, "--replay", "--shadows", 4)
     assert_refused(answer, "--shadows = 4", "without --replay")
 

@@ -329,14 +329,14 @@ def test_a_reference_is_drawn_once_and_only_in_charged_steps(four, toy_model, st
 )
 def test_a_reference_that_was_not_planned_is_refused(four, toy_model, strategy, of):
     learner = opened(learner_of(toy_model(four), strategy), four, 1)
-    with pytest.raises(PrivacyError, match=r"was not planned; see MemoryPlan\.use"):
+    with pytest.raises(PrivacyError, match=r"was not planned, .*MemoryPlan\(use="):
         reserved(learner).reference(loss_of(learner), learner.params, of=of)
 
 
 def test_a_reference_in_the_first_experience_is_refused(four, toy_model):
     learner = opened(learner_of(toy_model(four), AGEM(memory_size=12), privacy=None), four, 0)
     learner.session.held.sample(0)
-    with pytest.raises(StrategyError, match="no reference gradient before the second experience"):
+    with pytest.raises(StrategyError, match="empty in the first experience"):
         learner.curator.reference(loss_of(learner), learner.params)
 
 

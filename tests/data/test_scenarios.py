@@ -250,7 +250,8 @@ def test_moving_a_stream_moves_shared_records_once(toy, monkeypatch):
 
 def test_an_experience_refuses_undeclared_labels(toy):
     with pytest.raises(
-        DataError, match=r"experience 0 has train labels \[2, 3\]; declared: \(0, 1\)"
+        DataError,
+        match=r"experience 0 has train labels \[2, 3\]; allowed: the declared classes \(0, 1\)",
     ):
         Experience(
             index=0, train=toy.train, test=toy.test.take(toy.test.labels < 2), classes=(0, 1)

@@ -86,7 +86,10 @@ def test_a_hugging_face_data_set_has_attributes_of_columns(table, settings):
 
 
 def test_a_column_that_is_absent_is_named(table):
-    with pytest.raises(ConfigError, match="domain = 'hospital' is not allowed; allowed: vector"):
+    with pytest.raises(
+        ConfigError,
+        match="domain = 'hospital' is not allowed; allowed: columns of the data set: vector",
+    ):
         from_huggingface(table, inputs="vector", target="kind", domain="hospital")
 
 

@@ -350,7 +350,7 @@ def test_from_folder_makes_one_class_per_sub_folder(photos):
 def test_from_folder_refuses_invalid_folders_in_one_line(photos):
     refused("is not a folder", from_folder, photos / "absent")
     refused("has no sub-folders", from_folder, photos / "cat")
-    refused("has a sub-folder 'dog'; allowed: cat", from_folder, photos, classes=("cat",))
+    refused("has a sub-folder 'dog', which is no class", from_folder, photos, classes=("cat",))
     refused("size = 3", from_folder, photos, size=3)
     refused("channels = 2", from_folder, photos, channels=2)
     refused("another folder", from_folder, photos, test=photos)

@@ -282,11 +282,11 @@ def test_unreadable_types_of_an_imported_strategy_are_refused():
     ],
 )
 def test_text_that_is_not_toml_is_refused_with_its_position(text):
-    assert refusal(text).startswith("config is not TOML: ")
+    assert refusal(text).startswith("config is not valid TOML (")
 
 
 def test_deeply_nested_toml_is_refused():
-    assert refusal("a = " + "[" * 100_000).startswith("config is not TOML: ")
+    assert refusal("a = " + "[" * 100_000).startswith("config is not valid TOML (")
 
 
 def test_read_returns_the_config_of_a_file(tmp_path):
@@ -298,7 +298,7 @@ def test_read_returns_the_config_of_a_file(tmp_path):
 def test_the_error_for_a_file_that_is_not_toml_names_the_file(tmp_path):
     path = tmp_path / "mine.toml"
     path.write_text("name = ")
-    with pytest.raises(ConfigError, match=r"mine\.toml is not TOML: "):
+    with pytest.raises(ConfigError, match=r"mine\.toml is not valid TOML \("):
         read(path)
 
 

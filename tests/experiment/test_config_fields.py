@@ -263,7 +263,7 @@ def test_momentum_is_refused_for_optimizers_without_momentum():
 def test_epochs_together_with_iterations_are_refused(table, lengths):
     message = refusal(f"{HEAD}[{table}]\n{lengths}{ARM}")
     assert message.startswith(f"{table}.epochs = ")
-    assert message.endswith("exactly one of the two")
+    assert message.endswith("exactly one of epochs and iterations")
 
 
 @pytest.mark.parametrize(

@@ -80,8 +80,8 @@ def test_options_reach_the_data_set():
 def test_key_of_another_stream_is_refused_with_known_ones():
     told = refusal(f'{HEAD}[data]\nstream = "rotated"\nblurry_share = 0.5\n{ARM}')
     assert told == (
-        'data.blurry_share = 0.5 is not allowed; allowed: for stream = "rotated": angles, '
-        "and no others"
+        'data.blurry_share = 0.5 is not allowed; allowed: with stream = "rotated", '
+        "only the keys angles"
     )
 
 

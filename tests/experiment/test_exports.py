@@ -85,7 +85,12 @@ def test_a_student_of_a_private_arm_needs_public_inputs(finished, tmp_path):
         ("lwf-plain", {}, RunError, "has no arm 'lwf-plain'; give one of ncm-plain"),
         ("ncm-plain", {"student": "hidden = ["}, ConfigError, r"student = 'hidden = \['"),
         ("ncm-plain", {"student": "wide = 3"}, ConfigError, "student.wide = 3"),
-        ("ncm-plain", {"public_inputs": "x"}, ConfigError, "public_inputs = 'x'.* with a student"),
+        (
+            "ncm-plain",
+            {"public_inputs": "x"},
+            ConfigError,
+            "public_inputs = 'x'.* together with a student",
+        ),
     ],
 )
 def test_an_impossible_export_of_a_run_is_refused(finished, arm, options, error, message):

@@ -158,17 +158,17 @@ def diverging(make):
 
 
 def test_tune_raises_when_every_trial_ran_away(stream, make):
-    with pytest.raises(RunawayError, match="all 2 trials ran away"):
+    with pytest.raises(RunawayError, match="all 2 trials diverged"):
         tune(diverging(make), {"rate": (0.01, 0.1)}, stream, experiences=1, trials=2)
 
 
 def test_a_learner_of_an_earlier_trial_is_refused(stream, make, toy_model, tmp_path):
     search = partial(tune, space={"rate": (0.01, 0.1)}, stream=stream, experiences=1, trials=2)
     same = make({})
-    with pytest.raises(ConfigError, match="a new one a trial"):
+    with pytest.raises(ConfigError, match="a new model in each trial"):
         search(lambda values: same)
     model = toy_model(stream)
-    with pytest.raises(ConfigError, match="a new one a trial"):
+    with pytest.raises(ConfigError, match="a new model in each trial"):
         search(lambda values: replace(make(values, warm_start=True), model=model))
     with pytest.raises(ConfigError, match="a trial would resume another one"):
         search(lambda values: make(values, folder=tmp_path))

@@ -235,7 +235,8 @@ def test_untrained_parameters_do_not_change(learner_of, toy_stream, privacy, opt
 
 def test_a_trainable_prefix_without_parameters_is_refused(learner_of, toy_stream):
     with pytest.raises(
-        StrategyError, match=r"no parameter begins with \('haed',\); the model trains body.1.weight"
+        StrategyError,
+        match=r"begin with \('haed',\), but the model has none; allowed: prefixes of body.1.weight",
     ):
         learner_of(HeadOnly(prefix="haed")).fit(toy_stream())
 

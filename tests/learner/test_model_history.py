@@ -177,7 +177,7 @@ def test_a_partition_with_another_declared_size_is_refused(trained, learner_of, 
     first = stream[0]
     other = replace(first, train=replace(first.train, declared_size=20))
     stream = replace(stream, experiences=(other, stream[1]))
-    with pytest.raises(LedgerError, match="was declared with 24 records, now 20"):
+    with pytest.raises(LedgerError, match="was declared with 24 records, now with 20"):
         learner_of(model=model, privacy=SIMULATED, warm_start=True).prepare(stream)
 
 

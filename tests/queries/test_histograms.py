@@ -165,7 +165,8 @@ def test_select_refuses_score_classes_of_the_user(party):
 
     for privacy in ({}, NOISY):
         with pytest.raises(
-            PrivacyError, match="Own has no known sensitivity; allowed: Frequency, Quantile"
+            PrivacyError,
+            match="Own has no known sensitivity; allowed utilities: Frequency, Quantile",
         ):
             party(**privacy).curator.select(labels, Own(), purpose="x")
     assert party().curator.select(labels, Frequency(bins=2), purpose="x").tolist() == [0]

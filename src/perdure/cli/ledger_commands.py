@@ -278,7 +278,9 @@ def open_file(path: Path, source: Source) -> Merged:
         keys = {owner: key for owner in owners if (key := key_of(owner, path, source))}
         return read_ledger(path, keys)
     except OSError as error:
-        raise RunError(f"{path} cannot be read ({error.strerror})") from None
+        raise RunError(
+            f"{path} cannot be read ({error.strerror}); make the file readable"
+        ) from None
 
 
 def key_of(owner: str, path: Path, source: Source) -> NoiseKey | None:

@@ -123,7 +123,7 @@ def show_config(
         sys.stdout.write(reference_text(table))
         return
     if table is not None:
-        raise ConfigError.of("--table", table, "with --reference")
+        raise ConfigError.of("--table", table, "only together with --reference")
     with local_modules():
         from perdure.experiment.config import read
         from perdure.experiment.run import trials
@@ -201,9 +201,9 @@ def audit(
     output differs, or if no ledger entry covers a draw of noise.
     """
     if record is not None and not replay:
-        raise ConfigError.of("--record", record, "with --replay")
+        raise ConfigError.of("--record", record, "only together with --replay")
     if replay and shadows:
-        raise ConfigError.of("--shadows", shadows, "without --replay")
+        raise ConfigError.of("--shadows", shadows, "only without --replay")
     with local_modules():
         if replay:
             _replay(config, record)
@@ -249,7 +249,9 @@ def _audit(config: Path, canaries: int, confidence: float, shadows: int) -> None
 
     if shadows and not config.is_dir():
         raise ConfigError.of(
-            "--shadows", config, "with the folder of a finished run, such as runs/demo"
+            "--shadows",
+            shadows,
+            f"only with the folder of a finished run, such as runs/demo, not {config}",
         )
     console = wide_console()
     results = audit_run(

@@ -43,7 +43,7 @@ def read_facts(path: Path) -> RunFacts:
     try:
         table = tomllib.loads(read_text(path))
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not TOML: {error}") from None
+        raise ConfigError(f"{path} is not valid TOML ({error}); correct that line") from None
     privacy = _table(table.get("privacy", {}), f"{path}: privacy")
     arms = table.get("arms", [])
     if not isinstance(arms, list):

@@ -212,8 +212,8 @@ class HeldRecords:
         stored = self.pool.stored
         if stored is None:
             raise StrategyError(
-                "the memory is empty, because there is no reference gradient before the second "
-                "experience"
+                "the memory is empty in the first experience, so there are no rows for a reference "
+                "gradient; ask for one from the second experience on"
             )
         among = None if of is None else self.pool.positions_of(of)
         if not len(stored if among is None else among):

@@ -230,7 +230,8 @@ class LocalCurator:
         if name not in self._held.samplers:
             if not self._held.plans_reference(of):
                 raise PrivacyError(
-                    f"{name} was not planned; see MemoryPlan.use for the uses of a memory"
+                    f"the gradient {name!r} was not planned, so no ledger entry covers it; return "
+                    "a plan that reads it, Plan(memory=MemoryPlan(use='reference'))"
                 )
             return zeros_like(params)
         sampler = self._held.samplers[name]
@@ -318,7 +319,9 @@ class LocalCurator:
         """
         if type(utility) not in (Frequency, Quantile):
             name = type(utility).__name__
-            raise PrivacyError(f"{name} has no known sensitivity; allowed: Frequency, Quantile")
+            raise PrivacyError(
+                f"utility {name} has no known sensitivity; allowed utilities: Frequency, Quantile"
+            )
         rows, exposed = self._held.rows_of_experience()
         self._try_on_probes(of)
         with self._watched(True):

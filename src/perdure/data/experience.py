@@ -72,7 +72,8 @@ class Experience:
             found = records.undeclared(self.classes)
             if found:
                 raise DataError(
-                    f"experience {self.index} has {part} {found}; declared: {self.classes}"
+                    f"experience {self.index} has {part} {found}; allowed: the declared classes "
+                    f"{self.classes}; declare the others too, or leave their records out"
                 )
         mine = (self.train.inputs.shape[1:], self.train.inputs.dtype)
         theirs = (self.test.inputs.shape[1:], self.test.inputs.dtype)

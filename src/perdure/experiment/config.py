@@ -389,7 +389,9 @@ def table_of(text: str, source: str = "") -> dict[str, Any]:
     try:
         return tomllib.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{source or 'config'} is not TOML: {error}") from None
+        raise ConfigError(
+            f"{source or 'config'} is not valid TOML ({error}); correct that line"
+        ) from None
 
 
 def from_table(table: Mapping[str, Any], source: str = "") -> Config:

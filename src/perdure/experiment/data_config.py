@@ -152,9 +152,8 @@ class DataConfig(CheckedFields):
         for key in OF_STREAMS:
             value = getattr(self, key)
             if value is not None and key not in keys:
-                raise ConfigError.of(
-                    key, value, f'for stream = "{self.stream}": {", ".join(keys)}, and no others'
-                )
+                allowed = f'with stream = "{self.stream}", only the keys {", ".join(keys)}'
+                raise ConfigError.of(key, value, allowed)
         if self.shuffle_classes and self.stream != "split":
             raise ConfigError.of("shuffle_classes", True, 'false, or stream = "split"')
 

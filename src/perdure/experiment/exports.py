@@ -83,7 +83,7 @@ def export_run(
             seed=learner.seed,
         )
     elif public_inputs is not None:
-        raise ConfigError.of("public_inputs", str(public_inputs), "with a student")
+        raise ConfigError.of("public_inputs", str(public_inputs), "only together with a student")
     measured = {name: row[name] for name in METRICS if row.get(name) is not None}
     return export_learner(
         learner,

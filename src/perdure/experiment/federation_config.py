@@ -41,5 +41,5 @@ def make_aggregator(name: str, options: Mapping[str, Any]) -> Any:
         return kind(**values)
     except (TypeError, ValueError) as error:
         raise ConfigError.of(
-            "aggregator_options", dict(options), f"{name}'s own ({error})"
+            "aggregator_options", dict(options), f"options that {name} accepts ({error})"
         ) from error

@@ -76,7 +76,10 @@ class BuiltModel(CheckedFields):
             with seeded(seed):
                 made: object = function(**given | dict(self.options))
         except TypeError as error:
-            raise ConfigError(f"model {self.name!r} cannot be made: {error}") from error
+            raise ConfigError(
+                f"model {self.name!r} cannot be made of {sorted(given | dict(self.options))}: "
+                f"{error}; allowed: the arguments of its function; correct the [model] table"
+            ) from error
         if not isinstance(made, nn.Module):
             raise ConfigError.of("model.name", f"{self.name} of a {type(made).__name__}", OWN)
         return made

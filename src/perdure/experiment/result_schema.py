@@ -204,11 +204,12 @@ def checked(content: object, source: str = "result") -> Result:
         )
     if content.get("schema") != SCHEMA:
         raise RunError(
-            f"{source} has schema {content.get('schema')!r}; this version of perdure reads {SCHEMA}"
+            f"{source} has schema {content.get('schema')!r}; allowed: {SCHEMA}, which this version "
+            "of perdure reads; run the experiment again, or install the version that wrote it"
         )
     _require(content, Result, source)
     if not content["arms"]:
-        raise RunError(f"{source} has no arms; a finished run has at least one")
+        raise RunError(f"{source} has no arms; allowed: at least one; run the experiment again")
     _require(content["stream"], StreamResult, f"{source}: stream")
     _require(content["task"], TaskResult, f"{source}: task")
     for number, arm in enumerate(content["arms"]):
@@ -229,7 +230,7 @@ def _check_arm(arm: Mapping[str, Any], source: str) -> None:
         given = f"private = {arm['private']} but epsilon = {arm['epsilon']!r}"
         raise RunError(
             f"{source} has {given}; allowed: an epsilon for each private arm, and no "
-            "epsilon for other arms"
+            "epsilon for other arms; run the experiment again"
         )
     if arm["epsilon"] is not None:
         _require(arm["epsilon"], Epsilon, f"{source}.epsilon")
@@ -243,4 +244,7 @@ def _require(content: object, shape: type, source: str) -> None:
     expected: frozenset[str] = shape.__required_keys__  # type: ignore[attr-defined]
     missing = sorted(expected - set(content)) if isinstance(content, Mapping) else sorted(expected)
     if missing:
-        raise RunError(f"{source} has no {', '.join(missing)}, but schema {SCHEMA} needs them")
+        raise RunError(
+            f"{source} has no {', '.join(missing)}, but schema {SCHEMA} needs them; run the "
+            "experiment again"
+        )

@@ -283,7 +283,9 @@ class TrainingConfig(CheckedFields):
             )
         if (self.epochs is None) == (self.iterations is None):
             given = f"epochs = {self.epochs} with iterations = {self.iterations}"
-            raise ConfigError(f"{given} is not allowed; allowed: exactly one of the two")
+            raise ConfigError(
+                f"{given} is not allowed; allowed: exactly one of epochs and iterations"
+            )
         if self.optimizer_options or self.schedule:
             self._try_out()
 

@@ -137,8 +137,8 @@ def tune(
     tried = tuple((dict(trial.params), float(trial.value or 0.0)) for trial in done)
     if all(trial.user_attrs[FAILED] for trial in done):
         raise RunawayError(
-            f"all {len(done)} trials ran away (parameters were NaN or infinite); search smaller "
-            "learning rates, or normalise the inputs"
+            f"the training of all {len(done)} trials diverged (parameters were NaN or infinite); "
+            "search smaller learning rates, or normalise the inputs"
         )
     best, found = (max if metric.higher_is_better else min)(tried, key=lambda pair: pair[1])
     return Tuned(values=best, score=found, experiences=experiences, trials=tried)
@@ -213,8 +213,9 @@ class _FreshLearners:
             )
         known = any(model() is learner.model for model in self._models)
         if known or learner.position.experience or learner.position.step:
-            raise ConfigError.of(
-                "make", "a function that returns a learner or model again", "a new one a trial"
+            raise ConfigError(
+                "make returned a learner or a model of an earlier trial; allowed: a new learner "
+                "and a new model in each trial; build both inside the function"
             )
         if learner.folder is not None:
             raise ConfigError.of(
@@ -332,7 +333,7 @@ def _check(space: Space, stream: Stream, experiences: int, trials: int, held_out
     for name, given in space.items():
         _check_values(name, given)
     if not space:
-        raise ConfigError.of("space", dict(space), "a name and its values, or several")
+        raise ConfigError.of("space", dict(space), "one or more names, each with its values")
     if not 1 <= experiences < len(stream):
         raise ConfigError.of(
             "experiences",

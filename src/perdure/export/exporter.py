@@ -106,7 +106,7 @@ def export_learner(
     """
     kind = format_of(to)
     if int8 and kind.name == "safetensors":
-        raise ConfigError.of("int8", True, "with torch-export and onnx; the module has no int8")
+        raise ConfigError.of("int8", True, "only with to='torch-export' or to='onnx'")
     stated = statement or _statement(learner)
     stream = learner.stream
     rows = Rows.of(stream)

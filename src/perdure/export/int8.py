@@ -21,7 +21,7 @@ def quantise(model: nn.Module) -> None:
         ConfigError: for a model without a linear layer, or without the package torchao.
     """
     if not any(isinstance(part, nn.Linear) for part in model.modules()):
-        raise ConfigError.of("int8", True, "with a model that has an nn.Linear layer")
+        raise ConfigError.of("int8", True, "only for a model with an nn.Linear layer")
     try:
         # its source has escapes that newer Pythons warn of when they compile it
         with warnings.catch_warnings():

@@ -143,15 +143,16 @@ def _difference(predictor: Predictor, run: Runner, rows: Rows) -> float:
         found = run(*given)
         if found.shape != expected.shape:
             raise ExportError(
-                f"the artifact answers with shape {tuple(found.shape)}, the predictor with "
-                f"{tuple(expected.shape)}; nothing was left; export to another format"
+                f"the exported model has outputs of shape {tuple(found.shape)}; allowed: "
+                f"{tuple(expected.shape)}, as the predictor; no file was kept; export to another "
+                "format"
             )
         apart = (found.double() - expected.double()).abs() / expected.double().abs().clamp(min=1)
         worst = max(worst, apart.nan_to_num(nan=float("inf")).max().item())
     if worst > TOLERANCE:
         raise ExportError(
-            f"the artifact's outputs differ from the predictor's by {worst:.2g}; allowed: "
-            f"{TOLERANCE:g}; nothing was left; export to another format"
+            f"outputs of the exported model differ from the predictor's by {worst:.2g}; allowed: "
+            f"at most {TOLERANCE:g}; no file was kept; export to another format"
         )
     return worst
 

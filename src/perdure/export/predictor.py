@@ -187,7 +187,7 @@ def read_predictor(folder: Path | str, *, model: nn.Module, strategy: Strategy) 
     except RuntimeError as error:
         found = " ".join(str(error).split())
         raise ConfigError.of(
-            "model", type(model).__name__, f"the exported module; {found}"
+            "model", type(model).__name__, f"the class and sizes of the exported model ({found})"
         ) from None
     own = {
         name.removeprefix(OF_STATE): value

@@ -191,7 +191,8 @@ class Server:
             result, _ = self._aggregator.aggregate_train(number, replies)
         except AppExitException as error:
             raise FederationError(
-                f"the aggregator {type(self.federation.aggregator).__name__} failed: {error}"
+                f"the aggregator {type(self.federation.aggregator).__name__} failed: {error}; "
+                "correct its options, or use another aggregator"
             ) from error
         if result is None:
             raise FederationError(

@@ -296,7 +296,10 @@ class Party:
         }
         if not self.trained:
             known = ", ".join(self.params)
-            raise StrategyError(f"no parameter begins with {prefixes}; the model trains {known}")
+            raise StrategyError(
+                f"the plan trains parameters that begin with {prefixes}, but the model has none; "
+                f"allowed: prefixes of {known}"
+            )
         for param in self.params.values():
             param.grad = None  # the optimiser must not use a gradient of an earlier experience
         self._memory = StepMemory()

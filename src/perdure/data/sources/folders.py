@@ -156,7 +156,10 @@ def _images(place: Path, names: Sequence[str], notes: dict[str, None]) -> list[t
     """Return the images below a folder in the order of their paths, each with its class."""
     other = [name for name in _sub_folders(place) if name not in names]
     if other:
-        raise DataError(f"{place} has a sub-folder {other[0]!r}; allowed: {', '.join(names)}")
+        raise DataError(
+            f"{place} has a sub-folder {other[0]!r}, which is no class of the training part; "
+            f"allowed classes: {', '.join(names)}"
+        )
     found = []
     left_out = 0
     for number, name in enumerate(names):
@@ -167,7 +170,9 @@ def _images(place: Path, names: Sequence[str], notes: dict[str, None]) -> list[t
     if left_out:
         notes[f"{left_out} files of {place} do not end like images and are left out"] = None
     if not found:
-        raise DataError(f"{place} has no images; allowed: {', '.join(SUFFIXES)}")
+        raise DataError(
+            f"{place} has no images; allowed: files that end in {' or '.join(SUFFIXES)}"
+        )
     return found
 
 

@@ -248,12 +248,16 @@ def _refuse_missing_columns(
         )
         raise ConfigError.of("target", None, allowed)
     if not columns:
-        raise ConfigError.of("inputs", [], tables[0].column_names)
+        raise ConfigError.of("inputs", [], _columns_of(tables[0]))
     asked = [("inputs", column) for column in columns]
     for table in tables:
         for field, column in [*asked, *others.items()]:
             if column is not None and column not in table.column_names:
-                raise ConfigError.of(field, column, table.column_names)
+                raise ConfigError.of(field, column, _columns_of(table))
+
+
+def _columns_of(table: Any) -> str:
+    return f"columns of the data set: {', '.join(table.column_names)}"
 
 
 def _column(table: Any, name: str) -> list[Any]:

@@ -234,7 +234,8 @@ def _refuse_missing_columns(
     for role, column in [*asked, *roles.items()]:
         for table in tables:
             if column is not None and column not in table.columns:
-                raise ConfigError.of(role, column, [str(name) for name in table.columns])
+                known = ", ".join(str(name) for name in table.columns)
+                raise ConfigError.of(role, column, f"columns of the table: {known}")
     seen = [column for column in targets if column in chosen]
     if seen:
         allowed = "columns without the target column, which the model predicts"
@@ -260,7 +261,8 @@ def _encoding(
     ):
         other = next((column for column in given if column not in allowed), None)
         if other is not None:
-            raise ConfigError.of(field, other, allowed or "no column")
+            known = f"columns: {', '.join(allowed)}" if allowed else "no column"
+            raise ConfigError.of(field, other, known)
     return found
 
 
@@ -317,8 +319,8 @@ def _fill_numbers(place: "NDArray[Any]", values: "Series[Any]", each: _Column, l
         numbers = values.to_numpy(dtype="float64", na_value=np.nan)
     except (TypeError, ValueError) as error:
         raise DataError(
-            f"column {each.column!r} of the {label}table holds {values.dtype}; allowed: numbers; "
-            f"{error}"
+            f"column {each.column!r} of the {label}table holds {values.dtype}; allowed: numbers, "
+            f"which pandas.to_numeric makes of words ({error})"
         ) from error
     absent = np.isnan(numbers)
     if absent.any() and each.fill is None:

@@ -215,7 +215,8 @@ def numbered(targets: Tensor | NDArray[Any], classes: Classes, name: str) -> Ten
         for row, value in enumerate(values):
             if value not in number:
                 raise DataError(
-                    f"{name} have {value!r} in row {row}; allowed: {shown(classes.names)}"
+                    f"{name} have {value!r} in row {row}; allowed classes: "
+                    f"{shown(classes.names)}; add it to classes=..., or leave out the row"
                 )
         return torch.tensor([number[value] for value in values], dtype=torch.int64)
     if isinstance(targets, np.ndarray):

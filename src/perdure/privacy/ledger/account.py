@@ -129,7 +129,8 @@ class Account:
             self.take(body)
         except (KeyError, TypeError, ConfigError) as error:
             raise LedgerError(
-                f"{where}: this version of perdure cannot read the line ({error})"
+                f"{where}: this version of perdure cannot read the line ({error}); read it with "
+                "the version that wrote it"
             ) from error
 
     def take(self, body: Body) -> None:
@@ -300,7 +301,8 @@ def header(bodies: Sequence[Body], where: str) -> dict[str, Any]:
     first = bodies[0] if bodies else {}
     if first.get("kind") != "header" or first.get("schema") != SCHEMA:
         raise LedgerError(
-            f"{where}, line 1: this is not the header of a ledger with schema {SCHEMA}"
+            f"{where}, line 1: this is not the header of a ledger with schema {SCHEMA}; give a "
+            "ledger, or restore the file from a backup"
         )
     return {name: first[name] for name in ("owner", "unit", "relation")}
 
@@ -315,5 +317,8 @@ def asked_delta(body: Body, where: str) -> float | None:
     if delta is None:
         return None
     if not isinstance(delta, float) or not 0 < delta < 1:
-        raise LedgerError(f"{where}: delta = {delta!r}, allowed: a number between 0 and 1")
+        raise LedgerError(
+            f"{where}: delta = {delta!r} is not allowed; allowed: a number between 0 and 1; "
+            "restore the file from a backup"
+        )
     return delta

@@ -147,7 +147,8 @@ class Ledger(Account):
         facts = list(dict.fromkeys([*told, *public_facts]))
         if known not in (None, size):
             raise LedgerError(
-                f"partition {partition!r} was declared with {known} records, now {size}"
+                f"partition {partition!r} was declared with {known} records, now with {size}; "
+                f"allowed: {known} again; give the same declared_size, or another folder"
             )
         if known is not None and self.rules[partition] != rule:
             raise LedgerError(
@@ -228,7 +229,8 @@ class Ledger(Account):
         ):
             if getattr(entry, field) != own:
                 raise LedgerError(
-                    f"the entry has {field} = {getattr(entry, field)!r}, but the ledger has {own!r}"
+                    f"the entry has {field} = {getattr(entry, field)!r}, but the ledger has "
+                    f"{own!r}; make the entry with {field} = {own!r}, or use another ledger"
                 )
         self._known(entry.scope)
         self.chain.hold()  # also if nothing is appended, because noise is drawn afterwards

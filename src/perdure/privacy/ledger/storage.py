@@ -142,7 +142,7 @@ class SealedHead:
         if not self.sealed_with(key):
             raise LedgerError(
                 f"{where}: the MAC of the head does not fit this key; the head was edited, or the "
-                "key is not the key of this ledger"
+                "key is not the key of this ledger; restore head and key from one backup"
             )
 
 
@@ -205,7 +205,9 @@ class HeadCopy:
         except OSError as error:
             if self.optional:
                 return None
-            raise LedgerError(f"{self.path} cannot be read ({error.strerror})") from None
+            raise LedgerError(
+                f"{self.path} cannot be read ({error.strerror}); make the file readable"
+            ) from None
         return Anchor(SealedHead.parse(text, where=str(self.path)), str(self.path))
 
     def write(self, head: SealedHead) -> None:
@@ -283,7 +285,7 @@ def cover(lines: Sequence[str], head: SealedHead, *, where: str, first: int = 1)
     if last != head.hash:
         raise LedgerError(
             f"{where}, line {first + head.count - 1}: the line was changed; its hash differs from "
-            "the hash in the head"
+            "the hash in the head; restore the file from a backup"
         )
     return bodies
 
