@@ -288,7 +288,7 @@ def others(owner: Tensor, number: int) -> Tensor:
 
 
 def held_up_to(last: int, state: State, name: str) -> Tensor:
-    """Return the frozen values of a parameter's entries that tasks 1 to `last` own, 0 for others."""
+    """Return the frozen values of the entries that tasks 1 to `last` own, and 0 for the others."""
     owner = state[f"owner/{name}"]
     return torch.where((owner > 0) & (owner <= last), state[f"held/{name}"], 0.0)
 

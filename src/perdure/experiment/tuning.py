@@ -302,7 +302,7 @@ def beginning(stream: Stream, experiences: int, held_out: float, seed: int) -> S
     known = none
     measured = none
     for experience in first:
-        ids: Tensor = torch.unique(experience.train.ids.cpu())  # type: ignore[no-untyped-call]
+        ids: Tensor = torch.unique(experience.train.ids.cpu())
         new = ids[~torch.isin(ids, known)]
         order = torch.randperm(len(new), generator=generator(seed, "held out", experience.index))
         count = round(held_out * len(new))

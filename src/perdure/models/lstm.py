@@ -23,7 +23,7 @@ from perdure.models.sequences import recurrent
 class LSTMLayer(nn.Module):
     """One layer of an LSTM.
 
-    The sub-modules `inputs` and `state` have the weights of `torch.nn.LSTM`, gates in the same order.
+    The sub-modules `inputs` and `state` have the weights of `torch.nn.LSTM`, gates in that order.
 
     Args:
         ins: length of an input vector.

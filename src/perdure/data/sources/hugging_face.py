@@ -81,13 +81,14 @@ def from_huggingface(
     train, rest, tables = _parts(dataset, test)
     columns = [inputs] if isinstance(inputs, str) else list(inputs)
     roles = _Roles(time=time, domain=domain, group=group)
-    _refuse_missing_columns(tables, columns, {"target": target, "ids": ids, **roles}, vocabulary)
+    _refuse_missing_columns(tables, columns, {"target": target, "ids": ids, **roles})
     facts = _Facts.of(tables, roles)
     classes = getattr(train.features[target], "names", None) if target is not None else None
     rows = _rows(tables, ids, facts)
     settings = _Settings(
         num_classes=classes and len(classes), declared_size=declared_size, seed=seed, name=name
     )
+    kind = task or "single-label"
     if vocabulary is not None:
         as_tokens = partial(from_tokens, padding=padding, length=length, task=task)
         made = as_tokens(
@@ -98,28 +99,24 @@ def from_huggingface(
             **rows,
             **settings,
         )
+    elif target is None:
+        raise _without_target(tables[0])
     elif len(columns) > 1 or isinstance(train[0][columns[0]], bool | int | float | str):
         made = from_pandas(
             train.to_pandas(),
             target=target,
             columns=columns,
             test=rest if len(tables) == 1 else rest.to_pandas(),
-            task=task or "single-label",
+            task=kind,
             ids=ids,
             categories=facts.declared,
             **roles,
             **settings,
         )
     else:
-        made = from_torch(
-            train,
-            keys=(columns[0], target),
-            test=rest,
-            task=task or "single-label",
-            **rows,
-            **settings,
-        )
-    return facts.added_to(made, {} if classes is None else {"target": tuple(classes)})
+        keys = (columns[0], target)
+        made = from_torch(train, keys=keys, test=rest, task=kind, **rows, **settings)
+    return facts.added_to(made, classes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,8 +159,9 @@ class _Facts:
         """Return a sentence for each attribute whose values were found, which makes them public."""
         return values_are_public(self.found)
 
-    def added_to(self, made: Dataset, named: Mapping[str, tuple[str, ...]]) -> Dataset:
-        """Return a data set with these facts, and with `named` categories."""
+    def added_to(self, made: Dataset, classes: Sequence[str] | None) -> Dataset:
+        """Return a data set with these facts, and with the names of its classes."""
+        named = {} if classes is None else {"target": tuple(classes)}
         told, learnt = (
             tuple(dict.fromkeys([*own, *self.public]))
             for own in (made.public_facts, made.train.public_facts)
@@ -214,6 +212,12 @@ def _rows(tables: Sequence[Any], ids: str | None, facts: _Facts) -> _Rows:
     )
 
 
+def _without_target(table: Any) -> ConfigError:
+    """Make the error for a data set without target column and without vocabulary."""
+    allowed = f"one of {', '.join(table.column_names)}; or None together with vocabulary=..."
+    return ConfigError.of("target", None, allowed)
+
+
 def _parts(dataset: Any, test: Any) -> tuple[Any, Any, list[Any]]:
     """Return the training part, the test part or its share, and a list of the parts."""
     if isinstance(dataset, Mapping):
@@ -239,14 +243,8 @@ def _refuse_missing_columns(
     tables: Sequence[Any],
     columns: Sequence[str],
     others: Mapping[str, Any],
-    vocabulary: int | None,
 ) -> None:
-    """Refuse columns that a part of the data set lacks; a target is needed without a vocabulary."""
-    if others["target"] is None and vocabulary is None:
-        allowed = (
-            f"one of {', '.join(tables[0].column_names)}; or None together with vocabulary=..."
-        )
-        raise ConfigError.of("target", None, allowed)
+    """Refuse columns that a part of the data set lacks."""
     if not columns:
         raise ConfigError.of("inputs", [], _columns_of(tables[0]))
     asked = [("inputs", column) for column in columns]
