@@ -41,9 +41,10 @@ class InspectedPath:
         self._looked_at: set[int] = set()
 
     def look_again(self, inspection: Callable[[], Inspection], index: int, *, begins: bool) -> None:
-        """Test losses again with the state at the start of an experience, if they were only tested.
+        """Refuse losses that couple records with the state at the start of an experience.
 
-        The test uses released values and synthetic rows only.
+        Losses that are independent by construction are not tested again. The test uses released
+        values and synthetic rows only.
 
         Args:
             inspection: function that makes an inspection of the current state.
@@ -92,7 +93,7 @@ class InspectedPath:
 
 
 def _look_again(inspection: Inspection, index: int) -> None:
-    """Test the losses of an experience that opens, with its current state and parameters.
+    """Refuse losses that couple records at the start of an experience, with its current state.
 
     Raises:
         GuardError: names the code that couples records.

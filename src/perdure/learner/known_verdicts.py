@@ -75,7 +75,7 @@ class Same:
 
 @dataclass(kw_only=True)
 class Known:
-    """A cached verdict, and the declared sizes for which it holds.
+    """A cached verdict of the guard, and the declared sizes for which it holds.
 
     Args:
         verdict: the verdict.

@@ -99,7 +99,7 @@ class StepOrder:
             self._moving = _any_number(trained)
 
     def taking(self, trained: Params) -> None:
-        """Check that the optimiser may take its step now.
+        """Refuse a step of the optimiser that comes before `backward`, or twice for one batch.
 
         Raises:
             LoopError: if the gradients are not filled yet or were set to 0, or if the optimiser

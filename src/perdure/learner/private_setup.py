@@ -256,7 +256,9 @@ def lasting_rule_of(records: Records) -> str:
 
 
 def inspect(inspection: Inspection) -> Verdict:
-    """Check model, stream and strategy with the guard, on synthetic records only.
+    """Refuse a model, stream or strategy that breaks the bound on one record's influence.
+
+    The guard runs model and losses on synthetic records only.
 
     Returns:
         The reason why records are independent of each other.

@@ -168,7 +168,7 @@ class Ledger(Account):
         epsilon: float | Mapping[str, float],
         delta: float,
     ) -> None:
-        """Check a whole plan once and reserve it; later charges must be part of the plan.
+        """Reserve a whole plan within a budget; later charges must be part of the plan.
 
         Each grant is written to the ledger.
 
