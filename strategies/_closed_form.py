@@ -81,7 +81,7 @@ class ClassSums(Gram):
         return math.sqrt((self.weight * length) ** 2 + self.totals**2)
 
     def __call__(self, forward: Forward, batch: Batch) -> Params:
-        """Each record's unclipped vector: tensors (n, d, c) and (n, c)."""
+        """Compute each record's unclipped vector, as `cross` (n, d, c) and `totals` (n, c)."""
         parts = self.parts(forward, batch)
         f = parts["features"]
         y = parts["targets"]

@@ -40,7 +40,7 @@ class AGEM(Strategy):
 
     Args:
         memory_size: total number of stored records, or bytes such as "2 MB".
-        selection: see `perdure.contract.MemoryPlan`.
+        selection: choice of the stored records, as in `perdure.contract.MemoryPlan`.
         per_class: number of stored records for each class of each experience, instead of an equal
             share of `memory_size`.
         batch_size: number of stored records in the reference gradient of a step; None for the
@@ -63,7 +63,7 @@ class AGEM(Strategy):
         return cls(memory_size=16)
 
     def plan(self, experience: "Experience") -> Plan:
-        """Plan a memory for reference gradients, which is not rehearsed."""
+        """Return a plan with a memory for reference gradients only, which is not rehearsed."""
         return Plan(
             memory=MemoryPlan(
                 capacity=records_in(self.memory_size, experience),

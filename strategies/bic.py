@@ -116,7 +116,7 @@ class BiC(Strategy):
         return state.declare("alpha", ones, "mean").declare("beta", torch.zeros_like(ones), "mean")
 
     def plan(self, experience: "Experience") -> Plan:
-        """Plan a memory with equally many records of every class, in one pool with new records."""
+        """Return a plan with a class-balanced memory that forms one pool with new records."""
         capacity = records_in(self.memory_size, experience)
         return Plan(memory=MemoryPlan(capacity=capacity, per_class=self.per_class, use="pooled"))
 

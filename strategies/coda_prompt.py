@@ -109,7 +109,7 @@ class CODAPrompt(Strategy):
         )
 
     def plan(self, experience: "Experience") -> Plan:
-        """Plan to train the experience's own components, and the head.
+        """Return a plan to train the experience's own components, and the head.
 
         Raises:
             StrategyError: if the experience has one class, so that there is nothing to distinguish.

@@ -91,7 +91,7 @@ class CWRStar(Strategy):
         )
 
     def plan(self, experience: "Experience") -> Plan:
-        """Plan to train all parameters in the first experience, and only the head afterwards.
+        """Return a plan to train all parameters in the first experience, and later the head only.
 
         Raises:
             StrategyError: if the first experience has one class, so that no feature would be

@@ -76,7 +76,7 @@ class DER(Strategy):
         return cls(memory_size=16, beta=0.5)
 
     def plan(self, experience: "Experience") -> Plan:
-        """Plan a reservoir that takes in the rows of every step."""
+        """Return a plan with a reservoir memory that is offered the rows of every step."""
         capacity = records_in(self.memory_size, experience)
         memory = MemoryPlan(
             capacity=capacity, selection="reservoir", batch_size=self.batch_size, update="step"

@@ -69,7 +69,7 @@ class ERACE(Strategy):
         return cls(memory_size=16)
 
     def plan(self, experience: "Experience") -> Plan:
-        """Plan a reservoir memory.
+        """Return a plan with a reservoir memory.
 
         Raises:
             StrategyError: if the experience has one class and records enter the memory only at its

@@ -46,7 +46,7 @@ class GDumb(Strategy):
         return cls(memory_size=16)
 
     def plan(self, experience: "Experience") -> Plan:
-        """Plan to offer the experience to memory, and then to train a new model on the memory."""
+        """Return a plan to fill the memory first, and then to train a new model on it alone."""
         return Plan(
             pool="memory",
             restart=True,

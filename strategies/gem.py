@@ -57,7 +57,7 @@ class GEM(Strategy):
 
     Args:
         memory_size: total number of stored records, or bytes such as "2 MB".
-        selection: see `perdure.contract.MemoryPlan`.
+        selection: choice of the stored records, as in `perdure.contract.MemoryPlan`.
         per_class: number of stored records for each class of each experience, instead of an equal
             share of `memory_size`.
         batch_size: number of stored records in each reference gradient of a step; None for the
@@ -88,7 +88,7 @@ class GEM(Strategy):
         return cls(memory_size=16)
 
     def plan(self, experience: "Experience") -> Plan:
-        """Plan a memory for reference gradients, which is not rehearsed."""
+        """Return a plan with a memory for reference gradients only, which is not rehearsed."""
         return Plan(
             memory=MemoryPlan(
                 capacity=records_in(self.memory_size, experience),

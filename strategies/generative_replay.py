@@ -114,7 +114,7 @@ class GenerativeReplay(Strategy):
         )
 
     def plan(self, experience: "Experience") -> Plan:
-        """Plan to train on the records of the experience only.
+        """Return a plan to train on the records of the experience only.
 
         Raises:
             StrategyError: if test inputs, which are public, are outside [0, 1].

@@ -102,7 +102,7 @@ class ICaRL(Strategy):
         return state.declare("sums", sums, "mean")
 
     def plan(self, experience: "Experience") -> Plan:
-        """Plan a memory of exemplars, in one pool with the new records."""
+        """Return a plan with a memory of exemplars that forms one pool with the new records."""
         capacity = records_in(self.memory_size, experience)
         memory = MemoryPlan(
             capacity=capacity, selection="herding", per_class=self.per_class, use="pooled"

@@ -24,5 +24,5 @@ class Joint(Strategy):
     tasks: ClassVar[tuple[type[Task], ...]] = (Task,)
 
     def plan(self, experience: "Experience") -> Plan:
-        """Plan to train from the initial parameters on the records of all experiences so far."""
+        """Return a plan to train a new model on the records of all experiences so far."""
         return Plan(pool="all", restart=True)

@@ -55,7 +55,7 @@ class L2(QuadraticPenalty):
         return State().declare_group("anchor", spec.params, "local").declare("held", held, "local")
 
     def plan(self, experience: "Experience") -> Plan:
-        """Plan the experience; in the first one the penalty is 0 and is not computed."""
+        """Return the plan of an experience; in the first one the penalty is 0 and not computed."""
         return Plan(applies_penalty=experience.index > 0)
 
     def weight(self, state: State, *groups: Tensor) -> Tensor:

@@ -76,7 +76,7 @@ class L2P(Strategy):
         return State()
 
     def plan(self, experience: "Experience") -> Plan:
-        """Plan to train the pool and the head.
+        """Return a plan to train the pool and the head.
 
         Raises:
             StrategyError: if the experience has one class, so that there is nothing to distinguish.

@@ -91,7 +91,7 @@ class LoRA(Strategy):
         )
 
     def plan(self, experience: "Experience") -> Plan:
-        """Plan to train the experience's own adapters, and the head.
+        """Return a plan to train the experience's own adapters, and the head.
 
         Raises:
             StrategyError: if the experience has one class, so that there is nothing to distinguish.

@@ -141,7 +141,7 @@ class LUCIR(Strategy):
         return state.declare("records", held.new_zeros(()), "local")
 
     def plan(self, experience: "Experience") -> Plan:
-        """Plan a memory of exemplars, in one pool with the new records."""
+        """Return a plan with a memory of exemplars that forms one pool with the new records."""
         return Plan(memory=MemoryPlan(capacity=self.memory_size, selection="herding", use="pooled"))
 
     def losses(self, forward: Forward, batch: Batch, context: Context, state: State) -> Tensor:

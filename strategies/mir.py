@@ -90,7 +90,7 @@ class MIR(Strategy):
         return cls(memory_size=16, candidates=12)
 
     def plan(self, experience: "Experience") -> Plan:
-        """Plan a reservoir that takes in the rows of each step and returns the candidates."""
+        """Return a plan with a reservoir memory, from which each step draws candidates."""
         capacity = records_in(self.memory_size, experience)
         return Plan(
             memory=MemoryPlan(

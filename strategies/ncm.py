@@ -38,7 +38,7 @@ the sum of vectors only 3 % more noise.
 class NCM(Analytic):
     """Predict the class with the nearest mean of features, without training.
 
-    Guarantee: see `perdure.strategies._closed_form.Analytic`.
+    Guarantee: one release per experience, as in `perdure.strategies._closed_form.Analytic`.
 
     Args:
         normalise: divide the features of each record, and the mean of each class, by their L2 norm.
@@ -49,7 +49,7 @@ class NCM(Analytic):
     tasks_because: ClassVar[str] = "it predicts the class with the nearest mean"
 
     def init(self, spec: Spec) -> State:
-        """Create the state, with 0 records."""
+        """Create a state with sums over no records."""
         return layout(spec, spec.feature_size, matrix=False)
 
     def query(self, curator: "Curator", state: State) -> Gram:

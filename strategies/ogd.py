@@ -161,7 +161,7 @@ def filled_rows(state: State, filled: Tensor) -> Params:
     """Return the stored directions (k, numbers) by parameter: the first `filled` () rows.
 
     Later rows are 0. Under vmap all rows are returned, because batched states may have different
-    numbers of filled rows.
+    numbers of directions.
     """
     count = number_unless_vmapped(filled)
     rows = {name: value.flatten(1) for name, value in state.group("directions").items()}

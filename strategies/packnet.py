@@ -117,7 +117,7 @@ class PackNet(Strategy):
         )
 
     def plan(self, experience: "Experience") -> Plan:
-        """Plan to train all weights; frozen weights are restored.
+        """Return a plan to train all weights; the strategy restores frozen weights.
 
         Raises:
             StrategyError: if the experience has one class, so that there is nothing to distinguish.
@@ -224,7 +224,7 @@ class PackNet(Strategy):
         return Forward(forward.module, {**given, **weights})
 
     def _prune(self, params: Params, state: State) -> State:
-        """Assign the largest free weights of every layer to the task."""
+        """Return the state in which the task owns the largest free weights of every layer."""
         weights = network_weights(params, state, state["done"], self.head)
         task = state["done"]
         owner = {
@@ -288,7 +288,7 @@ def others(owner: Tensor, number: int) -> Tensor:
 
 
 def held_up_to(last: int, state: State, name: str) -> Tensor:
-    """Return the frozen values of the entries that tasks 1 to `last` own, and 0 for the others."""
+    """Return the frozen values of a parameter where tasks 1 to `last` own it, 0 elsewhere."""
     owner = state[f"owner/{name}"]
     return torch.where((owner > 0) & (owner <= last), state[f"held/{name}"], 0.0)
 

@@ -57,7 +57,7 @@ WEIGHT = 0.7
 class RanPAC(Analytic):
     """Solve a ridge regression on features, without training.
 
-    Guarantee: see `perdure.strategies._closed_form.Analytic`.
+    Guarantee: one release per experience, as in `perdure.strategies._closed_form.Analytic`.
 
     Args:
         ridge: number that is added to the diagonal of the Gram matrix; its best size depends on the
@@ -96,7 +96,7 @@ class RanPAC(Analytic):
         return cls(ridge=0.01, bias=0.5, projection=12)
 
     def init(self, spec: Spec) -> State:
-        """Create the state, with 0 records, and draw the projection."""
+        """Create a state with sums over no records, and draw the random projection."""
         d = (self.projection or spec.feature_size) * bool(spec.feature_size)
         state = layout(spec, d + bool(self.bias) * bool(d), matrix=True, counts=False)
         if not self.projection:

@@ -52,7 +52,7 @@ class Replay(Strategy):
 
     Args:
         memory_size: total number of stored records, or bytes such as "2 MB".
-        selection: see `perdure.contract.MemoryPlan`.
+        selection: choice of the stored records, as in `perdure.contract.MemoryPlan`.
         per_class: number of stored records for each class of each experience, instead of an equal
             share of `memory_size`.
         batch_size: number of stored records per step; None for the number of new records.
@@ -83,7 +83,7 @@ class Replay(Strategy):
         return cls(memory_size=16)
 
     def plan(self, experience: "Experience") -> Plan:
-        """Plan a memory for rehearsal."""
+        """Return a plan with a memory for rehearsal."""
         return Plan(memory=self._memory(records_in(self.memory_size, experience)))
 
     def losses(self, forward: Forward, batch: Batch, context: Context, state: State) -> Tensor:

@@ -105,7 +105,7 @@ class RWalk(QuadraticPenalty):
         return state.declare_group("anchor", spec.params, "local")
 
     def plan(self, experience: "Experience") -> Plan:
-        """Plan the experience; in the first one the penalty is 0 and is not computed."""
+        """Return the plan of an experience; in the first one the penalty is 0 and not computed."""
         return Plan(applies_penalty=experience.index > 0)
 
     def weight(self, state: State, *groups: Tensor) -> Tensor:
@@ -203,6 +203,6 @@ class RWalk(QuadraticPenalty):
 
 
 def scale(group: Params) -> Tensor:
-    """Return the factor () that scales a group of tensors to a largest number of 1; else 0."""
+    """Return () 1 / the largest number in a group of tensors; 0 if all numbers are 0."""
     largest = torch.stack([value.max() for value in group.values()]).max()
     return torch.where(largest > 0, 1 / largest.clamp(min=torch.finfo(largest.dtype).tiny), 0.0)

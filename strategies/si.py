@@ -82,7 +82,7 @@ class SI(QuadraticPenalty):
         return state.declare_group("anchor", spec.params, "local")
 
     def plan(self, experience: "Experience") -> Plan:
-        """Plan the experience; in the first one the penalty is 0 and is not computed."""
+        """Return the plan of an experience; in the first one the penalty is 0 and not computed."""
         return Plan(applies_penalty=experience.index > 0)
 
     def weight(self, state: State, *groups: Tensor) -> Tensor:

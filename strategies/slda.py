@@ -51,7 +51,7 @@ COUNT_WEIGHT = 0.5
 class SLDA(Analytic):
     """Linear discriminant analysis with a shared covariance, solved without training.
 
-    Guarantee: see `perdure.strategies._closed_form.Analytic`.
+    Guarantee: one release per experience, as in `perdure.strategies._closed_form.Analytic`.
 
     Args:
         shrinkage: strength e of the shrinkage, above 0 and at most 1.
@@ -79,7 +79,7 @@ class SLDA(Analytic):
         return cls(shrinkage=0.01)
 
     def init(self, spec: Spec) -> State:
-        """Create the state, with 0 records."""
+        """Create a state with sums over no records."""
         return layout(spec, spec.feature_size, matrix=True)
 
     def query(self, curator: "Curator", state: State) -> Gram:

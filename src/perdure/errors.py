@@ -57,8 +57,8 @@ class ConfigError(PerdureError, ValueError):
 
         Args:
             field: name of the setting, as the user writes it.
-            value: the value that was given.
-            allowed: the values that are allowed, one by one or in words.
+            value: value that the user gave.
+            allowed: allowed values, as a list or in words.
         """
         options = (
             allowed if isinstance(allowed, str) else ", ".join(str(option) for option in allowed)

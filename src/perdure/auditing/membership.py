@@ -66,7 +66,7 @@ def lira(
 ) -> MembershipResult:
     """Attack a trained classifier with the online likelihood-ratio attack (LiRA).
 
-    A few shadow models are enough.
+    A score decides for each record if it was in training. A few shadow models are enough.
 
         score = log N(f; mean_in, s_in^2) - log N(f; mean_out, s_out^2)
         f     = log p_y - log(1 - p_y) of the target

@@ -71,7 +71,7 @@ def log(matrix: Tensor, evaluator: Any) -> dict[str, Any]:
 
     Args:
         matrix: (T, E) accuracy in percent; NaN is left out.
-        evaluator: as in `log_to`.
+        evaluator: an `EvaluationPlugin` with loggers and without metrics.
 
     Raises:
         ConfigError: if the matrix has no accuracies, or `evaluator` is not allowed.

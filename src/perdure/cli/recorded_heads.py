@@ -16,7 +16,7 @@ from perdure.privacy.noise.key import NoiseKey
 
 @dataclass(frozen=True, kw_only=True)
 class Recorded:
-    """Head of an owner's ledger at some time."""
+    """Head of an owner's ledger that was recorded earlier, to detect a replaced ledger."""
 
     owner: str
     head: SealedHead
@@ -103,7 +103,7 @@ def forgotten(
     Args:
         accounts: file of a single curator to its content; None if it is damaged.
         key_in: function from a folder to its key; None if it is not available.
-        known_elsewhere: file to heads of it in checkpoints of other folders.
+        known_elsewhere: ledger file to its heads in the checkpoints of other folders.
     """
     problems = []
     for path, account in accounts.items():
@@ -122,7 +122,7 @@ def forgotten(
 
 
 def put_back(folders: Sequence[Path], key_in: Callable[[Path], NoiseKey | None]) -> Iterator[str]:
-    """Yield a message for each log of draws that does not continue from its recorded heads.
+    """Yield a message for each log of noise draws that was removed or replaced by an older copy.
 
     Args:
         folders: folders of single curators.

@@ -102,7 +102,7 @@ def of_module(name: str, field: str, wanted: str) -> Callable[..., Any]:
         wanted: description of the function that is allowed there, for messages.
 
     Raises:
-        ConfigError: where it cannot be imported or called.
+        ConfigError: if it cannot be imported or called.
     """
     if not MODULE_AND_NAME.fullmatch(name):
         raise ConfigError.of(field, name, wanted)

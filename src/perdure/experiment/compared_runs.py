@@ -75,7 +75,7 @@ class ComparedRun:
         """Read a run.
 
         Raises:
-            RunError: where it is not finished, or a file cannot be read.
+            RunError: if it is not finished, or a file cannot be read.
         """
         result = read_result(folder)
         path = folder / "config.toml"

@@ -211,7 +211,7 @@ def compare(
     Raises:
         ConfigError: for runs of different data or streams, arms without a common seed, and a
             baseline that is no arm.
-        RunError: where a run has no result that can be read.
+        RunError: if a run has no result that can be read.
     """
     if not 0 < confidence < 1:
         raise ConfigError.of("confidence", confidence, "a number between 0 and 1")

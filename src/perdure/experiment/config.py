@@ -104,7 +104,7 @@ class FederationConfig(CheckedFields):
     Args:
         clients: number of parties.
         rounds: rounds in each experience.
-        fraction: share of the clients asked in a round.
+        fraction: share of the clients that train in a round.
         aggregator: class of flwr.serverapp.strategy.
         aggregator_options: arguments of the aggregator, such as {server_learning_rate = 0.5}.
         split: `dirichlet` for an uneven split of the records over the clients, `iid` for an even
@@ -181,7 +181,8 @@ class Arm(CheckedFields):
         file: strategy name in the config: one of `perdure.strategies.names()`, "combine", or
             "my_package.my_module:MyMethod".
         private: train with differential privacy, as the table `[privacy]` says.
-        given_name: name of its row and folder; "" for the strategy with -plain or -private.
+        given_name: name of the arm in results and folders; "" for the strategy's name with -plain
+            or -private.
     """
 
     TABLE: ClassVar[str] = (

@@ -102,8 +102,8 @@ class DataConfig(CheckedFields):
         boundaries: public, ascending times at which a new experience begins (by_time).
         order: public numbers of the domains in the order of training (by_domain).
         declared_sizes: public number of training records of each experience.
-        chunk: cut every experience into pieces of so many records, each seen once (online); under
-            privacy that is their declared size. Left out for whole experiences.
+        chunk: number of records of the pieces into which every experience is cut (online learning);
+            under privacy, the declared size of a piece. Left out for whole experiences.
         exact: pieces have exactly `chunk` records; left out for true without `[privacy]`, where
             other records may move a record to another piece.
     """
@@ -161,7 +161,7 @@ class DataConfig(CheckedFields):
         """Load the data set.
 
         Raises:
-            DataError: where its files are missing or damaged.
+            DataError: if its files are missing or damaged.
         """
         return load(
             self.name,
@@ -181,8 +181,8 @@ class DataConfig(CheckedFields):
             without: id of a training record to leave out, for an audit; None for none.
 
         Raises:
-            ConfigError: where there is no such stream of these data.
-            DataError: where the data are missing or damaged.
+            ConfigError: if there is no such stream of these data.
+            DataError: if the data are missing or damaged.
         """
         data = self.load()
         if without is not None:

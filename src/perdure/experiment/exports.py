@@ -67,8 +67,8 @@ def export_run(
     Raises:
         ConfigError: for an option that is not allowed, or a package that is not installed.
         ExportError: if the format cannot store the predictor, or the files give other outputs.
-        LedgerError: where a ledger of the arm is missing or damaged.
-        PrivacyError: where a private model would be distilled on its training records.
+        LedgerError: if a ledger of the arm is missing or damaged.
+        PrivacyError: if a private model would be distilled on its training records.
         RunError: if no model or several models match, or if the model cannot be read.
     """
     run = Path(run)

@@ -63,7 +63,7 @@ class BuiltModel(CheckedFields):
             seed: seed of the initial parameters.
 
         Raises:
-            ConfigError: where the function refuses its arguments, or returns no model.
+            ConfigError: if the function refuses its arguments, or returns no model.
         """
         function = _function(self.name, "model.name")
         known = parameters(function)

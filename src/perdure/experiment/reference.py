@@ -62,7 +62,7 @@ class Key:
     Args:
         name: name of the key.
         type: kind of value, in words.
-        default: as TOML writes it; "required", or "left out" for a key without a value.
+        default: default value, as TOML writes it; "required", or "left out" for a key without one.
         allowed: values that are allowed, in words; "" if all values of the type are.
         meaning: description of the key, from a docstring.
     """

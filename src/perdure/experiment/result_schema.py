@@ -149,7 +149,7 @@ class AttackResult(TypedDict):
 
 
 class Explanations(TypedDict):
-    """File of the explanation tensors, with the explainer, the arm and the times."""
+    """Explanations of a run: file of the tensors, explainer, explained arm, and times."""
 
     file: str
     method: str

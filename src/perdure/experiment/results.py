@@ -253,7 +253,7 @@ def attack_row(chosen: AttackConfig | None) -> AttackResult | None:
 
 
 def explained_arm(config: Config) -> Arm:
-    """Arm whose predictions are explained: the first one with a memory, or else the first."""
+    """Return the arm to explain: the first arm with a memory, or else the first arm."""
     with_memory = [
         arm
         for arm in config.arms

@@ -2,7 +2,7 @@
 
 Arms train alone or in a federation, and resume after a stop at any time.
 
-runs/NAME/config.toml       what was asked
+runs/NAME/config.toml       the config
 runs/NAME/result.json       the result, in the schema of `perdure.experiment.result_schema`
 runs/NAME/metrics.jsonl     one line per trial and experience, appended as it goes
 runs/NAME/ledger.jsonl      the ledgers of all trials and clients, each with its own chain and head
@@ -122,7 +122,7 @@ def trials(config: Config) -> dict[str, tuple[Arm, int]]:
 def load(run: Path | str, arm: str | None = None, *, seed: int | None = None) -> Learner:
     """Load a trained model of a finished run, as a learner.
 
-    `predict`, `score` and `evaluate` of the learner answer as the strategy does. The data set of
+    `predict`, `score` and `evaluate` of the learner predict as the strategy does. The data set of
     the run is loaded, too, because a prediction needs the declared facts of the stream.
 
     Args:

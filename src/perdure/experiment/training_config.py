@@ -89,7 +89,7 @@ class AttackConfig(CheckedFields):
 
     @classmethod
     def from_table(cls, table: Mapping[str, Any], where: str) -> "AttackConfig":
-        """Find the attack by its name, and build it from the other fields."""
+        """Find the attack by its name, and build the attack from the table's other keys."""
         name, attack = extension(find_attack, attack_names, "name", table, where)
         return cls(name=name, attack=attack, bounds_given="bounds" in table)
 
@@ -201,7 +201,7 @@ class ViewsConfig(CheckedFields):
 
     @classmethod
     def from_table(cls, table: Mapping[str, Any], where: str) -> "ViewsConfig":
-        """Find the change by its name, and make it from the other keys."""
+        """Find the function of the change by its name, and call it with the table's other keys."""
         change, options = named_option("change", table, where, tuple(CHANGES))
         if "count" not in options:
             raise ConfigError(f"{where}.count is missing; allowed: a whole number")
@@ -238,7 +238,8 @@ class TrainingConfig(CheckedFields):
             part only; under privacy each is one charge. In a federation, rounds are the blocks.
         batch_size: records per step.
         micro_batch_size: rows in one pass through the model, to limit memory; left out for all.
-        evaluate_every: in a stage of pieces (`chunk`), measure also after every so many of them.
+        evaluate_every: number of pieces (`chunk`) of an experience after which the model is
+            measured, too.
         reset_optimizer: start every experience with a fresh optimiser.
         precision: number format of the passes through the model during training.
         adversary: attack that moves every batch before its gradient (adversarial training).

@@ -295,7 +295,7 @@ def beginning(stream: Stream, experiences: int, held_out: float, seed: int) -> S
         seed: seed of the choice.
 
     Raises:
-        ConfigError: where an experience would have no record on one of the sides.
+        ConfigError: if an experience would have no record on one of the sides.
     """
     first = stream.experiences[:experiences]
     none = torch.empty(0, dtype=torch.int64)

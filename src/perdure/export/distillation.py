@@ -64,7 +64,7 @@ def distil(
 
     Raises:
         ConfigError: for a student with outputs of another shape.
-        RunawayError: where its training diverged.
+        RunawayError: if its training diverged.
     """
     student = Predictor(settings.student, Strategy(), State(), teacher.contexts)
     optimizer = torch.optim.Adam(student.model.parameters(), lr=settings.learning_rate)

@@ -49,7 +49,7 @@ class Format(ABC):
             folder: an existing folder.
 
         Raises:
-            ExportError: where the format cannot hold the predictor.
+            ExportError: if the format cannot store the predictor.
         """
 
     @abstractmethod
@@ -160,7 +160,7 @@ def traced(predictor: Predictor, row: Tensor) -> ExportedProgram:
         row: (1, ...) blank input.
 
     Raises:
-        ExportError: where torch cannot trace the model or the strategy.
+        ExportError: if torch cannot trace the model or the strategy.
     """
     rows = (row.expand(TRACED_ROWS, *row.shape[1:]).contiguous(),)
     given = (*rows, torch.zeros(TRACED_ROWS, dtype=torch.int64)) if predictor.by_task else rows

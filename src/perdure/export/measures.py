@@ -102,7 +102,7 @@ def measured(name: str, predictor: Predictor, kind: Format, rows: Rows, folder: 
         folder: folder of the files.
 
     Raises:
-        ExportError: where the outputs differ by more than `TOLERANCE`.
+        ExportError: if the outputs differ by more than `TOLERANCE`.
     """
     kind.write(predictor, rows.blank, folder)
     run = kind.load(predictor, folder)

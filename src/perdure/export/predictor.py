@@ -83,17 +83,17 @@ class Predictor(nn.Module):
 
     @property
     def by_task(self) -> bool:
-        """True where the answers depend on the task of a record."""
+        """True if the outputs depend on the task of a record."""
         return self.contexts[0].scenario == "task"
 
     @property
     def needs_more_than_masks(self) -> bool:
-        """True where the strategy predicts with more than the model and a mask of classes."""
+        """True if the strategy predicts with more than the model and a mask of classes."""
         return self.strategy.uses("predict")
 
     @property
     def tensors(self) -> Params:
-        """Tensors of the strategy's state that the predictor reads, by name."""
+        """Tensors of the strategy's state that predictions need, by name."""
         return {name: self.get_buffer(own) for name, own in self._names.items()}
 
     def without(self, buffers: Sequence[str]) -> "Predictor":
@@ -177,8 +177,8 @@ def read_predictor(folder: Path | str, *, model: nn.Module, strategy: Strategy) 
         strategy: strategy with the same settings as the exported one; the model card lists them.
 
     Raises:
-        ExportError: where a file cannot be read.
-        ConfigError: where the weights do not fit the model.
+        ExportError: if a file cannot be read.
+        ConfigError: if the weights do not fit the model.
     """
     weights = _tensors_of(Path(folder) / WEIGHTS)
     stored = _tensors_of(Path(folder) / STATE)

@@ -247,7 +247,7 @@ def error_reply(message: Message, error: Exception, *, private: bool = False) ->
 
 
 def wait_for_clients(grid: Grid, clients: int) -> list[int]:
-    """Wait for all nodes, ask each for its partition, and return the nodes in that order."""
+    """Wait until all clients are connected; return the node ids in order of client numbers."""
     nodes = sorted(grid.get_node_ids())
     patience = time.monotonic() + WAIT
     while len(nodes) < clients and time.monotonic() < patience:

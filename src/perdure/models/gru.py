@@ -22,7 +22,7 @@ from perdure.models.sequences import recurrent
 class GRULayer(nn.Module):
     """One layer of a GRU.
 
-    The sub-modules `inputs` and `state` have the weights of `torch.nn.GRU`, gates in that order.
+    The sub-modules `inputs` and `state` have the weights of `torch.nn.GRU`, in its gate order.
 
     Args:
         ins: length of an input vector.

@@ -23,7 +23,7 @@ from perdure.models.sequences import recurrent
 class LSTMLayer(nn.Module):
     """One layer of an LSTM.
 
-    The sub-modules `inputs` and `state` have the weights of `torch.nn.LSTM`, gates in that order.
+    The sub-modules `inputs` and `state` have the weights of `torch.nn.LSTM`, in its gate order.
 
     Args:
         ins: length of an input vector.

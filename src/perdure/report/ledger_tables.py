@@ -71,7 +71,7 @@ class Exposed:
     Args:
         owner: name of the owner.
         partition: name of the partition.
-        declared_size: declared number of its records.
+        declared_size: declared number of records of the partition.
         uses: charges of the partition.
         epsilon_pld: epsilon that is reported.
         epsilon_rdp: looser epsilon, for comparison; None if RDP has no bound.
@@ -103,7 +103,7 @@ def silent() -> None:
 
 
 def places(account: Merged) -> dict[str, tuple[str, str]]:
-    """Map each partition of the merged account to its owner and its name in that ledger."""
+    """Map each partition of a merged account to its owner, and its name in the owner's ledger."""
     own = [(part.account.owner, name) for part in account.parts for name in part.account.sizes]
     return dict(zip(account.partitions, own, strict=True))
 

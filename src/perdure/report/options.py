@@ -103,7 +103,7 @@ def option(name: str, value: str) -> str:
 
 
 def _defaults(strategy: str) -> dict[str, str]:
-    """Default of every option of an installed strategy, in the form of `read_options`."""
+    """Return the default of each option of an installed strategy, in the form of `read_options`."""
     if strategy not in names():
         return {}
     defaults = {}

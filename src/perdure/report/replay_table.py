@@ -52,7 +52,7 @@ def clipping_name(privacy: Privacy | None) -> str:
 
 
 def findings(results: Mapping[str, ReplayResult]) -> list[str]:
-    """List each output that is not explained, and each draw of noise that was not charged."""
+    """List the faults that a replay found: unexplained outputs, and uncharged noise draws."""
     lines = []
     for arm, result in results.items():
         found = [f"{arm}: {name} differs without a release" for name in result.unexplained]

@@ -56,7 +56,7 @@ class MultiLabel(Task):
         return (mask_outputs(outputs, mask) > 0).float()
 
     def measures(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Return (n, 3C) counts per label: found, predicted, and present."""
+        """Return (n, 3C) counts per label: true positives, predicted labels, and present labels."""
         predicted = outputs > 0
         present = targets > 0
         return torch.cat([predicted & present, predicted, present], dim=1).double()

@@ -199,7 +199,7 @@ class StrategyFixture:
 class MidRunFixture:
     """Learner in the middle of its second experience, with arguments for every hook.
 
-    Queries are asked as under privacy, but answered without noise.
+    The strategy queries a curator as under privacy, but the results have no noise.
 
     Attributes:
         batch: all rows that a step may draw, new and stored.
@@ -303,7 +303,7 @@ def tensors_of(answer: object) -> dict[str, Tensor]:
 
 
 def differing(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> list[str]:
-    """Names that only one mapping has, or whose tensors differ (see `equal`)."""
+    """List the names that only one mapping has, or whose tensors differ (see `equal`)."""
     shared = one.keys() & other.keys()
     return sorted(
         (one.keys() ^ other.keys()) | {name for name in shared if not equal(one[name], other[name])}

@@ -205,7 +205,7 @@ def _installed(group: str, path: tuple[str, ...]) -> EntryPoints:
 
 
 def _source(entry: EntryPoint) -> str:
-    """Name of the distribution that registers an entry point, for messages."""
+    """Return the name of the distribution that registers an entry point, for messages."""
     return f"distribution {entry.dist.name}" if entry.dist is not None else "an unnamed source"
 
 

@@ -17,7 +17,7 @@ def finite_outputs(outputs: Tensor, *, first: int = 0) -> Tensor:
         first: number of the first record, for the message.
 
     Raises:
-        NonFiniteError: where the largest output of a record is NaN or infinite.
+        NonFiniteError: if the largest output of a record is NaN or infinite.
     """
     largest = torch.isfinite(outputs.amax(-1))
     if not bool(largest.all()):

@@ -3,8 +3,8 @@
 They are the same in every process and at every time.
 
 Hooks of a strategy have no random generator: a row may depend on its record only, and a resumed run
-must get the same numbers. So they use a hash of the record's id and of the purpose. It runs under
-`torch.func.vmap`.
+must get the same numbers. So hooks use a hash of the record's id and of the purpose. The hash runs
+under `torch.func.vmap`.
 
 Guarantee: none; everyone can compute these numbers. They are never used for noise or for secrets.
 

@@ -150,7 +150,7 @@ def _copies(
     changes: Sequence[Callable[[Tensor], Tensor]],
     declared_size: int | None,
 ) -> Stream:
-    """Make one experience with all records for each change of the inputs."""
+    """Make a stream with one experience per change of the inputs, each with all records."""
     if scenario not in SCENARIOS:
         raise ConfigError.of("scenario", scenario, SCENARIOS)
     if scenario != "domain":

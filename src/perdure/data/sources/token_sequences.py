@@ -70,12 +70,12 @@ def from_tokens(
             records in the test part, chosen by a hash of their ids.
         task: meaning of the targets. Default: "next-token" without targets, "single-label" with
             them.
-        classes: as in `from_arrays`.
-        num_classes: as in `from_arrays`; the vocabulary for the next token.
-        ids: (n,) as in `from_arrays`.
-        test_ids: as in `from_arrays`.
-        attributes: as in `from_arrays`.
-        test_attributes: as in `from_arrays`.
+        classes: all classes, as the targets write them. Default: as in `from_arrays`.
+        num_classes: number of classes, if targets are numbers; the vocabulary for the next token.
+        ids: (n,) identity of each sequence, as in `from_arrays`. Default: the position.
+        test_ids: (m,) identities of the sequences of a given test part.
+        attributes: further facts of each sequence, name to (n,) numbers, as in `from_arrays`.
+        test_attributes: attributes (m,) of the sequences of a given test part.
         declared_size: public number of training records. Default: the number of sequences.
         seed: seed of the hash that draws the test part.
         name: name of the data set and of its partition. Other records, or other targets of the same

@@ -90,8 +90,9 @@ def from_torch(
         test_ids: (m,) identities of the items of a given test part.
         attributes: further facts of each item, name to (n,) numbers, as in `from_arrays`.
         test_attributes: attributes (m,) of the items of a given test part.
-        value_range: as in `from_arrays`, after the transforms.
-        standardise: as in `from_arrays`.
+        value_range: declared (smallest, largest) value of inputs after the transforms, as in
+            `from_arrays`.
+        standardise: constants that scale the inputs, as in `from_arrays`. Default: no scaling.
         declared_size: public number of training records. Default: the number of items.
         seed: seed of the hash that draws the test part, and of random transforms.
         name: name of the data set and of its partition. Other records, or other targets of the same
