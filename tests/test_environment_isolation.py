@@ -15,7 +15,7 @@ from perdure.data.datasets.registry import load
 @pytest.mark.parametrize(
     ("name", "shape"), [("mnist", (1, 28, 28)), ("cifar10", (3, 32, 32)), ("adult", (105,))]
 )
-def test_every_data_set_can_be_read_in_tests(data_root, name, shape):
+def test_tests_can_read_every_built_in_data_set(data_root, name, shape):
     data = load(name, root=data_root)
     assert data.input_shape == shape
     for records in (data.train, data.test):

@@ -53,7 +53,7 @@ def test_the_error_names_the_first_bad_record_over_all_batches():
         accuracy(predict(math.nan), ROWS, LABELS, 4)
 
 
-def test_an_attack_that_makes_outputs_nan_is_an_error():
+def test_an_attack_that_makes_outputs_nan_raises_an_error():
     def overflow(rows):
         return torch.where(rows > 0.5, math.nan, rows)
 

@@ -36,7 +36,7 @@ def library(measure, whole):
 # -------------------------------------------------------------------------------- the checker
 
 
-def test_every_source_file_is_measured_once(measure, whole):
+def test_the_style_measure_reads_every_source_file_once(measure, whole):
     names = [source.name for source in whole]
     assert len(set(names)) == len(names)
     assert {"src/perdure/errors.py", "strategies/ewc.py", "tests/conftest.py"} <= set(names)
@@ -58,7 +58,7 @@ def test_every_source_file_is_measured_once(measure, whole):
         ("for a, b in ((1, 2), (3, 4)):\n    pass", 0),
     ],
 )
-def test_the_measure_finds_tuple_assignments_of_unrelated_values(measure, code, count):
+def test_the_style_measure_finds_unrelated_tuple_assignments(measure, code, count):
     assert len(measure.packed(measure.Source(code))) == count
 
 
@@ -72,7 +72,7 @@ def test_the_measure_finds_tuple_assignments_of_unrelated_values(measure, code, 
         ("a = 1  # the format: skip it", 0),
     ],
 )
-def test_the_measure_finds_formatter_comments_only_in_comments(measure, code, count):
+def test_the_style_measure_finds_comments_for_the_formatter(measure, code, count):
     assert len(measure.unformatted(measure.Source(code))) == count
 
 
@@ -121,12 +121,12 @@ def f(other):
         (OWN_CLASS + "\nother._z", ["_z"]),
     ],
 )
-def test_the_measure_finds_private_accesses(measure, code, found):
+def test_the_style_measure_finds_uses_of_private_names(measure, code, found):
     lines = measure.private_accesses(measure.Source(code), {})
     assert [line.split()[1].rstrip(":") for line in lines] == found
 
 
-def test_the_measure_accepts_listed_private_names(measure):
+def test_the_style_measure_accepts_listed_private_names(measure):
     source = measure.Source("nn.modules.dropout._DropoutNd, obj._x")
     assert len(measure.private_accesses(source, {})) == 2
     assert len(measure.private_accesses(source, {"_DropoutNd": "why"})) == 1
@@ -152,7 +152,7 @@ def test_comment_counts_leave_out_rulers_and_linter_settings(measure):
     assert measure.comments(measure.Source(text)) == ["# why", "# because", "# type of c"]
 
 
-def test_the_measure_script_prints_its_table(measure, monkeypatch, capsys):
+def test_the_style_measure_script_prints_its_table(measure, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["measure.py"])
     measure.main()
     shown = capsys.readouterr().out
@@ -167,7 +167,7 @@ def test_no_file_switches_off_the_formatter(measure, whole):
     assert [place for source in whole for place in measure.unformatted(source)] == []
 
 
-def test_few_assignments_join_unrelated_values_in_a_tuple(measure, library):
+def test_at_most_1_percent_of_assignments_join_unrelated_values(measure, library):
     found = [line for source in library for line in measure.packed(source)]
     every = sum(len(measure.assignments(source)) for source in library)
     assert every > 1000

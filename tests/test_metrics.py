@@ -65,7 +65,7 @@ def test_higher_accuracy_later_gives_negative_forgetting() -> None:
     assert forgetting(torch.tensor([[50.0, 0.0], [60.0, 90.0]])) == pytest.approx(-10)
 
 
-def test_with_one_experience_forgetting_and_transfer_are_0() -> None:
+def test_forgetting_and_transfer_are_0_with_one_experience() -> None:
     one = torch.tensor([[87.5]])
     assert summarise(one, torch.tensor([10.0])) == Summary(
         average_accuracy=87.5,
@@ -122,7 +122,7 @@ def test_metrics_accept_a_matrix_that_is_not_square() -> None:
     assert backward_transfer(tall) == pytest.approx(10)
 
 
-def test_summary_without_baseline_has_no_forward_transfer() -> None:
+def test_the_metrics_summary_needs_a_baseline_for_transfer() -> None:
     assert summarise(HAND).forward_transfer is None
     assert summarise(HAND, BASELINE).forward_transfer == pytest.approx(5)
 
@@ -164,7 +164,7 @@ def test_constant_accuracy_has_no_forgetting_and_no_transfer(matrix: Tensor, val
 
 @pytest.mark.property
 @given(matrices(smallest=2))
-def test_average_is_learning_accuracy_plus_backward_transfer(matrix: Tensor) -> None:
+def test_average_accuracy_is_learning_accuracy_plus_transfer(matrix: Tensor) -> None:
     moments = len(matrix)
     change = backward_transfer(matrix) * (moments - 1) / moments
     assert average_accuracy(matrix) == pytest.approx(learning_accuracy(matrix) + change, abs=1e-9)
@@ -220,7 +220,7 @@ def test_calibration_error_equals_hand_computed_values() -> None:
     assert expected_calibration_error(probabilities, labels, bins=1) == pytest.approx(0, abs=1e-6)
 
 
-def test_a_confident_model_is_calibrated_only_if_correct() -> None:
+def test_a_certain_model_is_calibrated_only_if_always_correct() -> None:
     sure = torch.eye(3)
     assert expected_calibration_error(sure, torch.tensor([0, 1, 2])) == 0
     assert expected_calibration_error(sure, torch.tensor([1, 2, 0])) == 1
@@ -270,7 +270,7 @@ def test_class_measures_agree_with_torchmetrics() -> None:
         (torch.full((2, 2), torch.nan), torch.tensor([0, 1]), "NaN or infinite for 2 of 2"),
     ],
 )
-def test_class_measures_refuse_what_has_no_class(
+def test_class_measures_refuse_outputs_or_labels_without_classes(
     outputs: Tensor, labels: Tensor, message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):

@@ -112,7 +112,7 @@ def test_pgd_on_a_linear_loss_reaches_the_maximum_in_the_ball(norm, random_start
     assert torch.allclose(gain, 0.5 * dual.expand(5), rtol=1e-3)
 
 
-def test_tiny_gradients_still_give_a_full_l2_step():
+def test_an_l2_attack_step_is_full_even_with_tiny_gradients():
     weight = torch.tensor([3e-30, 4e-30])
     moved = FGSM(epsilon=1.0, norm="l2", bounds=None).perturb(
         lambda x: x @ weight, torch.zeros(1, 2)
@@ -132,7 +132,7 @@ def test_an_attack_does_not_change_a_row_without_gradient(norm):
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize("attack", [FGSM(epsilon=0.1), PGD(epsilon=0.1, random_start=False)])
-def test_a_record_is_perturbed_alike_alone_and_in_a_batch(attack, norm):
+def test_a_record_gets_equal_perturbations_alone_and_in_a_batch(attack, norm):
     attack = type(attack)(**vars(attack) | {"norm": norm})
     model = mlp().double()
     labels = torch.tensor([0, 1, 2, 0])
@@ -199,7 +199,7 @@ def test_robust_accuracy_is_lower_under_pgd_than_under_fgsm(digits, norm, epsilo
     assert left[0] <= left[1] < left[2] - 5
 
 
-def test_fgsm_lowers_accuracy_more_than_noise_of_equal_size(digits):
+def test_fgsm_lowers_accuracy_more_than_equally_large_noise(digits):
     model, inputs, labels = digits
     noise = robust_accuracy(model, inputs, labels, Noise(epsilon=0.1), generator=seed())
     fgsm = robust_accuracy(model, inputs, labels, FGSM(epsilon=0.1), generator=seed())

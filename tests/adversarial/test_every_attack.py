@@ -37,7 +37,7 @@ def test_every_attack_stays_in_the_epsilon_ball_and_bounds(name, norm):
 
 @every
 @both
-def test_an_attack_with_epsilon_0_does_not_change_inputs(name, norm):
+def test_an_attack_with_epsilon_0_leaves_inputs_unchanged(name, norm):
     inputs = torch.rand(3, 5, generator=torch.Generator().manual_seed(1))
     attack = find(name)(epsilon=0.0, norm=norm)
     result = attack.perturb(losses, inputs, generator=torch.Generator().manual_seed(0))

@@ -86,7 +86,7 @@ def test_the_95_percent_separation_bound_fails_for_5_percent(mu):
 
 
 @pytest.mark.statistical
-def test_the_gaussian_bound_nears_epsilon_with_more_canaries():
+def test_the_gaussian_audit_bound_nears_epsilon_with_canaries():
     """The seed is fixed. The mean of 50 has standard error 0.05 at 1,000 canaries and 0.015 at
     10,000.
     """
@@ -194,13 +194,13 @@ def test_more_confidence_gives_a_smaller_lower_bound(method):
     "change",
     [{"delta": 0.0}, {"delta": 1.0}, {"confidence": 0.0}, {"confidence": 1.0}, {"method": "magic"}],
 )
-def test_invalid_arguments_of_bounds_are_refused(change):
+def test_audit_bounds_refuse_invalid_arguments(change):
     scores, included = game(0, 1.0, m=20)
     [field] = change
     with pytest.raises(ConfigError, match=field):
         lower_bound(scores, included, **({"delta": DELTA, "confidence": 0.95} | change))
 
 
-def test_too_few_canaries_in_or_out_of_the_data_are_refused():
+def test_audit_bounds_refuse_too_few_canaries_inside_or_outside():
     with pytest.raises(ConfigError, match="canaries"):
         lower_bound(torch.zeros(9), torch.ones(9, dtype=torch.bool), delta=DELTA, confidence=0.95)

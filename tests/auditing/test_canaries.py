@@ -133,7 +133,7 @@ def test_a_canary_gradient_has_the_clip_norm_at_its_coordinate(way, learner, toy
         torch.testing.assert_close(mixed[name], real[name])
 
 
-def test_canaries_do_not_change_declared_sizes(toy_stream):
+def test_adding_canaries_does_not_change_declared_sizes(toy_stream):
     stream = toy_stream()
     mixed = with_canaries(stream, 1, torch.tensor([500, 501, 502]))
     assert len(mixed[1].train) == len(stream[1].train) + 3
@@ -184,7 +184,7 @@ def test_audit_scores_have_the_expected_separation(learner, toy_stream):
 # ---- the claim under audit is that of the learner
 
 
-def test_the_audited_claim_is_the_epsilon_without_canaries(learner, toy_stream):
+def test_an_audit_tests_the_epsilon_claimed_without_canaries(learner, toy_stream):
     plain = learner(strategy=EWC(strength=1.0))
     stream = toy_stream()
     result = audit(plain, stream, canaries=20)
@@ -209,7 +209,7 @@ def test_an_audit_does_not_change_the_learner_or_its_folder(learner, toy_stream,
     assert plain.privacy is secret
 
 
-def test_a_repeated_audit_gives_the_same_result(learner, toy_stream):
+def test_a_repeated_audit_gives_the_result_of_the_first(learner, toy_stream):
     first, again, other = (
         audit(learner(seed=seed), toy_stream(), canaries=100) for seed in (0, 0, 1)
     )
@@ -222,7 +222,7 @@ def test_a_repeated_audit_gives_the_same_result(learner, toy_stream):
 
 @pytest.mark.statistical
 @pytest.mark.parametrize("seed", range(5))
-def test_the_audit_does_not_flag_a_correct_mechanism(seed, learner, toy_stream):
+def test_the_audit_does_not_flag_a_mechanism_with_enough_noise(seed, learner, toy_stream):
     """At 99.99 % confidence one correct audit in 10,000 is flagged. Other processors draw other
     noise.
     """
@@ -330,7 +330,7 @@ def test_an_audit_result_prints_every_number():
         ({}, {"experience": 2}, "experience"),
     ],
 )
-def test_invalid_arguments_of_an_audit_are_refused(changes, options, field, learner, toy_stream):
+def test_an_audit_refuses_invalid_arguments(changes, options, field, learner, toy_stream):
     with pytest.raises(ConfigError, match=field):
         audit(learner(**changes), toy_stream(), **options)
 
@@ -380,7 +380,7 @@ def test_audit_run_refuses_a_config_without_a_private_arm():
         audit_run(parse(CONFIG.format(federation="", arms="")))
 
 
-def test_scores_unrelated_to_inclusion_give_a_small_bound(learner, toy_stream):
+def test_audit_scores_unrelated_to_inclusion_give_a_small_bound(learner, toy_stream):
     """The scores of one audit contain no information about the inclusion bits of another audit."""
     scores = torch.randn(1000, generator=torch.Generator().manual_seed(5))
     included = torch.rand(1000, generator=torch.Generator().manual_seed(6)) < 0.5

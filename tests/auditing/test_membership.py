@@ -62,7 +62,7 @@ def test_the_auc_equals_scikit_learn_also_with_ties():
     assert area_under_curve(inside, outside) == pytest.approx(roc_auc_score(labels, scores))
 
 
-def test_true_positive_rate_is_read_at_the_false_positive_rate():
+def test_true_positive_rate_is_taken_at_a_false_positive_rate():
     inside = torch.tensor([5.0, 3.0, 0.5, 9.0])
     outside = torch.tensor([4.0, 1.0, 2.0, 3.0])
     assert [true_positives(inside, outside, rate) for rate in (0.0, 0.25, 0.5, 1.0)] == [

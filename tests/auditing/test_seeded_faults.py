@@ -65,14 +65,14 @@ def replayed(fault, stream, make, *, honest):
     )
 
 
-def test_there_are_at_least_24_planted_faults():
+def test_at_least_24_faults_are_planted_for_the_audits():
     tools = Counter(guard=len(GUARD), replay=len(REPLAY), ledger=len(UNPAID) + 3, canary=2)
     assert tools.total() >= 24
     assert not GUARD.keys() & REPLAY.keys() and not REPLAY.keys() & UNPAID.keys()
 
 
 @pytest.mark.parametrize(("tool", "name"), [("guard", name) for name in GUARD])
-def test_the_guard_finds_each_planted_fault(tool, name, parts, monkeypatch):
+def test_the_guard_finds_each_fault_planted_for_it(tool, name, parts, monkeypatch):
     stream, make = parts(GUARD[name], honest=False)
     with monkeypatch.context() as planted:
         GUARD[name].plant(planted)
@@ -108,7 +108,7 @@ def test_replaying_without_the_guard_finds_planted_faults(tool, name, parts, mon
 
 
 @pytest.mark.parametrize(("tool", "name"), [("ledger", name) for name in UNPAID])
-def test_replaying_finds_noise_draws_without_a_ledger_entry(tool, name, parts, monkeypatch):
+def test_replaying_finds_noise_drawn_without_a_ledger_entry(tool, name, parts, monkeypatch):
     fault = UNPAID[name]
     with monkeypatch.context() as planted:
         fault.plant(planted)
@@ -143,7 +143,7 @@ def test_the_learner_refuses_a_damaged_ledger(tool, name, damage, parts, tmp_pat
 
 
 @pytest.mark.parametrize(("tool", "name"), [("ledger", "a step drawn without a reserve")])
-def test_a_step_without_a_ledger_charge_is_refused(tool, name, parts):
+def test_no_noise_is_drawn_for_a_step_without_a_ledger_charge(tool, name, parts):
     stream, make = parts(Fault(), honest=True)
     learner = make(0)
     learner.prepare(stream)

@@ -98,7 +98,7 @@ def test_the_eval_transform_is_applied_to_each_item(toy, avalanche):
 
 
 @pytest.mark.reference
-def test_a_random_split_is_not_assigned_by_record(toy, avalanche):
+def test_a_random_avalanche_split_is_not_assigned_by_record(toy, avalanche):
     benchmark = avalanche.ni_benchmark(
         tensors(toy.train), tensors(toy.test), 4, task_labels=False, seed=1
     )
@@ -188,7 +188,7 @@ def test_benchmarks_of_newer_avalanche_generators_work(toy, avalanche):
 
 
 @pytest.mark.reference
-def test_from_avalanche_refuses_other_objects(toy, avalanche):
+def test_from_avalanche_refuses_objects_that_are_no_benchmark(toy, avalanche):
     with pytest.raises(ConfigError, match="benchmark = 'Dataset'"):
         from_avalanche(toy)
     pictures = avalanche.nc_benchmark(
@@ -203,7 +203,7 @@ def test_from_avalanche_refuses_other_objects(toy, avalanche):
 
 
 @pytest.mark.reference
-def test_data_without_targets_are_refused(toy, avalanche):
+def test_from_avalanche_refuses_data_without_targets(toy, avalanche):
     from avalanche.benchmarks import benchmark_from_datasets
     from avalanche.benchmarks.utils import AvalancheDataset, as_classification_dataset
     from avalanche.benchmarks.utils.data_attribute import DataAttribute

@@ -32,7 +32,7 @@ def evaluator(*loggers):
 
 
 @pytest.mark.parametrize("scenario", ["class", "task"])
-def test_logged_names_and_values_equal_an_avalanche_run(scenario, benchmark, toy_model, template):
+def test_logged_names_and_values_equal_those_of_avalanche(scenario, benchmark, toy_model, template):
     from avalanche.evaluation.metrics import accuracy_metrics, forgetting_metrics
     from avalanche.training.plugins import EvaluationPlugin
 

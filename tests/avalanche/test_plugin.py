@@ -257,7 +257,7 @@ def test_a_plugin_without_gradients_only_releases_and_predicts(benchmark, toy_mo
     )
 
 
-def test_predictions_that_are_not_finite_are_refused(benchmark, toy_model, template):
+def test_a_plugin_refuses_predictions_that_are_not_finite(benchmark, toy_model, template):
     made = benchmark("class")
     model = toy_model(from_avalanche(made))
     teacher = template(model, as_plugin(Naive()))

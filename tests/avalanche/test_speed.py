@@ -30,7 +30,7 @@ def stream(script, data_root):
 
 @pytest.mark.parametrize("kind", ["tensors", "images"])
 @pytest.mark.parametrize("name", ["naive", "ewc", "replay"])
-def test_both_libraries_take_equal_steps_over_equal_records(
+def test_avalanche_and_perdure_take_equal_steps_on_equal_records(
     script, stream, monkeypatch, name, kind
 ):
     monkeypatch.setattr(script, "BATCH", 32)
@@ -42,13 +42,13 @@ def test_both_libraries_take_equal_steps_over_equal_records(
 
 
 @pytest.mark.parametrize("name", ["slda", "slda_body"])
-def test_slda_reads_every_record_once_in_both_libraries(script, stream, name):
+def test_slda_reads_each_record_once_in_avalanche_and_perdure(script, stream, name):
     row = script.measure(name, "tensors", stream, repeats=1)
     assert row["records"] == row["avalanche_records"] == 350
     assert row["times_faster_in_steps"] is None, "it takes none"
 
 
-def test_both_libraries_get_equal_images(script, stream):
+def test_avalanche_and_perdure_get_equal_images(script, stream):
     tensors, images = (
         script.benchmark_of(stream, kind).train_stream[1].dataset for kind in ("tensors", "images")
     )
@@ -57,7 +57,7 @@ def test_both_libraries_get_equal_images(script, stream):
         assert tensors[row][1] == images[row][1]
 
 
-def test_the_speed_script_prints_a_table(script, stream, capsys):
+def test_the_speed_benchmark_script_prints_a_table(script, stream, capsys):
     script.show([script.measure("naive", "tensors", stream, repeats=1)])
     assert "naive" in capsys.readouterr().out
 

@@ -115,7 +115,7 @@ def results(comparison, **values):
         ("forgetting", [0.0, 0.0, 0.0], [0.0, 0.0, 0.0], 0.0, False),
     ],
 )
-def test_a_claim_counts_as_shown_above_two_standard_errors(
+def test_a_claim_is_shown_if_it_exceeds_two_standard_errors(
     claims, comparison, measure, own, other, difference, shown
 ):
     claim = replace(claims.CLAIMS[1], measures=(measure,))

@@ -19,7 +19,7 @@ def noise():
         yield importlib.import_module("noise")
 
 
-def test_the_small_noise_benchmark_draws_at_the_right_scale(noise):
+def test_the_small_noise_benchmark_draws_at_the_stated_scale(noise):
     total = torch.zeros(20_000, dtype=torch.int64)
     noise.exact_small(total, 2.0**20)
     assert 0.97 < float(total.double().std()) / 2**20 < 1.03  # 6 standard errors

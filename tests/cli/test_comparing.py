@@ -27,7 +27,7 @@ def command(monkeypatch, capfd, tmp_path):
     return call
 
 
-def test_compare_prints_tables_and_writes_four_files(command, tmp_path):
+def test_compare_prints_its_tables_and_writes_them_to_four_files(command, tmp_path):
     names = ("table.csv", "table.tex", "all.json", "shown.svg")
     options = ("--csv", names[0], "--latex", names[1], "--json", names[2], "--plot", names[3])
     code, out, err = command("run", *options, "--metric", "forgetting")
@@ -41,7 +41,7 @@ def test_compare_prints_tables_and_writes_four_files(command, tmp_path):
     assert "<svg" in (tmp_path / "shown.svg").read_text()
 
 
-def test_compare_draws_png(command, tmp_path):
+def test_compare_writes_a_png_picture_with_plot(command, tmp_path):
     assert command("run", "--plot", "shown.png", "--baseline", "naive-plain")[0] == 0
     assert (tmp_path / "shown.png").read_bytes().startswith(b"\x89PNG")
 
@@ -55,7 +55,7 @@ def test_compare_draws_png(command, tmp_path):
         (["nowhere"], "nowhere/result.json cannot be read"),
     ],
 )
-def test_compare_refuses_in_one_line_and_writes_nothing(command, tmp_path, words, message):
+def test_compare_refuses_mistakes_in_one_line_and_writes_nothing(command, tmp_path, words, message):
     code, out, err = command(*words)
     assert (code, out) == (2, "")
     assert err.startswith("perdure: ")

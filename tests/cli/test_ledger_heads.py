@@ -66,7 +66,7 @@ def test_verify_compares_a_shortened_ledger_with_every_head(perdure, mine, monke
     assert code == 1 and "the head given with --at-least records" in out
 
 
-def test_verify_reports_a_different_history_of_equal_length(perdure, mine):
+def test_verify_reports_a_ledger_with_as_many_but_other_lines(perdure, mine):
     line = heads(perdure, mine / "arms" / "ewc-private")[0]
     owner, _, rest = line.partition("@")
     count, digest, mac = rest.split(":")

@@ -84,7 +84,7 @@ def test_show_prints_the_same_privacy_statement_as_python(
     assert told in shown(perdure("show", sent))
 
 
-def test_raw_diagnostics_make_the_stated_epsilon_infinite(
+def test_raw_diagnostics_make_the_printed_epsilon_infinite(
     perdure, learner_of, toy_stream, tmp_path
 ):
     privacy = Privacy(noise_multiplier=1.5, delta=1e-3, diagnostics="raw")
@@ -129,7 +129,9 @@ def test_client_ledgers_are_owned_by_client_n_by_default(perdure, federated_in, 
         shown(perdure("verify", folder, "--at-least", line))
 
 
-def test_a_ledger_keeps_the_given_owner_name(perdure, toy_data, toy_model, tmp_path):
+def test_a_ledger_is_owned_by_the_owner_given_to_the_learner(
+    perdure, toy_data, toy_model, tmp_path
+):
     streams = [site(toy_data, client) for client in (0, 1)]
 
     def make(client):

@@ -322,7 +322,7 @@ def test_show_adds_up_only_charges_with_equal_settings(tmp_path):
     assert len({str(asdict(use)) for use in exposed.uses}) == 4
 
 
-def test_show_counts_only_the_steps_that_use_a_record(perdure, tmp_path):
+def test_show_counts_only_steps_that_may_use_a_record(perdure, tmp_path):
     ledger = Ledger.open(tmp_path / "ledger.jsonl", key=KEY)
     ledger.declare("a", 12)
     for first in (0, 10):

@@ -237,7 +237,7 @@ def test_an_invalid_config_gives_one_error_line_and_exit_code_2(perdure, tmp_pat
     assert_refused(perdure("run", "mine.toml"), *words)
 
 
-def test_a_refused_config_leaves_no_files(perdure, tmp_path):
+def test_a_refused_config_writes_no_files(perdure, tmp_path):
     (tmp_path / "mine.toml").write_text(WRONG["field"][0])
     perdure("run", "mine.toml")
     assert [path.name for path in tmp_path.iterdir()] == ["mine.toml"]
@@ -314,7 +314,7 @@ def test_run_with_seeds_stores_the_config_that_was_run(perdure, tmp_path):
     assert perdure("run", "mine.toml", "--seeds", "1,3")[0] == 1
 
 
-def test_wrong_options_of_a_run_are_refused(perdure, tmp_path):
+def test_the_run_command_refuses_invalid_options(perdure, tmp_path):
     (tmp_path / "mine.toml").write_text(SEEDED)
     answer = perdure("run", "mine.toml", "--seeds", "1,x")
     assert_refused(answer, "--seeds = '1,x'", "whole numbers with commas")

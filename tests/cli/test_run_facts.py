@@ -6,7 +6,7 @@ from perdure.experiment.config import parse
 from perdure.experiment.run import trials
 
 
-def test_facts_of_a_config_name_the_folders_of_its_trainings(tmp_path):
+def test_config_facts_list_trainings_of_private_and_plain_arms(tmp_path):
     privacy = "[privacy]\nepsilon = 1.0\n"
     named = '[[arms]]\nname = "mine"\nstrategy = "naive"\nprivate = true\n'
     for seeds in ("", "seeds = [2, 7]\n"):

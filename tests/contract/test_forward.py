@@ -96,7 +96,7 @@ def test_features_use_the_given_parameters_under_vmap_and_grad():
     assert own.body.passes == 1 + 2
 
 
-def test_a_failing_forward_pass_does_not_change_the_model():
+def test_a_forward_pass_that_fails_does_not_change_the_model():
     own = model(Classifier)
     with pytest.raises(RuntimeError):
         Forward(own).with_features(torch.zeros(2, 9))

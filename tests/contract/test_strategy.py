@@ -235,7 +235,7 @@ def test_a_teacher_that_fails_restores_the_mode_of_the_model(tower):
 # --------------------------------------------------------------------------- the contract
 
 
-def test_the_base_strategy_is_plain_training(toy_stream, toy_model):
+def test_the_base_strategy_trains_like_a_plain_loop(toy_stream, toy_model):
     stream = toy_stream()
     model = toy_model(stream)
     at = contexts(stream, "cpu")(0)

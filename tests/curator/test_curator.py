@@ -30,7 +30,7 @@ def test_sampling_rates_use_declared_sizes_and_memory_capacity(toy_stream):
     assert (second.rate, second.pool_size) == (256 / 13_000, 13_000)
 
 
-def test_only_the_partitions_in_the_pool_are_exposed(toy_stream):
+def test_sampling_exposes_only_the_partitions_in_the_pool(toy_stream):
     experiences = declared(toy_stream(), 100, 300).experiences
     alone = exposure(experiences, Plan(), batch_size=30, rate=None)
     assert alone.scope == {"experience-1": 0.1} and alone.pool_size == 300

@@ -387,7 +387,7 @@ def test_step_memory_needs_the_plan_setting_pool_experience(toy_stream, toy_mode
         opened(learner, stream)
 
 
-def test_an_experience_without_records_is_refused(toy_stream, toy_model):
+def test_opening_an_experience_without_records_is_refused(toy_stream, toy_model):
     stream = toy_stream()
     nobody = replace(
         stream[0], train=replace(stream[0].train.take(torch.arange(0)), declared_size=24)
@@ -433,7 +433,7 @@ def test_a_drawn_stored_copy_does_not_mark_the_new_copy_drawn(toy_data, toy_mode
     ],
     ids=["plain", "all records", "memory", "moving memory"],
 )
-def test_opening_an_experience_again_reuses_its_pool(toy_stream, toy_model, strategy, kept):
+def test_an_experience_opened_again_reuses_its_pool(toy_stream, toy_model, strategy, kept):
     """Every round of a federation opens the experience again."""
     stream = toy_stream()
     learner = opened(learner_of(toy_model(stream), strategy), stream, 1)

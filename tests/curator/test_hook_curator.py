@@ -104,7 +104,7 @@ def test_the_curator_of_hooks_refuses_members_that_return_rows(given, name):
         getattr(seen, name)
 
 
-def test_a_copied_curator_of_hooks_gives_no_further_access(given):
+def test_a_copied_curator_of_hooks_gives_no_access_to_records(given):
     seen, _ = given
     assert not hasattr(seen, "__dict__")
     assert vars(type(copy.copy(seen))).keys() == vars(type(seen)).keys()
@@ -118,7 +118,7 @@ def test_a_hook_cannot_set_attributes_of_its_curator(given):
         seen.private = False
 
 
-def test_the_curator_of_hooks_answers_as_the_curator_does(toy_stream, toy_model):
+def test_the_curator_of_hooks_returns_what_the_curator_returns(toy_stream, toy_model):
     learner = learner_of(toy_stream(), toy_model)
     learner.prepare(toy_stream())
     learner.begin(0)

@@ -47,7 +47,7 @@ def test_an_experience_opened_again_is_not_sorted_again(prepared):
 
 
 @pytest.mark.parametrize("name", ["ids", "labels", "inputs"])
-def test_the_fingerprint_detects_a_changed_record(prepared, name):
+def test_the_fingerprint_of_records_detects_a_changed_record(prepared, name):
     _, before = opened(prepared)
     value = getattr(prepared.stream[0].train, name)
     if name == "inputs":

@@ -350,7 +350,7 @@ def by_distances(features, most):
 
 @pytest.mark.reference
 @pytest.mark.parametrize("seed", range(3))
-def test_herding_by_products_equals_herding_by_distances(seed):
+def test_herding_by_dot_products_equals_herding_by_distances(seed):
     features = torch.randn(90, 16, generator=place(seed)).relu()
     features[3:6] = 0  # rows without a direction, which are equal too
     assert herded(features, 60).tolist() == by_distances(features, 60)
@@ -499,7 +499,7 @@ def test_an_invalid_memory_size_text_is_refused(toy_stream, size):
         ),
     ],
 )
-def test_the_memory_plan_refuses_contradictory_options(options, field):
+def test_the_memory_plan_refuses_options_that_exclude_each_other(options, field):
     with pytest.raises(ConfigError, match=field):
         MemoryPlan(capacity=5, **options)
 

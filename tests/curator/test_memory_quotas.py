@@ -50,7 +50,9 @@ def chosen_again(stored, new, plan, seed, stages):
     st.none() | st.integers(1, 3),
     st.sampled_from(["class-balanced", "ring"]),
 )
-def test_pieces_leave_the_rows_of_a_choice_among_all(pieces, capacity, per_class, selection):
+def test_offering_rows_in_pieces_keeps_the_rows_of_one_offer(
+    pieces, capacity, per_class, selection
+):
     """Same rows in the same order, so that every later draw from memory is the same as well."""
     plan = MemoryPlan(capacity=capacity, selection=selection, per_class=per_class)
     memory = Memory()
@@ -66,7 +68,7 @@ def test_pieces_leave_the_rows_of_a_choice_among_all(pieces, capacity, per_class
             assert torch.equal(value, expected.tensors()[name])
 
 
-def test_quotas_that_are_filled_piece_by_piece_copy_few_rows():
+def test_filling_class_quotas_piece_by_piece_copies_few_rows():
     plan = MemoryPlan(capacity=300)
     memory = Memory()
     places = set()
@@ -89,7 +91,7 @@ def test_a_full_memory_takes_pieces_without_reading_stored_rows():
     assert memory.rows is before and before.ids.tolist() == kept and memory.offered == 70
 
 
-def test_a_full_memory_has_places_again_under_a_larger_plan():
+def test_a_full_memory_accepts_rows_if_the_plan_gets_larger():
     memory = Memory()
     for piece, capacity in enumerate((4, 4, 6)):
         memory.offer(

@@ -110,7 +110,7 @@ def test_every_earlier_experience_is_charged_at_its_own_rate(four, toy_model):
 @pytest.mark.parametrize(
     ("strategy", "beside"), [(AGEM(memory_size=12), [1, 1]), (GEM(memory_size=12), [1, 2])]
 )
-def test_charges_add_up_if_experiences_share_records(copies, toy_model, strategy, beside):
+def test_charges_of_experiences_that_share_records_add_up(copies, toy_model, strategy, beside):
     """Permuted copies of one image are one record, charged for the gradients and for every
     reference gradient.
     """

@@ -36,7 +36,7 @@ def found(stream, attribute):
     ]
 
 
-def test_by_time_cuts_train_and_test_records_at_boundaries(timed):
+def test_by_time_cuts_train_and_test_data_at_the_boundaries(timed):
     stream = by_time(timed, boundaries=(3, 8))
     times = [[0.0, 1.0, 2.0], [3.0, 4.0, 5.0, 6.0, 7.0], [8.0, 9.0]]
     assert found(stream, "time") == [[each, each] for each in times]
@@ -45,7 +45,7 @@ def test_by_time_cuts_train_and_test_records_at_boundaries(timed):
     assert len({each.train.partition for each in stream}) == 3
 
 
-def test_quantile_cuts_by_time_are_not_assigned_by_record(timed):
+def test_by_time_with_quantiles_is_not_assigned_by_record(timed):
     stream = by_time(timed, experiences=4)
     assert stream.assigned_by_record is False
     assert all(each.train.placed_by == "" for each in stream)
@@ -87,7 +87,7 @@ def test_an_invalid_cut_by_attribute_is_refused_in_one_line(timed, build, error,
     assert "\n" not in str(refused.value)
 
 
-def test_joint_makes_one_experience_of_all_records(toy_data):
+def test_the_joint_stream_has_all_records_in_one_experience(toy_data):
     (whole,) = joint(toy_data, declared_size=50)
     assert torch.equal(whole.train.ids, toy_data.train.ids) and whole.test is toy_data.test
     assert whole.train.declared_size == 50 and whole.classes == (0, 1, 2, 3)

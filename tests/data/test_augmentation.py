@@ -72,7 +72,7 @@ def test_shift_and_flip_fills_the_shifted_border_with_zeros():
 @pytest.mark.parametrize(
     "change", [v2.RandomHorizontalFlip(), v2.ColorJitter(0.5), v2.RandomCrop(4), v2.Resize(3)]
 )
-def test_a_failing_view_function_gives_one_error_line(change, private):
+def test_a_view_function_that_fails_gives_one_error_line(change, private):
     records = Records(inputs=torch.rand(12, 3, 6, 6), labels=torch.arange(12) % 2)
     one = Experience(index=0, train=records, test=records, classes=(0, 1))
     stream = Stream(
@@ -179,7 +179,7 @@ def test_views_change_neither_sensitivity_nor_privacy_charges(learner_of):
         assert 0.009 < float(moved) <= 0.01 * (1 + 1e-4)
 
 
-def test_views_with_an_adversary_are_refused(learner_of):
+def test_the_learner_refuses_views_together_with_an_adversary(learner_of):
     with pytest.raises(ConfigError, match="None with an adversary"):
         learner_of(adversary=PGD(epsilon=0.1, steps=1))
     with pytest.raises(ConfigError, match=r"views.count = 0"):

@@ -141,7 +141,7 @@ def test_mnist_reads_plain_and_gzipped_idx_files(small_mnist):
     assert data.test.ids.tolist() == [5, 6, 7], "one id never names two records"
 
 
-def test_mnist_reads_pixels_in_the_right_order(small_mnist):
+def test_mnist_reads_pixels_in_row_major_order(small_mnist):
     pixels = np.arange(5 * 784, dtype=np.uint8).reshape(5, 28, 28)
     path = small_mnist / "MNIST" / "raw" / "train-images-idx3-ubyte"
     path.write_bytes(idx(pixels))  # the plain file is preferred to the gzipped one
@@ -175,7 +175,7 @@ def test_mnist_refuses_a_truncated_gzip_file(small_mnist):
         load("mnist", root=small_mnist)
 
 
-def test_mnist_refuses_a_wrong_checksum_at_the_published_size(small_mnist):
+def test_mnist_refuses_a_full_size_file_with_another_checksum(small_mnist):
     (small_mnist / "MNIST" / "raw" / "train-images-idx3-ubyte").write_bytes(
         idx(np.zeros((60_000, 28, 28), dtype=np.uint8))
     )
@@ -374,7 +374,7 @@ def test_an_unknown_data_set_name_lists_the_known_names():
         digits(test_share=1.0)
 
 
-def test_a_data_set_checks_shape_and_labels():
+def test_a_data_set_refuses_inputs_or_labels_it_does_not_declare():
     good = Records(inputs=torch.zeros(3, 2), labels=torch.tensor([0, 1, 1]))
     bad = Records(inputs=torch.zeros(3, 2), labels=torch.tensor([0, 1, 2]))
     with pytest.raises(DataError, match="test labels"):
@@ -469,6 +469,6 @@ def test_every_data_set_accepts_a_declared_size(small_mnist, small_adult, small_
     assert digits().train.declared_size == len(digits().train)
 
 
-def test_published_data_sets_have_ids_of_their_own(small_mnist, small_adult):
+def test_published_data_sets_have_ids_independent_of_position(small_mnist, small_adult):
     made = (digits(), breast_cancer(), mnist(small_mnist), adult(small_adult))
     assert not any(data.train.ids_by_position for data in made)

@@ -38,7 +38,7 @@ def refused(message: str, make, *args, **settings) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_a_data_set_made_by_hand_is_checked():
+def test_a_data_set_made_by_hand_refuses_an_invalid_field():
     data = from_arrays(ROWS, LABELS, ids=range(40))
     settings = {"name": "mine", "num_classes": 2, "input_shape": (3,)}
     refused("mine has id", Dataset, train=data.train, test=data.train, **settings)
@@ -48,7 +48,7 @@ def test_a_data_set_made_by_hand_is_checked():
 
 
 @pytest.mark.parametrize("value", [torchvision.datasets.FakeData(3), [ROWS], {"x": ROWS}, None])
-def test_stream_parts_made_by_hand_must_have_the_right_types(value):
+def test_stream_parts_made_by_hand_refuse_fields_of_another_type(value):
     records = from_arrays(ROWS, LABELS).train
     settings = {"index": 0, "classes": (0, 1)}
     given = f"is a {type(value).__name__}; allowed: a perdure.Records"
@@ -68,12 +68,12 @@ def test_stream_parts_made_by_hand_must_have_the_right_types(value):
         ("perdure.data.from_arrays takes arrays and lists", {"labels": np.zeros(4)}),
     ],
 )
-def test_records_made_by_hand_are_checked(message, settings):
+def test_records_made_by_hand_refuse_an_invalid_field(message, settings):
     good = {"inputs": torch.zeros(4, 2), "labels": torch.zeros(4, dtype=torch.int64)}
     refused(message, Records, **{**good, **settings})
 
 
-def test_an_experience_with_other_test_inputs_is_refused():
+def test_an_experience_refuses_test_inputs_of_another_type():
     one = from_arrays(ROWS, LABELS).train
     two = Records(inputs=one.inputs.double(), labels=one.labels)
     message = "training inputs of shape (3,) in torch.float32 and test inputs of shape (3,) in"

@@ -179,6 +179,6 @@ def test_removing_a_record_changes_only_one_blurry_experience(toy, record_id, se
     ("field", "value"),
     [("blurry_share", 1.2), ("disjoint_share", -0.1), ("experiences", 1), ("experiences", 3)],
 )
-def test_invalid_arguments_of_blurry_are_refused(toy, field, value):
+def test_blurry_refuses_invalid_arguments(toy, field, value):
     with pytest.raises(ConfigError, match=field):
         blurry(toy, **({"experiences": 2} | {field: value}))

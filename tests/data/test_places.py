@@ -200,7 +200,7 @@ def test_pieces_of_a_counted_size_are_not_assigned_by_record():
 
 
 @pytest.mark.parametrize("by_record", [None, False])
-def test_a_client_split_keeps_the_streams_assigned_by_record(by_record):
+def test_a_client_split_keeps_assigned_by_record_of_its_stream(by_record):
     stream = replace(by_class(data_of(0)), assigned_by_record=by_record)
     for splitter in (iid, partial(dirichlet, alpha=1.0)):
         parts = splitter(stream, clients=2, exact=False)

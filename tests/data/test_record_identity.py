@@ -60,7 +60,7 @@ def test_the_refusal_of_shared_ids_reveals_no_record():
     assert len(texts) == 1
 
 
-def test_different_ids_or_one_partition_name_are_accepted(learner_of):  # noqa: F811
+def test_privacy_accepts_different_ids_or_one_partition_name(learner_of):  # noqa: F811
     refuse_records_in_two_partitions([months(torch.arange(20) + 20)])
     one = records(20, partition="people")
     again = replace(records(20, first_id=50, partition="people"), ids=one.ids)
@@ -71,7 +71,7 @@ def test_different_ids_or_one_partition_name_are_accepted(learner_of):  # noqa: 
     assert sum(charge.steps for charge in ledger.charges("people")) == 8
 
 
-def test_shared_ids_are_accepted_without_privacy(learner_of):  # noqa: F811
+def test_training_without_privacy_accepts_shared_ids(learner_of):  # noqa: F811
     stream = months(torch.arange(20))
     assert len(learner_of(stream=stream).fit(stream)) == len(stream)
 
@@ -125,7 +125,7 @@ def test_a_split_with_one_id_in_two_classes_is_refused(toy):
 
 
 @pytest.mark.parametrize("first", [0, 12, 20])
-def test_rows_of_a_file_that_is_mapped_twice_are_recognised(tmp_path, first):
+def test_privacy_recognises_rows_of_a_file_that_is_mapped_twice(tmp_path, first):
     """20 rows of each mapping, without ids of their own; the second mapping begins later."""
     path = tmp_path / "rows.npy"
     np.save(path, np.zeros((40, 1, 4, 6), dtype=np.float32))

@@ -7,7 +7,7 @@ from perdure.data.records import Batch, Records
 from perdure.errors import DataError
 
 
-def test_take_selects_batch_rows_by_position():
+def test_batch_take_returns_rows_at_the_given_positions():
     rng = torch.Generator().manual_seed(0)
     records = Records(
         inputs=torch.randn(9, 2, generator=rng), labels=torch.arange(9) % 3, ids=torch.arange(9) + 5

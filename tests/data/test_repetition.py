@@ -55,6 +55,6 @@ def test_repetition_declares_the_expected_sizes(toy):
     ("field", "value"),
     [("experiences", 0), ("first_probability", 0.0), ("repeat_probability", 1.5)],
 )
-def test_invalid_arguments_of_repetition_are_refused(toy, field, value):
+def test_repetition_refuses_invalid_arguments(toy, field, value):
     with pytest.raises(ConfigError, match=field):
         repetition(toy, **({"experiences": 3} | {field: value}))

@@ -81,7 +81,7 @@ def test_the_experiences_of_a_split_are_separate_partitions(toy):
     assert stream.assigned_by_record
 
 
-def test_a_seed_gives_a_random_class_order(toy):
+def test_split_with_a_seed_has_a_random_class_order(toy):
     orders = {
         seed: [e.classes for e in split(toy, scenario="class", experiences=4, seed=seed)]
         for seed in range(5)
@@ -152,7 +152,7 @@ def test_permuted_uses_one_permutation_for_train_and_test(toy):
     assert torch.equal(permuted(same, experiences=2, seed=1)[1].test.inputs.flatten().long(), order)
 
 
-def test_permutations_depend_on_the_seed(toy):
+def test_permuted_streams_depend_on_the_seed(toy):
     same, other = (permuted(toy, experiences=2, seed=seed)[1].train.inputs for seed in (0, 1))
     assert torch.equal(same, permuted(toy, experiences=2)[1].train.inputs)
     assert not torch.equal(same, other)
@@ -211,7 +211,7 @@ def test_rotated_experiences_contain_the_same_records(toy):
         (rotated, {"angles": ()}, "angles"),
     ],
 )
-def test_invalid_arguments_of_permuted_and_rotated_are_refused(toy, make, arguments, field):
+def test_permuted_and_rotated_refuse_invalid_arguments(toy, make, arguments, field):
     with pytest.raises(ConfigError, match=field):
         make(toy, **arguments)
 
@@ -229,7 +229,7 @@ def test_a_stream_is_a_sequence_with_a_short_repr(toy):
     )
 
 
-def test_moving_a_stream_moves_shared_records_once(toy, monkeypatch):
+def test_moving_a_stream_to_a_device_copies_shared_records_once(toy, monkeypatch):
     """The machine may have only one device, so a copy stands in for the move."""
 
     def copied(self, device):

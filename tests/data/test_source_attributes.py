@@ -25,7 +25,7 @@ POINTS = TensorDataset(torch.rand(20, 3), torch.arange(20) % 2)
 WARDS = np.arange(20) // 10
 
 
-def test_a_torch_data_set_keeps_attributes():
+def test_from_torch_keeps_the_given_attributes():
     tests = TensorDataset(torch.rand(4, 3), torch.arange(4) % 2)
     data = from_torch(
         POINTS, test=tests, attributes={"domain": WARDS}, test_attributes={"domain": [0, 1] * 2}
@@ -36,7 +36,7 @@ def test_a_torch_data_set_keeps_attributes():
         from_torch(POINTS, test_attributes={"domain": [0]})
 
 
-def test_a_folder_gives_attributes_by_path(tmp_path):
+def test_from_folder_computes_attributes_from_the_path(tmp_path):
     for number in range(8):
         (tmp_path / "ab"[number % 2]).mkdir(exist_ok=True)
         Image.new("RGB", (2, 2), (number, 0, 0)).save(tmp_path / "ab"[number % 2] / f"{number}.png")
@@ -70,7 +70,7 @@ def table():
         {"inputs": "tokens", "vocabulary": 5},
     ],
 )
-def test_a_hugging_face_data_set_has_attributes_of_columns(table, settings):
+def test_from_huggingface_makes_attributes_of_named_columns(table, settings):
     data = from_huggingface(
         table, **settings, test=table.select([0, 11]), time="day", domain="ward", group="sex"
     )
@@ -85,7 +85,7 @@ def test_a_hugging_face_data_set_has_attributes_of_columns(table, settings):
     assert "the values of the attribute group are declared public" in data.public_facts
 
 
-def test_a_column_that_is_absent_is_named(table):
+def test_from_huggingface_refuses_a_missing_column_by_name(table):
     with pytest.raises(
         ConfigError,
         match="domain = 'hospital' is not allowed; allowed: columns of the data set: vector",
@@ -106,13 +106,13 @@ def named_only():
 
 
 @pytest.mark.parametrize("name", list(named_only()))
-def test_an_argument_without_its_name_is_refused_in_one_line(name):
+def test_data_functions_refuse_arguments_given_without_a_name(name):
     with pytest.raises(ConfigError, match=f"{name} was given 9 arguments without a name") as caught:
         getattr(perdure.data, name)(*range(9))
     assert "\n" not in str(caught.value) and "=..." in str(caught.value)
 
 
-def test_domains_and_times_are_cut_by_a_named_attribute():
+def test_by_domain_and_by_time_cut_by_a_named_attribute():
     attributes = {"site": WARDS, "day": np.arange(20)}
     data = perdure.data.from_arrays(
         POINTS.tensors[0], POINTS.tensors[1], test=0.3, attributes=attributes
@@ -121,7 +121,7 @@ def test_domains_and_times_are_cut_by_a_named_attribute():
     assert len(by_time(data, "day", boundaries=[5, 10])) == 3
 
 
-def test_split_names_the_cuts_that_serve_every_task():
+def test_split_refuses_regression_and_names_the_cuts_for_it():
     data = perdure.data.from_arrays(np.ones((9, 2)), np.ones(9), test=0.5, task="regression")
     with pytest.raises(ConfigError, match="by_time, by_domain and joint serve every task"):
         split(data, scenario="class", experiences=1)
@@ -154,7 +154,7 @@ OTHER_TYPES = {
 
 
 @pytest.mark.parametrize("name", OTHER_TYPES)
-def test_an_argument_of_another_type_is_refused_in_one_line(name):
+def test_stream_functions_refuse_an_argument_of_another_type(name):
     given = STREAM if name in ("online", "iid", "dirichlet") else DATA
     wrong = list(OTHER_TYPES[name])[-1]
     with pytest.raises(ConfigError, match=f"^{wrong} = .* is not allowed; allowed: ") as caught:
@@ -162,7 +162,7 @@ def test_an_argument_of_another_type_is_refused_in_one_line(name):
     assert "\n" not in str(caught.value)
 
 
-def test_arrays_and_numbers_of_numpy_are_taken():
+def test_stream_functions_accept_numpy_arrays_and_numbers():
     cut = by_time(DATA, boundaries=np.array([1.0]))
     assert len(cut) == 2 and len(by_domain(DATA, order=np.array([0, 1]))) == 2
     assert len(split(DATA, scenario="class", experiences=np.int64(2))) == 2
@@ -181,19 +181,19 @@ def test_arrays_and_numbers_of_numpy_are_taken():
         ("attributes are a list; allowed: a dict", {"attributes": [1]}),
     ],
 )
-def test_values_that_would_be_lost_are_refused(message, settings):
+def test_from_arrays_refuses_values_that_conversion_would_change(message, settings):
     given = {"inputs": [[1.0]], "targets": [0], "test": ([[1.0]], [0])} | settings
     with pytest.raises(ConfigError, match=message):
         perdure.data.from_arrays(**given)
 
 
-def test_test_records_have_ids_beside_the_largest():
+def test_test_records_get_unused_ids_if_the_largest_id_is_taken():
     ids = [2**63 - 1, 5]
     data = perdure.data.from_arrays([[1.0], [2.0]], [0, 1], ids=ids, test=([[1.0]], [0]))
     assert data.train.ids.tolist() == ids and data.test.ids.tolist() == [4]
 
 
-def test_a_function_of_a_path_that_fails_is_named(tmp_path):
+def test_from_folder_names_an_attribute_function_that_fails(tmp_path):
     (tmp_path / "a").mkdir()
     Image.new("L", (2, 2)).save(tmp_path / "a" / "x.png")
     with pytest.raises(ConfigError, match=r"attributes\['time'\] failed for a/x.png: ValueError"):

@@ -243,7 +243,7 @@ def visits() -> pd.DataFrame:
     )
 
 
-def test_a_split_by_found_categories_is_not_assigned_by_record(visits):
+def test_a_split_by_undeclared_categories_is_not_by_record(visits):
     table = visits[["patient", "ward", "ill"]].assign(age=1.0)
     one_more = pd.concat([table, table[:1].assign(patient="new", ward="east")])
     test = table.assign(patient=[f"q{number}" for number in range(40)])

@@ -35,7 +35,7 @@ private = true
 """
 
 
-def test_attack_members_and_non_members_are_disjoint(toy_data):
+def test_shadow_attack_members_and_non_members_are_disjoint(toy_data):
     stream = split(toy_data, scenario="class", experiences=2)
     records, members, known = population(stream, 0, seed=0)
     train = stream[0].train
@@ -51,7 +51,7 @@ def test_attack_members_and_non_members_are_disjoint(toy_data):
 
 
 @pytest.mark.deep(reason="full replay: attacks every arm of a run")
-def test_attack_run_attacks_every_arm_and_changes_no_run_file(tmp_path):
+def test_attack_run_attacks_every_arm_and_changes_no_file(tmp_path):
     short = CONFIG.replace("epochs = 60", "epochs = 1").replace("epochs = 4", "epochs = 1")
     run(parse(short), short, tmp_path)
     seen = []

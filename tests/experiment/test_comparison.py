@@ -26,7 +26,7 @@ def run_of(tmp_path):
 
 
 @pytest.mark.reference
-def test_intervals_of_two_runs_equal_scipys(run_of):
+def test_intervals_between_two_runs_equal_those_of_scipy(run_of):
     one = run_of({"naive-plain": NAIVE}, folder="one")
     two = run_of({"ewc-plain": EWC}, folder="two", epochs=2)
     [found] = compare(one, two).differences("average_accuracy")
@@ -35,7 +35,7 @@ def test_intervals_of_two_runs_equal_scipys(run_of):
     assert (found.estimate.low, found.estimate.high) == pytest.approx(tuple(theirs), rel=1e-12)
 
 
-def test_seeds_of_one_arm_come_from_several_runs(run_of):
+def test_compare_joins_seeds_of_an_arm_from_several_runs(run_of):
     runs = [
         run_of(
             {"naive-plain": {seed: NAIVE[seed]}, "ewc-plain": {seed: EWC[seed]}}, folder=f"{seed}"
@@ -45,7 +45,7 @@ def test_seeds_of_one_arm_come_from_several_runs(run_of):
     assert compare(*runs).rows() == compare(run_of()).rows()
 
 
-def test_arms_of_other_settings_are_named_by_their_run(run_of):
+def test_arms_with_different_settings_are_named_by_their_run(run_of):
     one = run_of({"ewc-plain": EWC}, folder="one", name="slow")
     two = run_of({"ewc-plain": EWC}, folder="two", name="fast", epochs=2)
     found = compare(one, two)
@@ -54,13 +54,13 @@ def test_arms_of_other_settings_are_named_by_their_run(run_of):
     assert (difference.estimate.mean, difference.estimate.low) == (0, 0)
 
 
-def test_arms_measured_twice_are_named_by_their_run(run_of):
+def test_arms_with_one_seed_in_two_runs_are_named_by_their_run(run_of):
     one = run_of({"ewc-plain": EWC}, folder="one")
     two = run_of({"ewc-plain": {0: 50.0}}, folder="two")
     assert list(compare(one, two).arms) == [f"{one}/ewc-plain", f"{two}/ewc-plain"]
 
 
-def test_directions_of_metrics_give_the_ranks(run_of):
+def test_ranks_know_if_a_high_or_low_metric_value_is_better(run_of):
     found = compare(run_of())
     for metric in ("average_accuracy", "forgetting", "backward_transfer"):
         assert found.mean_ranks(metric) == {"naive-plain": 2.0, "ewc-plain": 1.0}
@@ -85,7 +85,7 @@ def test_a_baseline_is_subtracted_from_all_others(run_of):
     ]
 
 
-def test_a_failed_seed_is_left_out_and_named(run_of):
+def test_compare_leaves_out_a_failed_seed_and_names_it(run_of):
     trials = [trial(0, 71.0), trial(1, 0.0, failure="training ran away"), trial(2, 73.0)]
     found = compare(
         run_of(
@@ -98,14 +98,14 @@ def test_a_failed_seed_is_left_out_and_named(run_of):
     assert "ewc-plain failed at seed 1 and is left out there: training ran away" in found.notes
 
 
-def test_one_seed_has_no_interval_and_says_so(run_of):
+def test_a_comparison_of_one_seed_notes_the_missing_interval(run_of):
     found = compare(run_of({"naive-plain": {0: 70.0}, "ewc-plain": {0: 71.0}}))
     [difference] = found.differences("average_accuracy")
     assert (difference.estimate.mean, difference.estimate.low) == (1.0, None)
     assert any(note.startswith("One seed has no standard error") for note in found.notes)
 
 
-def test_epsilons_come_with_their_terms(run_of):
+def test_compared_epsilons_have_delta_unit_and_relation(run_of):
     private = arm("ewc-private", [trial(0, 60.0, epsilon=3.0), trial(1, 61.0, epsilon=3.0)])
     plain = arm("ewc-plain", [trial(0, 60.0), trial(1, 61.0)])
     found = compare(run_of([private, plain]))
@@ -127,7 +127,7 @@ def test_epsilons_come_with_their_terms(run_of):
     assert any("left out" in note for note in mixed.notes)
 
 
-def test_csv_opens_in_pandas_as_the_table(run_of):
+def test_the_csv_of_a_comparison_equals_its_pandas_table(run_of):
     import pandas as pd
 
     found = compare(run_of())
@@ -141,7 +141,7 @@ def test_csv_opens_in_pandas_as_the_table(run_of):
     assert paired["mean"].tolist() == pytest.approx([-(71.5 - 206.5 / 3)])
 
 
-def test_json_has_the_rows_and_every_seed(run_of):
+def test_the_json_of_a_comparison_has_its_rows_and_every_seed(run_of):
     found = compare(run_of())
     content = json.loads(found.to_json())
     assert content["rows"] == found.rows()
@@ -154,7 +154,7 @@ def test_json_has_the_rows_and_every_seed(run_of):
 # --------------------------------------------------------------------------- what is refused
 
 
-def test_runs_without_a_common_seed_are_refused(run_of):
+def test_compare_refuses_runs_without_a_common_seed(run_of):
     one = run_of({"naive-plain": {0: 70.0, 1: 71.0}}, folder="one")
     two = run_of({"ewc-plain": {2: 70.0}}, folder="two")
     with pytest.raises(ConfigError) as refused:
@@ -189,12 +189,12 @@ def test_runs_without_a_common_seed_are_refused(run_of):
         ),
     ],
 )
-def test_runs_on_other_streams_are_refused(run_of, changes, message):
+def test_compare_refuses_runs_on_different_streams(run_of, changes, message):
     with pytest.raises(ConfigError, match=message):
         compare(run_of(folder="one"), run_of(folder="two", **changes))
 
 
-def test_other_mistakes_are_refused_in_one_line(run_of, tmp_path):
+def test_compare_refuses_invalid_arguments_in_one_line(run_of, tmp_path):
     run = run_of()
     for call, message in (
         (lambda: compare(run, run), "is given twice"),

@@ -180,7 +180,7 @@ def test_a_config_refuses_arms_that_are_not_a_list_of_tables(arms):
         (ARM + ARM, "arms = ['naive-plain']"),
     ],
 )
-def test_a_config_refuses_invalid_arms(arm, start):
+def test_a_config_refuses_arms_of_equal_name_or_invalid_fields(arm, start):
     assert refusal(HEAD + arm).startswith(start)
 
 
@@ -246,7 +246,7 @@ def test_a_config_reads_optional_choices_and_lists():
         ),
     ],
 )
-def test_the_fields_of_an_imported_strategy_are_checked(table, message):
+def test_a_config_checks_the_fields_of_an_imported_strategy(table, message):
     with pytest.raises(ConfigError) as caught:
         build(Own, table, "x")
     assert str(caught.value) == message

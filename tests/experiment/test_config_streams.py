@@ -47,12 +47,12 @@ def facts(stream):
 
 
 @pytest.mark.parametrize("name", STREAMS)
-def test_config_makes_the_stream_of_python(name):
+def test_a_config_makes_the_same_stream_as_the_python_call(name):
     keys, make = BY_TABLE[name]
     assert facts(opened(f'stream = "{name}"\n{keys}')) == facts(make(own_data.blobs()))
 
 
-def test_config_has_every_parameter_of_streams():
+def test_the_data_table_has_every_parameter_of_the_stream_makers():
     own = {"data", "seed"}
     known = {p for make in STREAMS.values() for p in inspect.signature(make).parameters}
     assert known - own == set(OF_STREAMS.values())
@@ -60,24 +60,24 @@ def test_config_has_every_parameter_of_streams():
     assert set(inspect.signature(online).parameters) == {"stream", "chunk", "seed", "exact"}
 
 
-def test_pieces_of_a_config_are_those_of_online():
+def test_chunk_in_a_config_makes_the_same_pieces_as_online():
     whole = split_classes(own_data.blobs(), scenario="class", experiences=2)
     expected = online(whole, chunk=5, seed=3, exact=False)
     assert facts(opened("experiences = 2\nchunk = 5\nexact = false")) == facts(expected)
 
 
-def test_seed_of_the_data_stands_for_the_seed_of_the_run():
+def test_the_seed_of_the_data_table_replaces_the_run_seed():
     keys = 'stream = "permuted"\nexperiences = 2\n'
     assert facts(opened(keys + "seed = 5", seed=1)) == facts(opened(keys + "seed = 5", seed=2))
     assert facts(opened(keys, seed=1)) != facts(opened(keys, seed=2))
 
 
-def test_options_reach_the_data_set():
+def test_data_options_are_passed_to_the_data_set():
     inputs = opened("options = {spread = 0.0}\nstream = 'joint'")[0].train.inputs
     assert inputs[0].flatten().tolist() == [2.0, 0.0, 0.0, 0.0]
 
 
-def test_key_of_another_stream_is_refused_with_known_ones():
+def test_a_key_of_another_stream_is_refused_with_allowed_keys():
     told = refusal(f'{HEAD}[data]\nstream = "rotated"\nblurry_share = 0.5\n{ARM}')
     assert told == (
         'data.blurry_share = 0.5 is not allowed; allowed: with stream = "rotated", '
@@ -85,6 +85,6 @@ def test_key_of_another_stream_is_refused_with_known_ones():
     )
 
 
-def test_stream_that_the_data_do_not_allow_names_the_key():
+def test_the_error_of_an_impossible_stream_names_the_data_key():
     with pytest.raises(ConfigError, match=r"^data\.experiences = 3 is not allowed"):
         opened("experiences = 3")

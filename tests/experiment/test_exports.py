@@ -93,7 +93,7 @@ def test_a_student_of_a_private_arm_needs_public_inputs(finished, tmp_path):
         ),
     ],
 )
-def test_an_impossible_export_of_a_run_is_refused(finished, arm, options, error, message):
+def test_export_of_a_run_refuses_invalid_arguments(finished, arm, options, error, message):
     with pytest.raises(error, match=message):
         export_run(finished, arm, to="safetensors", **options)
 

@@ -79,7 +79,7 @@ def trial(folder, arm, seed):
     return row
 
 
-def test_compare_reads_what_run_writes(folder):
+def test_compare_reads_the_accuracies_that_a_run_stored(folder):
     found = compare(folder)
     assert set(found.arms) == {"icarl-plain", "naive-private"}
     for seed, value in found.values("average_accuracy")["icarl-plain"].items():
@@ -89,7 +89,7 @@ def test_compare_reads_what_run_writes(folder):
     assert difference.estimate.low < difference.estimate.mean < difference.estimate.high
 
 
-def test_a_result_is_a_table_of_arms_and_seeds(folder):
+def test_to_pandas_gives_one_row_per_arm_and_seed(folder):
     table = to_pandas(read_result(folder)).set_index(["arm", "seed"])
     assert len(table) == 4
     row = trial(folder, "icarl-plain", 5)
@@ -97,7 +97,7 @@ def test_a_result_is_a_table_of_arms_and_seeds(folder):
     assert table["epsilon"].isna().sum() == 2
 
 
-def test_measures_of_each_class_are_in_the_result(folder, icarl):
+def test_a_result_has_the_accuracy_of_each_class(folder, icarl):
     row = trial(folder, "icarl-plain", 5)
     counts = icarl.stream[0].test.labels.bincount()
     for accuracy, measured in zip(row["accuracy_matrix"][-1], row["by_class"], strict=True):
@@ -111,7 +111,7 @@ def test_measures_of_each_class_are_in_the_result(folder, icarl):
     )
 
 
-def test_a_loaded_model_scores_as_in_the_run(folder, icarl):
+def test_a_loaded_model_has_the_scores_that_its_run_stored(folder, icarl):
     found = [icarl.score(e.test) for e in icarl.stream]
     assert found == pytest.approx(trial(folder, "icarl-plain", 5)["accuracy_matrix"][-1])
 
@@ -132,12 +132,12 @@ def test_a_loaded_private_model_refuses_its_training_records(folder):
         ("naive-private", 4, "has no arm 'naive-private' with seed 4"),
     ],
 )
-def test_load_names_the_models_of_the_run(folder, arm, seed, message):
+def test_load_refuses_an_unclear_arm_and_names_all_models(folder, arm, seed, message):
     with pytest.raises(RunError, match=message):
         perdure.load(folder, arm, seed=seed)
 
 
-def test_predict_writes_the_classes_of_the_strategy(predict, icarl, tmp_path):
+def test_the_predict_command_writes_the_predicted_classes(predict, icarl, tmp_path):
     inputs = icarl.stream[0].test.inputs
     code, out, err = predict(inputs.double().numpy(), "icarl-plain", "--seed", "5")
     assert (code, err) == (0, "")
@@ -159,7 +159,9 @@ def test_predict_writes_the_classes_of_the_strategy(predict, icarl, tmp_path):
         (np.zeros((1, 1, 8, 8)), ["--experience", "0"], "experience = 0 is not allowed"),
     ],
 )
-def test_predict_refuses_in_one_line(predict, tmp_path, inputs, words, message):
+def test_the_predict_command_refuses_invalid_inputs_in_one_line(
+    predict, tmp_path, inputs, words, message
+):
     code, out, err = predict(inputs, "icarl-plain", "--seed", "5", *words)
     assert (code, out) == (2, "")
     assert err.startswith("perdure: ")
@@ -168,7 +170,7 @@ def test_predict_refuses_in_one_line(predict, tmp_path, inputs, words, message):
     assert not (tmp_path / "answer.npy").exists()
 
 
-def test_outputs_that_are_not_finite_are_refused(icarl):
+def test_predict_refuses_nan_or_infinite_outputs(icarl):
     bad = torch.full_like(icarl.stream[0].test.inputs[:2], torch.inf)
     with pytest.raises(ConfigError, match="NaN or infinite for 2 of 2 records"):
         icarl.predict(bad)

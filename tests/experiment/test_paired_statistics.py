@@ -21,7 +21,7 @@ def measured(count, seed, shift=0.0):
 @pytest.mark.reference
 @pytest.mark.parametrize("count", [2, 3, 10, 50])
 @pytest.mark.parametrize("confidence", [0.95, 0.8])
-def test_paired_interval_equals_scipys(count, confidence):
+def test_the_paired_interval_equals_that_of_scipy(count, confidence):
     one, two = measured(count, 0, shift=1.0), measured(count, 1)
     found = paired_difference(one, two, confidence)
     theirs = stats.ttest_rel(list(one.values()), list(two.values()))
@@ -31,7 +31,7 @@ def test_paired_interval_equals_scipys(count, confidence):
 
 
 @pytest.mark.reference
-def test_standard_error_equals_scipys():
+def test_the_standard_error_equals_that_of_scipy():
     values = measured(7, 2)
     found = estimate(values, 0.95)
     assert found.mean == pytest.approx(np.mean(list(values.values())))
@@ -39,21 +39,21 @@ def test_standard_error_equals_scipys():
     assert found.seeds == tuple(range(7))
 
 
-def test_paired_difference_uses_common_seeds_alone():
+def test_the_paired_difference_uses_only_common_seeds():
     found = paired_difference({0: 5.0, 1: 7.0, 9: 100.0}, {1: 4.0, 0: 3.0, 8: -50.0}, 0.95)
     assert found.seeds == (0, 1)
     assert found.mean == 2.5
     assert paired_difference({0: 5.0}, {1: 4.0}, 0.95) is None
 
 
-def test_one_seed_has_no_interval():
+def test_an_estimate_from_one_seed_has_no_interval():
     found = estimate({4: 71.5}, 0.95)
     assert (found.mean, found.standard_error, found.low, found.high) == (71.5, None, None, None)
 
 
 @pytest.mark.reference
 @pytest.mark.parametrize("higher_is_better", [True, False])
-def test_mean_ranks_equal_scipys(higher_is_better):
+def test_mean_ranks_equal_those_of_scipy(higher_is_better):
     drawn = np.random.default_rng(3).integers(0, 4, (6, 5)).astype(float)
     arms = {f"arm {i}": dict(enumerate(column.tolist())) for i, column in enumerate(drawn.T)}
     found = mean_ranks(arms, higher_is_better=higher_is_better)
@@ -62,7 +62,7 @@ def test_mean_ranks_equal_scipys(higher_is_better):
     assert list(found.values()) == pytest.approx(theirs.tolist())
 
 
-def test_mean_ranks_are_over_common_seeds():
+def test_mean_ranks_use_only_seeds_common_to_all_arms():
     arms = {"one": {0: 1.0, 1: 5.0}, "two": {1: 4.0, 2: 9.0}}
     assert mean_ranks(arms, higher_is_better=True) == {"one": 1.0, "two": 2.0}
     assert mean_ranks({"one": {0: 1.0}, "two": {1: 1.0}}, higher_is_better=True) == {}

@@ -48,13 +48,13 @@ def tables():
     return {table.title: table.keys for table in reference.tables()}
 
 
-def test_reference_has_every_field_of_every_class(tables):
+def test_the_config_reference_has_every_field_of_each_table(tables):
     for title, kind in CLASSES.items():
         own = [each.name for each in fields(kind) if each.init]
         assert [key.name for key in tables[title]] == own, title
 
 
-def test_reference_has_the_defaults_of_the_classes(tables):
+def test_the_config_reference_has_the_default_of_each_field(tables):
     for title, kind in CLASSES.items():
         known = {each.name: each for each in fields(kind)}
         for key in tables[title]:
@@ -69,7 +69,7 @@ def _listed(value):
     return list(value) if isinstance(value, tuple) else value
 
 
-def test_reference_says_type_and_meaning_of_every_key(tables):
+def test_the_config_reference_says_type_and_meaning_of_each_key(tables):
     for title, keys in tables.items():
         for key in keys:
             assert key.type and "no value" not in key.type, (title, key.name)
@@ -77,14 +77,14 @@ def test_reference_says_type_and_meaning_of_every_key(tables):
             assert key.meaning or not told, (title, key.name)
 
 
-def test_reference_has_the_limits_of_the_checks(tables):
+def test_the_config_reference_has_the_limits_of_each_number(tables):
     allowed = {key.name: key.allowed for key in tables["[training]"]}
     assert allowed["batch_size"] == "1 to 1000000000"
     assert allowed["momentum"] == "a number from 0 to below 1"
     assert "SGD" in allowed["optimizer"]
 
 
-def test_reference_has_the_parameters_of_functions(tables):
+def test_the_config_reference_has_the_options_of_each_model(tables):
     for name in BUILDERS:
         own = set(inspect.signature(getattr(models, name)).parameters) - set(GIVEN)
         assert {key.name for key in tables[f'[model] name = "{name}"']} == own
@@ -100,7 +100,7 @@ def test_reference_has_the_parameters_of_functions(tables):
         )
 
 
-def test_config_reaches_every_setting_of_a_learner():
+def test_a_config_can_set_every_setting_of_a_learner():
     """Those that no config gives belong to the caller: files, callbacks, parties, audits."""
     caller = {"callbacks", "client", "owner", "folder", "warm_start", "make_private_sum"}
     results = {"matrix", "progress"}
@@ -113,7 +113,7 @@ def test_config_reaches_every_setting_of_a_learner():
     assert federation <= {each.name for each in fields(FederationConfig)}
 
 
-def test_every_schedule_of_the_reference_can_be_made():
+def test_every_schedule_in_the_config_reference_can_be_made():
     needed = {
         "StepLR": {"step_size": 0.5},
         "MultiStepLR": {"milestones": [0.5, 0.75]},
@@ -135,7 +135,7 @@ def test_every_schedule_of_the_reference_can_be_made():
         assert len(set(rates)) > 1 or name == "ConstantLR", name
 
 
-def test_numbers_of_steps_may_be_shares_of_an_experience():
+def test_schedule_steps_may_be_shares_of_an_experience():
     schedule = ScheduleConfig.from_table({"name": "MultiStepLR", "milestones": [0.5, 6]}, "x")
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     assert sorted(schedule(optimizer, steps=8).milestones) == [4, 6]
@@ -143,6 +143,6 @@ def test_numbers_of_steps_may_be_shares_of_an_experience():
     assert whole(optimizer, steps=8).T_max == 8
 
 
-def test_reference_of_an_unknown_table_is_refused():
+def test_the_config_reference_refuses_an_unknown_table():
     with pytest.raises(ConfigError, match=r"^--table = 'x' is not allowed; allowed: data, model"):
         reference.reference_text("x")

@@ -180,7 +180,7 @@ def test_a_truncated_metrics_line_is_written_again_on_resume(undisturbed, tmp_pa
     assert outputs(tmp_path) == expected
 
 
-def test_temporary_files_of_a_stopped_run_are_ignored(undisturbed, tmp_path):
+def test_a_resumed_run_ignores_temporary_files(undisturbed, tmp_path):
     text, expected, passed, _ = undisturbed
     assert not started(tmp_path, text, Watch("checkpoint.end", passed["checkpoint.end"] // 2))
     for folder in {path.parent for path in tmp_path.rglob("*") if path.is_file()}:

@@ -339,7 +339,7 @@ def test_a_changed_config_is_refused_and_changes_no_file(secret):
     assert contents(folder) == before
 
 
-def test_a_config_with_the_same_meaning_continues_the_run(secret):
+def test_a_config_that_differs_only_in_layout_continues_the_run(secret):
     folder, result, *_ = secret
     before = contents(folder)
     again, _ = ran(folder, SMALL.replace("\n", "  # a comment\n") + "# another\n")
@@ -487,7 +487,7 @@ def test_explanations_of_inputs_that_are_not_images_are_refused(tmp_path):
         ran(tmp_path, breast(explained=True))
 
 
-def test_inputs_without_bounds_are_attacked_without_bounds(tmp_path):
+def test_inputs_without_a_range_are_attacked_without_bounds(tmp_path):
     config = parse(breast(explained=False))
     assert config.attack.on(open_stream(config)).bounds is None
     assert config.attack.on(open_stream(parse(SMALL))).bounds == (0.0, 1.0)

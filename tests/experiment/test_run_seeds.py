@@ -88,7 +88,7 @@ def test_each_arm_has_a_row_for_every_seed(finished):
     assert {(row["arm"], row["seed"]) for row in lines} >= {("both", 3), ("both", 1)}
 
 
-def test_numbers_of_an_arm_are_means_with_standard_errors(finished):
+def test_numbers_of_an_arm_are_means_over_its_seeds(finished):
     for arm in finished[1]["arms"]:
         if arm["failures"]:
             continue
@@ -100,7 +100,7 @@ def test_numbers_of_an_arm_are_means_with_standard_errors(finished):
         assert arm["accuracy_matrix"][1][0] == pytest.approx(sum(last) / 2)
 
 
-def test_seed_of_a_run_equals_the_run_of_that_seed(finished, tmp_path):
+def test_a_seed_among_several_equals_a_run_with_that_seed_alone(finished, tmp_path):
     text = (HEAD + ARMS.split('[[arms]]\nname = "wild"')[0]).replace("seeds = [3, 1]", "seed = 1")
     alone = run(parse(text), text, tmp_path)["arms"][0]
     assert alone["seeds"][0]["trial"] == "naive-plain"
@@ -110,7 +110,7 @@ def test_seed_of_a_run_equals_the_run_of_that_seed(finished, tmp_path):
     assert alone["standard_error"]["forgetting"] is None
 
 
-def test_training_that_ran_away_is_reported_and_the_run_goes_on(finished):
+def test_a_training_that_diverges_is_reported_and_others_run(finished):
     folder, result = finished
     wild = result["arms"][1]
     assert [each["trial"] for each in wild["failures"]] == ["wild-seed-3", "wild-seed-1"]
@@ -123,14 +123,14 @@ def test_training_that_ran_away_is_reported_and_the_run_goes_on(finished):
         load(folder, "wild", seed=3)
 
 
-def test_stored_model_of_a_seed_has_the_accuracy_of_its_row(finished):
+def test_the_stored_model_of_a_seed_has_its_stored_accuracy(finished):
     folder, result = finished
     learner = load(folder, "both", seed=1)
     row = result["arms"][2]["seeds"][1]
     assert learner.evaluate(learner.stream) == row["accuracy_matrix"][-1]
 
 
-def test_joint_epsilon_covers_the_models_of_all_seeds(finished):
+def test_the_joint_epsilon_covers_the_models_of_all_seeds(finished):
     _, result = finished
     arm = result["arms"][3]
     own = [row["epsilon"]["value"] for row in arm["seeds"]]
@@ -141,7 +141,7 @@ def test_joint_epsilon_covers_the_models_of_all_seeds(finished):
     assert "6 models were trained without privacy" in told
 
 
-def test_seeds_that_move_records_compose_by_addition(finished, tmp_path):
+def test_epsilons_of_seeds_with_other_partitions_add_up(finished, tmp_path):
     """Another order of classes may put a record into another partition."""
     shuffled = "experiences = 2\nshuffle_classes = true"
     text = HEAD.replace("experiences = 2", shuffled) + PRIVACY + PRIVATE_ARM
@@ -156,7 +156,7 @@ class StoppedError(Exception):
     """Stands for a kill."""
 
 
-def test_run_of_seeds_that_was_stopped_ends_in_the_same_result(finished, tmp_path):
+def test_a_stopped_run_of_several_seeds_resumes_bit_identically(finished, tmp_path):
     """Within an experience, after one, and in the second seed."""
     stops = [
         (f"{TRIALS[0]}/client-0", "step.done", 2),
@@ -177,7 +177,7 @@ def test_run_of_seeds_that_was_stopped_ends_in_the_same_result(finished, tmp_pat
     assert files(tmp_path) == files(finished[0])
 
 
-def test_run_goes_on_from_a_block_inside_of_an_experience(tmp_path):
+def test_a_resumed_run_continues_from_the_last_block(tmp_path):
     text = (HEAD + ARMS.split('[[arms]]\nname = "wild"')[0]).replace("seeds = [3, 1]", "seed = 1")
     steps = []
 
@@ -198,7 +198,7 @@ def test_run_goes_on_from_a_block_inside_of_an_experience(tmp_path):
 # --------------------------------------------------------------------------- the command line
 
 
-def test_overrides_are_refused_by_option():
+def test_invalid_command_line_overrides_are_refused_by_option():
     for words, told in (
         ({"seeds": "1,x"}, "--seeds = '1,x' is not allowed; allowed: whole numbers with commas"),
         (
@@ -211,7 +211,7 @@ def test_overrides_are_refused_by_option():
         assert str(caught.value).startswith(told)
 
 
-def test_text_of_an_overridden_config_means_the_same():
+def test_an_overridden_config_differs_only_in_overridden_keys():
     more = '[federation]\nclients = 2\n[training.schedule]\nname = "StepLR"\nstep_size = 0.5\n'
     text = f"{TEXT}{more}".replace('name = "seeds"', 'name = "seeds"\nthreads = 1 # "\\u0001"')
     written = overridden(text.replace("blocks = 2\n", ""), source="x", engine="ray", seeds="2")
@@ -221,7 +221,7 @@ def test_text_of_an_overridden_config_means_the_same():
 
 
 @pytest.mark.deep(reason="chaos: kills a run of three seeds and four strategies three times")
-def test_run_killed_three_times_ends_in_the_identical_result(tmp_path):
+def test_a_run_killed_three_times_resumes_bit_identically(tmp_path):
     """In the second, sixth and tenth of twelve trainings."""
     text = TEXT.replace("seeds = [3, 1]", "seeds = [0, 1, 2]").replace("1e30", "1.0")
     text = text.replace("iterations = 4", "iterations = 60").replace("blocks = 2", "blocks = 6")

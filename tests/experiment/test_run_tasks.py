@@ -31,7 +31,7 @@ def config_of(data, model, more=""):
 
 
 @pytest.mark.parametrize("data", TASKS)
-def test_run_of_a_task_reports_its_metric(tmp_path, data):
+def test_a_run_reports_the_metric_of_its_task(tmp_path, data):
     model, metric, unit = TASKS[data]
     text = config_of(data, model, "micro_batch_size = 8\n")
     result = run(parse(text), text, tmp_path)
@@ -50,7 +50,7 @@ def test_run_of_a_task_reports_its_metric(tmp_path, data):
         assert "accuracy, %" not in page and "lower is better" in captured.get()
 
 
-def test_parameters_of_an_own_model_depend_on_the_seed_only():
+def test_parameters_of_a_users_model_depend_only_on_the_seed():
     config = parse(config_of("prices", OWN))
     stream = open_stream(config)
     first, again, other = (make_model(config.model, stream, seed) for seed in (1, 1, 2))
@@ -59,7 +59,7 @@ def test_parameters_of_an_own_model_depend_on_the_seed_only():
     assert first.head.in_features == 3
 
 
-def test_attacks_are_refused_for_other_tasks_than_classes():
+def test_a_config_refuses_an_attack_on_regression_records():
     text = config_of("prices", OWN, '[attack]\nname = "fgsm"\nepsilon = 0.1\n')
     with pytest.raises(ConfigError, match=r"^\[attack\] does not support regression records"):
         open_stream(parse(text))
@@ -81,7 +81,7 @@ def test_attacks_are_refused_for_other_tasks_than_classes():
         ),
     ],
 )
-def test_model_that_does_not_fit_is_refused_by_key(model, told):
+def test_a_model_that_does_not_fit_its_task_is_refused_by_key(model, told):
     with pytest.raises(ConfigError) as caught:
         config = parse(config_of("prices", f"[model]\n{model}\n"))
         make_model(config.model, open_stream(config), 0)

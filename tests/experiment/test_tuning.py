@@ -84,7 +84,7 @@ def test_tune_refuses_an_invalid_search(stream, make, options, message):
         tune(make, given.pop("space"), stream, **given)
 
 
-def test_a_diverging_tuning_trial_scores_0_and_search_goes_on(stream, make):
+def test_a_diverging_tuning_trial_scores_0_and_others_run(stream, make):
     def run_away(values):
         learner = make(values)
         if values["rate"] > 0.01:
@@ -102,7 +102,7 @@ def test_tune_refuses_private_training(stream, make):
         tune(private, {"rate": (0.01, 0.1)}, stream, experiences=1, trials=1)
 
 
-def test_copies_of_a_record_are_held_out_together(toy_data):
+def test_tuning_holds_out_all_copies_of_a_record_together(toy_data):
     stream = rotated(toy_data_as_images(toy_data), angles=(0.0, 90.0, 180.0))
     cut = beginning(stream, 2, 0.25, seed=0)
     learnt = set(torch.cat([each.train.ids for each in cut]).tolist())
@@ -120,13 +120,13 @@ def toy_data_as_images(data):
     return replace(data, train=images(data.train), test=images(data.test), input_shape=(1, 2, 2))
 
 
-def test_an_experience_of_one_record_cannot_be_cut(stream):
+def test_tuning_refuses_an_experience_of_one_record(stream):
     one = replace(stream[0], train=stream[0].train.take(torch.arange(1)))
     with pytest.raises(ConfigError, match="experience 0 has 1 training records of 1 ids"):
         beginning(replace(stream, experiences=(one, *stream.experiences[1:])), 1, 0.2, seed=0)
 
 
-def test_whole_numbers_choices_and_zero_are_searched(stream, make):
+def test_tune_searches_whole_numbers_choices_and_zero(stream, make):
     space = {
         "size": (1, 3),
         "momentum": (0.0, 0.9),
@@ -157,12 +157,12 @@ def diverging(make):
     return build
 
 
-def test_tune_raises_when_every_trial_ran_away(stream, make):
+def test_tune_raises_an_error_if_every_trial_diverges(stream, make):
     with pytest.raises(RunawayError, match="all 2 trials diverged"):
         tune(diverging(make), {"rate": (0.01, 0.1)}, stream, experiences=1, trials=2)
 
 
-def test_a_learner_of_an_earlier_trial_is_refused(stream, make, toy_model, tmp_path):
+def test_tune_refuses_a_learner_of_an_earlier_trial(stream, make, toy_model, tmp_path):
     search = partial(tune, space={"rate": (0.01, 0.1)}, stream=stream, experiences=1, trials=2)
     same = make({})
     with pytest.raises(ConfigError, match="a new model in each trial"):
@@ -177,7 +177,7 @@ def test_a_learner_of_an_earlier_trial_is_refused(stream, make, toy_model, tmp_p
 SPACE = {"rate": (1e-4, 0.05), "strength": [0.0, 1.0]}
 
 
-def test_a_stopped_search_ends_as_one_that_never_stopped(stream, make, tmp_path):
+def test_a_stopped_tuning_search_resumes_with_identical_trials(stream, make, tmp_path):
     search = partial(tune, space=SPACE, stream=stream, experiences=1, trials=4)
     file = tmp_path / "study.db"
     began = []
@@ -195,7 +195,7 @@ def test_a_stopped_search_ends_as_one_that_never_stopped(stream, make, tmp_path)
     assert len(more) == 2 and more[0] == began[2]
 
 
-def test_a_file_of_another_search_is_refused(stream, make, tmp_path):
+def test_tune_refuses_the_file_of_another_search(stream, make, tmp_path):
     search = partial(tune, make, SPACE, stream, experiences=1, study=tmp_path / "study.db")
     search(trials=1)
     with pytest.raises(RunError, match="a search with another held_out, seed; give another file"):
@@ -234,7 +234,7 @@ print(tune(make, space, stream, experiences=2, trials=5, study=Path(sys.argv[1])
 
 
 @pytest.mark.deep(reason="chaos: a search that is killed three times")
-def test_a_killed_search_ends_as_one_that_never_stopped(tmp_path):
+def test_a_killed_tuning_search_resumes_with_identical_trials(tmp_path):
     source = str(Path(__file__).parents[2] / "src")
 
     def search(file, *stop):

@@ -41,7 +41,7 @@ def test_the_largest_output_is_explained_by_default(name):
 
 
 @every
-def test_a_row_has_the_same_explanation_alone_and_in_a_batch(name):
+def test_a_row_has_equal_attributions_alone_and_in_a_batch(name):
     whole = explained(name, INPUTS)
     alone = explained(name, INPUTS[:1])
     assert torch.allclose(whole.values[:1], alone.values, atol=1e-5)

@@ -71,7 +71,7 @@ def test_heat_maps_of_zero_attributions_can_be_drawn(pictures):
     assert colour.min() > 0.95
 
 
-def test_heat_map_labels_stay_inside_the_page(pictures):
+def test_heat_map_labels_stay_inside_the_figure(pictures):
     figure = heat_maps(*pictures)
     figure.canvas.draw()
     width, height = figure.canvas.get_width_height()

@@ -98,7 +98,7 @@ def assert_holds_no_record(content, stream):
             assert row.numpy().tobytes() not in content
 
 
-def test_an_onnx_graph_answers_as_icarl_predicts(icarl, tmp_path):
+def test_an_onnx_graph_gives_the_predictions_of_icarl(icarl, tmp_path):
     done = export_learner(icarl, tmp_path, to="onnx")
     inputs, _, expected = asked(icarl)
     assert_same(run_onnx(done.files[0], inputs), expected)
@@ -108,7 +108,7 @@ def test_an_onnx_graph_answers_as_icarl_predicts(icarl, tmp_path):
     assert done.card.check["largest_difference"] <= 1e-5
 
 
-def test_a_program_takes_the_task_of_every_record(by_task, tmp_path):
+def test_a_torch_export_program_takes_the_task_of_every_record(by_task, tmp_path):
     done = export_learner(by_task, tmp_path, to="torch-export")
     inputs, tasks, expected = asked(by_task)
     assert_same(run_program(done.files[0], inputs, tasks), expected)
@@ -117,7 +117,7 @@ def test_a_program_takes_the_task_of_every_record(by_task, tmp_path):
     assert_holds_no_record(done.files[0].read_bytes(), by_task.stream)
 
 
-def test_weights_load_into_the_bare_module(icarl, tmp_path):
+def test_exported_weights_load_into_the_module_without_a_learner(icarl, tmp_path):
     done = export_learner(icarl, tmp_path, to="safetensors")
     fresh = small_model(icarl.stream)
     fresh.load_state_dict(load_file(tmp_path / "model.safetensors"))
@@ -131,7 +131,7 @@ def test_weights_load_into_the_bare_module(icarl, tmp_path):
     assert metrics["bare_module_by_experience"] != metrics["artifact_by_experience"]
 
 
-def test_weights_of_another_module_are_refused(icarl, tmp_path):
+def test_loading_exported_weights_refuses_another_module(icarl, tmp_path):
     export_learner(icarl, tmp_path, to="safetensors")
     other = small_model(icarl.stream, hidden=3)
     with pytest.raises(
@@ -142,7 +142,7 @@ def test_weights_of_another_module_are_refused(icarl, tmp_path):
         read_predictor(tmp_path / "none", model=other, strategy=icarl.strategy)
 
 
-def test_the_card_of_a_private_model_has_its_statement(private, tmp_path):
+def test_the_model_card_of_a_private_model_has_its_statement(private, tmp_path):
     statement = private.private_sum.ledger.statement(private.privacy.delta)
     export_learner(private, tmp_path, to="safetensors")
     card = json.loads((tmp_path / "model_card.json").read_text())
@@ -152,7 +152,7 @@ def test_the_card_of_a_private_model_has_its_statement(private, tmp_path):
     assert str(statement)[1:] in (tmp_path / "model_card.md").read_text()
 
 
-def test_the_card_of_a_plain_model_says_no_privacy(icarl, tmp_path):
+def test_the_model_card_of_a_plain_model_states_no_privacy(icarl, tmp_path):
     export_learner(icarl, tmp_path, to="safetensors")
     card = json.loads((tmp_path / "model_card.json").read_text())
     assert card["privacy"]["text"].startswith("no privacy") and not card["privacy"]["private"]
@@ -161,7 +161,7 @@ def test_the_card_of_a_plain_model_says_no_privacy(icarl, tmp_path):
     assert "No privacy: trained without" in (tmp_path / "model_card.md").read_text()
 
 
-def test_a_private_model_without_its_ledger_is_refused(private, tmp_path):
+def test_export_refuses_a_private_model_without_its_ledger(private, tmp_path):
     other = Learner(
         model=private.model,
         strategy=private.strategy,
@@ -175,7 +175,7 @@ def test_a_private_model_without_its_ledger_is_refused(private, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_private_student_needs_public_inputs(private, tmp_path):
+def test_a_student_of_a_private_model_needs_public_inputs(private, tmp_path):
     settings = Distillation(student=small_model(private.stream, hidden=4), steps=3)
     with pytest.raises(PrivacyError, match="give public inputs"):
         export_learner(private, tmp_path, to="safetensors", distillation=settings)
@@ -184,7 +184,7 @@ def test_a_private_student_needs_public_inputs(private, tmp_path):
     assert [each.name for each in done.card.variants] == ["as trained", "distilled"]
 
 
-def test_a_student_learns_the_answers_and_is_pruned(icarl, tmp_path):
+def test_an_exported_student_imitates_its_model_and_is_pruned(icarl, tmp_path):
     student = small_model(icarl.stream, hidden=4)
     before = {name: value.clone() for name, value in student.state_dict().items()}
     settings = Distillation(student=student, steps=100, learning_rate=0.1, temperature=0.1)
@@ -229,7 +229,7 @@ class Branch(AlwaysDropout):
         return self.linear(x) if x.sum() > 0 else self.linear(-x)
 
 
-def test_an_artifact_that_answers_otherwise_is_not_left(tmp_path):
+def test_export_keeps_no_file_whose_outputs_differ(tmp_path):
     learner = fitted("naive", model=AlwaysDropout())
     with pytest.raises(
         ExportError, match=r"differ from the predictor's by [\d.]+; allowed: at most 1e-05"
@@ -238,7 +238,7 @@ def test_an_artifact_that_answers_otherwise_is_not_left(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_model_that_cannot_be_traced_is_refused(tmp_path):
+def test_export_refuses_a_model_that_cannot_be_traced(tmp_path):
     learner = fitted("naive", model=Branch())
     with pytest.raises(
         ExportError, match=r"cannot be written as torch-export .*; allowed: "
@@ -258,7 +258,7 @@ def test_a_model_that_cannot_be_traced_is_refused(tmp_path):
         ({"to": "safetensors", "prune": 1.5}, "prune = 1.5"),
     ],
 )
-def test_an_export_with_wrong_options_is_refused(icarl, tmp_path, options, message):
+def test_export_refuses_invalid_options(icarl, tmp_path, options, message):
     with pytest.raises(ConfigError, match=message):
         export_learner(icarl, tmp_path, **options)
 
@@ -281,7 +281,7 @@ def served(names, scenario):
     ("name", "scenario"),
     [(name, kind) for kind in ("class", "task", "domain") for name in served(EIGHT, kind)],
 )
-def test_exports_of_eight_strategies_answer_as_they_do(name, scenario, tmp_path):
+def test_exports_of_eight_strategies_give_equal_predictions(name, scenario, tmp_path):
     learner = fitted(name, scenario)
     inputs, tasks, expected = asked(learner)
     given = (inputs, tasks) if scenario == "task" else (inputs,)
@@ -293,7 +293,7 @@ def test_exports_of_eight_strategies_answer_as_they_do(name, scenario, tmp_path)
 
 @pytest.mark.deep(reason="full replay: int8 in both formats, with student and pruning")
 @pytest.mark.parametrize("to", ["torch-export", "onnx"])
-def test_int8_artifacts_answer_as_the_int8_model_does(icarl, tmp_path, to):
+def test_int8_files_have_the_outputs_of_the_int8_model(icarl, tmp_path, to):
     stream = small_stream("class")
     learner = fitted("icarl", model=small_model(stream, hidden=600))
     student = small_model(stream, hidden=500)

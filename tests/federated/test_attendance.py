@@ -84,7 +84,7 @@ def asked_to_consolidate(stream, strategy, *, folder=None, privacy=None):
     ],
     ids=["naive", "replay", "ewc", "lwf", "der", "herding"],
 )
-def test_untrained_clients_consolidate_only_if_state_changes(stream, strategy, number):
+def test_untrained_clients_consolidate_only_if_they_have_state(stream, strategy, number):
     counts, _ = asked_to_consolidate(stream, strategy)
     assert counts == [number] * 2
 

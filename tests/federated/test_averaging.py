@@ -66,7 +66,7 @@ def test_averaging_does_not_change_the_replies():
             assert np.array_equal(reply.content["arrays"][name].numpy(), value.numpy())
 
 
-def test_replies_with_other_arrays_are_averaged_by_flower():
+def test_replies_with_unequal_arrays_are_averaged_by_flower():
     given = replies(loss=2.0)
     _, metrics = HeldFedAvg(FedAvg()).aggregate_train(1, given)
     assert dict(metrics) == {"loss": 2.0}

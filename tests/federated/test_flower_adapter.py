@@ -58,7 +58,7 @@ def ask(grid, nodes, content=None):
     return [Message(record, node, "train") for node in nodes]
 
 
-def test_the_private_flower_names_in_use_exist_in_flower_1_41():
+def test_private_names_used_of_flower_exist_in_flower_1_41():
     assert version("flwr").startswith("1.41.")
     assert {"_task_id", "_run_id", "_node_id"} <= vars(TaskIdentity).keys()
     assert Run.create_empty(1).run_id == 1
@@ -204,7 +204,7 @@ def test_the_error_reply_of_a_private_client_quotes_no_record(caplog):
             assert error_reply(message, kind(quoting)).error.reason.endswith(quoting)
 
 
-def test_the_error_names_clients_without_a_reply():
+def test_a_federation_error_names_clients_without_a_reply():
     class Deaf(InProcessGrid):
         def pull_messages(self, message_ids):
             return list(super().pull_messages(message_ids))[:-1]

@@ -128,7 +128,7 @@ def states(*rows, rule="mean", dtype=torch.float32):
     return [State({"a": torch.tensor(row, dtype=dtype)}, {"a": rule}) for row in rows]
 
 
-def test_combine_averages_mean_states_and_adds_sum_increments():
+def test_server_combine_averages_means_and_adds_increments():
     mean = combine(None, states([1.0, 2.0], [3.0, 6.0]), [1, 3])
     assert mean["a"].tolist() == [2.5, 5.0]
     assert mean.rules == {"a": "mean"}
@@ -141,7 +141,7 @@ def test_combine_averages_mean_states_and_adds_sum_increments():
     ]
 
 
-def test_combine_skips_local_names_and_refuses_integer_means():
+def test_server_combine_skips_local_and_refuses_integer_means():
     state = State({"a": torch.ones(1), "b": torch.ones(1)}, {"a": "sum", "b": "local"})
     assert list(combine(None, [state, state], [1, 1])) == ["a"]
     with pytest.raises(StrategyError, match=r"'a' is torch\.int64"):
@@ -149,7 +149,7 @@ def test_combine_skips_local_names_and_refuses_integer_means():
 
 
 @pytest.mark.parametrize("rule", ["sum", "mean"])
-def test_combine_returns_a_single_state_unchanged(rule):
+def test_server_combine_returns_a_single_state_unchanged(rule):
     (new,) = states([0.1, -0.0, float("nan"), 1e-45], rule=rule)
     (old,) = states([1e8, 1.0, 1.0, 3.0], rule=rule)
     assert combine(old, [new], [7])["a"].numpy().tobytes() == new["a"].numpy().tobytes()
@@ -164,7 +164,7 @@ def test_combine_returns_a_single_state_unchanged(rule):
     rule=st.sampled_from(["sum", "mean"]),
 )
 @pytest.mark.property
-def test_combine_ignores_the_order_of_clients(rows, seed, rule):
+def test_server_combine_does_not_depend_on_the_client_order(rows, seed, rule):
     weights = [float(i + 1) for i in range(len(rows))]
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
     (old,) = states([0.5, 0.25, 2.0], rule=rule)

@@ -40,7 +40,7 @@ def never(point, learner):
         ((SIMULATED, None, None), "clients 1 and 2 without privacy, but client 0 with"),
     ],
 )
-def test_a_federation_of_private_and_plain_clients_is_refused(stream, three, privacy, told):
+def test_a_federation_refuses_private_with_plain_clients(stream, three, privacy, told):
     make = mixed(stream, privacy=privacy, callbacks=[[never]] * 3)
     with pytest.raises(FederationError, match=told):
         fit_federated(make, three, THREE)

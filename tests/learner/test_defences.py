@@ -189,7 +189,7 @@ def test_a_changed_loss_or_view_gets_new_noise(learner_of, toy_stream):
     assert len({start(1.0, 0.9), start(2.0, 0.9), start(1.0, 0.8)}) == 3
 
 
-def test_a_changed_release_of_the_same_name_gets_new_noise(learner_of, toy_stream):
+def test_a_changed_release_with_an_unchanged_name_gets_new_noise(learner_of, toy_stream):
     """The same checkpoint with another query: the two answers must not differ by the records
     alone.
     """

@@ -172,7 +172,7 @@ def test_an_experience_without_records_has_equal_privacy_cost(what, model):
     assert there == first == last and there
 
 
-def test_stored_values_of_no_rows_keep_names_and_shapes():
+def test_stored_values_of_an_empty_sample_keep_names_and_shapes():
     """The rows of the next experience are added to them."""
     made = learner(ByShape, DER(memory_size=6))
     made.fit(stream_of(0, 4))

@@ -111,7 +111,7 @@ def test_the_error_names_the_changed_field_of_a_strategy(
         ({"activation": "relu"}, "differs in model.modules "),
     ],
 )
-def test_a_folder_refuses_another_model(learner_of, toy_stream, stopped, changes, told):
+def test_a_checkpoint_folder_refuses_another_model(learner_of, toy_stream, stopped, changes, told):
     folder = stopped()
     stream = toy_stream()
     with pytest.raises(RunError, match=told):
@@ -137,14 +137,14 @@ def with_ids(stream, first):
 @pytest.mark.parametrize(
     "change", [reordered, partial(with_ids, first=10**6)], ids=["class order", "ids"]
 )
-def test_a_folder_refuses_other_data(learner_of, toy_stream, stopped, change, privacy):
+def test_a_checkpoint_folder_refuses_other_data(learner_of, toy_stream, stopped, change, privacy):
     folder = stopped(privacy=privacy)
     stream = change(toy_stream())
     with pytest.raises(RunError, match=r"differs in stream.experiences\[0\] \(given partition"):
         learner_of(folder=folder, privacy=privacy).fit(stream)
 
 
-def test_a_folder_refuses_another_scenario(learner_of, toy_stream, stopped):
+def test_a_checkpoint_folder_refuses_another_scenario(learner_of, toy_stream, stopped):
     folder = stopped()
     with pytest.raises(RunError, match=r"stream.scenario \(given task, stored class\)"):
         learner_of(folder=folder).fit(toy_stream("task"))
@@ -176,9 +176,7 @@ def test_a_finished_run_refuses_other_settings(learner_of, toy_stream, tmp_path)
 
 
 @pytest.mark.parametrize("late", [0.1, 0.2])
-def test_a_folder_refuses_a_schedule_with_other_learning_rates(
-    learner_of, toy_stream, tmp_path, late
-):
+def test_a_checkpoint_folder_refuses_other_scheduled_rates(learner_of, toy_stream, tmp_path, late):
     """Two schedule functions have the same name, but give other learning rates."""
 
     def scheduler(rate):
@@ -198,7 +196,7 @@ def test_a_folder_refuses_a_schedule_with_other_learning_rates(
                 learner.fit(toy_stream())
 
 
-def test_a_folder_refuses_a_checkpoint_of_another_version(learner_of, toy_stream, tmp_path):
+def test_a_checkpoint_of_another_perdure_version_is_refused(learner_of, toy_stream, tmp_path):
     learner = learner_of(folder=tmp_path)
     learner.fit(toy_stream())
     path = sorted((tmp_path / "checkpoint").glob("0*.json"))[-1]

@@ -81,7 +81,7 @@ def test_only_the_learner_that_holds_the_folder_draws_noise(prepared):
         first.train(range(2))
 
 
-def test_reserved_steps_cannot_be_used_after_close(prepared):
+def test_reserved_steps_are_refused_after_the_learner_is_closed(prepared):
     learner = prepared(SIMULATED)
     learner.begin(0)
     learner.session.reserve(range(2), learner.noise_digest())

@@ -66,7 +66,7 @@ def test_a_deleted_ledger_is_refused_and_no_file_is_written(fit, tmp_path, priva
         assert contents(folder) == before
 
 
-def test_a_deleted_noise_key_is_refused(fit, tmp_path):
+def test_a_run_without_its_noise_key_is_refused(fit, tmp_path):
     folder = tmp_path / "run"
     fit(SECRET, stop=True)
     remove(folder, *LEDGER, "private/key", "private/ledger.head.json")
@@ -83,7 +83,7 @@ def test_a_checkpoint_copied_without_its_ledger_is_refused(fit, tmp_path):
 
 
 @pytest.mark.parametrize("with_copy", [False, True])
-def test_a_restored_older_ledger_is_refused(fit, tmp_path, with_copy):
+def test_a_run_refuses_a_ledger_older_than_its_checkpoint(fit, tmp_path, with_copy):
     """The head and, in one case, the copy in `private/` are restored too; the checkpoint still
     shows it.
     """
@@ -98,7 +98,7 @@ def test_a_restored_older_ledger_is_refused(fit, tmp_path, with_copy):
         fit()
 
 
-def test_another_ledger_with_the_same_key_is_refused(fit, tmp_path):
+def test_a_different_ledger_sealed_with_the_same_key_is_refused(fit, tmp_path):
     fit(stop=True)
     fit(folder=tmp_path / "other", batch_size=4)
     for name in (*LEDGER, "private/ledger.head.json"):

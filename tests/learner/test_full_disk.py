@@ -82,7 +82,7 @@ def test_a_run_on_a_full_disk_stops_and_can_resume(result_of, tmp_path, point, p
     assert again[0] == whole[0] and same_bits(again[1], whole[1])
 
 
-def test_a_failed_write_leaves_the_old_file_unchanged(tmp_path):
+def test_a_write_that_fails_leaves_the_old_file_unchanged(tmp_path):
     path = tmp_path / "result.json"
     write_json(path, {"value": 1})
     before = path.read_bytes()
@@ -117,13 +117,13 @@ def test_the_error_of_a_full_disk_names_disk_space(tmp_path):
         file.write(b"a line")
 
 
-def test_the_error_names_a_path_below_a_file(tmp_path):
+def test_the_error_names_a_folder_path_that_runs_through_a_file(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match=r"file/x\.json cannot be written: .*or give another"):
         write_json(tmp_path / "file" / "x.json", {})
 
 
-def test_an_old_answer_that_cannot_be_deleted_is_named(tmp_path):
+def test_the_error_names_a_stored_release_it_cannot_delete(tmp_path):
     key = NoiseKey.from_os(tmp_path / "key")
     answers = Answers(tmp_path / "answers", key)
     (tmp_path / "answers" / "000000-aaaaaaaa.safetensors").mkdir(parents=True)
@@ -132,7 +132,7 @@ def test_an_old_answer_that_cannot_be_deleted_is_named(tmp_path):
     assert answers.find("b" * 8) is not None
 
 
-def test_a_head_of_draws_that_cannot_be_made_is_named(tmp_path):
+def test_the_error_names_a_draw_log_head_it_cannot_write(tmp_path):
     path = tmp_path / "draws.jsonl"
     head_file(path).mkdir()
     with pytest.raises(StorageError, match=f"{head_file(path).name} cannot be written: "):

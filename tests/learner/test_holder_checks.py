@@ -33,7 +33,7 @@ def test_the_error_names_row_and_column_of_a_bad_private_value(learner_of, toy_s
     assert learner.position.step == 0 and not learner.position.begun
 
 
-def test_the_curator_accepts_records_with_nan(learner_of, toy_stream):
+def test_the_curator_accepts_private_records_with_nan(learner_of, toy_stream):
     """An error would reveal something about the record."""
     learner = learner_of(privacy=SIMULATED)
     learner.prepare(spoilt(toy_stream(), float("nan"), index=0))

@@ -106,7 +106,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_the_guard_inspects_a_changed_component(name, known):
+def test_the_guard_inspects_a_learner_with_another_setting(name, known):
     _, again, make, stream = known
     assert looks(make(**OTHERS[name]()), stream) > 10 * again
 
@@ -134,7 +134,7 @@ def models(stream):
 
 
 @pytest.mark.parametrize("name", ["frozen", "value", "setting"])
-def test_the_guard_inspects_a_changed_model(name, known):
+def test_the_guard_inspects_a_changed_model_again(name, known):
     _, again, make, stream = known
     assert looks(make(model=models(stream)[name]), stream) > 10 * again
 
@@ -192,7 +192,7 @@ def test_the_guard_inspects_a_replaced_library_method(known, monkeypatch):
         (Forward, "__call__"),
     ],
 )
-def test_the_guard_inspects_a_replaced_function(known, monkeypatch, place, name):
+def test_the_guard_inspects_a_replaced_library_function_again(known, monkeypatch, place, name):
     first, again, make, stream = known
     own = getattr(place, name)
 
@@ -242,7 +242,7 @@ def test_a_reused_verdict_puts_the_model_in_training_mode(known):
     assert learner.model.training
 
 
-def test_a_refusal_by_the_guard_is_not_stored(learner_of, toy_stream):
+def test_a_refusal_by_the_guard_is_not_stored_for_later_learners(learner_of, toy_stream):
     for _ in range(2):
         with pytest.raises(GuardError, match="couples"):
             learner_of(strategy=Mine(parts=[1]), privacy=SIMULATED).prepare(toy_stream())

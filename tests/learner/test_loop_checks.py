@@ -47,7 +47,7 @@ def misused(session, wrong):
     return str(caught.value)
 
 
-def test_a_second_backward_for_one_batch_is_refused(session):
+def test_a_session_refuses_a_second_backward_for_one_batch(session):
     def wrong(batch):
         session.backward(batch)
         session.backward(batch)
@@ -55,7 +55,7 @@ def test_a_second_backward_for_one_batch_is_refused(session):
     assert "backward() was called twice in step 0" in misused(session, wrong)
 
 
-def test_a_next_step_without_after_step_is_refused(session):
+def test_a_session_refuses_the_next_step_without_after_step(session):
     def wrong(batch):
         session.backward(batch)
         session.optimizer.step()
@@ -63,11 +63,11 @@ def test_a_next_step_without_after_step_is_refused(session):
     assert "step 0 was not ended by session.after_step()" in misused(session, wrong)
 
 
-def test_a_batch_without_a_training_step_is_refused(session):
+def test_a_session_refuses_a_batch_without_a_training_step(session):
     assert "step 0 was not ended" in misused(session, lambda batch: None)
 
 
-def test_after_step_before_optimizer_step_is_refused(session):
+def test_a_session_refuses_after_step_before_optimizer_step(session):
     def wrong(batch):
         session.backward(batch)
         session.after_step()
@@ -76,7 +76,7 @@ def test_after_step_before_optimizer_step_is_refused(session):
     assert "came before session.backward" in misused(session, lambda _: session.after_step())
 
 
-def test_a_step_of_another_optimizer_is_refused(session):
+def test_a_session_refuses_a_step_of_another_optimizer(session):
     other = torch.optim.SGD(session.model.parameters(), lr=0.1)
 
     def wrong(batch):
@@ -87,7 +87,7 @@ def test_a_step_of_another_optimizer_is_refused(session):
     assert "on the session's own optimizer" in misused(session, wrong)
 
 
-def test_two_optimizer_steps_for_one_batch_are_refused(session):
+def test_a_session_refuses_two_optimizer_steps_for_one_batch(session):
     def wrong(batch):
         session.backward(batch)
         session.optimizer.step()
@@ -96,7 +96,7 @@ def test_two_optimizer_steps_for_one_batch_are_refused(session):
     assert "optimizer.step() was called twice in step 0" in misused(session, wrong)
 
 
-def test_a_second_after_step_is_refused(session):
+def test_a_session_refuses_a_second_after_step_for_one_batch(session):
     def wrong(batch):
         step(session, batch)
         session.after_step()
@@ -105,7 +105,7 @@ def test_a_second_after_step_is_refused(session):
 
 
 @pytest.mark.parametrize("to_none", [True, False])
-def test_gradients_zeroed_before_the_optimizer_step_are_refused(session, to_none):
+def test_a_session_refuses_gradients_zeroed_before_a_step(session, to_none):
     def wrong(batch):
         session.backward(batch)
         session.optimizer.zero_grad(set_to_none=to_none)
@@ -132,7 +132,7 @@ def test_gradients_may_be_clipped_before_the_optimizer_step(session):
     assert session.position.experience == 1
 
 
-def test_a_backward_of_a_users_own_loss_is_refused(session):
+def test_a_session_refuses_backward_of_a_users_own_loss(session):
     def loss(batch):
         return F.cross_entropy(session.model(batch.inputs), batch.labels)
 
@@ -150,7 +150,7 @@ def test_a_backward_of_a_users_own_loss_is_refused(session):
     loss(session.held.rows).backward()  # outside the loop nobody minds
 
 
-def test_an_optimizer_step_without_backward_is_refused(session):
+def test_a_session_refuses_an_optimizer_step_without_backward(session):
     told = misused(session, lambda batch: session.optimizer.step())
     assert "came before session.backward(batch)" in told
     assert told.endswith("optimizer.step(), session.after_step()")
@@ -164,7 +164,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_private_loop_refuses_a_changed_loss_or_model(toy_stream, toy_model, change):
+def test_a_private_session_refuses_a_changed_loss_or_model(toy_stream, toy_model, change):
     """The refusal comes at the next step, because one block may be all steps of an experience."""
     stream = toy_stream()
     model = toy_model(stream)
@@ -186,13 +186,13 @@ def test_a_private_loop_refuses_a_changed_loss_or_model(toy_stream, toy_model, c
     assert session.position.step == 1
 
 
-def test_backward_with_another_batch_is_refused(session):
+def test_a_session_refuses_backward_with_another_batch(session):
     assert "another batch than the batch of step 0" in misused(
         session, lambda batch: session.backward(batch.take(slice(0, 2)))
     )
 
 
-def test_backward_in_evaluation_mode_is_refused(session):
+def test_a_session_refuses_backward_in_evaluation_mode(session):
     def wrong(batch):
         session.model.eval()
         session.backward(batch)
@@ -200,12 +200,12 @@ def test_backward_in_evaluation_mode_is_refused(session):
     assert "the model is in evaluation mode inside the loop" in misused(session, wrong)
 
 
-def test_backward_without_gradients_enabled_is_refused(session):
+def test_a_session_refuses_backward_without_gradients_enabled(session):
     with torch.no_grad():
         assert "gradients are switched off" in misused(session, session.backward)
 
 
-def test_a_second_loop_over_the_batches_is_refused(session):
+def test_a_session_refuses_a_second_loop_over_the_batches(session):
     twice = r"looped over twice.*give epochs="
     with pytest.raises(LoopError, match=twice), session.experience(0) as batches:
         for _ in range(2):
@@ -213,7 +213,7 @@ def test_a_second_loop_over_the_batches_is_refused(session):
                 step(session, batch)
 
 
-def test_session_calls_outside_an_experience_are_refused(session):
+def test_a_session_refuses_calls_outside_an_experience(session):
     with session.experience(0) as batches:
         for batch in batches:
             step(session, batch)
@@ -227,7 +227,7 @@ def test_session_calls_outside_an_experience_are_refused(session):
         len(session.experience(1))
 
 
-def test_experiences_out_of_order_are_refused(session):
+def test_a_session_refuses_experiences_out_of_order(session):
     with pytest.raises(LoopError, match="experience 1 was opened but experience 0 is next"):
         run(session, 1)
     run(session, 0)
@@ -241,7 +241,7 @@ def test_experiences_out_of_order_are_refused(session):
         run(session, 1)
 
 
-def test_an_experience_of_another_stream_is_refused(session, toy_stream):
+def test_a_session_refuses_an_experience_of_another_stream(session, toy_stream):
     for given, message in {
         "records": (session.stream[0].train, "experience = 'Records' is not allowed"),
         "number": (2, "experience = 2 is not allowed"),

@@ -16,7 +16,7 @@ def rows():
     return torch.randn(7, 5, generator=torch.Generator().manual_seed(0))
 
 
-def test_icarl_predicts_by_the_nearest_mean(learner_of, toy_stream):
+def test_learner_predict_uses_the_nearest_mean_of_icarl(learner_of, toy_stream):
     stream = toy_stream("class")
     learner = learner_of(ICaRL(memory_size=8), stream)
     learner.fit(stream)
@@ -30,7 +30,7 @@ def test_icarl_predicts_by_the_nearest_mean(learner_of, toy_stream):
 
 
 @pytest.mark.parametrize("scenario", ["class", "task"])
-def test_score_equals_the_last_row_of_the_matrix(learner_of, toy_stream, scenario):
+def test_score_equals_the_last_row_of_the_accuracy_matrix(learner_of, toy_stream, scenario):
     stream = toy_stream(scenario)
     learner = learner_of(stream=stream)
     learner.fit(stream)
@@ -41,7 +41,7 @@ def test_score_equals_the_last_row_of_the_matrix(learner_of, toy_stream, scenari
     assert learner.model.training
 
 
-def test_predict_answers_many_rows_in_pieces(learner_of, toy_stream, rows, monkeypatch):
+def test_predict_computes_many_rows_in_pieces(learner_of, toy_stream, rows, monkeypatch):
     learner = learner_of(stream=toy_stream("class"))
     learner.prepare(toy_stream("class"))
     whole = learner.predict(rows)
@@ -61,7 +61,7 @@ def test_predict_answers_many_rows_in_pieces(learner_of, toy_stream, rows, monke
         ("class", [[0.0]], None, "inputs = 'list' is not allowed; allowed: a tensor"),
     ],
 )
-def test_predict_refuses_what_the_stream_has_not(
+def test_predict_refuses_inputs_and_tasks_unlike_the_stream(
     learner_of, toy_stream, scenario, inputs, experience, message
 ):
     learner = learner_of(stream=toy_stream(scenario))
@@ -70,7 +70,7 @@ def test_predict_refuses_what_the_stream_has_not(
         learner.predict(inputs, experience=experience)
 
 
-def test_private_training_records_are_not_scored(learner_of, toy_stream):
+def test_score_refuses_private_training_records(learner_of, toy_stream):
     stream = toy_stream("class")
     learner = learner_of(
         stream=stream, optimizer=torch.optim.SGD, privacy=Privacy(noise_multiplier=1.0, seed=0)
@@ -84,7 +84,7 @@ def test_private_training_records_are_not_scored(learner_of, toy_stream):
     assert 0 <= plain.score(stream[1].train) <= 100
 
 
-def test_score_takes_records_of_the_task_alone(learner_of, toy_stream, rows):
+def test_score_refuses_objects_that_are_no_records_of_the_task(learner_of, toy_stream, rows):
     learner = learner_of(stream=toy_stream("class"))
     learner.prepare(toy_stream("class"))
     with pytest.raises(ConfigError, match="records = 'Tensor' is not allowed"):

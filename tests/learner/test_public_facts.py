@@ -13,7 +13,7 @@ FOUND = "the classes found in the records are declared public"
 
 
 @pytest.mark.parametrize("declared", [False, True])
-def test_the_statement_names_classes_found_in_records(learner_of, declared):  # noqa: F811
+def test_the_privacy_statement_names_classes_found_in_records(learner_of, declared):  # noqa: F811
     words = ["no", "yes", "never", "always"]
     data = from_arrays(
         np.random.default_rng(0).normal(size=(40, 5)),
@@ -32,7 +32,7 @@ def test_the_statement_names_classes_found_in_records(learner_of, declared):  # 
     assert (FOUND in str(merge([ledger]).statement(1e-5))) is not declared
 
 
-def test_facts_found_later_join_those_of_a_ledger(tmp_path):
+def test_public_facts_found_later_are_added_to_the_ledger(tmp_path):
     key = NoiseKey.from_seed(0)
     ledger = Ledger.open(tmp_path / "ledger.jsonl", key=key)
     for facts in ((), ("one",), ("two",), ()):

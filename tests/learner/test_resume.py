@@ -44,7 +44,9 @@ def dropping(stream):
 
 @pytest.mark.parametrize("privacy", [None, SIMULATED])
 @pytest.mark.parametrize("strategy", [Replay(memory_size=12), LwF()])
-def test_equal_seeds_give_equal_bits_also_with_dropout(learner_of, toy_stream, strategy, privacy):
+def test_equal_seeds_train_bit_identical_models_with_dropout(
+    learner_of, toy_stream, strategy, privacy
+):
     ends = []
     for seed in (5, 5, 6):
         # what the caller does with the global generator is nobody's business
@@ -215,7 +217,7 @@ def test_a_run_stopped_anywhere_resumes_bit_identically(start, undisturbed, tmp_
 
 @pytest.mark.parametrize("point", POINTS)
 @pytest.mark.parametrize("name", ["replay", "ewc"])
-def test_a_stopped_private_run_ends_with_equal_bits_and_charges(
+def test_a_stopped_private_run_resumes_with_equal_bits_and_costs(
     start, undisturbed, tmp_path, name, point
 ):
     result, ledger, passed = undisturbed(start, name, SIMULATED)
@@ -301,7 +303,7 @@ def test_a_changed_step_gets_new_noise_and_a_new_charge(learner_of, toy_stream, 
     assert noises[0] != noises[1] and len(entries(tmp_path)) == 2
 
 
-def test_a_run_refuses_a_ledger_of_another_key(start, tmp_path):
+def test_a_resumed_run_refuses_a_ledger_of_another_key(start, tmp_path):
     start(tmp_path, "ewc", SIMULATED, Cut())
     with pytest.raises(LedgerError, match="does not fit this key"):
         start(tmp_path, "ewc", replace(SIMULATED, seed=1), Cut())
@@ -314,7 +316,7 @@ def test_secret_noise_without_a_folder_is_refused(learner_of, toy_stream):
         learner_of(privacy=SECRET).prepare(toy_stream())
 
 
-def test_a_snapshot_does_not_change_during_training(learner_of, toy_stream):
+def test_a_learner_snapshot_does_not_change_during_training(learner_of, toy_stream):
     learner = learner_of(LwF(), warm_start=True)
     learner.fit(toy_stream())
     kept = learner.snapshot()

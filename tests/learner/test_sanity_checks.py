@@ -33,7 +33,7 @@ from perdure.strategies import (
 
 @pytest.mark.parametrize("scenario", ["task", "domain", "class"])
 @pytest.mark.parametrize("width", [1, 3, 20])
-def test_a_wrong_number_of_model_outputs_is_refused(learner_of, toy_stream, scenario, width):
+def test_a_model_with_another_number_of_outputs_is_refused(learner_of, toy_stream, scenario, width):
     stream = toy_stream(scenario)
     message = (
         f"outputs of the model = {width} is not allowed; allowed: {stream.num_classes}: one "
@@ -148,5 +148,5 @@ def test_strategies_refuse_an_invalid_memory_size(kind, size):
         kind(memory_size=size)
 
 
-def test_a_model_with_the_right_number_of_outputs_is_trained(learner_of, toy_stream):
+def test_a_model_with_one_output_per_class_is_trained(learner_of, toy_stream):
     assert learner_of(Naive(), model=nn.Linear(5, 4)).fit(toy_stream()).isfinite().all()

@@ -66,7 +66,7 @@ def test_every_experience_has_a_whole_learning_rate_schedule(rates_of, scheduler
     assert len(set(found[0])) == 6
 
 
-def test_momentum_continues_when_a_schedule_restarts(learner_of, toy_stream):
+def test_momentum_is_kept_when_a_schedule_restarts(learner_of, toy_stream):
     learner = learner_of(scheduler=cosine, optimizer=SGD)
     seen = []
 

@@ -156,7 +156,7 @@ def test_a_checkpoint_detects_an_older_draw_log(make, toy_stream, folder, monkey
     assert [b'"lost"' in line for line in lines(folder)] == [False, True]
 
 
-def test_a_normal_restart_adds_no_privacy_charge(make, toy_stream, folder):
+def test_a_restart_without_changes_adds_no_privacy_charge(make, toy_stream, folder):
     first = Answers(stop=2)
     with pytest.raises(Stop):
         make(first).fit(toy_stream())

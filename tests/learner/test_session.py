@@ -192,7 +192,9 @@ def test_an_evaluation_in_the_loop_does_not_change_training(toy_stream, toy_mode
 
 
 @pytest.mark.parametrize("privacy", [None, SIMULATED], ids=["plain", "private"])
-def test_a_session_continues_in_its_folder(privacy, tmp_path, toy_stream, toy_model):
+def test_a_session_resumes_from_the_checkpoint_in_its_folder(
+    privacy, tmp_path, toy_stream, toy_model
+):
     stream = toy_stream()
     options = {"strategy": EWC(strength=1.0), "privacy": privacy}
     whole = train(session_of(toy_model(stream), stream, **options))

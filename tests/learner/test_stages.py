@@ -183,7 +183,7 @@ def test_test_records_can_come_with_a_later_experience(learner_of, parents, tmp_
     assert grown[1].equal(learner_of().fit(parents)[1]) and grown[0].isnan().all()
 
 
-def test_test_records_added_later_are_checked(parents, pieces):
+def test_with_test_refuses_an_unknown_stage(parents, pieces):
     with pytest.raises(ConfigError, match="stage = 2 is not allowed; allowed: 0 to 1"):
         pieces.with_test(2, parents[0].test)
     given = pieces.with_test(1, parents[1].test.take(torch.arange(3)))

@@ -143,7 +143,7 @@ def test_the_released_gradient_shares_no_optimizer_memory(begun):
     assert same_bits(gradient, values)
 
 
-def test_a_copy_of_a_kept_gradient_uses_new_memory():
+def test_a_second_copy_of_a_stored_gradient_uses_new_memory():
     """If a loop zeroes gradients in place, autograd adds to the kept tensors."""
     memory = StepMemory()
     kept = memory.copy_of({"w": torch.ones(3)})

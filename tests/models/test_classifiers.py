@@ -122,7 +122,7 @@ def test_the_output_of_a_record_does_not_depend_on_other_records(model):
 
 
 @pytest.mark.parametrize("make", [cnn, resnet18])
-def test_models_have_batch_norm_only_on_request(make):
+def test_models_have_batch_norm_only_if_norm_is_batch(make):
     def kinds(norm):
         model = make(input_shape=DIGITS, num_classes=2, seed=0, width=4, norm=norm)
         return {type(module) for module in model.modules()}

@@ -187,7 +187,7 @@ def test_prompt_parameters_depend_only_on_the_seed(make):
         (composed, {"components": 5}, "components = 5 .* width / experiences = 4"),
     ],
 )
-def test_invalid_numbers_of_prompts_are_refused(make, changes, message):
+def test_prompted_models_refuse_invalid_numbers_of_prompts(make, changes, message):
     more = {"num_classes": 4} | ({} if make is prompted else {"experiences": 2})
     with pytest.raises(ConfigError, match=message):
         make(backbone(), **more | changes)

@@ -124,7 +124,7 @@ def test_wrap_refuses_a_class_in_place_of_a_model():
         ({"features": "act", "feature_size": 7}, r"shape \(6, 6\) for 6 records.*feature_size"),
     ],
 )
-def test_wrap_refuses_features_of_the_wrong_size(layer, message):
+def test_wrap_refuses_features_of_another_size_than_feature_size(layer, message):
     with pytest.raises(ConfigError, match=message):
         wrap(Net(), **layer).features(points())
 

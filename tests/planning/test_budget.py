@@ -114,7 +114,7 @@ def test_a_stream_longer_than_the_horizon_is_refused(learner_of, stream):
         learner_of(stream, privacy=Privacy(epsilon=3, horizon=3, seed=0))
 
 
-def test_a_run_continues_within_the_horizon_with_new_records(learner_of, stream, tmp_path):
+def test_a_run_accepts_new_experiences_within_the_horizon(learner_of, stream, tmp_path):
     """The folder is the same and the stream grew: old charges stay and the grant of the whole
     horizon holds.
     """
@@ -278,7 +278,7 @@ def test_a_budget_used_up_by_spent_charges_is_refused(learner_of, stream):
 # --------------------------------------------------------------------------- raw diagnostics
 
 
-def test_unreleased_values_are_not_shown_to_callbacks(learner_of, stream):
+def test_callbacks_of_private_runs_get_no_unreleased_values(learner_of, stream):
     learner = learner_of(
         stream, Replay(memory_size=4), privacy=Privacy(noise_multiplier=1.0, seed=0)
     )
@@ -328,7 +328,7 @@ def test_raw_diagnostics_do_not_change_the_model(learner_of, stream):
     assert all(torch.allclose(value, ends[1][name], atol=1e-6) for name, value in ends[0].items())
 
 
-def test_callbacks_get_all_values_without_privacy(learner_of, stream):
+def test_callbacks_get_exact_values_without_privacy(learner_of, stream):
     learner = learner_of(stream, Replay(memory_size=4))
     learner.fit(stream)
     assert learner.curator.diagnostics.rows > 0 and learner.curator.stored == 4

@@ -135,7 +135,7 @@ def test_a_changed_sum_is_charged_again_before_it_is_drawn(process):
     assert spent == sorted(spent) and len(set(spent)) == 4
 
 
-def test_a_changed_step_samples_other_records(process):
+def test_a_block_charged_again_samples_other_records(process):
     first = process()
     first.reserve()
     coins = first.sum.coins(RECORDS, 0)
@@ -300,7 +300,7 @@ def test_the_ledger_does_not_reveal_if_two_answers_are_equal(process):
 
 
 @pytest.mark.parametrize(("value", "entries"), [(1.0, 1), (0.5, 2)])
-def test_a_simulated_release_is_computed_again(tmp_path, value, entries):
+def test_a_release_with_simulated_noise_is_computed_again(tmp_path, value, entries):
     """So a simulated run ends with the same bits wherever it was stopped."""
     first = Process(tmp_path, key=NoiseKey.from_seed(0))
     answer = first.release()
@@ -328,7 +328,7 @@ class Stop(Exception):  # noqa: N818
 
 @pytest.mark.parametrize("changes", [{"bands": 3}, {"clipping": Adaptive(count_noise=0.5)}, {}])
 @pytest.mark.parametrize("stopped", [0, 1, 3])
-def test_a_step_repeated_after_a_failure_counts_once(process, tmp_path, changes, stopped):
+def test_a_step_repeated_after_a_failure_is_charged_once(process, tmp_path, changes, stopped):
     """A record of such a step was once counted twice in the noise chain: 1.43 times its clip
     norm.
     """

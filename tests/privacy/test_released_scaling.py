@@ -45,7 +45,7 @@ def test_each_image_channel_has_its_own_released_constants():
 
 
 @pytest.mark.statistical
-def test_the_noise_of_released_constants_has_the_right_scale():
+def test_noise_of_released_constants_has_the_stated_scale():
     """20 columns and 40 seeds give 800 draws, whose deviation is off by 10 % in 1 run of 10^4."""
     rows = np.full((100, 20), 30.0)
     means = []

@@ -21,7 +21,7 @@ def small():
 # --------------------------------------------------------------------------- each record alone
 
 
-def test_query_rows_are_computed_on_each_record_alone():
+def test_a_query_computes_its_rows_on_each_record_alone():
     lengths = []
 
     def coupled(forward, batch):
@@ -36,7 +36,7 @@ def test_query_rows_are_computed_on_each_record_alone():
     assert coupled(Forward(module), data).abs().max() > 0.1
 
 
-def test_gradient_rows_are_computed_on_each_record_alone():
+def test_a_gradient_query_computes_rows_on_each_record_alone():
     def coupled(forward, batch):
         losses = F.cross_entropy(forward(batch.inputs), batch.labels, reduction="none")
         return losses / losses.detach().sum()

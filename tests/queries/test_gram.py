@@ -47,7 +47,7 @@ entries = st.floats(width=32, allow_nan=True, allow_infinity=True)
     st.sampled_from([0.01, 1.0, 30.0]),
     st.sampled_from([0.0, 2.0]),
 )
-def test_no_gram_row_exceeds_the_clip_norm(values, bound, weight, totals):
+def test_no_clipped_row_of_a_gram_query_exceeds_the_clip_norm(values, bound, weight, totals):
     """The sum of one record is its clipped vector; of several records, the last one's difference is
     compared.
     """
@@ -319,7 +319,7 @@ def test_a_gram_query_refuses_invalid_weights(query, message):
 
 
 @pytest.mark.parametrize("privacy", [{}, NOISY])
-def test_a_gram_query_refuses_features_of_the_wrong_shape(party, privacy):
+def test_a_gram_query_refuses_features_not_shaped_n_by_width(party, privacy):
     for query in (
         Gram(lambda f, b: b.inputs.sum(1)),
         Gram(lambda f, b: b.inputs[:, :, None]),

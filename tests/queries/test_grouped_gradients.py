@@ -69,7 +69,7 @@ def test_grouped_gradients_equal_one_backward_pass_per_record(model, terms):
 
 
 @pytest.mark.parametrize("make", [Twice, Sequence, tied, *FAST, *BY_ROWS])
-def test_grouped_sums_are_right_for_unusual_layer_use(make):
+def test_grouped_sums_with_reused_layers_equal_a_record_loop(make):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         module = make()
@@ -131,7 +131,7 @@ def test_a_record_without_a_group_adds_nothing(model):
         assert not value[0].any() and not value[2].any()
 
 
-def test_a_grouped_release_without_records_has_the_right_shape():
+def test_a_grouped_release_of_no_records_keeps_its_shape():
     module, data = problem("mlp")
     none = data.take(slice(0, 0))
     assert summed(query_of(), module, none) is None

@@ -203,7 +203,7 @@ def test_layers_with_a_shared_weight_are_not_summed_separately():
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
-def test_layer_sums_are_right_for_a_torch_transformer_layer():
+def test_layer_sums_of_a_torch_transformer_equal_a_record_loop():
     """The layer has a fast path without gradients, which it uses if gradients seem unneeded."""
     layer = nn.TransformerEncoderLayer(2, 1, 4, dropout=0.0, batch_first=True)
     module = nn.Sequential(layer, nn.Flatten(), nn.Linear(8, 3)).eval()

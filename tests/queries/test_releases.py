@@ -136,7 +136,7 @@ def test_a_release_without_records_is_only_noise(party, toy_stream, asked):
 
 
 @every
-def test_equal_releases_have_own_noise_and_repeat_on_restart(party, asked):
+def test_equal_releases_have_separate_noise_repeated_on_restart(party, asked):
     noisier = NOISY | {"noise_multiplier": 20.0}
     ask = {
         "quantile": lambda c: releases.quantile(
@@ -254,7 +254,7 @@ def test_histogram_bins_are_computed_on_each_record_alone(party, toy_stream, of)
         lambda b: b.labels if b.labels[0] else 1 - b.labels,
     ],
 )
-def test_queries_that_need_several_records_are_refused(party, of):
+def test_a_release_refuses_queries_that_need_several_records(party, of):
     test = party(**NOISY)
     with pytest.raises(PrivacyError, match=r"one|alone.*torch.where \(vmap") as error:
         releases.histogram(test.curator, of, bins=4, purpose="x")

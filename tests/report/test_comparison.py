@@ -27,28 +27,28 @@ def shown(grids):
     return captured.get()
 
 
-def test_tables_show_means_differences_and_ranks(comparison):
+def test_comparison_tables_show_means_differences_and_ranks(comparison):
     text = shown(comparison_tables(comparison))
     for cell in ("68.83 ± 1.42", "71.50 ± 1.32", "ewc-plain − naive-plain", "−0.92 to 6.25", "2.0"):
         assert cell in text
     assert max(map(len, text.splitlines())) <= 100
 
 
-def test_tables_of_one_seed_have_no_spread(tmp_path):
+def test_comparison_tables_of_one_seed_have_no_spread(tmp_path):
     found = compare(stored_run(tmp_path / "run", {"a-plain": {0: 70.0}, "b-plain": {0: 71.0}}))
     text = shown(comparison_tables(found))
     assert "±" not in text.partition("\n")[2]
     assert [row[1:] for row in comparison_tables(found)[1].rows] == [["1", "1.00", "–"]]
 
 
-def test_epsilons_are_the_largest_and_rounded_up(tmp_path):
+def test_compared_epsilons_are_the_largest_of_all_seeds(tmp_path):
     trials = [trial(0, 60.0, epsilon=2.991), trial(1, 61.0, epsilon=2.0)]
     found = compare(stored_run(tmp_path / "run", [arm("ewc-private", trials)]))
     [table] = comparison_tables(found)
     assert dict(zip(table.heads, table.rows[0], strict=True))["epsilon"] == "3.00"
 
 
-def test_latex_is_read_by_a_parser(tmp_path):
+def test_a_latex_parser_reads_the_comparison_tables(tmp_path):
     odd = {"50%_a&b-plain": {0: 70.0, 1: 60.0}, r"\x{#$~^-plain": {0: 71.0, 1: 61.5}}
     found = compare(stored_run(tmp_path / "run", odd))
     text = latex(comparison_tables(found))
@@ -66,7 +66,7 @@ def test_latex_is_read_by_a_parser(tmp_path):
     assert r"50\%\_a\&b-plain" in text
 
 
-def test_picture_shows_every_arm_and_difference(comparison):
+def test_the_comparison_picture_shows_every_arm_and_difference(comparison):
     picture = comparison_picture(comparison, "forgetting")
     words = "".join(ET.fromstring(picture.svg()).itertext())
     for word in ("naive-plain", "ewc-plain", "ewc-plain − naive-plain", "forgetting, points"):
@@ -74,13 +74,13 @@ def test_picture_shows_every_arm_and_difference(comparison):
     assert picture.alternative == "Mean forgetting of 2 arms: naive-plain 31.17, ewc-plain 28.50."
 
 
-def test_picture_of_one_arm_has_no_differences(tmp_path):
+def test_the_comparison_picture_of_one_arm_has_no_differences(tmp_path):
     found = compare(stored_run(tmp_path / "run", {"naive-plain": {0: 70.0, 1: 71.0}}))
     assert "Paired" not in comparison_picture(found).svg()
     assert len(comparison_tables(found)) == 1
 
 
-def test_unknown_metrics_are_refused(comparison):
+def test_comparison_tables_and_picture_refuse_unknown_metrics(comparison):
     for draw in (comparison_tables, comparison_picture):
         with pytest.raises(ConfigError, match="metric = 'speed' is not allowed"):
             draw(comparison, "speed")

@@ -107,7 +107,7 @@ def test_every_link_target_of_the_report_page_exists_once(page: Page) -> None:
         assert all(target.lstrip("#") in ids for target in targets if target.startswith("#"))
 
 
-def test_tables_and_figures_have_texts_for_screen_readers(page: Page) -> None:
+def test_report_tables_and_figures_describe_themselves_in_text(page: Page) -> None:
     assert len(page.all("table")) == len(page.all("caption")) > 0
     assert all("scope" in attributes for attributes in page.all("th"))
     for svg in page.all("svg"):
@@ -174,7 +174,7 @@ def test_the_report_summary_depends_on_the_result_numbers(result: dict[str, Any]
     assert "With privacy, naive is best at 99.9 % , 0.4 points more" in text
 
 
-def test_a_report_without_private_arms_promises_no_privacy(result: dict[str, Any]) -> None:
+def test_a_report_without_private_arms_claims_no_privacy(result: dict[str, Any]) -> None:
     result["arms"] = [arm for arm in result["arms"] if not arm["private"]]
     result["epsilon_of_all_arms"] = None
     text = words_of(result)
@@ -215,7 +215,7 @@ def test_the_report_page_says_that_declared_sizes_are_public(result: dict[str, A
     assert "If no number was declared, the real number is used, and it becomes public." in text
 
 
-def test_the_report_page_labels_only_simulated_epsilons(result: dict[str, Any]) -> None:
+def test_the_report_page_labels_epsilons_of_simulated_noise_only(result: dict[str, Any]) -> None:
     # Answer, table and statement of four arms, and all together; the warning begins with a capital.
     assert words_of(result).count(SIMULATION) == 1 + 4 + 4 + 1
     assert SIMULATION.capitalize() in words_of(result)
@@ -400,7 +400,7 @@ def test_the_error_names_missing_or_wrong_explanation_files(
 
 @pytest.mark.property
 @given(st.floats(0, 20), st.floats(0, 0.1))
-def test_the_stated_limit_of_correct_guesses_is_the_exact_one(epsilon: float, delta: float) -> None:
+def test_the_reported_limit_of_correct_guesses_is_exact(epsilon: float, delta: float) -> None:
     # The dominating pair of (epsilon, delta): with probability delta it tells all.
     odds = math.exp(epsilon)
     present = [delta, (1 - delta) * odds / (1 + odds), (1 - delta) / (1 + odds), 0.0]

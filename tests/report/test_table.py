@@ -29,7 +29,7 @@ def line_of(text: str, *words: str) -> str:
     return next(line for line in text.splitlines() if line.split()[: len(words)] == list(words))
 
 
-def test_the_table_has_one_row_per_arm_in_100_columns(result: dict[str, Any]) -> None:
+def test_the_result_table_has_one_row_per_arm_in_100_columns(result: dict[str, Any]) -> None:
     text = printed(result)
     assert max(len(line) for line in text.splitlines()) <= COLUMNS
     assert table(result).row_count == 8
@@ -43,13 +43,13 @@ def test_a_table_row_states_all_parts_of_its_epsilon(result: dict[str, Any]) -> 
     assert line_of(printed(result), "replay", "no").split()[-2:] == ["–", "11.4"]
 
 
-def test_the_table_header_names_the_attack(result: dict[str, Any]) -> None:
+def test_the_result_table_header_names_the_attack(result: dict[str, Any]) -> None:
     text = printed(result)
     assert "PGD-10" in text and "L∞ 0.1" in text
     assert text.splitlines()[-1].strip().startswith("accuracy, robust: %")
 
 
-def test_the_table_labels_only_simulated_epsilons(result: dict[str, Any]) -> None:
+def test_the_result_table_labels_only_simulated_epsilons(result: dict[str, Any]) -> None:
     assert printed(result).count(SIMULATION) == 4
     for arm in result["arms"]:
         if arm["epsilon"]:
@@ -57,14 +57,14 @@ def test_the_table_labels_only_simulated_epsilons(result: dict[str, Any]) -> Non
     assert SIMULATION not in printed(result)
 
 
-def test_the_table_has_the_numbers_of_the_result(result: dict[str, Any]) -> None:
+def test_the_result_table_prints_the_numbers_of_result_json(result: dict[str, Any]) -> None:
     arm = result["arms"][0]
     cells = line_of(printed(result), "naive", "no").split()
     expected = [arm["average_accuracy"], arm["forgetting"], arm["robust_accuracy"]]
     assert cells[2:5] == [f"{value:.1f}" for value in expected]
 
 
-def test_the_table_prints_missing_values_as_a_dash(result: dict[str, Any]) -> None:
+def test_the_result_table_prints_missing_values_as_a_dash(result: dict[str, Any]) -> None:
     result["attack"] = None
     for arm in result["arms"]:
         arm["robust_accuracy"] = None

@@ -198,7 +198,7 @@ def test_an_added_strategy_is_listed_with_its_costs(reports):
     assert row["not_vmappable_because"] is None
 
 
-def test_a_row_that_the_readme_lacks_is_reported_only(reports):
+def test_the_readme_check_reports_a_missing_strategy_row(reports):
     printed = reports["tables"]
     assert re.search(r"^README\.md, table of strategies: missing: .*\bTether\b", printed)
 

@@ -185,7 +185,7 @@ def test_the_bic_correction_improves_accuracy_on_old_classes():
         assert score(BiC(memory_size=100), seed) > score(Uncorrected(memory_size=100), seed) + 2
 
 
-def test_the_bic_fit_is_finite_for_any_noisy_sums():
+def test_the_bic_correction_is_finite_for_any_noisy_sums():
     place = torch.Generator().manual_seed(0)
     for _ in range(200):
         sums = 100 * torch.randn(5, generator=place)

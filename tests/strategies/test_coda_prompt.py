@@ -94,7 +94,7 @@ def test_coda_prompt_uses_only_components_up_to_the_experience(toy_stream, scena
         partial(torch.optim.SGD, lr=0.1, momentum=0.9),
     ],
 )
-def test_coda_prompt_trains_only_own_components_and_the_head(toy_stream, optimizer):
+def test_coda_prompt_trains_only_new_components_and_the_head(toy_stream, optimizer):
     stream = toy_stream()
     learner = learner_of(stream, optimizer=optimizer)
     learner.prepare(stream)

@@ -50,7 +50,7 @@ def test_the_example_of_each_strategy_has_the_class_of_its_name(name):
 
 
 @every
-def test_each_strategy_trains_alone(learner_of, toy_stream, name):
+def test_each_strategy_trains_without_other_parts(learner_of, toy_stream, name):
     adam = partial(torch.optim.Adam, lr=0.04)
     matrix = learner_of(name, iterations=90, optimizer=adam).fit(toy_stream())
     assert matrix.shape == (2, 2) and matrix[0, 0] > 80 and matrix[1, 1] > 40

@@ -47,7 +47,7 @@ CLASSES = {  # of a new row, and of a stored one
 @pytest.mark.reference
 @pytest.mark.parametrize("scenario", CLASSES)
 @pytest.mark.parametrize("share", [0.0, 1 / 3])
-def test_er_ace_masks_new_rows_to_own_classes_not_stored_rows(mixed, toy_model, scenario, share):
+def test_er_ace_masks_only_new_rows_to_classes_of_the_experience(mixed, toy_model, scenario, share):
     stream, batch = mixed(scenario)
     model = toy_model(stream)
     at = contexts(stream, "cpu")(1, memory_share=share)

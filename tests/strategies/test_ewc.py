@@ -207,7 +207,7 @@ def rows_of(fisher, stream, experience, batch):
 @pytest.mark.parametrize(
     ("scenario", "experience"), [("class", 0), ("class", 1), ("task", 1), ("domain", 1)]
 )
-def test_sampled_fisher_is_close_to_exact_fisher_over_many_ids(toy_stream, scenario, experience):
+def test_sampled_fisher_averaged_over_ids_is_close_to_exact(toy_stream, scenario, experience):
     """Four standard errors of each of at most 64 numbers, by a fixed hash: the test passes always,
     or the draw is wrong.
     """

@@ -79,7 +79,7 @@ def test_the_icarl_loss_equals_its_formula(toy_stream, toy_model, scenario, temp
             assert mine[i].item() == pytest.approx(expected, rel=1e-4)
 
 
-def test_icarl_starts_without_a_teacher_and_later_classes(toy_stream, toy_model):
+def test_the_first_icarl_loss_uses_no_teacher_or_later_class(toy_stream, toy_model):
     stream = toy_stream()
     model = toy_model(stream)
     strategy = ICaRL(memory_size=8)

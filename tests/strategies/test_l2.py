@@ -47,7 +47,7 @@ def ends(strategy, stream, model):
     return found
 
 
-def test_l2_changes_training_only_from_the_second_experience(toy_stream, toy_model):
+def test_l2_changes_training_from_the_second_experience_on(toy_stream, toy_model):
     stream = toy_stream()
     held, free = (ends(s, stream, toy_model(stream)) for s in (L2(strength=2.0), Naive()))
     assert all(torch.equal(held[0][name], value) for name, value in free[0].items())

@@ -122,7 +122,7 @@ def test_lora_sets_add_nothing_until_they_are_trained():
         partial(torch.optim.SGD, lr=0.1, momentum=0.9),
     ],
 )
-def test_lora_trains_only_the_own_adapter_set_and_the_head(toy_stream, optimizer):
+def test_lora_trains_only_the_newest_adapters_and_the_head(toy_stream, optimizer):
     stream = toy_stream()
     learner = learner_of(stream, optimizer=optimizer)
     learner.prepare(stream)

@@ -256,7 +256,7 @@ def answered_as_new(learner, stream):
     return float(torch.isin(answers, torch.tensor(newest)).float().mean())
 
 
-def test_lucir_predicts_old_records_as_new_classes_less_often():
+def test_lucir_confuses_old_with_new_less_than_pooled_replay():
     stream = split(digits(), scenario="class", experiences=5)
     found = {}
     for name, strategy, head in (

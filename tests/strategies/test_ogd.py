@@ -75,7 +75,7 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 @settings(deadline=None, max_examples=20)
 @given(st.integers(0, 10_000))
-def test_the_ogd_projection_equals_gram_schmidt(kind, seed):
+def test_the_ogd_projection_equals_gram_schmidt_projection(kind, seed):
     place = torch.Generator().manual_seed(seed)
     rows = KINDS[kind](torch.randn(4, 10, generator=place))
     vector = torch.randn(10, generator=place)

@@ -276,7 +276,7 @@ class Masked(Naive):
         return torch.nn.functional.cross_entropy(logits, batch.labels, reduction="none")
 
 
-def test_the_comparison_finds_a_loss_that_couples_records(pair, monkeypatch):
+def test_the_sensitivity_test_finds_a_loss_that_couples_records(pair, monkeypatch):
     """The guard refuses such a loss before training; without the guard, this comparison finds
     it.
     """

@@ -279,7 +279,7 @@ class CouplesBySeldomTargets(Naive):
 
 
 @others
-def test_losses_that_couple_records_by_rare_targets_are_refused(task):
+def test_the_guard_refuses_losses_coupled_by_rare_targets(task):
     private = Privacy(noise_multiplier=1.0, seed=0)
     learner = learner_of(task, CouplesBySeldomTargets(), privacy=private)
     with pytest.raises(GuardError, match="couples records: changing the other rows"):

@@ -222,7 +222,7 @@ def test_every_check_has_a_broken_strategy_that_fails_it():
 
 
 @pytest.mark.parametrize("scenario", ["task", "domain", "class"])
-def test_valid_strategies_pass_check_strategy_in_every_scenario(scenario):
+def test_combine_passes_check_strategy_in_every_scenario(scenario):
     report = check_strategy(Combine(EWC(strength=5.0), Replay(memory_size=12)), scenario=scenario)
     assert report.passed[: len(CHECKS)] == tuple(CHECKS)
     assert set(report.skipped) <= {"cuda"}

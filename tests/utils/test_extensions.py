@@ -201,7 +201,7 @@ def test_an_entry_point_extension_is_listed_and_found(shapes):
         ("OUTSIDE:number", "is not allowed; allowed: a subclass of "),
     ],
 )
-def test_a_wrong_entry_point_error_names_its_distribution(shapes, value, reason):
+def test_the_error_of_a_wrong_entry_point_names_its_distribution(shapes, value, reason):
     __import__(f"{shapes.package}.base")
     shapes.add("bad-shapes", {"bad": value.replace("OUTSIDE", shapes.outside)})
     message = shapes.refusal("bad")

@@ -48,7 +48,7 @@ def test_generator_from_refuses_a_short_secret():
 
 
 @pytest.mark.parametrize("seed", [7, SECRET])
-def test_drawing_from_a_seed_keeps_the_global_generator(seed):
+def test_drawing_from_a_seed_changes_no_global_generator(seed):
     before = torch.get_rng_state()
     with drawing_from(seed):
         first = torch.rand(3)

@@ -199,7 +199,7 @@ def test_rdp_gives_no_warning_about_left_out_orders(caplog):
         (0.5, 1.0, True),
     ],
 )
-def test_invalid_charges_are_refused(values):
+def test_a_charge_refuses_invalid_fields(values):
     with pytest.raises(ConfigError):
         Charge(*values)
 
@@ -213,7 +213,7 @@ def test_invalid_charges_are_refused(values):
         {"delta": DELTA, "relation": "x"},
     ],
 )
-def test_invalid_arguments_of_epsilon_are_refused(wrong):
+def test_epsilon_refuses_invalid_arguments(wrong):
     with pytest.raises(ConfigError):
         epsilon([Charge(0.1, 1.0, 1)], **wrong)
 

@@ -91,7 +91,7 @@ def test_book_keeping_works_if_a_layer_is_the_whole_model():
 
 
 @pytest.mark.parametrize("records", [1, 5])
-def test_book_keeping_sums_are_right_with_few_records(records):
+def test_book_keeping_sums_of_few_records_equal_a_record_loop(records):
     for name in ("linear", "linear, few positions", "conv2d", "embedding"):
         module, x, _ = made(name)
         expected = exactly(module, x[:records], Clip(norm=0.1))

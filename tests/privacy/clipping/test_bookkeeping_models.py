@@ -84,7 +84,7 @@ class Quirk(nn.Module):
 
 
 @pytest.mark.parametrize("way", ["named input", "in place", "changed by a hook"])
-def test_a_changed_layer_output_gives_the_right_clipped_sum(way):
+def test_sums_of_changed_layer_outputs_equal_a_record_loop(way):
     torch.manual_seed(0)
     assert_equal(Quirk(way), floats(6))
 

@@ -325,7 +325,7 @@ def test_book_keeping_refuses_half_precision_outside_layers():
     assert by_tape(model, floats(LENGTH, 4).bfloat16(), Clip(norm=1.0)) is None
 
 
-def test_unsupported_layers_are_found_without_a_forward_pass():
+def test_layers_without_a_rule_are_found_without_a_forward_pass():
     model = nn.Sequential(nn.Linear(4, 4), nn.Bilinear(4, 4, 4))  # it has no rule, and never runs
     model.register_forward_pre_hook(lambda *_: pytest.fail("it ran"))
     assert by_tape(model, floats(4), Clip(norm=1.0)) is None

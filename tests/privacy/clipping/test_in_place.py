@@ -96,7 +96,7 @@ def inputs(shape):
     "layer", ["grouped Conv2d", "same Conv2d", "Conv3d", "InstanceNorm2d", "RMSNorm"]
 )
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_clipped_sums_are_right_after_an_in_place_activation(layer, activation):
+def test_clipped_sums_after_in_place_activations_equal_a_loop(layer, activation):
     make, shape = LAYERS[layer]
     model = Network(make, shape, after=ACTIVATIONS[activation])
     assert gap_to_loop(model, inputs(shape)) < TOLERANCE
@@ -113,7 +113,7 @@ WAYS = {
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("layer", LAYERS)
-def test_clipped_sums_are_right_for_every_layer_and_use(layer, way):
+def test_clipped_sums_equal_a_record_loop_for_every_layer(layer, way):
     make, shape = LAYERS[layer]
     model = Network(make, shape, **WAYS[way])
     assert gap_to_loop(model, inputs(shape), per_layer=way == "called twice, in place") < TOLERANCE
@@ -126,7 +126,7 @@ FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 @pytest.mark.parametrize(
     "layer", [name for name, (_, shape) in LAYERS.items() if len(shape) + 1 in FORMATS]
 )
-def test_clipped_sums_are_right_in_channels_last_format(layer, way):
+def test_channels_last_clipped_sums_equal_a_record_loop(layer, way):
     make, shape = LAYERS[layer]
     order = FORMATS[len(shape) + 1]
     options = WAYS.get(way, {})
@@ -143,7 +143,7 @@ def test_clipped_sums_are_right_in_channels_last_format(layer, way):
 
 
 @pytest.mark.parametrize("layer", [*SAMPLED, *RULED])
-def test_clipped_sums_are_right_for_a_transposed_input(layer):
+def test_clipped_sums_of_transposed_inputs_equal_a_record_loop(layer):
     make, shape = LAYERS[layer]
     model = Network(
         make, shape, before=lambda h: torch.tanh(h).transpose(0, -1).contiguous().transpose(0, -1)
@@ -152,7 +152,7 @@ def test_clipped_sums_are_right_for_a_transposed_input(layer):
 
 
 @pytest.mark.parametrize("layer", LAYERS)
-def test_a_later_write_into_a_layer_input_gives_no_wrong_sum(layer):
+def test_a_later_write_into_a_layer_input_raises_or_keeps_sums(layer):
     """Autograd refuses most such models; the sums of the others are right."""
     make, shape = LAYERS[layer]
     model = Network(make, shape, later=lambda h: h.mul_(3.0))
@@ -190,6 +190,6 @@ class Reader(nn.Module):
 
 
 @pytest.mark.parametrize("activation", ["ReLU", "SiLU", "mul_", "add_ to a part"])
-def test_clipped_sums_of_tokens_are_right_with_in_place_writes(activation):
+def test_clipped_token_sums_with_in_place_writes_equal_a_loop(activation):
     x = torch.randint(WORDS, (N, 6), generator=torch.Generator().manual_seed(0))
     assert gap_to_loop(Reader(ACTIVATIONS[activation]), x) < TOLERANCE

@@ -79,7 +79,7 @@ def test_squared_row_norms_accept_several_tables_and_no_rows():
     assert squared_row_norms(torch.zeros(0, 3))[0].shape == (0,)
 
 
-def test_clip_factors_are_right_for_rows_of_any_length():
+def test_clip_factors_equal_the_formula_for_norms_of_any_size():
     norms = torch.tensor([0.0, 1e-200, 1e-3, 1.0, 1e20, 1e40, torch.inf, torch.nan]).double()
     factors = clip_factors(norms.square(), 1e-3)
     assert factors.tolist() == pytest.approx([1.0, 1.0, 1.0, 1e-3, 1e-23, 0.0, 0.0, 0.0])

@@ -87,7 +87,7 @@ def net(layer, x, **options):
 @pytest.mark.reference
 @pytest.mark.parametrize("times", [1, 2])
 @pytest.mark.parametrize("shape", [(6,), (4, 6)])
-def test_a_users_clipping_rule_gives_the_sum_of_single_records(shape, times):
+def test_sums_by_a_users_clipping_rule_equal_a_record_loop(shape, times):
     x = floats(*shape)
     assert_equal(net(Gain(6), x, times=times), x)
 

@@ -110,7 +110,7 @@ def test_clipped_sums_with_global_hooks_equal_a_record_loop(kind):
 
 
 @pytest.mark.parametrize("grouped", [False, True], ids=["by rules", "by samplers"])
-def test_clipped_sums_are_correct_if_a_layer_has_two_weights(grouped):
+def test_clipped_sums_of_layers_with_two_weights_equal_a_loop(grouped):
     """The second weights are a copy without gradients, on inputs with gradients."""
     torch.manual_seed(0)
     layer = nn.Linear(8, 8)
@@ -134,7 +134,7 @@ def test_clipped_sums_are_correct_if_a_layer_has_two_weights(grouped):
 
 
 @pytest.mark.parametrize("way", ["by itself", "by forward"])
-def test_clipped_sums_are_correct_if_a_weight_is_used_elsewhere(way):
+def test_clipped_sums_of_weights_used_twice_equal_a_loop(way):
     """The other layer is clipped by a sampler."""
 
     class Reusing(nn.Module):
@@ -200,7 +200,7 @@ def test_the_guard_refuses_a_wrong_rule_and_names_the_parameter(per_layer):
         checked(model, rows(8), per_layer)
 
 
-def test_the_gradient_check_accepts_right_gradients():
+def test_the_gradient_check_accepts_gradients_of_single_records():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(inplace=True), nn.Flatten(), nn.LazyLinear(3))
     model(rows(1, 6, 6))
@@ -221,7 +221,7 @@ class Magnifying(nn.Module):
         return self.head(torch.sin(1e6 * self.first(x)).relu())
 
 
-def test_the_float64_check_accepts_rounding_differences():
+def test_the_float64_gradient_check_accepts_rounding_differences():
     model = Magnifying()
     assert gap_to_loop(model, rows(8)) > 1e-2
     with pytest.raises(GuardError, match="differs from the gradients of single records"):
@@ -233,7 +233,7 @@ def test_the_float64_check_accepts_rounding_differences():
 
 
 @pytest.mark.usefixtures("forgetful")
-def test_the_float64_check_refuses_a_wrong_gradient():
+def test_the_float64_gradient_check_refuses_a_wrong_gradient():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 8), Gain(8), nn.Linear(8, 3))
     twin = copy.deepcopy(model).double()
@@ -312,7 +312,7 @@ def rows_in_three_classes():
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.parametrize("name", LENGTHS)
-def test_a_forward_that_reads_lengths_from_data_is_refused(name, tmp_path, rows_in_three_classes):
+def test_the_guard_refuses_a_forward_that_reads_lengths(name, tmp_path, rows_in_three_classes):
     torch.manual_seed(0)
     learner = Learner(
         model=LENGTHS[name](),
@@ -329,7 +329,7 @@ def test_a_forward_that_reads_lengths_from_data_is_refused(name, tmp_path, rows_
 
 
 @pytest.mark.usefixtures("forgetful")
-def test_a_wrong_gradient_is_refused_before_any_charge(tmp_path, rows_in_three_classes):
+def test_the_guard_refuses_a_wrong_gradient_before_any_charge(tmp_path, rows_in_three_classes):
     torch.manual_seed(0)
     learner = Learner(
         model=nn.Sequential(nn.Linear(8, 8), Gain(8), nn.Linear(8, 3)),
@@ -415,7 +415,7 @@ def one_thread():
 
 
 @pytest.mark.parametrize("per_layer", [False, True])
-def test_a_rule_that_multiplies_squares_in_float32_is_refused(per_layer, one_thread):
+def test_the_guard_refuses_a_rule_whose_float32_norm_overflows(per_layer, one_thread):
     case = case_of(before_a_normalisation(Outer(8, 16)), rows(8))
     check_gradients(case, "mine", per_layer=per_layer)
     with pytest.raises(GuardError, match=r"1\.5e\+19 is .* times the clip norm.*squared_row"):

@@ -92,7 +92,7 @@ def test_layers_with_one_row_per_record_pass_the_row_check(way):
 @pytest.mark.parametrize(
     ("way", "layer"), [("length first", "embed"), ("length positions", "position")]
 )
-def test_a_layer_with_the_batch_on_another_axis_is_refused(way, layer):
+def test_the_guard_refuses_a_layer_with_another_batch_axis(way, layer):
     with pytest.raises(
         GuardError,
         match=f"layer {layer} gives 4 rows for 6 records and 4 for 5 in Mine.*batch_first",
@@ -123,7 +123,7 @@ def test_a_layer_with_another_batch_axis_would_break_the_bound():
 
 
 @pytest.mark.parametrize("function", [Normalised, Averaged])
-def test_a_backward_pass_that_mixes_records_is_refused(function):
+def test_the_guard_refuses_a_backward_pass_that_mixes_records(function):
     model = Backwards(function)
     check_losses(
         lambda x, y: F.cross_entropy(model(x), y, reduction="none"),
@@ -146,7 +146,7 @@ class Centred(Backwards):
         return self.head(torch.tanh(self.embed(x - mean) + (mean @ self.embed.weight.T).detach()))
 
 
-def test_layer_inputs_that_mix_records_are_refused():
+def test_the_guard_refuses_layer_inputs_that_mix_records():
     model = Centred(None)
     check_losses(
         lambda x, y: F.cross_entropy(model(x), y, reduction="none"),
@@ -250,7 +250,7 @@ LINEAR = nn.Linear(5, 3)
         (torch.optim.SparseAdam, r"SparseAdam, .* \(.*dense gradients"),
     ],
 )
-def test_optimizers_that_need_several_gradients_are_refused(make, message):
+def test_the_guard_refuses_optimizers_with_several_gradients(make, message):
     with pytest.raises(GuardError, match=message):
         check_optimizer(make(LINEAR.parameters()))
 
@@ -258,7 +258,7 @@ def test_optimizers_that_need_several_gradients_are_refused(make, message):
 @pytest.mark.parametrize(
     "name", ["SGD", "Adam", "AdamW", "RMSprop", "Adagrad", "NAdam", "Adadelta", "ASGD"]
 )
-def test_optimizers_with_one_gradient_per_step_are_accepted(name):
+def test_the_guard_accepts_optimizers_with_one_gradient_per_step(name):
     optimizer = getattr(torch.optim, name)(LINEAR.parameters(), lr=0.1)
     before = LINEAR.weight.detach().clone()
     state = repr(optimizer.state_dict())

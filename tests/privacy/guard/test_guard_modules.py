@@ -63,7 +63,7 @@ class Attending(nn.Module):
         return self.head((x.transpose(0, 1) if self.turn else x).mean(1))
 
 
-def test_attention_with_dropout_is_refused():
+def test_the_guard_refuses_attention_with_dropout():
     with pytest.raises(
         GuardError,
         match=r"attention is MultiheadAttention with dropout.*dropout=0.0, or call perdure",
@@ -74,7 +74,7 @@ def test_attention_with_dropout_is_refused():
 
 
 @pytest.mark.parametrize("batch_first", [True, False])
-def test_attention_without_dropout_has_right_record_gradients(batch_first):
+def test_attention_without_dropout_has_exact_record_gradients(batch_first):
     model = Attending(batch_first)
     x = torch.randn(5, 4, 8, generator=torch.Generator().manual_seed(0))
     check_model(model)
@@ -90,7 +90,7 @@ def test_attention_without_dropout_has_right_record_gradients(batch_first):
             assert torch.allclose(row[i], value, rtol=1e-4, atol=1e-5)
 
 
-def test_the_drop_one_check_refuses_attention_over_records():
+def test_the_guard_refuses_attention_over_records():
     model = Attending(False, rearrange=False)
     labels = torch.zeros(6, dtype=torch.int64)
     with pytest.raises(GuardError, match="couples records"):
@@ -111,7 +111,7 @@ def hooked(make, **options):
     return make(nn.Linear(5, 3), "weight", **options)
 
 
-def test_spectral_normalisation_is_refused_for_its_buffers():
+def test_the_guard_refuses_spectral_normalisation():
     torch.manual_seed(0)
     model = nn.Sequential(
         torch.nn.utils.parametrizations.spectral_norm(nn.Linear(40, 30), n_power_iterations=1)
@@ -133,7 +133,7 @@ def test_spectral_normalisation_is_refused_for_its_buffers():
         partial(prune.l1_unstructured, amount=0.3),
     ],
 )
-def test_weights_computed_by_a_hook_are_refused(make):
+def test_the_guard_refuses_weights_computed_by_a_hook(make):
     with pytest.raises(
         GuardError,
         match=r"0 is Linear with a weight that a hook computes.*parametrizations.weight_norm",
@@ -141,7 +141,7 @@ def test_weights_computed_by_a_hook_are_refused(make):
         check_model(nn.Sequential(hooked(make)))
 
 
-def test_weight_normalisation_by_parametrisation_is_accepted():
+def test_the_guard_accepts_weight_norm_by_parametrisation():
     model = nn.Sequential(torch.nn.utils.parametrizations.weight_norm(nn.Linear(5, 3)))
     check_model(model)
     check_buffers(model, INPUTS)
@@ -150,7 +150,7 @@ def test_weight_normalisation_by_parametrisation_is_accepted():
     )
 
 
-def test_a_subclass_of_torch_dropout_is_refused():
+def test_the_guard_refuses_a_subclass_of_torch_dropout():
     with pytest.raises(
         GuardError, match=r"1 is Louder, a subclass of torch's Dropout.*use torch.nn.Dropout"
     ):
@@ -159,7 +159,7 @@ def test_a_subclass_of_torch_dropout_is_refused():
 
 
 @pytest.mark.parametrize("make", [partial(nn.LazyLinear, 3), nn.LazyBatchNorm1d])
-def test_lazy_layers_are_refused_until_they_have_parameters(make):
+def test_the_guard_refuses_lazy_layers_without_parameters(make):
     model = nn.Sequential(make())
     with pytest.raises(
         GuardError, match=r"0 is Lazy.*first private batch would decide.*run synthetic inputs"
@@ -167,7 +167,7 @@ def test_lazy_layers_are_refused_until_they_have_parameters(make):
         check_model(model)
 
 
-def test_a_lazy_layer_that_was_run_once_is_accepted():
+def test_the_guard_accepts_a_lazy_layer_that_was_run_once():
     model = nn.Sequential(nn.LazyLinear(3))
     model(INPUTS)
     check_model(model)
@@ -183,7 +183,7 @@ def test_half_precision_parameters_are_refused_under_privacy(dtype):
     check_model(nn.Sequential(nn.Linear(5, 3).double()))
 
 
-def test_instance_norm_with_statistics_and_flag_off_is_refused():
+def test_the_guard_refuses_instance_norm_that_has_statistics():
     layer = nn.InstanceNorm2d(6, track_running_stats=True)
     layer.track_running_stats = False
     with pytest.raises(GuardError, match="with running statistics"):

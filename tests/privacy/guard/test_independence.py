@@ -203,7 +203,7 @@ class Branching(Custom):
 ALONE = Privacy(noise_multiplier=1.0, seed=0, custom_forward="record-by-record")
 
 
-def test_a_coupled_model_runs_record_by_record_on_request(learner_of, toy_stream):
+def test_record_by_record_mode_accepts_a_coupled_model(learner_of, toy_stream):
     with pytest.raises(GuardError, match=r"Naive.losses.. couples records"):
         learner_of(model=Coupled(), privacy=SIMULATED, batch_size=12).prepare(toy_stream())
     learner = learner_of(model=Coupled(), privacy=ALONE, batch_size=12)

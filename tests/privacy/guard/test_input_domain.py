@@ -157,7 +157,7 @@ def test_the_guard_tests_batches_up_to_the_largest_drawn_size(above):
     assert private(Mixing(mix), declared(5_000), batch_size=1_400, micro_batch_size=1_000)
 
 
-def test_batches_too_large_for_the_guard_are_refused():
+def test_the_guard_refuses_batches_larger_than_it_can_test():
     with pytest.raises(GuardError, match="set micro_batch_size to 26843545 or less"):
         private(Mixing(lambda x: x), declared(10**9), batch_size=3 * 10**7, delta=1e-12)
     own = mlp(input_shape=(5,), num_classes=4, seed=0)
@@ -176,7 +176,7 @@ def test_the_guard_tests_a_model_only_on_its_declared_domain():
 
 
 @pytest.mark.parametrize("kind", ["not a number", "infinite"])
-def test_a_model_that_spreads_a_nan_to_other_records_is_refused(kind):
+def test_the_guard_refuses_a_model_that_spreads_a_nan(kind):
     def spread(x):
         bad = ~x.isfinite() if kind == "infinite" else x.isnan()
         return x + torch.where(bad, x, 0.0).sum(0)
@@ -189,14 +189,14 @@ def test_a_model_that_spreads_a_nan_to_other_records_is_refused(kind):
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool])
-def test_integer_inputs_without_a_domain_are_refused(dtype):
+def test_the_guard_refuses_integer_inputs_without_a_domain(dtype):
     with pytest.raises(
         GuardError, match=f"inputs are {dtype} without a declared domain.*InputDomain"
     ):
         private(nn.Sequential(Cast(), Reading(whole=True)), stream_of(None, dtype, (12,)))
 
 
-def test_a_model_that_fails_on_its_domain_is_refused():
+def test_the_guard_refuses_a_model_that_fails_on_its_domain():
     wide = InputDomain(shape=(12,), dtype=torch.int64, vocabulary=50, padding=0)
     with pytest.raises(GuardError, match=r"fails on synthetic records .*every record of the decl"):
         private(Reading(whole=True), stream_of(wide, torch.int64, (12,)))
@@ -224,7 +224,7 @@ class Ranked(Strategy):
         return losses * (2.0 if bool((batch.inputs > 50).any()) else 1.0)
 
 
-def test_losses_that_depend_on_extreme_records_are_refused():
+def test_the_guard_refuses_losses_that_depend_on_extreme_records():
     with pytest.raises(
         GuardError, match=r"Ranked.losses\(\) couples records: changing the other rows"
     ):
@@ -250,7 +250,7 @@ class Straight(Mixing):
         return self.head(Backwards.apply(x, torch.tanh(self.inner(x))))
 
 
-def test_gradients_that_depend_on_extreme_records_are_refused():
+def test_the_guard_refuses_gradients_coupled_by_extreme_records():
     model = Straight(None)
     model.inner = nn.Linear(5, 5)
     with pytest.raises(GuardError, match=r"layer inner in .*Naive.losses\(\) couples.*gradient"):
@@ -294,7 +294,7 @@ def test_the_guard_tests_features_as_it_tests_losses():
         ({"sequence_axes": (1,)}, "domain.sequence_axes"),
     ],
 )
-def test_an_invalid_input_domain_is_refused(fields, message):
+def test_an_input_domain_refuses_invalid_fields(fields, message):
     with pytest.raises(ConfigError, match=message):
         InputDomain(shape=(5,), **fields)
 

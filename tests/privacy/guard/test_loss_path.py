@@ -125,7 +125,9 @@ COUPLED = {
 
 
 @pytest.mark.parametrize("kind", COUPLED)
-def test_losses_that_couple_new_and_stored_rows_are_refused(learner_of, toy_stream, tmp_path, kind):
+def test_the_guard_refuses_losses_coupling_new_and_stored_rows(
+    learner_of, toy_stream, tmp_path, kind
+):
     strategy = COUPLED[kind]
     learner = learner_of(strategy, privacy=SIMULATED)
     refused(learner, toy_stream(), tmp_path, rf"{strategy.name}\.losses\(\).* couples rec")
@@ -174,7 +176,7 @@ class Taught(Strategy):
         return state.replace({"ready": torch.ones(())})
 
 
-def test_losses_that_couple_rows_by_a_later_state_are_refused(learner_of, toy_stream, tmp_path):
+def test_the_guard_refuses_losses_coupled_by_a_later_state(learner_of, toy_stream, tmp_path):
     learner = learner_of(Taught(), privacy=SIMULATED, folder=tmp_path)
     learner.prepare(toy_stream())
     learner.begin(0)
@@ -200,7 +202,7 @@ class Referring(AGEM):
         return (curator.reference(losses, params),)
 
 
-def test_references_that_couple_experiences_are_refused(learner_of, toy_data):
+def test_the_guard_refuses_references_that_couple_experiences(learner_of, toy_data):
     stream = split(toy_data, scenario="class", experiences=4)
     learner = learner_of(Referring(memory_size=8), stream=stream, privacy=SIMULATED)
     with pytest.raises(GuardError, match="the losses of 'reference' couples records"):
@@ -267,7 +269,9 @@ def shifted(row):
         {"views": Batchwise(count=2, change=shifted)},
     ],
 )
-def test_attacks_and_views_that_couple_rows_are_refused(learner_of, toy_stream, tmp_path, changes):
+def test_the_guard_refuses_attacks_and_views_that_couple_rows(
+    learner_of, toy_stream, tmp_path, changes
+):
     learner = learner_of(privacy=SIMULATED, **changes)
     message = r"Naive\.losses\(\) under the (attack|views) \w+ couples records"
     refused(learner, toy_stream(), tmp_path, message)

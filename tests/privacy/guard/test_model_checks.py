@@ -79,7 +79,7 @@ def test_built_in_models_are_accepted_with_group_norm_only(make):
         check_model(make(**options, norm="batch"))
 
 
-def test_layer_norm_and_group_norm_are_accepted():
+def test_the_guard_accepts_layer_norm_and_group_norm():
     model = nn.Sequential(nn.Linear(5, 6), nn.LayerNorm(6), nn.GroupNorm(2, 6))
     check_model(model)
     check_buffers(model, torch.rand(4, 5))
@@ -185,7 +185,7 @@ def as_cache(module, x):
     module.seen += 1
 
 
-def test_caches_that_do_not_depend_on_records_are_accepted():
+def test_the_guard_accepts_caches_independent_of_records():
     check_buffers(nn.Sequential(Keeping(as_cache), nn.Linear(5, 3)), torch.rand(4, 5))
 
 
@@ -235,7 +235,7 @@ def test_the_error_for_losses_that_couple_records_names_a_fix(losses):
         check_losses(losses, INPUTS, LABELS, "Mine.losses()")
 
 
-def test_a_nan_loss_is_refused():
+def test_the_guard_refuses_a_loss_that_is_nan():
     with pytest.raises(GuardError, match="couples records"):
         check_losses(
             lambda inputs, labels: each(inputs, labels) * float("nan"),
@@ -253,7 +253,7 @@ def test_the_error_for_a_mean_loss_names_the_fix(losses):
         )
 
 
-def test_losses_with_one_value_per_record_are_accepted():
+def test_the_guard_accepts_losses_with_one_value_per_record():
     check_losses(each, INPUTS, LABELS, "plain")
     check_losses(
         lambda inputs, labels: WEIGHTS[labels] * each(inputs, labels), INPUTS, LABELS, "weighted"
@@ -350,7 +350,7 @@ def test_built_in_strategies_are_accepted_with_dropout(toy_stream, toy_model, st
         (OnlyInTraining(), r"Naive.losses\(\) couples records"),
     ],
 )
-def test_a_model_that_mixes_records_is_refused(toy_stream, toy_model, layer, message):
+def test_the_guard_refuses_a_model_that_mixes_records(toy_stream, toy_model, layer, message):
     stream = toy_stream()
     model = toy_model(stream)
     if isinstance(layer, Centring):
@@ -372,13 +372,13 @@ def test_a_strategy_hook_that_reads_raw_records_is_stopped(toy_stream, toy_model
         private(toy_model(stream), Reader()).fit(stream)
 
 
-def test_a_stream_whose_records_depend_on_others_is_refused(toy_stream, toy_model):
+def test_privacy_refuses_streams_whose_records_depend_on_others(toy_stream, toy_model):
     stream = online(toy_stream(), chunk=10)
     with pytest.raises(GuardError, match=r"depends on other records.*exact=False"):
         private(toy_model(stream)).prepare(stream)
 
 
-def test_a_stream_with_assigned_by_record_none_is_refused(toy_stream, toy_model):
+def test_privacy_refuses_a_stream_with_assigned_by_record_none(toy_stream, toy_model):
     stream = replace(toy_stream(), assigned_by_record=None)
     with pytest.raises(
         GuardError, match=r"has assigned_by_record=None.* write Stream\(.*_by_record=True\) if"
@@ -392,7 +392,7 @@ def test_a_stream_with_assigned_by_record_none_is_refused(toy_stream, toy_model)
     ).fit(stream)
 
 
-def test_an_exact_split_over_clients_is_refused(toy_stream, toy_model):
+def test_privacy_refuses_an_exact_split_over_clients(toy_stream, toy_model):
     stream = toy_stream()
     evened, hashed = (iid(stream, clients=2, exact=exact)[0] for exact in (True, False))
     with pytest.raises(

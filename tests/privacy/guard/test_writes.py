@@ -26,7 +26,7 @@ from perdure.privacy.guard.writes import WriteWatch
     ],
 )
 @pytest.mark.parametrize("frozen", [False, True])
-def test_an_embedding_that_writes_weights_or_counts_is_refused(kind, options, reason, frozen):
+def test_the_guard_refuses_embeddings_that_write_or_count_words(kind, options, reason, frozen):
     model = nn.Sequential(kind(20, 4, **options).requires_grad_(not frozen), nn.Linear(4, 3))
     with pytest.raises(GuardError, match=f"0 is {kind.__name__} {reason}"):
         check_model(model)
@@ -95,7 +95,9 @@ PLACES = ["state seen", "buffer shift", "parameter frozen"]
 
 @pytest.mark.parametrize("through_data", [False, True])
 @pytest.mark.parametrize("where", PLACES)
-def test_losses_that_store_batch_sums_are_refused(learner_of, toy_stream, where, through_data):
+def test_the_guard_refuses_losses_that_store_batch_sums(
+    learner_of, toy_stream, where, through_data
+):
 
     learner = learner_of(
         Writing(where=where, through_data=through_data), model=Keeper(), privacy=SIMULATED
@@ -147,7 +149,7 @@ class Renewing(nn.Module):
         return self.head(x)
 
 
-def test_a_buffer_replaced_only_by_large_batches_is_refused(learner_of, toy_stream):
+def test_the_guard_refuses_a_buffer_replaced_by_large_batches(learner_of, toy_stream):
     with pytest.raises(GuardError, match=r"buffer mean (is written to|of the model changes)"):
         learner_of(model=Renewing(), privacy=SIMULATED, batch_size=24).fit(toy_stream())
 

@@ -29,7 +29,7 @@ def test_epsilon_of_separate_and_shared_records_is_as_documented():
 
 
 @pytest.mark.reference
-def test_five_trainings_on_the_same_data_add_up():
+def test_charges_of_five_trainings_on_one_partition_add_up():
     ledger = opened()
     for i in range(5):
         ledger.charge(entry({"e1": Q}, first_step=i * STEPS))
@@ -51,7 +51,7 @@ def test_stored_records_are_charged_to_their_own_partition():
 
 
 @pytest.mark.reference
-def test_a_batch_half_from_memory_charges_both_partitions():
+def test_a_batch_with_stored_rows_charges_both_partitions():
     ledger = opened()
     ledger.charge(entry({"e1": Q}))
     for i in range(2, 6):
@@ -189,7 +189,7 @@ def test_the_printed_statement_names_all_assumptions():
         ([{"e1": 0.5}], "Poisson sampling"),
     ],
 )
-def test_the_statement_says_no_sampling_at_rate_1(scopes, sampling):
+def test_the_privacy_statement_says_no_sampling_at_rate_1(scopes, sampling):
     """A Poisson sample at rate 1 contains every record."""
     ledger = opened()
     for number, scope in enumerate(scopes):
@@ -199,7 +199,7 @@ def test_the_statement_says_no_sampling_at_rate_1(scopes, sampling):
     assert f"PLD, {sampling}, " in str(ledger.statement(DELTA))
 
 
-def test_the_statement_warns_of_a_large_delta():
+def test_the_privacy_statement_warns_of_a_large_delta():
     ledger = opened()
     ledger.charge(entry())
     units = sum(ledger.sizes.values())
@@ -209,7 +209,7 @@ def test_the_statement_warns_of_a_large_delta():
     assert str(at).endswith(f"; delta is not below 1 / {units} records: whole ones may leak)")
 
 
-def test_the_statement_of_a_secret_key_is_not_a_simulation(tmp_path):
+def test_a_statement_about_secret_noise_says_no_simulation(tmp_path):
     key = NoiseKey.from_os(tmp_path / "key")
     ledger = opened(key=key, unit="client", relation="replace-one")
     ledger.charge(
@@ -240,7 +240,7 @@ def test_the_printed_epsilon_is_rounded_up():
 @pytest.mark.parametrize(
     "wrong", [{"unit": "client"}, {"relation": "replace-one"}, {"simulated": False}]
 )
-def test_the_ledger_refuses_another_unit_relation_or_noise(wrong):
+def test_the_ledger_refuses_entries_of_another_unit_or_relation(wrong):
     ledger = opened()
     with pytest.raises(LedgerError, match=next(iter(wrong))):
         ledger.charge(entry(**wrong))
@@ -294,7 +294,7 @@ def test_a_projection_writes_nothing_to_the_ledger():
 PLAN = {"e1": [Charge(Q, NOISE, STEPS)], "e2": [Charge(Q, NOISE, STEPS), Charge(1.0, 10.0, 1)]}
 
 
-def test_a_plan_over_budget_is_refused_with_amount_and_fix():
+def test_the_ledger_refuses_a_plan_over_budget_with_the_fix():
     ledger = opened()
     with pytest.raises(
         BudgetError,

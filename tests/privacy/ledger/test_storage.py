@@ -186,7 +186,7 @@ def test_a_crash_at_any_point_loses_no_ledger_entry(tmp_path, crash):
 
 
 @pytest.mark.parametrize("crash", range(3))
-def test_a_caught_failure_leaves_the_open_ledger_usable(tmp_path, crash):
+def test_an_open_ledger_works_after_a_failed_write_is_caught(tmp_path, crash):
     point_reached = []
 
     def trace(point):
@@ -317,7 +317,7 @@ def test_merge_refuses_equal_owners_and_mixed_units(clients, tmp_path):
     assert merge([]).worst(DELTA) == ("none", 0.0)
 
 
-def test_a_file_that_is_no_ledger_is_refused(tmp_path):
+def test_reading_a_file_that_is_no_ledger_is_refused(tmp_path):
     for content in (b"", b"\xff\x00\n", b"[1]\n", b"{}\n"):
         (tmp_path / "x.jsonl").write_bytes(content)
         with pytest.raises(PerdureError, match="line 1"):

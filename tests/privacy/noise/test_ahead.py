@@ -33,7 +33,7 @@ def added(key, **changes):
         {"n": N - 1},
     ],
 )
-def test_noise_drawn_ahead_equals_noise_drawn_on_request(changes):
+def test_noise_drawn_ahead_equals_noise_drawn_when_needed(changes):
     """Whatever is requested next equals the answer of a key without a draw ahead."""
     key = NoiseKey.from_seed(0)
     key.draw_ahead(N, SCALE, **PLACE)
@@ -58,7 +58,7 @@ def test_noise_is_drawn_ahead_on_another_thread():
     assert (ahead.take("a") == 2).all()
 
 
-def test_noise_that_failed_ahead_is_drawn_again_on_request():
+def test_noise_that_failed_ahead_is_drawn_again_when_needed():
     ahead = DrawAhead()
     ahead.begin("a", N, lambda room: room.reshape(-1, 0))
     assert ahead.take("a") is None

@@ -125,7 +125,7 @@ def test_the_discrete_gaussian_is_not_a_rounded_gaussian():
 
 @pytest.mark.statistical
 @pytest.mark.parametrize(("sigma", "n"), [(0.7, 40_000), (4.4, 40_000)])
-def test_discrete_gaussian_has_the_right_parities_and_tails(sigma, n):
+def test_discrete_gaussian_has_the_exact_parities_and_tails(sigma, n):
     """Each share is binomial with flakiness 1e-6; a share a fifth higher or lower (in the tail,
     half) is rejected.
     """
@@ -160,7 +160,7 @@ def test_the_discrete_gaussian_with_tiny_sigma_gives_zeros():
     assert discrete_gaussian(0, 1.0, stream()).shape == (0,)
 
 
-def test_discrete_gaussian_noise_depends_only_on_the_request():
+def test_discrete_gaussian_noise_depends_only_on_its_stream():
     first, again, other = (discrete_gaussian(50, 9.0, stream(step)) for step in (0, 0, 1))
     assert torch.equal(first, again) and (first == other).sum() < 15
     assert discrete_gaussian(8, 4.0, stream()).tolist() == PINNED
@@ -176,7 +176,7 @@ def test_the_discrete_gaussian_refuses_an_invalid_sigma(sigma):
         discrete_gaussian(1, sigma, stream())
 
 
-def test_the_random_stream_continues_and_differs_by_request():
+def test_the_noise_stream_continues_and_differs_per_purpose():
     """Two calls continue one keystream, which differs from coins, normals and other places."""
     key = NoiseKey.from_seed(0)
     whole = stream()(96)

@@ -113,7 +113,7 @@ def test_a_forked_child_with_an_equal_process_id_draws_nothing(tmp_path, key, mo
     assert log.nonce_for("gradient", "e", 1, OTHER) == mine
 
 
-def test_a_simulation_in_memory_continues_in_a_child_process():
+def test_a_simulation_in_memory_works_in_a_forked_child_process():
     log = DrawLog(None, NoiseKey.from_seed(0), "boot 1")
     log.open("e")
     assert refused_in_child(log) == ""
@@ -179,7 +179,7 @@ def test_a_draw_log_without_head_charges_open_entries_again(written, key):
     assert log.seen("b") and not log.seen("a")
 
 
-def test_a_kill_between_log_line_and_head_loses_no_draw(written, key):
+def test_a_kill_between_draw_log_line_and_head_loses_no_draw(written, key):
     path, copy = written
     before = path.with_suffix(".head").read_bytes()
     log = DrawLog(path, key, "boot 1", copies=[copy])
@@ -190,7 +190,7 @@ def test_a_kill_between_log_line_and_head_loses_no_draw(written, key):
     assert again.nonce_for("gradient", "b", 1, SUM) == nonce and not again.seen("b")
 
 
-def test_a_second_open_draw_log_stops_the_first_one(written, key):
+def test_opening_a_draw_log_again_stops_the_first_learner(written, key):
     path, _ = written
     first = DrawLog(path, key, "boot 1")
     second = DrawLog(path, key, "boot 1")

@@ -115,7 +115,7 @@ def test_noise_table_probabilities_have_the_stated_error(scale):
 
 @pytest.mark.reference
 @pytest.mark.parametrize("scale", [700.0, 1.1 * 2**21, 2.0**38])
-def test_the_sampler_keeps_integers_with_the_right_probability(scale):
+def test_the_noise_sampler_keeps_integers_with_exact_probability(scale):
     table = gaussian_table(scale)
     width = 2**table.offset_bits
     cells = np.repeat([0, 1, 300, 2000, len(table.slope) - 1], 5)

@@ -41,7 +41,7 @@ def test_the_key_file_is_created_once_with_mode_0600(tmp_path):
     assert not first.simulated
 
 
-def test_two_keys_from_the_system_differ(tmp_path):
+def test_two_noise_keys_from_the_operating_system_differ(tmp_path):
     a = NoiseKey.from_os(tmp_path / "a")
     b = NoiseKey.from_os(tmp_path / "b")
     assert a.mac(b"x") != b.mac(b"x")
@@ -56,7 +56,7 @@ def test_a_key_file_readable_by_others_is_refused(tmp_path, mode):
         NoiseKey.from_os(path)
 
 
-def test_a_damaged_key_file_is_refused(tmp_path):
+def test_a_noise_key_file_of_another_length_is_refused(tmp_path):
     path = tmp_path / "noise.key"
     path.write_bytes(b"short")
     path.chmod(0o600)
@@ -141,7 +141,7 @@ def test_a_keystream_reader_continues_at_the_last_position():
     )
 
 
-def test_equal_noise_requests_give_equal_and_pinned_values():
+def test_equal_seeds_and_purposes_give_equal_pinned_noise():
     """Pinned values keep simulated runs reproducible from one version to the next."""
     assert torch.equal(draw(), draw())
     key = NoiseKey.from_seed(0, "client 3")
@@ -169,7 +169,7 @@ def test_equal_noise_requests_give_equal_and_pinned_values():
         {"scale": SCALE * (1 + 2**-30)},
     ],
 )
-def test_changed_noise_requests_give_different_values(change):
+def test_a_changed_seed_purpose_or_scale_gives_other_noise(change):
     base = draw()
     other = draw(**change)
     m = min(len(base), len(other))

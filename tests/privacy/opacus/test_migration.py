@@ -257,7 +257,7 @@ def test_unwrapping_removes_data_parallel_wrappers(tmp_path):
 # --------------------------------------------------------------------------- on with perdure
 
 
-def test_a_learner_continues_a_training_with_opacus(toy_stream, toy_model):
+def test_a_learner_counts_charges_of_an_earlier_opacus_training(toy_stream, toy_model):
     stream = toy_stream()
     engine, wrapped, optimizer, _ = engine_for(
         nn.Sequential(nn.Flatten(), toy_model(stream)), steps=6
