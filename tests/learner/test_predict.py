@@ -1,11 +1,13 @@
 """Predictions and scores that a user asks a learner for."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from perdure.data.records import Records
 from perdure.errors import ConfigError, PrivacyError
-from perdure.learner import evaluation
+from perdure.learner import evaluate_with, evaluation
 from perdure.privacy.settings import Privacy
 from perdure.strategies import ICaRL
 from perdure.tasks import SingleLabel
@@ -76,12 +78,34 @@ def test_score_refuses_private_training_records(learner_of, toy_stream):
         stream=stream, optimizer=torch.optim.SGD, privacy=Privacy(noise_multiplier=1.0, seed=0)
     )
     learner.prepare(stream)
-    with pytest.raises(PrivacyError, match=r"training records of experience 1.*public test"):
+    with pytest.raises(PrivacyError, match=r"records are training records.*public test"):
         learner.score(stream[1].train)
     assert 0 <= learner.score(stream[1].test) <= 100
     plain = learner_of(stream=stream)
     plain.prepare(stream)
     assert 0 <= plain.score(stream[1].train) <= 100
+
+
+def test_no_number_of_private_training_records_is_given(learner_of, toy_stream):
+    """Neither under another name, nor without ids, nor as the test records of another stream."""
+    stream = toy_stream("class")
+    learner = learner_of(
+        stream=stream, optimizer=torch.optim.SGD, privacy=Privacy(noise_multiplier=1.0, seed=0)
+    )
+    learner.prepare(stream)
+    train = stream[0].train
+    leaky = replace(stream, experiences=tuple(replace(each, test=each.train) for each in stream))
+    for measure in (
+        lambda: learner.score(replace(train, inputs=train.inputs.clone(), partition="mine")),
+        lambda: learner.score(Records(inputs=train.inputs, labels=train.labels)),
+        lambda: learner.predict(train.inputs),
+        lambda: learner.evaluate(leaky),
+        lambda: learner.session.evaluate(leaky),
+        lambda: evaluate_with(learner, leaky, {}),
+    ):
+        with pytest.raises(PrivacyError, match="are training records of a model with privacy"):
+            measure()
+    assert len(learner.evaluate(stream)) == len(stream)
 
 
 def test_score_refuses_objects_that_are_no_records_of_the_task(learner_of, toy_stream, rows):

@@ -108,6 +108,27 @@ def refuse_measured_records(stream: Stream) -> None:
             raise DataError(_of_both(f"experience {experience.index} of {stream.name}", test, both))
 
 
+def learnt_rows(streams: Iterable[Stream], rows: Tensor, ids: Tensor | None = None) -> Tensor:
+    """Find rows that are training records of some streams, by their memory or their ids.
+
+    Names of partitions are not compared, because a record keeps its identity under another name.
+
+    Args:
+        streams: streams with training records.
+        rows: (n, ...) inputs.
+        ids: (n,) ids that were given to the rows; None if they are positions or not known.
+
+    Returns:
+        (n,) bool, on the CPU.
+    """
+    learnt = [experience.train for stream in streams for experience in stream]
+    files = _mapped_files()
+    places = addresses_of(rows)
+    known = files.places(_addresses(learnt))
+    found = torch.isin(files.places(places), known) & (places != 0)
+    return found if ids is None else found | torch.isin(ids.cpu(), _ids(learnt))
+
+
 def _of_both(name: str, test: Records, both: Tensor) -> str:
     """Build the message about test records that are training records, too."""
     row = int(both[0])

@@ -28,6 +28,7 @@ from perdure.export.int8 import quantise
 from perdure.export.measures import Rows, Variant, measured, scores_of
 from perdure.export.predictor import Predictor, predictor_of
 from perdure.export.pruning import prune as prune_weights
+from perdure.learner.evaluation import refuse_learnt
 from perdure.learner.learner import Learner
 from perdure.learner.model_history import trainings_of
 from perdure.privacy.ledger.account import Statement
@@ -101,14 +102,15 @@ def export_learner(
     Raises:
         ConfigError: for an option that is not allowed, or a package that is not installed.
         ExportError: if the format cannot store the predictor, or the files give other outputs.
-        PrivacyError: if a private model would be distilled on its training records, or its
-            privacy statement is not known.
+        PrivacyError: if a private model would be distilled or measured on its training records, or
+            its privacy statement is not known.
     """
     kind = format_of(to)
     if int8 and kind.name == "safetensors":
         raise ConfigError.of("int8", True, "only with to='torch-export' or to='onnx'")
     stated = statement or _statement(learner)
     stream = learner.stream
+    refuse_learnt(learner.session, stream)
     rows = Rows.of(stream)
     predictor = predictor_of(learner)
     options = {"distillation": distillation, "prune": prune, "int8": int8}

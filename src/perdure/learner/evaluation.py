@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from perdure.data.experience import Stream
+from perdure.data.record_identity import learnt_rows
 from perdure.data.records import Records
 from perdure.errors import ConfigError, PrivacyError
 from perdure.learner.model_history import trainings_of
@@ -41,7 +42,11 @@ def measurements(party: Party, stream: Stream, batch_size: int) -> list[float]:
         party: party with model, strategy and state.
         stream: stream whose test records are used.
         batch_size: number of rows of one pass.
+
+    Raises:
+        PrivacyError: for training records of a model that was trained with privacy.
     """
+    refuse_learnt(party, stream)
     after = trained_last(party)
     found = []
     with torch.no_grad(), evaluating(party.model):
@@ -76,10 +81,13 @@ def outputs_for(party: Party, inputs: Tensor, experience: int | None) -> Tensor:
     Raises:
         ConfigError: if the experience is missing or not allowed, if inputs have another shape or
             type than the stream's, or if outputs are NaN or infinite.
+        PrivacyError: if rows are training records of a model that was trained with privacy.
     """
     after = trained_last(party)
     index = _asked(party.stream, experience, after)
     _check_inputs(party.stream, inputs)
+    if _is_private(party):
+        _refuse_learnt_rows(party, inputs, "inputs")
     inputs = inputs.to(party.device)
     with torch.no_grad(), evaluating(party.model):
         answer = predictor(party, index, after=after)
@@ -113,9 +121,8 @@ def score_of(party: Party, records: Records, experience: int | None) -> float:
         raise ConfigError.of("records", type(records).__name__, "Records, such as stream[0].test")
     if records.task != party.stream.task:
         raise ConfigError.of("records", records.task, f"records of {party.stream.task}")
-    before = trainings_of(party.model)
-    if party.privacy is not None or any(each.private or each.entries for each in before):
-        _refuse_trained_records(party.stream, records)
+    if _is_private(party):
+        _refuse_learnt_rows(party, records, "records")
     outputs = outputs_for(party, records.inputs, experience)
     labels = records.labels.to(outputs.device)
     return evaluate(records.task, lambda rows: outputs, records.inputs, labels, max(1, len(labels)))
@@ -153,16 +160,38 @@ def _check_inputs(stream: Stream, inputs: object) -> None:
         )
 
 
-def _refuse_trained_records(stream: Stream, records: Records) -> None:
-    for experience in stream:
-        train = experience.train
-        if records.partition == train.partition and bool(
-            torch.isin(records.ids.to(train.ids.device), train.ids).any()
-        ):
-            raise PrivacyError(
-                f"records are training records of experience {experience.index}, and a score of "
-                "private records is no release; score public test records"
-            )
+def refuse_learnt(party: Party, stream: Stream) -> None:
+    """Refuse a stream whose test records a model with privacy was trained on.
+
+    Raises:
+        PrivacyError: names the stage.
+    """
+    if not _is_private(party):
+        return
+    seen: set[int] = set()
+    for stage in stream.stages:
+        if id(stage.test) not in seen:
+            seen.add(id(stage.test))
+            _refuse_learnt_rows(party, stage.test, f"test records of stage {stage.number}")
+
+
+def _refuse_learnt_rows(party: Party, records: Records | Tensor, name: str) -> None:
+    ids = None
+    rows = records
+    if isinstance(records, Records):
+        ids = None if records.ids_by_position else records.ids
+        rows = records.inputs
+    assert isinstance(rows, Tensor)
+    if bool(learnt_rows((party.stream, party.training.stream), rows, ids).any()):
+        raise PrivacyError(
+            f"{name} are training records of a model with privacy, and numbers of private records "
+            "are no release; use public test records, or ids that no training record has"
+        )
+
+
+def _is_private(party: Party) -> bool:
+    before = trainings_of(party.model)
+    return party.privacy is not None or any(each.private or each.entries for each in before)
 
 
 def filled_matrix(matrix: list[list[float]], *, width: int) -> Tensor:

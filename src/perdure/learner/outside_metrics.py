@@ -7,7 +7,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from perdure.data.experience import Stream
-from perdure.learner.evaluation import trained_last
+from perdure.learner.evaluation import refuse_learnt, trained_last
 from perdure.learner.learner import Learner
 
 
@@ -41,7 +41,11 @@ def evaluate_with(
 
     Returns:
         For every stage, the value of `compute` by name; NaN for a stage without test records.
+
+    Raises:
+        PrivacyError: for training records of a learner with privacy.
     """
+    refuse_learnt(learner.session, stream)
     found: list[dict[str, Any]] = []
     after = trained_last(learner.session)
     for stage in stream.stages:

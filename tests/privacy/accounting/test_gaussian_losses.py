@@ -1,5 +1,8 @@
 """Loss distributions of one Gaussian step against those of dp-accounting."""
 
+import math
+
+import numpy as np
 import pytest
 from dp_accounting import NeighboringRelation
 from dp_accounting.pld import privacy_loss_distribution
@@ -43,3 +46,19 @@ def test_a_gaussian_step_equals_the_step_of_dp_accounting(relation, rate, noise,
     for delta in (1e-3, 1e-5):
         found, expected = (one.get_epsilon_for_delta(delta) for one in many)
         assert found == pytest.approx(expected, rel=1e-6)
+
+
+def test_rounding_never_lowers_epsilon():
+    """Delta of repeated steps against transforms of numbers with 64-bit mantissas."""
+    steps = 100_000
+    for side in gaussian_step(0.01, 50.0, "add-remove", 1e-3).sides:
+        found = side.repeated(steps)
+        size = 2 * len(found.to_dense_pmf()._probs) + len(side.masses)
+        powers = np.fft.rfft(side.masses.astype(np.longdouble), size) ** steps
+        low = found._lower_loss - steps * side.lowest
+        exact = np.roll(np.fft.irfft(powers, size), -low)[: len(found._probs)].astype(float)
+        losses = (found._lower_loss + np.arange(len(exact))) * 1e-3
+        for epsilon in (0.0, 0.3, 0.8, 5.0, 20.0):
+            beyond = exact * -np.expm1(np.minimum(epsilon - losses, 0))
+            infinite = -math.expm1(steps * math.log1p(-side.infinite))
+            assert found.get_delta_for_epsilon(epsilon) >= beyond.sum() + infinite
