@@ -326,7 +326,7 @@ def bytes_of_tensors() -> int:
     gc.collect()
     storages = {}
     for each in gc.get_objects():
-        if issubclass(type(each), Tensor):
+        if type(each) in (Tensor, nn.Parameter):  # not the tensors of tracers, without memory
             for tensor in (each, each.grad if each.is_leaf else None):
                 if tensor is not None:
                     storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
@@ -367,7 +367,10 @@ def main() -> None:
     unknown = set(args.rows) - measures.keys()
     if unknown:
         parser.error(f"no row {', '.join(sorted(unknown))}; allowed: {', '.join(measures)}")
-    rows = [row for name in args.rows or measures for row in measures[name]()]
+    rows = []
+    for name in args.rows or measures:
+        rows += measures[name]()
+        print(rows[-1], flush=True)
     show(rows)
     if args.json:
         store_rows(args.json, rows, seed=0)

@@ -1,4 +1,4 @@
-"""Runs of several seeds and arms: means, trainings that ran away, and runs that were stopped."""
+"""Runs of several seeds and arms: means, trainings that diverged, and runs that were stopped."""
 
 import json
 import math

@@ -10,8 +10,7 @@ from perdure.errors import ConfigError
 from perdure.metrics import summarise
 
 if TYPE_CHECKING:
-    from perdure.learner.learner import Learner
-    from perdure.learner.points import Callback
+    from perdure.learner.learner import Callback, Learner
 
 
 def log_to(evaluator: Any) -> "Callback":

@@ -28,8 +28,7 @@ from perdure.experiment.results import (
     spending,
 )
 from perdure.experiment.training_config import TrainingConfig
-from perdure.learner.learner import Learner
-from perdure.learner.points import Callback
+from perdure.learner.learner import Callback, Learner
 from perdure.metrics import summarise
 from perdure.privacy.ledger.merged import Merged, merge
 from perdure.tasks import SingleLabel, refuse_other_tasks

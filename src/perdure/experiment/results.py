@@ -271,7 +271,7 @@ def collect_explanations(config: Config, folder: Path) -> Explanations | None:
     arm = explained_arm(config)
     trial = config.trial(arm, config.all_seeds[0])
     files = sorted((folder / "arms" / trial).glob("explanation-*.safetensors"))
-    if not files:  # its training ran away
+    if not files:  # its training diverged
         return None
     parts = [load_file(path) for path in files]
     joined = {"inputs": parts[0]["inputs"], "labels": parts[0]["labels"]}

@@ -35,9 +35,8 @@ from perdure.experiment.results import (
 )
 from perdure.experiment.seeds import arm_result
 from perdure.learner.fingerprint import VERSION, flat, refuse_other_run
-from perdure.learner.learner import Learner
+from perdure.learner.learner import Callback, Learner
 from perdure.learner.model_history import Training, mark
-from perdure.learner.points import Callback
 from perdure.privacy.ledger.merged import merge
 from perdure.privacy.ledger.merged import read as read_ledger
 from perdure.utils.atomic_files import write_atomically, write_json

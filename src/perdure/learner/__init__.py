@@ -5,9 +5,9 @@ the learner calls at the points named in `POINTS`. `evaluate_with` measures a le
 of another library.
 """
 
-from perdure.learner.learner import Learner
+from perdure.learner.learner import Callback, Learner
 from perdure.learner.outside_metrics import OutsideMetric, evaluate_with
-from perdure.learner.points import POINTS, Callback
+from perdure.learner.points import POINTS
 from perdure.learner.session import Session
 
 __all__ = [

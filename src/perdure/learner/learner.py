@@ -34,7 +34,6 @@ from perdure.learner.fingerprint import Fingerprint, fingerprint_of
 from perdure.learner.noise_digest import noise_digest
 from perdure.learner.optimizers import MakeOptimizer, made_optimizer, options_of, put_options
 from perdure.learner.party import OWNER
-from perdure.learner.points import Callback
 from perdure.learner.private_setup import refuse_optimizer
 from perdure.learner.run_folder import checkpoint_of, restore_checkpoint, write_checkpoint
 from perdure.learner.sanity_checks import refuse_second_ledger
@@ -55,6 +54,9 @@ from perdure.types import Params
 from perdure.utils.checked_fields import check_fields
 from perdure.utils.denormals import flushed
 from perdure.utils.modules import same_bits, trainable_parameters
+
+Callback = Callable[[str, "Learner"], None]
+"""Function that is called at every named point of the loop; see `perdure.learner.POINTS`."""
 
 
 @dataclass(kw_only=True)
@@ -443,8 +445,6 @@ class Learner:
         """Parameters that require gradients, by name."""
         return dict(trainable_parameters(self.model))
 
-    # ------------------------------------------------------------------ inside
-
     def __post_init__(self) -> None:
         check_arguments(vars(self))
         check_fields(self, prefix="", only=PLAIN)
@@ -474,8 +474,7 @@ class Learner:
     def _rewind(self, snapshot: Snapshot) -> None:
         """Restore the progress from a snapshot, and the schedule as it was at its first step."""
         self.progress = [(index, list(row)) for index, row in snapshot.facts.get(PROGRESS, ())]
-        self._rates = None
-        self._scheduler = None
+        self._rates = self._scheduler = None
         if snapshot.facts["scheduler"]:
             self._new_schedule(snapshot.facts["position"]["experience"])
 
@@ -491,9 +490,9 @@ class Learner:
             steps = self.training.steps(self.position.experience)
             self._rates = replayed(self._rates, self.optimizer, self.scheduler, steps)
             rates = self._rates.text
-        parts = (self.session, self._optimizer, self._scheduler)
-        live = take_snapshot(*parts, self.matrix, copy=False)
-        return noise_digest(self.session, live, self._optimizer, self._scheduler, rates)
+        optimizer, scheduler = self._optimizer, self._scheduler
+        live = take_snapshot(self.session, optimizer, scheduler, self.matrix, copy=False)
+        return noise_digest(self.session, live, optimizer, scheduler, rates)
 
     def _notify(self, point: str) -> None:
         for callback in self.callbacks:

@@ -1,13 +1,5 @@
 """Named points of the loop, at which callbacks are called."""
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from perdure.learner.learner import Learner
-
-Callback = Callable[[str, "Learner"], None]
-"""Function that is called at every named point of the loop; the names are `POINTS`."""
 POINTS = (
     "experience.begin",
     "block.begin",

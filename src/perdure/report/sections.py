@@ -184,7 +184,7 @@ def _failed(result: Result) -> str:
     if not failures:
         return ""
     return (
-        '<p class="warning">Trainings that ran away, and are in no number of this page:</p>'
+        '<p class="warning">Trainings that diverged; no number on this page includes them:</p>'
         f"<ul>{''.join(failures)}</ul>"
     )
 

@@ -17,8 +17,7 @@ from perdure.data.experience import Stream
 from perdure.data.records import Batch, Records
 from perdure.data.scenarios import split
 from perdure.errors import ConformanceError
-from perdure.learner.learner import Learner
-from perdure.learner.points import Callback
+from perdure.learner.learner import Callback, Learner
 from perdure.models.classifiers import mlp
 from perdure.privacy.settings import Privacy
 from perdure.testing.recording_curator import Question, RecordingCurator
