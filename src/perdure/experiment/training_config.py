@@ -142,7 +142,7 @@ class ScheduleConfig(CheckedFields):
         return cls(name=name, options={k: lengths.get(k, values[k]) for k in options})
 
     def __call__(self, optimizer: Optimizer, *, steps: int) -> LRScheduler:
-        """Make the schedule of an experience that has `steps` steps."""
+        """Make the learning-rate schedule of an experience that has `steps` optimiser steps."""
         function = self.function("name")
         if ":" in self.name:
             made: LRScheduler = function(optimizer, steps=steps, **self.options)

@@ -2,8 +2,9 @@
 
 The losses are those of strategy and task.
 
-Each part may be user code. Records are independent by construction only if no part is: every part
-that is neither this library's nor a listed module of torch is named by `foreign_parts`.
+Each part may be user code. Independence of records holds by construction only if no part is user
+code: `foreign_parts` names every part that is neither from this library nor a torch module that is
+known to treat records independently.
 """
 
 from collections.abc import Callable, Mapping

@@ -155,7 +155,10 @@ class ReleasedScaling:
 
 
 def _row_sums(inputs: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """(n, 2 k) values u and u^2 of every column, averaged over the positions of a channel."""
+    """Return rows (n, 2 k): for each of k channels the means over its positions of u and of u^2.
+
+    u is the input, mapped from [low, high] to [-1, 1] and clamped; NaN counts as 0.
+    """
     u = ((inputs - low) / (high - low) * 2 - 1).clamp(-1, 1).nan_to_num(0.0)
     flat = u.flatten(2) if u.dim() > 2 else u.unsqueeze(2)
     # float64, so that a record's row does not depend on how a batch is summed

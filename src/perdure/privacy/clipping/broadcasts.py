@@ -82,7 +82,7 @@ COPIES = frozenset({"ExpandBackward0", "RepeatBackward0"})
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Use:
-    """One use of a parameter in the rows of all records.
+    """One place where a parameter, or a view q of it, is broadcast over the rows of all records.
 
     Args:
         name: name of the parameter in the model.

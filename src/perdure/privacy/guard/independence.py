@@ -196,7 +196,10 @@ def independence(model: nn.Module, domain: InputDomain | None = None) -> Indepen
 
 
 def unlisted(model: nn.Module) -> tuple[str, ...]:
-    """Names and types of the modules that make a model "tested", not "by construction"."""
+    """Names and types of the modules that are not known to treat every record on its own.
+
+    With any of them the independence of records is tested, and not guaranteed by construction.
+    """
     hooked = _hooked_everywhere()
     return tuple(
         f"{name or 'model'}: {type(module).__name__}"
