@@ -241,8 +241,7 @@ class Party:
         """Context manager that refuses writes to a parameter, a buffer or the state.
 
         Args:
-            values: also compare values, because version counters may miss writes; this happens once
-                per block anyway.
+            values: also compare values, because version counters may miss writes.
 
         Raises:
             GuardError: names the tensor.
@@ -476,8 +475,7 @@ class Party:
 
     @cached_property
     def _trained_on(self) -> str:
-        names = sorted(self.stream.partitions[-1])
-        return f"trained without privacy on {', '.join(names)}"
+        return f"trained without privacy on {', '.join(sorted(self.stream.partitions[-1]))}"
 
     def seed_of(self, purpose: str, step: int) -> Seed:
         """Return the seed of random numbers inside a step; it is secret under privacy."""
