@@ -105,7 +105,7 @@ def test_a_strategy_trains_every_sequence_model(name, privacy):
     data = Dataset(
         name="words",
         train=records,
-        test=replace(records, ids=records.ids + 100),
+        test=replace(records, inputs=inputs.clone(), ids=records.ids + 100),
         num_classes=3,
         input_shape=(LENGTH,),
     )

@@ -260,7 +260,7 @@ def stream_with_a_missing_date(labels):
     x = torch.rand(40, 30, generator=draw)
     x[0, 3:5] = MISSING_DATE
     train = Records(inputs=x, labels=labels, ids=torch.arange(40), partition="p", declared_size=40)
-    test = Records(inputs=x[1:9], labels=labels[1:9], partition="t")
+    test = Records(inputs=x[1:9].clone(), labels=labels[1:9], partition="t")
     only = Experience(index=0, train=train, test=test, classes=tuple(range(10)))
     return Stream(
         name="dates",

@@ -477,7 +477,8 @@ def test_the_bound_check_refuses_only_without_an_input_range(declared, one_threa
     inputs = torch.rand(16, 8, generator=place)
     domain = InputDomain(shape=(8,), range=(0.0, 1.0)) if declared else None
     train = Records(inputs=inputs, labels=torch.arange(16) % 3, partition="p", domain=domain)
-    data = Dataset(name="rows", train=train, test=train, num_classes=3, input_shape=(8,))
+    test = replace(train, inputs=inputs.clone())
+    data = Dataset(name="rows", train=train, test=test, num_classes=3, input_shape=(8,))
     learner = Learner(
         model=before_a_normalisation(Outer(8, 16)),
         strategy=Naive(),

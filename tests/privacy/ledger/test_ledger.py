@@ -251,7 +251,7 @@ def test_a_partition_cannot_be_declared_with_two_sizes():
     ledger = opened(partitions=1)
     ledger.declare("e1", N)
     assert len(ledger.chain.lines) == 2
-    with pytest.raises(LedgerError, match="12000 records, now 12001"):
+    with pytest.raises(LedgerError, match="12000 records, now with 12001"):
         ledger.declare("e1", N + 1)
     with pytest.raises(ConfigError):
         ledger.declare("e2", 0)

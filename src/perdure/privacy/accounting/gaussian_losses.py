@@ -8,6 +8,7 @@ of exponentials, which takes nine tenths of a calibration; here one formula cove
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -47,16 +48,14 @@ class Losses:
     masses: Numbers
     infinite: float
 
-    def once(self) -> "DensePLDPmf":
-        """Return the losses of one step, as a distribution of dp-accounting."""
+    def pmf(self) -> "DensePLDPmf":
+        """Return the losses as a distribution of dp-accounting."""
         from dp_accounting.pld.pld_pmf import DensePLDPmf
 
         return DensePLDPmf(self.interval, self.lowest, self.masses, self.infinite, True)
 
-    def repeated(self, steps: int) -> "DensePLDPmf":
+    def repeated(self, steps: int) -> "Losses":
         """Return the losses of `steps` steps together; tails and rounding count as infinite."""
-        from dp_accounting.pld.pld_pmf import DensePLDPmf
-
         low, high = self._bounds(steps)
         least = max(high - low + 1, len(self.masses))
         # transforms of such lengths are fast
@@ -65,8 +64,11 @@ class Losses:
         around = np.fft.irfft(np.fft.rfft(self.masses, size) ** steps, size)
         masses = np.roll(around, -low)[: high - low + 1]
         infinite = TAIL + steps * ROUNDING - math.expm1(steps * math.log1p(-self.infinite))
-        return DensePLDPmf(
-            self.interval, self.lowest * steps + low, masses, min(1.0, infinite), True
+        return Losses(
+            interval=self.interval,
+            lowest=self.lowest * steps + low,
+            masses=masses,
+            infinite=min(1.0, infinite),
         )
 
     def _bounds(self, steps: int) -> tuple[int, int]:
@@ -108,16 +110,16 @@ class GaussianStep:
 
     def once(self) -> "PrivacyLossDistribution":
         """Return the privacy loss distribution of one step."""
-        return self._both([side.once() for side in self.sides])
+        return self._both(self.sides)
 
     def repeated(self, steps: int) -> "PrivacyLossDistribution":
         """Return the privacy loss distribution of `steps` steps together."""
-        return self._both([side.repeated(steps) for side in self.sides])
+        return self._both(side.repeated(steps) for side in self.sides)
 
-    def _both(self, masses: "list[DensePLDPmf]") -> "PrivacyLossDistribution":
+    def _both(self, sides: Iterable[Losses]) -> "PrivacyLossDistribution":
         from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
 
-        return PrivacyLossDistribution(*masses)
+        return PrivacyLossDistribution(*(side.pmf() for side in sides))
 
 
 def gaussian_step(rate: float, noise: float, relation: Relation, interval: float) -> GaussianStep:
