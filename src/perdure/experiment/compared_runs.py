@@ -9,25 +9,21 @@ from typing import Any
 
 from perdure.errors import ConfigError, RunError
 from perdure.experiment.data_config import DataConfig
-from perdure.experiment.result_schema import ArmResult, Epsilon, Result, TrialResult, read_result
+from perdure.experiment.result_schema import (
+    MEASURES,
+    ArmResult,
+    Epsilon,
+    Result,
+    TrialResult,
+    read_result,
+)
 from perdure.tasks import Metric
 
 OF_NO_ARM = ("name", "seed", "seeds", "threads", "device", "arms", "data", "explain")
 """Top-level keys of a config that are ignored when the settings of two arms are compared."""
 OF_NO_STREAM = ("root", "experiences", "scenario")
 """Fields of `[data]` that are ignored when the streams of two runs are compared."""
-PLAIN = (
-    "average_accuracy",
-    "learning_accuracy",
-    "forgetting",
-    "backward_transfer",
-    "forward_transfer",
-    "worst_experience_accuracy",
-    "area_under_accuracy",
-    "robust_accuracy",
-    "state_bytes",
-    "seconds",
-)
+PLAIN = (*MEASURES, "robust_accuracy", "state_bytes", "seconds")
 """Keys of a trial's result whose numbers are compared unchanged."""
 NUMBERS = (*PLAIN, "calibration_error", "epsilon")
 """All numbers of a trial that are compared."""

@@ -12,6 +12,7 @@ from perdure.data.experience import Stream
 from perdure.errors import ConfigError, RunError
 from perdure.experiment.config import read
 from perdure.experiment.from_tables import build as build_dataclass
+from perdure.experiment.result_schema import MEASURES
 from perdure.experiment.results import ledger_files
 from perdure.experiment.run import chosen_trial, load, trials
 from perdure.export import Distillation, Exported, export_learner
@@ -22,15 +23,7 @@ from perdure.privacy.ledger.merged import merge
 
 EXPORTS = "exports"
 """Default folder of exported models, inside the folder of the run."""
-METRICS = (
-    "average_accuracy",
-    "learning_accuracy",
-    "forgetting",
-    "backward_transfer",
-    "forward_transfer",
-    "worst_experience_accuracy",
-    "robust_accuracy",
-)
+METRICS = (*MEASURES, "robust_accuracy")
 """Keys of a trial's result that the model card of an export repeats."""
 
 

@@ -57,6 +57,18 @@ class ClassResult(TypedDict):
     confusion: dict[str, dict[str, int]]
 
 
+MEASURES = (
+    "average_accuracy",
+    "learning_accuracy",
+    "forgetting",
+    "backward_transfer",
+    "forward_transfer",
+    "worst_experience_accuracy",
+    "area_under_accuracy",
+)
+"""Keys of `Numbers` that are measures of the accuracy matrix, the fields of `metrics.Summary`."""
+
+
 class Numbers(TypedDict):
     """Measures of a trained model, or their means over seeds.
 

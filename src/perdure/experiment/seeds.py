@@ -6,18 +6,9 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 from perdure.experiment.config import Arm
-from perdure.experiment.result_schema import ArmResult, TrialResult
+from perdure.experiment.result_schema import MEASURES, ArmResult, TrialResult
 
-AVERAGED = (
-    "average_accuracy",
-    "learning_accuracy",
-    "forgetting",
-    "backward_transfer",
-    "forward_transfer",
-    "worst_experience_accuracy",
-    "area_under_accuracy",
-    "robust_accuracy",
-)
+AVERAGED = (*MEASURES, "robust_accuracy")
 """Keys of a trial's result that are averaged over seeds, with a standard error."""
 
 

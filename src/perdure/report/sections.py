@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any, cast
 
-from perdure.experiment.result_schema import ArmResult, Result, TaskResult
+from perdure.experiment.result_schema import MEASURES, ArmResult, Result, TaskResult
 from perdure.report.options import shown_options
 from perdure.report.picture import Picture
 from perdure.report.wording import (
@@ -29,26 +29,16 @@ from perdure.report.wording import (
     with_unit,
 )
 
-NUMBERS = (
-    "average_accuracy",
-    "learning_accuracy",
-    "forgetting",
-    "backward_transfer",
-    "forward_transfer",
-    "worst_experience_accuracy",
-    "area_under_accuracy",
-)
-"""Keys of an arm's result that are columns of the table of all arms."""
 CHANGES = ("forgetting", "backward_transfer", "forward_transfer")
-"""Keys among `NUMBERS` that are differences of the metric, so that percent become points."""
+"""Keys among `MEASURES` that are differences of the metric, so that percent become points."""
 TITLES = {
     "average_accuracy": "average {metric}",
     "learning_accuracy": "learning {metric}",
     "worst_experience_accuracy": "worst experience",
     "area_under_accuracy": "area under the curve",
 }
-"""Column titles of keys in `NUMBERS` whose title is not the key itself."""
-COLUMNS = len(NUMBERS) + 4  # and strategy, robust accuracy, epsilon and time
+"""Column titles of keys in `MEASURES` whose title is not the key itself."""
+COLUMNS = len(MEASURES) + 4  # and strategy, robust accuracy, epsilon and time
 GLOSSARY = (
     (
         "arm",
@@ -191,7 +181,7 @@ def _failed(result: Result) -> str:
 
 def arms_table(result: Result) -> str:
     """Return all arms with their numbers, grouped by privacy; the best of each group marked."""
-    heads = [_head(name, result["task"]) for name in NUMBERS]
+    heads = [_head(name, result["task"]) for name in MEASURES]
     heads.append(
         "robust accuracy<small>%, "
         f"{escape(attack_name(result['attack'])).replace(', ', ',<br>')}</small>"
@@ -244,7 +234,7 @@ def _arm_row(arm: ArmResult, label: str, options: Sequence[str], *, wins: bool, 
     numbers = cast(Mapping[str, float | None], arm)
     errors = arm["standard_error"]
     values = [
-        with_error(numbers[name], errors[name], places) for name in (*NUMBERS, "robust_accuracy")
+        with_error(numbers[name], errors[name], places) for name in (*MEASURES, "robust_accuracy")
     ]
     cells = "".join(f'<td class="number">{value}</td>' for value in values)
     # epsilon takes several lines, so its cell and the time span the row of options, too
