@@ -25,7 +25,7 @@ def pictures():
     data = Dataset(
         name="pictures",
         train=records,
-        test=replace(records, ids=records.ids + 100),
+        test=replace(records, inputs=records.inputs.clone(), ids=records.ids + 100),
         num_classes=4,
         input_shape=(3, 32, 32),
     )
@@ -44,7 +44,7 @@ def texts():
     data = Dataset(
         name="texts",
         train=records,
-        test=replace(records, ids=records.ids + 100),
+        test=replace(records, inputs=records.inputs.clone(), ids=records.ids + 100),
         num_classes=2,
         input_shape=(8,),
     )
