@@ -8,13 +8,13 @@ import importlib
 import inspect
 import sys
 import types
-import typing
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from perdure.errors import ConfigError
 from perdure.experiment.from_tables import checked_value, described, key_text
+from perdure.utils.checked_fields import type_of
 from perdure.utils.extensions import MODULE_AND_NAME
 
 REQUIRED = inspect.Parameter.empty
@@ -54,11 +54,7 @@ def _hint(annotation: Any, module: Mapping[str, Any]) -> Any:
     """Return the type of an annotation; it may name an import for type checkers alone."""
     if annotation is inspect.Parameter.empty:
         return Any
-    alone = types.SimpleNamespace(__annotations__={"it": annotation})
-    try:
-        return typing.get_type_hints(alone, dict(module))["it"]
-    except Exception:
-        return Any
+    return type_of(annotation, module)
 
 
 def arguments(

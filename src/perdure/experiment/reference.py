@@ -231,7 +231,7 @@ def _refusal(example: Any, name: str, hint: Any) -> str:
             except PerdureError as error:
                 told = str(error).partition("allowed: ")[2].replace("|", "/")
                 return "" if told.startswith(OTHER_STREAM) else told
-            except Exception:
+            except Exception:  # the wrong value broke other code first, so no words are known
                 return ""
     return ""
 

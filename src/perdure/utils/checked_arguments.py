@@ -10,7 +10,7 @@ from numbers import Integral, Real
 from typing import Any, ParamSpec, TypeVar
 
 from perdure.errors import ConfigError
-from perdure.utils.checked_fields import described, options
+from perdure.utils.checked_fields import described, options, type_of
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -59,11 +59,7 @@ def checked_arguments(function: Callable[P, R]) -> Callable[P, R]:
 def _hint(function: Callable[..., object], name: str) -> Any:
     """Return the type of one argument; `Any` if the annotation cannot be read at run time."""
     annotation = inspect.get_annotations(function).get(name, Any)
-    alone = types.SimpleNamespace(__annotations__={name: annotation})
-    try:
-        return typing.get_type_hints(alone, vars(sys.modules[function.__module__]))[name]
-    except Exception:
-        return Any
+    return type_of(annotation, vars(sys.modules[function.__module__]))
 
 
 def _fits(value: object, hint: Any) -> bool:

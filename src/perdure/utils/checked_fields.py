@@ -15,7 +15,7 @@ import operator
 import sys
 import types
 import typing
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from functools import cache, wraps
 from numbers import Integral, Real
@@ -128,9 +128,19 @@ def _checks(kind: type) -> dict[str, tuple[Any, Fit]]:
 def _hint(kind: type, name: str) -> Any:
     """Return the type of one field, from the annotation in the class that defines the field."""
     owner = next(base for base in kind.__mro__ if name in inspect.get_annotations(base))
-    alone = types.SimpleNamespace(__annotations__={name: inspect.get_annotations(owner)[name]})
+    return type_of(inspect.get_annotations(owner)[name], vars(sys.modules[owner.__module__]))
+
+
+def type_of(annotation: Any, names: Mapping[str, Any]) -> Any:
+    """Return the type that an annotation means; `Any` if it cannot be read at run time.
+
+    Args:
+        annotation: a type, or its text.
+        names: names of the module where the annotation stands.
+    """
+    alone = types.SimpleNamespace(__annotations__={"it": annotation})
     try:
-        return typing.get_type_hints(alone, vars(sys.modules[owner.__module__]))[name]
+        return typing.get_type_hints(alone, dict(names))["it"]
     except Exception:  # a name for type checkers only
         return Any
 
