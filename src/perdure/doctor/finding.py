@@ -1,0 +1,89 @@
+"""Findings: symptoms of known challenges of training, each with its evidence and its remedy."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from perdure.errors import ConfigError
+from perdure.utils.checked_fields import CheckedFields
+
+Level = Literal["free", "paid", "debug"]
+"""Reading that a rule needs.
+
+`free`: weights, released gradients, public data, declared numbers. `paid`: a release, which is
+charged to the ledger. `debug`: raw values of private records, refused under privacy unless the
+diagnostics are raw.
+"""
+Cause = Literal[
+    "data", "wiring", "privacy", "learning rate", "initialisation", "activation", "fit", "memory"
+]
+"""Kind of fault, in the order of repair: a fault of one kind often causes those after it."""
+CAUSES: tuple[Cause, ...] = (
+    "data",
+    "wiring",
+    "privacy",
+    "learning rate",
+    "initialisation",
+    "activation",
+    "fit",
+    "memory",
+)
+Setting = bool | int | float | str | None | list[int] | list[float] | list[str]
+"""Value of a setting in a config."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Remedy(CheckedFields):
+    """One-line remedy of a symptom, and the settings that apply it.
+
+    Args:
+        advice: the remedy in one line, as a Python user would write it.
+        changes: path in a config, such as "training.max_grad_norm", to its new value. Empty if no
+            setting applies the remedy, as for mistakes in the user's own model.
+    """
+
+    advice: str
+    changes: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding(CheckedFields):
+    """Symptom that a rule has found.
+
+    Args:
+        rule: name of the rule.
+        cause: kind of fault.
+        evidence: measurement in words, with its numbers and the layer or data that it is about.
+        measured: measured number.
+        threshold: number above or below which the rule makes a finding.
+        source: publication or measurement that the threshold comes from.
+        remedy: proposed remedy.
+        level: reading that the rule needed.
+        experience: index of the experience; None before training.
+        step: step of the experience; None before training, and at the end of an experience.
+        series: recent measurements, oldest first, for a picture; may be empty.
+    """
+
+    rule: str
+    cause: Cause
+    evidence: str
+    measured: float
+    threshold: float
+    source: str
+    remedy: Remedy
+    level: Level = "free"
+    experience: int | None = None
+    step: int | None = None
+    series: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.cause not in CAUSES:
+            raise ConfigError.of("cause", self.cause, CAUSES)
+
+    def __str__(self) -> str:
+        return f"{self.rule}: {self.evidence}; remedy: {self.remedy.advice}"
+
+
+def in_order(findings: list[Finding]) -> list[Finding]:
+    """Sort findings by cause, in the order of repair; equal causes stay in their order."""
+    return sorted(findings, key=lambda finding: CAUSES.index(finding.cause))

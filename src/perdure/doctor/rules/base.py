@@ -1,0 +1,39 @@
+"""Base class of the doctor's rules."""
+
+from abc import ABC
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from perdure.doctor.finding import Cause, Finding, Level
+from perdure.utils.checked_fields import CheckedFields
+
+if TYPE_CHECKING:
+    from perdure.doctor.case import Case
+    from perdure.doctor.trace import Trace
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule(CheckedFields, ABC):
+    """Base class of rules: one symptom, its thresholds, and its remedy.
+
+    Thresholds are the fields of the dataclass. A rule overrides `examine`, `watch`, or both.
+
+    Class attributes:
+        name: name of the rule, which is the name of its file with spaces for underscores.
+        cause: kind of fault that the rule names.
+        level: reading that the rule needs.
+        source: publication or measurement that the thresholds come from.
+    """
+
+    name: ClassVar[str]
+    cause: ClassVar[Cause]
+    level: ClassVar[Level] = "free"
+    source: ClassVar[str]
+
+    def examine(self, case: "Case") -> Finding | None:
+        """Look for the symptom before training; return None if there is none."""
+        return None
+
+    def watch(self, trace: "Trace") -> Finding | None:
+        """Look for the symptom in measurements of training; return None if there is none."""
+        return None

@@ -1,0 +1,1 @@
+"""Measurements of a training, for rules that watch it."""
