@@ -20,6 +20,7 @@ from torch import Tensor
 
 from perdure.errors import ConfigError
 from perdure.tasks import Metric, SingleLabel, Task
+from perdure.utils.chunking import rows_per_pass
 from perdure.utils.finite_outputs import finite_outputs
 
 __all__ = [
@@ -47,7 +48,10 @@ _SLACK = 1e-6  # accuracies summed in float32 may exceed 100 by rounding
 
 
 def accuracy(
-    predict: Callable[[Tensor], Tensor], inputs: Tensor, labels: Tensor, batch_size: int
+    predict: Callable[[Tensor], Tensor],
+    inputs: Tensor,
+    labels: Tensor,
+    batch_size: int | None = None,
 ) -> float:
     """Compute the percentage of records for which the label has the largest logit.
 
@@ -55,7 +59,7 @@ def accuracy(
         predict: function from inputs (k, ...) to logits (k, C).
         inputs: (n, ...) inputs.
         labels: (n,) labels.
-        batch_size: largest number of records in a pass.
+        batch_size: largest number of records in a pass; None to choose it by the size of a record.
 
     Returns:
         Percent; NaN if there are no records.
@@ -71,7 +75,7 @@ def evaluate(
     predict: Callable[[Tensor], Tensor],
     inputs: Tensor,
     targets: Tensor,
-    batch_size: int,
+    batch_size: int | None = None,
 ) -> float:
     """Evaluate a model with the metric of a task.
 
@@ -80,7 +84,7 @@ def evaluate(
         predict: function from inputs (k, ...) to outputs (k, ..., C).
         inputs: (n, ...) inputs.
         targets: targets of the records, in the shape of the task.
-        batch_size: largest number of records in a pass.
+        batch_size: largest number of records in a pass; None to choose it by the size of a record.
 
     Returns:
         Value of the metric, in its unit; NaN if there are no records.
@@ -89,8 +93,9 @@ def evaluate(
         ConfigError: if outputs are NaN or infinite.
     """
     totals = []
-    for start in range(0, len(targets), batch_size):
-        piece = slice(start, start + batch_size)
+    size = batch_size or rows_per_pass(inputs)
+    for start in range(0, len(targets), size):
+        piece = slice(start, start + size)
         outputs = finite_outputs(predict(inputs[piece]), first=start)
         totals.append(task.measures(outputs, targets[piece]).sum(0))
     return task.score(torch.stack(totals).sum(0), len(targets)) if totals else math.nan

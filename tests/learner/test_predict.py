@@ -7,10 +7,11 @@ import torch
 
 from perdure.data.records import Records
 from perdure.errors import ConfigError, PrivacyError
-from perdure.learner import evaluate_with, evaluation
+from perdure.learner import evaluate_with
 from perdure.privacy.settings import Privacy
 from perdure.strategies import ICaRL
 from perdure.tasks import SingleLabel
+from perdure.utils import chunking
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,7 @@ def test_predict_computes_many_rows_in_pieces(learner_of, toy_stream, rows, monk
     learner = learner_of(stream=toy_stream("class"))
     learner.prepare(toy_stream("class"))
     whole = learner.predict(rows)
-    monkeypatch.setattr(evaluation, "ROWS", 3)
+    monkeypatch.setattr(chunking, "MOST_ROWS", 3)
     assert torch.allclose(learner.predict(rows), whole)
     assert learner.predict(rows[:0]).shape == (0, whole.shape[1])
 

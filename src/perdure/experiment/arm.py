@@ -224,9 +224,11 @@ class ArmRun:
             if n.startswith(("model.", "state."))
         }
         save_tensors(self.run_folder / "checkpoint" / self.name / "model.safetensors", final)
-        start = torch.tensor(self.untrained().evaluate(self.stream), dtype=torch.float64)
         metric = self.stream.task.metric
         matrix = torch.tensor(learner.matrix, dtype=torch.float64)
+        # one stage has no transfer, so the untrained model need not be measured
+        untrained = self.untrained().evaluate(self.stream) if len(matrix) > 1 else matrix[0]
+        start = torch.as_tensor(untrained, dtype=torch.float64)
         measures = summarise(matrix, start, metric=metric)
         single = isinstance(self.stream.task, SingleLabel)
         classes = by_class(learner, self.stream) if single else None

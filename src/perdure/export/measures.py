@@ -24,8 +24,6 @@ CHECKED_ROWS = 256
 TIMED_ROWS = 32
 """Number of records in a call whose time is measured."""
 TIMED_CALLS = 20
-BATCH = 2048
-"""Number of records in one call while the metric is measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +172,7 @@ def _scores(
         def answers(x: Tensor, number: int = number) -> Tensor:
             return run(x, torch.full((len(x),), number)) if by_task else run(x)
 
-        score = evaluate(test.task, answers, test.inputs, test.labels, BATCH)
+        score = evaluate(test.task, answers, test.inputs, test.labels)
         found.append(score if len(test) else None)
     return found
 

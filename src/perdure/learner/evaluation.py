@@ -13,11 +13,9 @@ from perdure.errors import ConfigError, PrivacyError
 from perdure.learner.model_history import trainings_of
 from perdure.learner.party import Party
 from perdure.metrics import evaluate
+from perdure.utils.chunking import rows_per_pass
 from perdure.utils.finite_outputs import finite_outputs
 from perdure.utils.modules import evaluating
-
-ROWS = 2048
-"""Number of rows in one pass through the model, in `outputs_for`."""
 
 
 def predictor(party: Party, index: int, *, after: int) -> Callable[[Tensor], Tensor]:
@@ -33,7 +31,7 @@ def predictor(party: Party, index: int, *, after: int) -> Callable[[Tensor], Ten
     return lambda x: party.strategy.predict(party.forward, x, context, party.state)
 
 
-def measurements(party: Party, stream: Stream, batch_size: int) -> list[float]:
+def measurements(party: Party, stream: Stream, batch_size: int | None) -> list[float]:
     """Evaluate a party on the test records of every stage, by the metric of the task.
 
     The modes of the model do not change. An experience in training counts as trained.
@@ -41,7 +39,7 @@ def measurements(party: Party, stream: Stream, batch_size: int) -> list[float]:
     Args:
         party: party with model, strategy and state.
         stream: stream whose test records are used.
-        batch_size: number of rows of one pass.
+        batch_size: number of rows of one pass; None to choose it by the size of a record.
 
     Raises:
         PrivacyError: for training records of a model that was trained with privacy.
@@ -91,10 +89,11 @@ def outputs_for(party: Party, inputs: Tensor, experience: int | None) -> Tensor:
     inputs = inputs.to(party.device)
     with torch.no_grad(), evaluating(party.model):
         answer = predictor(party, index, after=after)
+        size = rows_per_pass(inputs)
         # one pass for no rows, to learn the width
-        starts = range(0, max(1, len(inputs)), ROWS)
+        starts = range(0, max(1, len(inputs)), size)
         return torch.cat(
-            [finite_outputs(answer(inputs[start : start + ROWS]), first=start) for start in starts]
+            [finite_outputs(answer(inputs[start : start + size]), first=start) for start in starts]
         )
 
 

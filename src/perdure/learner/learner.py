@@ -305,7 +305,7 @@ class Learner:
         """
         return predictor(self.session, index, after=after)
 
-    def evaluate(self, stream: Stream, batch_size: int = 2048) -> list[float]:
+    def evaluate(self, stream: Stream, batch_size: int | None = None) -> list[float]:
         """Evaluate the model on the test records of every stage, by the metric of the task.
 
         Returns:

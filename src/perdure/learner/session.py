@@ -216,12 +216,12 @@ class Session(Party):
         self._order.end()
         self.follow_step()
 
-    def evaluate(self, stream: Stream | None = None, batch_size: int = 2048) -> list[float]:
+    def evaluate(self, stream: Stream | None = None, batch_size: int | None = None) -> list[float]:
         """Evaluate the accuracy in percent on the test records of every stage.
 
         Args:
             stream: stream whose test records are used; None for the session's stream.
-            batch_size: number of rows of one pass.
+            batch_size: number of rows of one pass; None to choose it by the size of a record.
         """
         return measurements(self, self.stream if stream is None else stream, batch_size)
 

@@ -20,6 +20,15 @@ HELD_BYTES = 2**28
 PIECE_BYTES = 2**24
 """Number of bytes of one piece."""
 
+PASS_BYTES = 2**20
+"""Largest size in bytes of the inputs of one pass through a model without gradients, on a CPU."""
+
+MOST_ROWS = 2048
+"""Largest number of rows of such a pass."""
+
+FEWEST_PASSED = 32
+"""Number of rows of such a pass that large rows get, too."""
+
 
 def row_slices(rows: Tensor, *, always: bool = False) -> Iterator[slice]:
     """Cut rows (n, ...) into pieces that may be copied; a single piece if the rows are small.
@@ -36,9 +45,22 @@ def row_slices(rows: Tensor, *, always: bool = False) -> Iterator[slice]:
         yield slice(start, min(n, start + size))
 
 
+def rows_per_pass(rows: Tensor) -> int:
+    """Return the number of rows (n, ...) for one pass through a model without gradients.
+
+    Large batches are slow on a CPU: layers of a convolutional network then exceed the caches, and
+    the allocator returns and fetches their pages in every layer. With 64 rows of CIFAR-10 instead
+    of 2,048, a pass of the CNN takes half the processor time.
+    """
+    if rows.device.type != "cpu" or not len(rows):
+        return MOST_ROWS
+    return min(MOST_ROWS, max(FEWEST_PASSED, PASS_BYTES * len(rows) // max(1, rows.nbytes)))
+
+
 def by_pieces(answer: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
-    """Apply a function to rows (n, ...) piece by piece; at once if the rows are small."""
-    parts = [answer(rows[piece]) for piece in row_slices(rows)]
+    """Apply a model or another function to rows (n, ...) in passes; one pass for no rows."""
+    size = rows_per_pass(rows)
+    parts = [answer(rows[start : start + size]) for start in range(0, max(1, len(rows)), size)]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
