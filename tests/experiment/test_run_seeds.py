@@ -7,6 +7,7 @@ import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -150,6 +151,35 @@ def test_epsilons_of_seeds_with_other_partitions_add_up(finished, tmp_path):
     joint = result["epsilon_of_all_arms"]["value"]
     assert joint > sum(row["epsilon"]["value"] for row in arm["seeds"])
     assert joint > finished[1]["epsilon_of_all_arms"]["value"]
+
+
+def test_seeds_and_arms_can_be_added_to_a_finished_run(finished, tmp_path):
+    first = "[[arms]]" + ARMS.split("[[arms]]")[1]
+    short = HEAD.replace("[3, 1]", "[3]") + PRIVACY + first
+    run(parse(short), short, tmp_path)
+    model = tmp_path / "checkpoint" / TRIALS[0] / "model.safetensors"
+    before = model.stat().st_mtime_ns
+    shown = []
+    run(parse(TEXT), TEXT, tmp_path, callbacks=[lambda _, learner: shown.append(learner.owner)])
+    assert f"{TRIALS[0]}/client-0" not in shown and model.stat().st_mtime_ns == before
+    result, kept = files(tmp_path)
+    expected, whole = files(finished[0])
+    lines = Path("metrics.jsonl")  # its lines have the order of the trainings
+    assert sorted(kept.pop(lines).splitlines()) == sorted(whole[lines].splitlines())
+    assert kept == {name: value for name, value in whole.items() if name != lines}
+    assert result == expected
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [("seeds = [3]", "seeds = [1, 3]"), ("iterations = 4", "iterations = 5")]
+)
+def test_other_changes_of_a_run_are_refused(old, new, tmp_path):
+    short = HEAD.replace("[3, 1]", "[3]") + ARMS.split('[[arms]]\nname = "wild"')[0]
+    run(parse(short), short, tmp_path)
+    changed = short.replace(old, new)
+    with pytest.raises(RunError, match=old.split(" =")[0]):
+        run(parse(changed), changed, tmp_path)
+    assert (tmp_path / "result.json").exists()
 
 
 class StoppedError(Exception):

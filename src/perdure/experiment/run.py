@@ -30,6 +30,7 @@ from perdure.experiment.config import Arm, Config, read
 from perdure.experiment.result_schema import Result, TrialResult, read_result
 from perdure.experiment.results import (
     collect_explanations,
+    explained_arm,
     ledger_files,
     summary,
 )
@@ -218,7 +219,8 @@ def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def keep_config(folder: Path, config: Config, text: str) -> None:
     """Store the config in a run's folder, or check that the stored config has the same meaning.
 
-    Comments may differ. If nothing was run yet, the config may change.
+    Comments may differ. If nothing was run yet, the config may change. Later it may get further
+    seeds and arms after those of the stored one; the run then goes on with their trials.
 
     Raises:
         RunError: names each field that differs.
@@ -234,5 +236,25 @@ def keep_config(folder: Path, config: Config, text: str) -> None:
         stored = read(path)
     except ConfigError as error:
         raise RunError(f"{folder} has a run whose config cannot be read ({error}); {fix}") from None
-    asked = {"version": VERSION, **flat("config", config)}
+    extended = _extends(config, stored)
+    common = replace(config, seeds=stored.seeds, arms=stored.arms) if extended else config
+    asked = {"version": VERSION, **flat("config", common)}
     refuse_other_run(asked, {"version": VERSION, **flat("config", stored)}, where=folder, fix=fix)
+    if extended:
+        # the result goes first: after a kill between the two, either config makes it again
+        (folder / "result.json").unlink(missing_ok=True)
+        write_atomically(path, text.encode())
+
+
+def _extends(config: Config, stored: Config) -> bool:
+    """Tell if a config adds seeds or arms at the end of those of a stored one.
+
+    A single `seed` has trials of other names than `seeds`, and one arm alone is explained.
+    """
+    return (
+        (config.seeds, config.arms) != (stored.seeds, stored.arms)
+        and bool(stored.seeds or config.seeds == ())
+        and config.seeds[: len(stored.seeds)] == stored.seeds
+        and config.arms[: len(stored.arms)] == stored.arms
+        and (config.explain is None or explained_arm(config) == explained_arm(stored))
+    )
