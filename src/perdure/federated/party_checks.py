@@ -6,7 +6,7 @@ from pathlib import Path
 
 from perdure.errors import ConfigError, FederationError
 from perdure.learner.learner import Learner
-from perdure.learner.party import OWNER
+from perdure.learner.party_settings import OWNER
 from perdure.privacy.settings import Privacy
 
 

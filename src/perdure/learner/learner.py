@@ -11,29 +11,20 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from perdure.adversarial.base import Attack
-from perdure.contract.state import State
 from perdure.contract.strategy import Strategy
-from perdure.curator.local_curator import LocalCurator
 from perdure.data.augmentation import Views
 from perdure.data.experience import Stream
-from perdure.data.records import Records
 from perdure.data.value_checks import check_streams
-from perdure.errors import ConfigError
 from perdure.learner.arguments import PLAIN, check_arguments, check_stream, plain_model
-from perdure.learner.checkpoint import PROGRESS, Position, Snapshot, Store
+from perdure.learner.checkpoint import PROGRESS, Snapshot, Store
 from perdure.learner.evaluation import (
     filled_matrix,
-    is_measured,
     lacks_late_tests,
-    measurements,
-    outputs_for,
-    predictor,
-    score_of,
 )
 from perdure.learner.fingerprint import Fingerprint, fingerprint_of
 from perdure.learner.noise_digest import noise_digest
 from perdure.learner.optimizers import MakeOptimizer, made_optimizer, options_of, put_options
-from perdure.learner.party import OWNER
+from perdure.learner.party_settings import OWNER
 from perdure.learner.private_setup import refuse_optimizer
 from perdure.learner.run_folder import checkpoint_of, restore_checkpoint, write_checkpoint
 from perdure.learner.sanity_checks import refuse_second_ledger
@@ -46,8 +37,8 @@ from perdure.learner.schedules import (
     take_step,
 )
 from perdure.learner.session import Session
+from perdure.learner.session_front import SessionFront
 from perdure.learner.snapshots import restore_snapshot, take_snapshot
-from perdure.planning.training_plan import TrainingPlan
 from perdure.privacy.private_sum import MakePrivateSum, PrivateSum
 from perdure.privacy.settings import Privacy
 from perdure.types import Params
@@ -60,7 +51,7 @@ Callback = Callable[[str, "Learner"], None]
 
 
 @dataclass(kw_only=True)
-class Learner:
+class Learner(SessionFront):
     """Learner that trains one model on a stream, one experience after another.
 
     >>> optimizer = partial(torch.optim.Adam, lr=1e-3)
@@ -274,50 +265,6 @@ class Learner:
 
     # ------------------------------------------------------------------ evaluation
 
-    def predict(self, inputs: Tensor, *, experience: int | None = None) -> Tensor:
-        """Return the strategy's outputs (n, ..., C) for inputs, in evaluation mode.
-
-        `evaluate` measures these outputs; `stream.task.predictions` turns them into classes.
-
-        Args:
-            inputs: (n, ...) inputs of the model.
-            experience: index of their experience in a task-incremental stream; None in others.
-        """
-        return outputs_for(self.session, inputs, experience)
-
-    def score(self, records: Records, *, experience: int | None = None) -> float:
-        """Measure the model on records by the metric of the task, such as accuracy in percent.
-
-        Guarantee: none for `records`, which must be public; private training records are refused.
-
-        Args:
-            records: public records to measure the model on.
-            experience: index of their experience in a task-incremental stream; None in others.
-        """
-        return score_of(self.session, records, experience)
-
-    def predictor(self, index: int, *, after: int) -> Callable[[Tensor], Tensor]:
-        """Return a function from inputs (n, ...) to logits (n, C).
-
-        Args:
-            index: index of the experience that the inputs belong to.
-            after: index of the experience that was trained last.
-        """
-        return predictor(self.session, index, after=after)
-
-    def evaluate(self, stream: Stream, batch_size: int | None = None) -> list[float]:
-        """Evaluate the model on the test records of every stage, by the metric of the task.
-
-        Returns:
-            One number per stage: accuracy in percent for single-label records; NaN if a stage has
-            no test records.
-        """
-        return measurements(self.session, stream, batch_size)
-
-    def is_measured(self, index: int) -> bool:
-        """Return True if the model is evaluated after experience `index`."""
-        return is_measured(self.stream, index, self.evaluate_every)
-
     def measure(self) -> None:
         """Evaluate the model after the experience that ended last.
 
@@ -390,42 +337,6 @@ class Learner:
     # ------------------------------------------------------------------ what it stands on
 
     @property
-    def session(self) -> Session:
-        """Session with model, records and state.
-
-        Raises:
-            ConfigError: if `prepare` was not called.
-        """
-        if self._session is None:
-            raise ConfigError("the learner has no stream yet; call fit(stream) or prepare(stream)")
-        return self._session
-
-    @property
-    def training(self) -> TrainingPlan:
-        """Plan of training: number of steps and exposure of every experience."""
-        return self.session.training
-
-    @property
-    def stream(self) -> Stream:
-        """The stream, on the learner's device."""
-        return self.session.stream
-
-    @property
-    def curator(self) -> LocalCurator:
-        """Curator that holds the records and answers the queries of the strategy."""
-        return self.session.curator
-
-    @property
-    def private_sum(self) -> PrivateSum | None:
-        """Private sum, with ledger and noise; None without privacy."""
-        return self.session.private_sum
-
-    @property
-    def state(self) -> State:
-        """Tensors that the strategy keeps between steps and experiences."""
-        return self.session.state
-
-    @property
     def current_optimizer(self) -> Optimizer:
         """Optimiser that takes the steps; it is replaced when training starts again.
 
@@ -434,11 +345,6 @@ class Learner:
         """
         _ = self.session  # refuse if there is no session yet
         return self._optimizer
-
-    @property
-    def position(self) -> Position:
-        """Position of the run; the start of the stream before `prepare`."""
-        return self._session.position if self._session else Position()
 
     @property
     def params(self) -> Params:

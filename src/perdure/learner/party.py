@@ -5,27 +5,20 @@ on it, so that a strategy always sees the same calls in the same order.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
-from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
-from perdure.adversarial.base import Attack
 from perdure.contract.context import contexts, spec_of
 from perdure.contract.forward import Forward
 from perdure.contract.plan import Plan
 from perdure.contract.state import State
-from perdure.contract.strategy import Strategy
 from perdure.curator.held_records import HeldRecords
 from perdure.curator.hook_curator import for_hooks
 from perdure.curator.local_curator import LocalCurator, unwatched
-from perdure.data.augmentation import Views
-from perdure.data.experience import Stream
 from perdure.data.records import Batch
 from perdure.errors import StrategyError
 from perdure.learner.checkpoint import Position
@@ -35,14 +28,14 @@ from perdure.learner.inspection import Inspection
 from perdure.learner.loss_path import LossPath
 from perdure.learner.model_history import history_of
 from perdure.learner.model_mark import ModelMark
+from perdure.learner.party_settings import PartySettings
 from perdure.learner.private_setup import inspect, lasting_rule_of, open_private_sum
 from perdure.learner.sanity_checks import refuse_misfits, refuse_runaway, require_state
 from perdure.learner.step_memory import StepMemory
 from perdure.learner.synthetic_rows import SyntheticRows
 from perdure.planning.training_plan import TrainingPlan
 from perdure.privacy.guard.writes import WriteWatch
-from perdure.privacy.private_sum import ChangedSumError, MakePrivateSum, PrivateSum
-from perdure.privacy.settings import Privacy
+from perdure.privacy.private_sum import ChangedSumError, PrivateSum
 from perdure.types import Params
 from perdure.utils.denormals import flushed
 from perdure.utils.folder_lock import FolderLock
@@ -50,16 +43,10 @@ from perdure.utils.modules import end_training, trainable_parameters
 from perdure.utils.seeding import Seed, derive, drawing_from, seed_globally
 
 HOOKS = ("losses", "references", "penalty", "project", "after_step", "after_step_in_place")
-OWNER = "curator"
-"""Default name of the party in its ledger; a federation uses client-N instead."""
-
-
-def _silent(point: str) -> None:
-    """Default callback, which does nothing."""
 
 
 @dataclass(kw_only=True, eq=False)
-class Party:
+class Party(PartySettings):
     """A model, a strategy and the records of one party, with the parts of a training step.
 
     Guarantee: under privacy a record influences the model only through releases, each charged
@@ -67,30 +54,6 @@ class Party:
 
     The fields are described in `Session`, which adds the order of a loop.
     """
-
-    model: nn.Module
-    strategy: Strategy
-    stream: Stream
-    epochs: int | None = None
-    iterations: int | None = None
-    blocks: int = 1
-    batch_size: int = 128
-    privacy: Privacy | None = None
-    seed: int = 0
-    client: int = 0
-    owner: str = OWNER
-    folder: Path | None = None
-    device: str | torch.device = "cpu"
-    micro_batch_size: int | None = None
-    precision: Literal["float32", "bfloat16"] = "float32"
-    adversary: Attack | None = None
-    views: Views | None = None
-    initial: Mapping[str, Tensor] | None = None
-    notify: Callable[[str], None] = _silent
-    warm_start: bool = False
-    trained_by: str = ""
-    make_private_sum: MakePrivateSum = PrivateSum
-    position: Position = field(default_factory=Position)
 
     def __post_init__(self) -> None:
         self.training = TrainingPlan(

@@ -1,0 +1,53 @@
+"""Settings of a party: the fields of `Session`, without its optimiser."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from perdure.adversarial.base import Attack
+from perdure.contract.strategy import Strategy
+from perdure.data.augmentation import Views
+from perdure.data.experience import Stream
+from perdure.learner.checkpoint import Position
+from perdure.privacy.private_sum import MakePrivateSum, PrivateSum
+from perdure.privacy.settings import Privacy
+
+OWNER = "curator"
+"""Default name of the party in its ledger; a federation uses client-N instead."""
+
+
+def _silent(point: str) -> None:
+    """Default callback, which does nothing."""
+
+
+@dataclass(kw_only=True, eq=False)
+class PartySettings:
+    """Model, strategy, stream and settings of one party; `Session` describes the fields."""
+
+    model: nn.Module
+    strategy: Strategy
+    stream: Stream
+    epochs: int | None = None
+    iterations: int | None = None
+    blocks: int = 1
+    batch_size: int = 128
+    privacy: Privacy | None = None
+    seed: int = 0
+    client: int = 0
+    owner: str = OWNER
+    folder: Path | None = None
+    device: str | torch.device = "cpu"
+    micro_batch_size: int | None = None
+    precision: Literal["float32", "bfloat16"] = "float32"
+    adversary: Attack | None = None
+    views: Views | None = None
+    initial: Mapping[str, Tensor] | None = None
+    notify: Callable[[str], None] = _silent
+    warm_start: bool = False
+    trained_by: str = ""
+    make_private_sum: MakePrivateSum = PrivateSum
+    position: Position = field(default_factory=Position)
