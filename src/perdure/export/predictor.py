@@ -13,6 +13,7 @@ from perdure.contract.forward import Forward
 from perdure.contract.state import State
 from perdure.contract.strategy import Strategy
 from perdure.errors import ConfigError, ExportError
+from perdure.learner.averaging import put_values
 from perdure.learner.learner import Learner
 from perdure.types import SCENARIOS, Params
 from perdure.utils.atomic_files import save_tensors
@@ -146,8 +147,10 @@ def predictor_of(learner: Learner) -> Predictor:
     numbers = [after]
     if stream.scenario == "task":
         numbers = [stage.latest(after) for stage in stream.stages]
+    model = copy.deepcopy(session.model)
+    put_values(dict(model.named_parameters()), session.average.values)
     return Predictor(
-        copy.deepcopy(session.model),
+        model,
         session.strategy,
         session.state,
         [session.context(number) for number in numbers],

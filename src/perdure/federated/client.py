@@ -161,6 +161,7 @@ def client_app(
         block = learner.training.block(learner.position.experience, task["round"], task["rounds"])
         if len(block):
             learner.train(block)
+            learner.session.adopt_average()
         seats.put(_number(context), seat, task["exchange"])
         return _reply(message, learner, task, arrays=to_record(shared(learner.model)))
 

@@ -5,13 +5,18 @@ the learner calls at the points named in `POINTS`. `evaluate_with` measures a le
 of another library.
 """
 
+from perdure.learner.averaging import EMA, SWA
 from perdure.learner.learner import Callback, Learner
 from perdure.learner.outside_metrics import OutsideMetric, evaluate_with
 from perdure.learner.points import POINTS
 from perdure.learner.session import Session
+from perdure.learner.step_changes import SAM
 
 __all__ = [
+    "EMA",
     "POINTS",
+    "SAM",
+    "SWA",
     "Callback",
     "Learner",
     "OutsideMetric",

@@ -1,5 +1,6 @@
 """Checks of the arguments of a `Learner`, before anything is built from them."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from typing import Any
@@ -32,8 +33,15 @@ PLAIN = (
     "owner",
     "folder",
     "warm_start",
+    "averaging",
+    "sharpness",
+    "l1",
+    "l2",
+    "gradient_noise",
+    "weight_noise",
 )
 """Arguments that are checked by their annotations alone; the folder may also be text."""
+NOT_NEGATIVE = ("l1", "l2", "gradient_noise", "weight_noise")
 COUNTS = ("epochs", "iterations", "blocks", "evaluate_every", "batch_size", "micro_batch_size")
 
 
@@ -76,6 +84,10 @@ def check_arguments(given: Mapping[str, Any]) -> None:
         whole = isinstance(value, int) and not isinstance(value, bool)
         if value is not None and not (whole and value >= 1):
             raise ConfigError.of(name, value, "a whole number, 1 or more")
+    for name in NOT_NEGATIVE:
+        value = given.get(name, 0.0)
+        if isinstance(value, int | float) and not 0 <= value < math.inf:
+            raise ConfigError.of(name, value, "0, or a number above 0")
     if given["precision"] not in ("float32", "bfloat16"):
         raise ConfigError.of("precision", given["precision"], ("float32", "bfloat16"))
     if given["views"] and given["adversary"]:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from perdure.contract.forward import Forward
 from perdure.data.experience import Stream
 from perdure.data.record_identity import learnt_rows
 from perdure.data.records import Records
@@ -28,7 +29,9 @@ def predictor(party: Party, index: int, *, after: int) -> Callable[[Tensor], Ten
     """
     context = party.context(index if party.stream.scenario == "task" else after)
     party.model.eval()
-    return lambda x: party.strategy.predict(party.forward, x, context, party.state)
+    averages = party.average.values
+    forward = Forward(party.model, averages) if averages else party.forward
+    return lambda x: party.strategy.predict(forward, x, context, party.state)
 
 
 def measurements(party: Party, stream: Stream, batch_size: int | None) -> list[float]:

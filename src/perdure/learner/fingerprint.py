@@ -72,6 +72,8 @@ def fingerprint_of(
     found |= flat("views", session.views)
     for owner, names in ((training, OF_THE_PLAN), (session, OF_THE_SESSION)):
         found |= {name: described(getattr(owner, name)) for name in names}
+    for name, value in session.options.items():
+        found |= flat(name, value)
     found |= optimizer_settings(optimizer(trainable_parameters(session.model).values()))
     found |= schedule_settings(scheduler, optimizer)
     found |= model_settings(session.model, session.initial or session.model.state_dict())

@@ -16,6 +16,7 @@ from perdure.data.augmentation import Views
 from perdure.data.experience import Stream
 from perdure.data.value_checks import check_streams
 from perdure.learner.arguments import PLAIN, check_arguments, check_stream, plain_model
+from perdure.learner.averaging import EMA, SWA
 from perdure.learner.checkpoint import PROGRESS, Snapshot, Store
 from perdure.learner.evaluation import (
     filled_matrix,
@@ -39,6 +40,7 @@ from perdure.learner.schedules import (
 from perdure.learner.session import Session
 from perdure.learner.session_front import SessionFront
 from perdure.learner.snapshots import restore_snapshot, take_snapshot
+from perdure.learner.step_changes import SAM
 from perdure.privacy.private_sum import MakePrivateSum, PrivateSum
 from perdure.privacy.settings import Privacy
 from perdure.types import Params
@@ -91,6 +93,17 @@ class Learner(SessionFront):
         warm_start: continue from a model that a learner has trained before. Under privacy its
             earlier cost is charged to the new ledger, too.
         make_private_sum: function that makes the private sum; audits give another one.
+        averaging: average of the parameters over the steps of an experience, EMA() or SWA(). The
+            model answers by it, and becomes it at the end of an experience, before the strategy
+            consolidates; in a federation at the end of each round.
+        sharpness: SAM() for gradients at the worst parameters nearby; None for plain ones.
+        l1: factor of the sum of absolute values of the trained parameters, added to the loss by
+            its subgradient.
+        l2: factor of half the sum of their squares, added to the loss by its gradient.
+        gradient_noise: variance of normal noise on the gradient in the first step of an experience;
+            in step t it is divided by (1 + t)^0.55.
+        weight_noise: standard deviation of normal noise on the trained parameters, drawn for each
+            step and in effect only while its gradient is computed.
     """
 
     model: nn.Module
@@ -119,6 +132,12 @@ class Learner(SessionFront):
     matrix: list[list[float]] = field(default_factory=list)
     progress: list[tuple[int, list[float]]] = field(default_factory=list)
     """Evaluations inside stages: index of the experience that ended, and accuracies by stage."""
+    averaging: EMA | SWA | None = None
+    sharpness: SAM | None = None
+    l1: float = 0.0
+    l2: float = 0.0
+    gradient_noise: float = 0.0
+    weight_noise: float = 0.0
     _session: Session | None = field(default=None, init=False, repr=False)
     _rates: ReplayedRates | None = field(default=None, init=False, repr=False)
     _scheduler: LRScheduler | None = field(default=None, init=False, repr=False)
@@ -227,6 +246,12 @@ class Learner(SessionFront):
             notify=self._notify,
             warm_start=self.warm_start,
             make_private_sum=self.make_private_sum,
+            averaging=self.averaging,
+            sharpness=self.sharpness,
+            l1=self.l1,
+            l2=self.l2,
+            gradient_noise=self.gradient_noise,
+            weight_noise=self.weight_noise,
         )
         if self.folder or self.driven_by:
             self.fingerprint = fingerprint_of(

@@ -51,6 +51,8 @@ def noise_digest(
         rates: learning rates of all steps of the experience, as JSON.
     """
     asked = {"version": VERSION, **settings(session, snapshot, optimizer, scheduler)}
+    if session.options:  # named only where given, so that other simulations keep their noise
+        asked["options"] = canonical(session.options)
     texts = {name: canonical_text(value) for name, value in asked.items()}
     # a long run has many rates, so their text is computed only once
     texts["scheduler"] = f"{texts['scheduler'][:-1]},{rates}]"

@@ -4,10 +4,7 @@
 on it, so that a strategy always sees the same calls in the same order.
 """
 
-import math
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 from torch import Tensor, nn
@@ -21,18 +18,19 @@ from perdure.curator.hook_curator import for_hooks
 from perdure.curator.local_curator import LocalCurator, unwatched
 from perdure.data.records import Batch
 from perdure.errors import StrategyError
+from perdure.learner.averaging import Average, measure_statistics, put_values
 from perdure.learner.checkpoint import Position
 from perdure.learner.folder_claims import refuse_other_privacy
+from perdure.learner.guarded_party import GuardedParty
 from perdure.learner.inspected_path import InspectedPath
-from perdure.learner.inspection import Inspection
-from perdure.learner.loss_path import LossPath
-from perdure.learner.model_history import history_of
 from perdure.learner.model_mark import ModelMark
-from perdure.learner.party_settings import PartySettings
-from perdure.learner.private_setup import inspect, lasting_rule_of, open_private_sum
 from perdure.learner.sanity_checks import refuse_misfits, refuse_runaway, require_state
+from perdure.learner.step_changes import (
+    MovedGradients,
+    add_weight_penalties,
+    with_gradient_noise,
+)
 from perdure.learner.step_memory import StepMemory
-from perdure.learner.synthetic_rows import SyntheticRows
 from perdure.planning.training_plan import TrainingPlan
 from perdure.privacy.guard.writes import WriteWatch
 from perdure.privacy.private_sum import ChangedSumError, PrivateSum
@@ -40,13 +38,13 @@ from perdure.types import Params
 from perdure.utils.denormals import flushed
 from perdure.utils.folder_lock import FolderLock
 from perdure.utils.modules import end_training, trainable_parameters
-from perdure.utils.seeding import Seed, derive, drawing_from, seed_globally
+from perdure.utils.seeding import derive, seed_globally
 
 HOOKS = ("losses", "references", "penalty", "project", "after_step", "after_step_in_place")
 
 
 @dataclass(kw_only=True, eq=False)
-class Party(PartySettings):
+class Party(GuardedParty):
     """A model, a strategy and the records of one party, with the parts of a training step.
 
     Guarantee: under privacy a record influences the model only through releases, each charged
@@ -134,88 +132,11 @@ class Party(PartySettings):
         self.trained: Params = {}
         self._references: tuple[Params, ...] = ()
         self._memory = StepMemory()
+        self.average = Average(self.averaging)
+        self.moves = MovedGradients(self.sharpness, self.weight_noise)
         self._stochastic = any(
             isinstance(module, nn.modules.dropout._DropoutNd) for module in model.modules()
         )
-
-    @property
-    def private_sum(self) -> PrivateSum | None:
-        """Private sum, with ledger and noise; None without privacy."""
-        return self.held.private_sum
-
-    @property
-    def path(self) -> LossPath:
-        """Computation from rows to losses, with the current settings."""
-        return LossPath(
-            strategy=self.strategy,
-            adversary=self.adversary,
-            views=self.views,
-            precision=self.precision,
-            task=self.stream.task,
-        )
-
-    def inspection(self) -> Inspection:
-        """Inspection of the current model, losses and state by the guard."""
-        return Inspection(
-            training=self.training,
-            model=self.model,
-            path=self.path,
-            rows=SyntheticRows(
-                training=self.training,
-                model=self.model,
-                context=self.context,
-                state=self.state,
-                seed=self.seed,
-                device=self.device,
-            ),
-            expected=self.training.most_expected,
-            at_once=self.micro_batch_size or math.inf,
-            seed=self.seed,
-            device=self.device,
-        )
-
-    def _open_private_sum(self) -> PrivateSum:
-        inspection = self.inspection()
-        verdict = inspect(inspection)
-        self._goes_alone = verdict.alone
-        self._inspected = InspectedPath(inspection, verdict)
-        simulated = self.privacy is not None and self.privacy.seed is not None
-        history = history_of(
-            self.mark.before,
-            {each.train.partition: lasting_rule_of(each.train) for each in self.stream},
-            simulated=simulated,
-        )
-        private_sum = open_private_sum(
-            self.training,
-            folder=self.folder,
-            client=self.client,
-            owner=self.owner,
-            trace=self.notify,
-            independence=verdict.independence,
-            lock=self.lock,
-            history=history,
-            make=self.make_private_sum,
-        )
-        self.training = replace(self.training, schedule=private_sum.schedule)
-        return private_sum
-
-    @contextmanager
-    def private_pass(self, values: bool = False) -> Iterator[None]:
-        """Context manager that refuses writes to a parameter, a buffer or the state.
-
-        Args:
-            values: also compare values, because version counters may miss writes.
-
-        Raises:
-            GuardError: names the tensor.
-        """
-        if self._watch is None:
-            yield
-            return
-        values = values or self._compare_values
-        self._compare_values = False
-        with self._watch.unwritten(self.state, "a private pass", values=values):
-            yield
 
     # ------------------------------------------------------------------ an experience
 
@@ -233,8 +154,11 @@ class Party(PartySettings):
         begins = not self.position.begun or self.position.experience != index
         if begins:
             self.position = Position(experience=index, begun=True)
+            self.average.clear()
+            self.moves.last = {}
             if plan.restart:
                 self.model.load_state_dict(self._initial)
+        self._steps = self.training.steps(index) if self.averaging else 0
         if self.private_sum:
             self._watch = WriteWatch(self.model)
         if self._inspected:
@@ -326,7 +250,13 @@ class Party(PartySettings):
     def _released(self, batch: Batch, step: int) -> Params | None:
         """Return the gradient of a step; None if the step was charged again."""
         try:
-            return self.curator.gradient(self.losses, self.trained, batch, step)
+            return self.moves.gradient(
+                lambda: self.curator.gradient(self.losses, self.trained, batch, step),
+                self.trained,
+                self.model,
+                seed=derive(*self._place("weight noise", step)),
+                private=self.privacy is not None,
+            )
         except ChangedSumError:
             return None
 
@@ -369,13 +299,19 @@ class Party(PartySettings):
     def set_gradients(self, gradient: Params, references: tuple[Params, ...]) -> None:
         """Write the gradient, with penalty and projection, to `.grad`."""
         total = gradient
-        if self.uses["penalty"] or self.uses["after_step"]:
+        if self.uses["penalty"] or self.uses["after_step"] or self.l1 or self.l2:
             # A copy, because an optimiser may write into .grad.
             total = self._memory.copy_of(gradient)
         if self.uses["penalty"]:
             self.strategy.add_penalty_gradient(total, self.params, self.state)
+        if self.l1 or self.l2:
+            add_weight_penalties(total, self.trained, l1=self.l1, l2=self.l2)
         if self.uses["project"]:
             total = self.strategy.project(total, references, self.state)
+        if self.gradient_noise:
+            step = self.position.step
+            seed = derive(*self._place("gradient noise", step))
+            total = with_gradient_noise(total, self.gradient_noise, step, seed)
         if self.uses["after_step"]:
             self._memory.begin(self.trained, gradient, again=self.uses["after_step_in_place"])
         for name, param in self.trained.items():
@@ -388,7 +324,22 @@ class Party(PartySettings):
             self.state = self._memory.follow(
                 self.strategy, after, self.state, self.curator.noise_variance
             )
+        self.average.follow(self.trained, self.position.step, self._steps)
         self.position.step += 1
+
+    def adopt_average(self) -> None:
+        """Give the model its averaged parameters, if there are any, and end the average.
+
+        Without privacy, running statistics of BatchNorm are computed again on the pooled records;
+        under privacy no model has them.
+        """
+        if not self.average.count:
+            return
+        put_values(self.params, self.average.values)
+        self.average.clear()
+        if self.private_sum is None:
+            seed_globally(derive(*self._place("averaged statistics", self.position.step)))
+            measure_statistics(self.model, self.held.rows.inputs, self.device)
 
     def rest(self) -> None:
         """Free the gradients and copies of a step."""
@@ -411,6 +362,7 @@ class Party(PartySettings):
         if self.stream.stage_of(ended).last == ended:
             refuse_runaway(self.params, self.training, ended)
         self.mark_model(learnt=True)
+        self.adopt_average()
         end_training(self.model)
         self._compare_values = True
         remembers = self.private_sum is not None or self.strategy.uses("remember")
@@ -439,25 +391,6 @@ class Party(PartySettings):
     @cached_property
     def _trained_on(self) -> str:
         return f"trained without privacy on {', '.join(sorted(self.stream.partitions[-1]))}"
-
-    def seed_of(self, purpose: str, step: int) -> Seed:
-        """Return the seed of random numbers inside a step; it is secret under privacy."""
-        if self.private_sum:
-            return self.private_sum.secret(purpose, step)
-        return derive(*self._place(purpose, step))
-
-    def _place(self, purpose: str, step: int) -> tuple[int, str, int, int, int]:
-        return self.seed, purpose, self.client, self.position.experience, step
-
-    def _drawing(self, step: int) -> AbstractContextManager[None]:
-        """Context manager that gives torch's random numbers in a private step a secret seed.
-
-        This covers dropout inside attention or a recurrent layer and `F.dropout` in a forward pass,
-        which cannot be seen from outside. Without privacy, `fill_gradients` seeds dropout layers.
-        """
-        if self.private_sum is None:
-            return nullcontext()
-        return drawing_from(self.seed_of("layers", step), self.device)
 
     def _detached(self) -> Params:
         return {name: value.detach().clone() for name, value in self.params.items()}

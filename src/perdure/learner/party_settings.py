@@ -12,12 +12,18 @@ from perdure.adversarial.base import Attack
 from perdure.contract.strategy import Strategy
 from perdure.data.augmentation import Views
 from perdure.data.experience import Stream
+from perdure.learner.averaging import EMA, SWA
 from perdure.learner.checkpoint import Position
+from perdure.learner.step_changes import SAM
 from perdure.privacy.private_sum import MakePrivateSum, PrivateSum
 from perdure.privacy.settings import Privacy
 
 OWNER = "curator"
 """Default name of the party in its ledger; a federation uses client-N instead."""
+
+
+OPTIONS = ("averaging", "sharpness", "l1", "l2", "gradient_noise", "weight_noise")
+"""Options of the steps; the ones that are not given are in no fingerprint and no noise digest."""
 
 
 def _silent(point: str) -> None:
@@ -51,3 +57,15 @@ class PartySettings:
     trained_by: str = ""
     make_private_sum: MakePrivateSum = PrivateSum
     position: Position = field(default_factory=Position)
+    averaging: EMA | SWA | None = None
+    sharpness: SAM | None = None
+    l1: float = 0.0
+    l2: float = 0.0
+    gradient_noise: float = 0.0
+    weight_noise: float = 0.0
+
+    @property
+    def options(self) -> dict[str, object]:
+        """Options of the steps that are not at their defaults, by name."""
+        given = {name: getattr(self, name) for name in OPTIONS}
+        return {name: value for name, value in given.items() if value}

@@ -84,6 +84,17 @@ class Session(Party):
         trained_by: reason why the ledger of this session does not count the training, such as a
             federation whose clients count it; "" if it does.
         make_private_sum: function that makes the private sum; for audits.
+        averaging: average of the parameters over the steps of an experience, EMA() or SWA(); the
+            model answers by it, and becomes it at the end of an experience, before the strategy
+            consolidates.
+        sharpness: SAM() for gradients at the worst parameters nearby; None for plain ones.
+        l1: factor of the sum of absolute values of the trained parameters, added to the loss by its
+            subgradient.
+        l2: factor of half the sum of their squares, added to the loss by its gradient.
+        gradient_noise: variance of normal noise on the gradient in the first step of an experience;
+            in step t it is divided by (1 + t)^0.55.
+        weight_noise: standard deviation of normal noise on the trained parameters while the
+            gradient of a step is computed.
 
     Raises:
         ConfigError: if an argument is not allowed, if the outputs of the model do not fit the task,

@@ -35,6 +35,8 @@ def take_snapshot(
     moments, facts = flatten_optimizer(optimizer)
     live = {f"model.{n}": t for n, t in session.model.state_dict().items()}
     live |= {f"state.{n}": t for n, t in session.state.items()}
+    live |= {f"average.{n}": t for n, t in session.average.values.items()}
+    live |= {f"released.{n}": t for n, t in session.moves.last.items()}
     live |= moments
     tensors = {name: value.detach() for name, value in live.items()}
     if copy:
@@ -47,6 +49,8 @@ def take_snapshot(
         "scheduler": scheduler.state_dict() if scheduler else None,
         "clip_norm": session.private_sum.clip_norm if session.private_sum else None,
     }
+    if session.average.count:
+        facts["averaged"] = session.average.count
     return Snapshot(tensors=tensors, private=private, facts=facts)
 
 
@@ -76,6 +80,10 @@ def restore_snapshot(
     moved = {name: value.to(session.device) for name, value in states.items()}
     session.state = session.state.replace(moved)
     facts = snapshot.facts
+    averages = {n: t.to(session.device) for n, t in _under("average.", snapshot.tensors).items()}
+    session.average.restore(averages, facts.get("averaged", 0))
+    released = _under("released.", snapshot.tensors)
+    session.moves.last = {n: t.to(session.device) for n, t in released.items()}
     session.position = Position(**facts["position"])
     session.held.restore(snapshot.private, facts["memory"], session.device)
     if session.private_sum:
