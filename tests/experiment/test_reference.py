@@ -23,7 +23,7 @@ from perdure.experiment.training_config import (
     ViewsConfig,
 )
 from perdure.federated import Federation
-from perdure.learner import Learner
+from perdure.learner import EMA, SAM, SWA, Learner
 from perdure.models import ModelConfig
 from perdure.privacy import Privacy
 
@@ -32,6 +32,9 @@ CLASSES = {
     "[data]": DataConfig,
     "[model]": ModelConfig,
     "[training]": TrainingConfig,
+    '[training.averaging] name = "ema"': EMA,
+    '[training.averaging] name = "swa"': SWA,
+    "[training.sharpness]": SAM,
     "[federation]": FederationConfig,
     "[privacy]": Privacy,
     **{f'[[arms]] strategy = "{name}"': strategies.find(name) for name in strategies.names()},

@@ -1,6 +1,7 @@
 """Learning-rate schedules: a new one for every experience, and refusals in one line."""
 
 from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
@@ -12,7 +13,10 @@ from torch.optim.lr_scheduler import (
     StepLR,
 )
 
+from helpers.learners import bits, same_bits
 from perdure.errors import ConfigError
+from perdure.learner import WarmUp
+from perdure.learner.schedules import ReplayedRates
 from perdure.strategies import GDumb, Joint, Naive
 
 SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
@@ -129,3 +133,41 @@ def test_a_schedule_that_ends_too_early_is_refused_by_name(learner_of, toy_strea
     short = learner_of(scheduler=lambda optimizer, steps: one_cycle(optimizer, 2), optimizer=SGD)
     with pytest.raises(ConfigError, match=r"OneCycleLR fails after a step: Tried.*T_max=steps"):
         short.fit(toy_stream())
+
+
+@pytest.mark.parametrize("then", [None, cosine])
+def test_a_warm_up_rises_to_the_rate_then_follows_the_schedule(then):
+    rates = ReplayedRates(SGD, WarmUp(steps=0.4, then=then), 10).rates
+    assert rates[:4] == pytest.approx([0.025, 0.05, 0.075, 0.1])
+    rest = ReplayedRates(SGD, then, 6).rates if then else [0.1] * 6
+    assert rates[4:] == pytest.approx(rest)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 10, 50])
+def test_a_warm_up_of_any_length_can_be_made(steps):
+    rates = ReplayedRates(SGD, WarmUp(steps=steps, then=cosine), 10).rates
+    assert len(rates) == 10 and max(rates) <= 0.1 + 1e-9
+    assert all(one < other for one, other in pairwise(rates[:steps]))
+
+
+@pytest.mark.parametrize("steps", [0, -1, 1.5, True, "2"])
+def test_wrong_numbers_of_warm_up_steps_are_refused(steps):
+    with pytest.raises(ConfigError, match=r"steps = .* is not allowed"):
+        WarmUp(steps=steps)
+
+
+def test_a_run_with_a_warm_up_resumes_bit_identically(learner_of, toy_stream, tmp_path):
+    def end(folder, callbacks=()):
+        learner = learner_of(
+            blocks=2, folder=folder, scheduler=WarmUp(steps=0.75, then=cosine), callbacks=callbacks
+        )
+        learner.fit(toy_stream())
+        return bits(learner.snapshot().tensors)
+
+    def stop(point, learner):
+        if point == "block.begin" and learner.position.step == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        end(tmp_path / "stopped", [stop])
+    assert same_bits(end(tmp_path / "stopped"), end(tmp_path / "whole"))

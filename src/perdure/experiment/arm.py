@@ -157,7 +157,7 @@ class ArmRun:
             model=make_model(config.model, stream, config.seed),
             strategy=self.arm.strategy,
             optimizer=training.factory(),
-            scheduler=training.schedule,
+            scheduler=training.scheduler,
             epochs=training.epochs,
             iterations=training.iterations,
             evaluate_every=training.evaluate_every,
@@ -175,6 +175,12 @@ class ArmRun:
             owner=f"{self.name}/client-{client}",
             folder=folder,
             callbacks=[self._listen, *self.callbacks],
+            averaging=training.averaging.averaging if training.averaging else None,
+            sharpness=training.sharpness,
+            l1=training.l1,
+            l2=training.l2,
+            gradient_noise=training.gradient_noise,
+            weight_noise=training.weight_noise,
         )
 
     @property

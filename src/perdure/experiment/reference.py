@@ -16,6 +16,7 @@ from torch.optim import lr_scheduler
 from perdure import adversarial, explain, models, strategies
 from perdure.data import datasets
 from perdure.errors import ConfigError, PerdureError
+from perdure.experiment.averaging_config import AVERAGES
 from perdure.experiment.calls import REQUIRED, parameters
 from perdure.experiment.config import (
     ALLOWED_NAMES,
@@ -41,6 +42,7 @@ from perdure.experiment.training_config import (
     WHOLE,
     TrainingConfig,
 )
+from perdure.learner.step_changes import SAM
 from perdure.models.config import ModelConfig
 from perdure.privacy.accounting.charges import Charge
 from perdure.privacy.adaptive_clipping import Adaptive
@@ -104,6 +106,11 @@ def tables() -> list[Table]:
         *_of_torch("[training] optimizer = {!r}: optimizer_options", torch.optim, OPTIMIZERS),
         *_of_torch("[training.schedule] name = {!r}", lr_scheduler, SCHEDULES),
         Table(title="[training.views]", keys=_views()),
+        *(
+            Table(title=f'[training.averaging] name = "{name}"', keys=_plain_keys(kind()))
+            for name, kind in AVERAGES.items()
+        ),
+        Table(title="[training.sharpness]", keys=_plain_keys(SAM())),
         Table(title="[federation]", keys=_plain_keys(FederationConfig())),
         Table(title="[privacy]", keys=_plain_keys(Privacy(epsilon=1.0))),
         Table(title="[privacy.clipping]", keys=_plain_keys(Adaptive())),

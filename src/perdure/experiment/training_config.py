@@ -16,11 +16,14 @@ from perdure.adversarial import names as attack_names
 from perdure.data.augmentation import Views, shift_and_flip
 from perdure.data.experience import Stream
 from perdure.errors import ConfigError
+from perdure.experiment.averaging_config import AveragingConfig
 from perdure.experiment.calls import arguments, of_module, parameters
 from perdure.experiment.field_checks import COUNTS, check, counts
 from perdure.experiment.from_tables import checked_value, extension, named_option, placed
 from perdure.learner.optimizers import MakeOptimizer, first_line, made_optimizer
-from perdure.learner.schedules import refuse_schedule
+from perdure.learner.schedules import MakeSchedule, WarmUp, refuse_schedule
+from perdure.learner.share_of_steps import STEPS_OR_SHARE, are_steps, steps_of
+from perdure.learner.step_changes import SAM
 from perdure.utils.checked_fields import CheckedFields
 from perdure.utils.chunking import row_slices
 
@@ -132,9 +135,8 @@ class ScheduleConfig(CheckedFields):
         lengths = {} if ":" in name else {k: v for k, v in options.items() if k in STEPS}
         for key, value in lengths.items():
             each = value if isinstance(value, list) and key == "milestones" else [value]
-            if not all(map(_are_steps, each)):
-                allowed = "whole numbers of steps, or shares above 0 and at most 1"
-                raise ConfigError.of(f"{where}.{key}", value, allowed)
+            if not all(map(are_steps, each)):
+                raise ConfigError.of(f"{where}.{key}", value, STEPS_OR_SHARE)
         # numbers of steps are checked; a stand-in has the type of all of them
         known = parameters(function, without)
         checked = {key: 1 for key in (*WHOLE, *lengths) if key in known}
@@ -169,18 +171,11 @@ class ScheduleConfig(CheckedFields):
         return chosen
 
 
-def _are_steps(value: object) -> bool:
-    """Tell if a value is a whole number of steps, or a share of all."""
-    if type(value) is int:
-        return counts(value)
-    return type(value) is float and 0 < value <= 1
-
-
 def _steps_of(value: Any, steps: int) -> Any:
-    """Convert shares of an experience's steps into numbers of steps, each at least 1."""
+    """Convert shares of an experience's steps, also in a list, into numbers of steps."""
     if isinstance(value, list | tuple):
         return [_steps_of(each, steps) for each in value]
-    return max(1, round(value * steps)) if isinstance(value, float) else value
+    return steps_of(value, steps) if isinstance(value, int | float) else value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,6 +239,15 @@ class TrainingConfig(CheckedFields):
         precision: number format of the passes through the model during training.
         adversary: attack that moves every batch before its gradient (adversarial training).
         views: random versions of every record (augmentation).
+        warmup: first steps of every experience, a number or a share of all, in which the learning
+            rate rises linearly; then `schedule` begins.
+        averaging: average of the parameters, by which the model answers.
+        sharpness: sharpness-aware gradients, at the worst parameters nearby.
+        l1: factor of the sum of absolute values of the trained parameters, added to the loss.
+        l2: factor of half the sum of their squares, added to the loss.
+        gradient_noise: variance of noise on the gradient in the first step of an experience,
+            divided by (1 + t)^0.55 in step t.
+        weight_noise: standard deviation of noise on the parameters while a gradient is computed.
     """
 
     optimizer: str = "Adam"
@@ -261,6 +265,13 @@ class TrainingConfig(CheckedFields):
     precision: Literal["float32", "bfloat16"] = "float32"
     adversary: AttackConfig | None = None
     views: ViewsConfig | None = None
+    warmup: int | float | None = None
+    averaging: AveragingConfig | None = None
+    sharpness: SAM | None = None
+    l1: float = 0.0
+    l2: float = 0.0
+    gradient_noise: float = 0.0
+    weight_noise: float = 0.0
 
     def __post_init__(self) -> None:
         check(self, "optimizer", OPTIMIZERS.__contains__, ", ".join(OPTIMIZERS))
@@ -287,6 +298,9 @@ class TrainingConfig(CheckedFields):
             raise ConfigError(
                 f"{given} is not allowed; allowed: exactly one of epochs and iterations"
             )
+        check(self, "warmup", are_steps, STEPS_OR_SHARE)
+        not_negative = "l1 l2 gradient_noise weight_noise"
+        check(self, not_negative, lambda value: 0 <= value <= 1e6, "a number from 0 to 1e6")
         if self.optimizer_options or self.schedule:
             self._try_out()
 
@@ -303,6 +317,13 @@ class TrainingConfig(CheckedFields):
             except ConfigError as error:
                 given = {"name": self.schedule.name, **self.schedule.options}
                 raise _of_torch("schedule", given, error) from error
+
+    @property
+    def scheduler(self) -> MakeSchedule | None:
+        """Schedule as the argument `scheduler` of `Learner`: warm-up, then `schedule`."""
+        if self.warmup is None:
+            return self.schedule
+        return WarmUp(steps=self.warmup, then=self.schedule)
 
     def factory(self) -> MakeOptimizer:
         """Return a function that makes the optimiser for given parameters."""

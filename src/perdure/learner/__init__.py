@@ -9,6 +9,7 @@ from perdure.learner.averaging import EMA, SWA
 from perdure.learner.learner import Callback, Learner
 from perdure.learner.outside_metrics import OutsideMetric, evaluate_with
 from perdure.learner.points import POINTS
+from perdure.learner.schedules import WarmUp
 from perdure.learner.session import Session
 from perdure.learner.step_changes import SAM
 
@@ -21,5 +22,6 @@ __all__ = [
     "Learner",
     "OutsideMetric",
     "Session",
+    "WarmUp",
     "evaluate_with",
 ]

@@ -1,11 +1,12 @@
 """Learning-rate schedules: one per experience, made from its number of steps."""
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LinearLR, LRScheduler, SequentialLR
 
 from perdure.errors import ConfigError
 from perdure.learner.optimizers import (
@@ -16,6 +17,8 @@ from perdure.learner.optimizers import (
     needs_argument,
     step_optimizer,
 )
+from perdure.learner.share_of_steps import STEPS_OR_SHARE, are_steps, steps_of
+from perdure.utils.checked_fields import CheckedFields
 from perdure.utils.hashing import canonical_text
 
 EXAMPLE = "lambda optimizer, steps: CosineAnnealingLR(optimizer, T_max=steps)"
@@ -36,6 +39,40 @@ class MakeSchedule(Protocol):
             steps: number of steps of the experience, 1 or more.
         """
         ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class WarmUp(CheckedFields):
+    """Schedule whose rate first rises linearly to the rate of the optimiser.
+
+        rate in step t = rate * (t + 1) / n    for t < n;  then `then` begins at its first step
+
+    >>> Learner(..., scheduler=WarmUp(steps=0.1, then=cosine))
+
+    Args:
+        steps: number n of steps of the warm-up, or a share of the steps of an experience as a
+            fraction: 0.1 for a tenth, 1.0 for all.
+        then: schedule of the other steps, a function as `scheduler` of `Learner`, which gets their
+            number; None for the constant rate.
+
+    Source: Goyal et al. 2017, section 2.2; `torch.optim.lr_scheduler.SequentialLR`.
+    """
+
+    steps: int | float
+    then: MakeSchedule | None = None
+
+    def __post_init__(self) -> None:
+        if not are_steps(self.steps):
+            raise ConfigError.of("steps", self.steps, STEPS_OR_SHARE)
+
+    def __call__(self, optimizer: Optimizer, /, *, steps: int) -> LRScheduler:
+        """Return the schedule of one experience."""
+        count = min(steps, steps_of(self.steps, steps))
+        rising = LinearLR(optimizer, start_factor=1 / count, total_iters=max(1, count - 1))
+        if self.then is None or count == steps:
+            return rising
+        following = self.then(optimizer, steps=steps - count)
+        return SequentialLR(optimizer, [rising, following], milestones=[count])
 
 
 def made_schedule(make: MakeSchedule, optimizer: Optimizer, steps: int) -> LRScheduler:
