@@ -204,6 +204,15 @@ WRONG = {
     ("training", "l2"): ("-0.1", "nan", "inf", "true", '"1"'),
     ("training", "gradient_noise"): ("-0.1", "nan", "true", '"1"'),
     ("training", "weight_noise"): ("-0.1", "inf", "true", "[0.1]"),
+    ("training", "validation"): (
+        "0.1",
+        "{share = 0.0}",
+        "{share = 1}",
+        "{every = 1.5}",
+        "{patience = 0}",
+        "{keep_best = 1}",
+        "{records = []}",
+    ),
     ("training", "adversary"): ("true", '"pgd"', "{}", '{name = "pgd"}', '{name = "lime"}'),
     ("private_training", "adversary"): ('{name = "pgd", epsilon = -1}',),
 }

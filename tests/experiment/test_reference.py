@@ -22,6 +22,7 @@ from perdure.experiment.training_config import (
     TrainingConfig,
     ViewsConfig,
 )
+from perdure.experiment.validation_config import ValidationConfig
 from perdure.federated import Federation
 from perdure.learner import EMA, SAM, SWA, Learner
 from perdure.models import ModelConfig
@@ -35,6 +36,7 @@ CLASSES = {
     '[training.averaging] name = "ema"': EMA,
     '[training.averaging] name = "swa"': SWA,
     "[training.sharpness]": SAM,
+    "[training.validation]": ValidationConfig,
     "[federation]": FederationConfig,
     "[privacy]": Privacy,
     **{f'[[arms]] strategy = "{name}"': strategies.find(name) for name in strategies.names()},

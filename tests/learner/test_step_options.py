@@ -30,7 +30,7 @@ OPTIONS = {
     "gradient_noise": 0.01,
     "weight_noise": 0.05,
 }
-ALL = {"averaging": SWA(start=0.3), **{name: OPTIONS[name] for name in [*OPTIONS][2:]}}
+ALL = {"averaging": EMA(decay=0.8), **{name: OPTIONS[name] for name in [*OPTIONS][2:]}}
 sgd = partial(torch.optim.SGD, lr=0.1)
 
 

@@ -181,6 +181,7 @@ class ArmRun:
             l2=training.l2,
             gradient_noise=training.gradient_noise,
             weight_noise=training.weight_noise,
+            validation=training.validation.validation if training.validation else None,
         )
 
     @property

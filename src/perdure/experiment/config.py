@@ -304,6 +304,9 @@ class Config(CheckedFields):
             if self.federation and chosen and chosen.blocks > 1:
                 allowed = "1 in a federation, whose rounds are the blocks; set federation.rounds"
                 raise ConfigError.of(f"{name}.blocks", chosen.blocks, allowed)
+            if self.federation and chosen and chosen.validation:
+                allowed = "no validation in a federation, whose clients would stop one by one"
+                raise ConfigError.of(f"{name}.validation", chosen.validation, allowed)
         if not self.arms:
             raise ConfigError(
                 "arms is missing; allowed: one or more [[arms]] tables, each with strategy = NAME"
@@ -313,6 +316,11 @@ class Config(CheckedFields):
                 "an arm has private = true, but there is no [privacy] table; add one with epsilon "
                 "and delta"
             )
+        used = "private_training" if self.private_training else "training"
+        measured = (self.private_training or self.training).validation
+        if measured and any(arm.private for arm in self.arms):
+            allowed = "none for private arms, whose records it would read; give [private_training]"
+            raise ConfigError.of(f"{used}.validation", measured, allowed)
         twice = {arm.name for arm in self.arms if [a.name for a in self.arms].count(arm.name) > 1}
         if twice:
             raise ConfigError.of(

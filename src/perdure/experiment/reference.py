@@ -42,6 +42,7 @@ from perdure.experiment.training_config import (
     WHOLE,
     TrainingConfig,
 )
+from perdure.experiment.validation_config import ValidationConfig
 from perdure.learner.step_changes import SAM
 from perdure.models.config import ModelConfig
 from perdure.privacy.accounting.charges import Charge
@@ -111,6 +112,7 @@ def tables() -> list[Table]:
             for name, kind in AVERAGES.items()
         ),
         Table(title="[training.sharpness]", keys=_plain_keys(SAM())),
+        Table(title="[training.validation]", keys=_plain_keys(ValidationConfig())),
         Table(title="[federation]", keys=_plain_keys(FederationConfig())),
         Table(title="[privacy]", keys=_plain_keys(Privacy(epsilon=1.0))),
         Table(title="[privacy.clipping]", keys=_plain_keys(Adaptive())),

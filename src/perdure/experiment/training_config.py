@@ -20,6 +20,7 @@ from perdure.experiment.averaging_config import AveragingConfig
 from perdure.experiment.calls import arguments, of_module, parameters
 from perdure.experiment.field_checks import COUNTS, check, counts
 from perdure.experiment.from_tables import checked_value, extension, named_option, placed
+from perdure.experiment.validation_config import ValidationConfig
 from perdure.learner.optimizers import MakeOptimizer, first_line, made_optimizer
 from perdure.learner.schedules import MakeSchedule, WarmUp, refuse_schedule
 from perdure.learner.share_of_steps import STEPS_OR_SHARE, are_steps, steps_of
@@ -248,6 +249,8 @@ class TrainingConfig(CheckedFields):
         gradient_noise: variance of noise on the gradient in the first step of an experience,
             divided by (1 + t)^0.55 in step t.
         weight_noise: standard deviation of noise on the parameters while a gradient is computed.
+        validation: measurements on held-out records, early stopping and the best model; only
+            without privacy and without a federation.
     """
 
     optimizer: str = "Adam"
@@ -272,6 +275,7 @@ class TrainingConfig(CheckedFields):
     l2: float = 0.0
     gradient_noise: float = 0.0
     weight_noise: float = 0.0
+    validation: ValidationConfig | None = None
 
     def __post_init__(self) -> None:
         check(self, "optimizer", OPTIMIZERS.__contains__, ", ".join(OPTIMIZERS))

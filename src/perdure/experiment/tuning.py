@@ -20,15 +20,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from perdure.data.experience import Experience, Stream
-from perdure.data.records import Records
+from perdure.data.experience import Stream
+from perdure.data.held_out import hold_out
 from perdure.errors import ConfigError, PrivacyError, RunawayError, RunError
 from perdure.learner.learner import Learner
 from perdure.metrics import average_accuracy
-from perdure.utils.seeding import derive, generator
+from perdure.utils.seeding import derive
 
 if TYPE_CHECKING:
     import optuna
@@ -298,35 +297,14 @@ def beginning(stream: Stream, experiences: int, held_out: float, seed: int) -> S
         ConfigError: if an experience would have no record on one of the sides.
     """
     first = stream.experiences[:experiences]
-    none = torch.empty(0, dtype=torch.int64)
-    known = none
-    measured = none
-    for experience in first:
-        ids: Tensor = torch.unique(experience.train.ids.cpu())
-        new = ids[~torch.isin(ids, known)]
-        order = torch.randperm(len(new), generator=generator(seed, "held out", experience.index))
-        count = round(held_out * len(new))
-        if not torch.isin(ids, measured).any():
-            count = max(1, count)
-        known = torch.cat([known, new])
-        measured = torch.cat([measured, new[order[:count]]])
-    return replace(stream, experiences=tuple(_cut(each, measured) for each in first))
-
-
-def _cut(experience: Experience, measured: Tensor) -> Experience:
-    train = experience.train
-    held = torch.isin(train.ids.cpu(), measured)
-    if held.all() or not held.any():
-        raise ConfigError(
-            f"experience {experience.index} has {len(train)} training records of "
-            f"{len(set(train.ids.tolist()))} ids, too few to hold some out and learn from others; "
-            "allowed: two ids or more"
-        )
-    return replace(experience, train=_rows(train, ~held), test=_rows(train, held))
-
-
-def _rows(records: Records, chosen: Tensor) -> Records:
-    return records.take(chosen.nonzero().flatten().to(records.inputs.device))
+    parts = hold_out(first, held_out, seed, "held out")
+    return replace(
+        stream,
+        experiences=tuple(
+            replace(experience, train=train, test=held)
+            for experience, (train, held) in zip(first, parts, strict=True)
+        ),
+    )
 
 
 def _check(space: Space, stream: Stream, experiences: int, trials: int, held_out: float) -> None:

@@ -28,7 +28,12 @@ from perdure.federated.client_store import FRESH, ClientSession, restore, save
 from perdure.federated.flower_adapter import error_reply
 from perdure.federated.ledger_heads import LEDGER, reported, require_known
 from perdure.federated.messages import load_record, read_tensors, shared, to_record
-from perdure.federated.party_checks import owner_of, refuse_folder, refuse_privacy
+from perdure.federated.party_checks import (
+    owner_of,
+    refuse_folder,
+    refuse_privacy,
+    refuse_validation,
+)
 from perdure.federated.state_merging import sent
 from perdure.learner.folder_claims import client_folder
 from perdure.learner.learner import Learner
@@ -73,6 +78,7 @@ class ClientSessions:
         learner, stream = self._make(client)
         self.private = learner.privacy is not None
         refuse_folder(learner.folder, client)
+        refuse_validation(learner, client)
         self._first = self._first or learner
         learner.share_initial(self._first)
         learner.owner = owner_of(learner, client)

@@ -20,7 +20,12 @@ class Party:
 
 
 def party_of(learner: Learner, client: int) -> Party:
-    """Return owner, privacy and folder of a client's learner."""
+    """Return owner, privacy and folder of a client's learner.
+
+    Raises:
+        ConfigError: if the learner has validation.
+    """
+    refuse_validation(learner, client)
     owner = owner_of(learner, client)
     return Party(owner=owner, privacy=learner.privacy, folder=learner.folder)
 
@@ -73,6 +78,19 @@ def refuse_folder(folder: Path | None, client: int) -> None:
             f"client {client}: Learner(folder={str(folder)!r}) is not used in a federation; "
             "allowed: no folder; give fit_federated(..., folder=...) or client_app(..., "
             f"folder=...) instead, which saves this client in its subfolder clients/{client:03d}"
+        )
+
+
+def refuse_validation(learner: Learner, client: int) -> None:
+    """Refuse validation in a client's learner, because the server decides when training ends.
+
+    Raises:
+        ConfigError: names the client.
+    """
+    if learner.validation is not None:
+        raise ConfigError(
+            f"client {client}: Learner(validation=...) is not used in a federation, whose server "
+            "decides on the steps; allowed: validation=None"
         )
 
 

@@ -12,6 +12,7 @@ from perdure.learner.points import POINTS
 from perdure.learner.schedules import WarmUp
 from perdure.learner.session import Session
 from perdure.learner.step_changes import SAM
+from perdure.learner.validation import Validation
 
 __all__ = [
     "EMA",
@@ -22,6 +23,7 @@ __all__ = [
     "Learner",
     "OutsideMetric",
     "Session",
+    "Validation",
     "WarmUp",
     "evaluate_with",
 ]

@@ -39,6 +39,7 @@ PLAIN = (
     "l2",
     "gradient_noise",
     "weight_noise",
+    "validation",
 )
 """Arguments that are checked by their annotations alone; the folder may also be text."""
 NOT_NEGATIVE = ("l1", "l2", "gradient_noise", "weight_noise")

@@ -108,7 +108,8 @@ class Average:
             return
         now = {name: value.detach() for name, value in params.items()}
         if self.count:
-            self._update(list(self.values.values()), list(now.values()), self.count)
+            # by name, because a checkpoint does not keep the order
+            self._update([self.values[name] for name in now], list(now.values()), self.count)
         else:
             self.values = {name: value.clone() for name, value in now.items()}
         self.count += 1

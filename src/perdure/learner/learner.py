@@ -41,6 +41,7 @@ from perdure.learner.session import Session
 from perdure.learner.session_front import SessionFront
 from perdure.learner.snapshots import restore_snapshot, take_snapshot
 from perdure.learner.step_changes import SAM
+from perdure.learner.validation import Validation, Validator
 from perdure.privacy.private_sum import MakePrivateSum, PrivateSum
 from perdure.privacy.settings import Privacy
 from perdure.types import Params
@@ -104,6 +105,8 @@ class Learner(SessionFront):
             in step t it is divided by (1 + t)^0.55.
         weight_noise: standard deviation of normal noise on the trained parameters, drawn for each
             step and in effect only while its gradient is computed.
+        validation: measurements on validation records in `fit`, which end an experience early or
+            choose its best parameters; None for none.
     """
 
     model: nn.Module
@@ -138,7 +141,9 @@ class Learner(SessionFront):
     l2: float = 0.0
     gradient_noise: float = 0.0
     weight_noise: float = 0.0
+    validation: Validation | None = None
     _session: Session | None = field(default=None, init=False, repr=False)
+    _validator: Validator | None = field(default=None, init=False, repr=False)
     _rates: ReplayedRates | None = field(default=None, init=False, repr=False)
     _scheduler: LRScheduler | None = field(default=None, init=False, repr=False)
     fingerprint: Fingerprint = field(default_factory=dict, init=False, repr=False)
@@ -189,7 +194,7 @@ class Learner(SessionFront):
                 kept = measured or self.blocks > 1 or self.privacy is not None
                 self.begin(index)
                 for block in self.training.remaining_blocks(index, self.position.step):
-                    self.train(block)
+                    self._train_validated(block)
                     if kept:
                         self.save()
                 self.finish()
@@ -203,6 +208,17 @@ class Learner(SessionFront):
         finally:
             self.close()
         return filled_matrix(self.matrix, width=len(stream.stages))
+
+    def _train_validated(self, block: range) -> None:
+        """Train a block of steps, measured on the validation records, up to an early stop."""
+        validator = self._validator
+        if validator is None:
+            self.train(block)
+            return
+        steps = self.training.steps(self.position.experience)
+        for piece in validator.pieces(block, steps):
+            self.train(piece)
+            validator.follow(self.session, steps)
 
     def prepare(self, stream: Stream) -> None:
         """Open the session: create the state and, under privacy, calibrate the noise of the stream.
@@ -224,6 +240,11 @@ class Learner(SessionFront):
         self._new_optimizer()
         if self.scheduler:  # refuse a schedule before anything is inspected, charged or written
             refuse_schedule(self.optimizer, self.scheduler, self.iterations)
+        self._validator = None
+        if self.validation:
+            private = self.privacy is not None
+            self._validator = Validator(self.validation, stream, self.seed, private=private)
+            stream = self._validator.stream
         self._session = Session(
             model=self.model,
             strategy=self.strategy,
@@ -254,11 +275,12 @@ class Learner(SessionFront):
             weight_noise=self.weight_noise,
         )
         if self.folder or self.driven_by:
+            validated = {"validation": self.validation.settings()} if self.validation else {}
             self.fingerprint = fingerprint_of(
                 self._session,
                 optimizer=self.optimizer,
                 scheduler=self.scheduler,
-                extra={"reset_optimizer": self.reset_optimizer, **self.driven_by},
+                extra={"reset_optimizer": self.reset_optimizer, **validated, **self.driven_by},
             )
 
     def close(self) -> None:
@@ -273,6 +295,8 @@ class Learner(SessionFront):
         begins = self.session.open(index)
         restart = self.training.of(self.stream[index]).restart
         if begins:
+            if self._validator:
+                self._validator.begin()
             if restart or self.reset_optimizer:
                 self._new_optimizer()
             self._new_schedule(index)
@@ -284,6 +308,8 @@ class Learner(SessionFront):
         Raises:
             RunawayError: if training diverged, so that parameters are NaN or infinite.
         """
+        if self._validator:
+            self._validator.finish(self.session)
         self.session.consolidate()
         self._scheduler = None
         self._notify("experience.end")
@@ -304,12 +330,22 @@ class Learner(SessionFront):
             self.progress.append((ended, accuracies))
         self._notify("evaluated")
 
+    @property
+    def validated(self) -> list[tuple[int, int, float]]:
+        """Measurements on validation records: experience, number of steps done, and metric."""
+        return list(self._validator.history) if self._validator else []
+
     # ------------------------------------------------------------------ stopping and resuming
 
     def snapshot(self) -> Snapshot:
         """Copy everything that is needed to continue the run; private memory rows are separate."""
         now = take_snapshot(self.session, self._optimizer, self._scheduler, self.matrix)
-        return replace(now, facts={**now.facts, PROGRESS: list(self.progress)})
+        tensors, facts = self._validator.snapshot() if self._validator else ({}, {})
+        return replace(
+            now,
+            tensors={**now.tensors, **tensors},
+            facts={**now.facts, PROGRESS: list(self.progress), **facts},
+        )
 
     def checkpoint(self) -> Snapshot:
         """Return a snapshot to write to disk, with the run's fingerprint and the ledger's head.
@@ -379,6 +415,8 @@ class Learner(SessionFront):
     def __post_init__(self) -> None:
         check_arguments(vars(self))
         check_fields(self, prefix="", only=PLAIN)
+        if self.validation and self.privacy:
+            self.validation.refuse_private()
         self.model = plain_model(self.model, self.privacy, self.device)
         self._initial = {name: value.clone() for name, value in self.model.state_dict().items()}
 
@@ -405,6 +443,8 @@ class Learner(SessionFront):
     def _rewind(self, snapshot: Snapshot) -> None:
         """Restore the progress from a snapshot, and the schedule as it was at its first step."""
         self.progress = [(index, list(row)) for index, row in snapshot.facts.get(PROGRESS, ())]
+        if self._validator:
+            self._validator.restore(snapshot.tensors, snapshot.facts, self.device)
         self._rates = self._scheduler = None
         if snapshot.facts["scheduler"]:
             self._new_schedule(snapshot.facts["position"]["experience"])

@@ -80,7 +80,8 @@ class MovedGradients:
         with moved(params, noise):
             if self._sharpness is None:
                 return ask()
-            ascent = self.last if private else ask()
+            # in the order of the parameters, which a checkpoint does not keep
+            ascent = {name: self.last[name] for name in params if self.last} if private else ask()
             with moved(params, scaled(ascent, self._sharpness.rho)):
                 if private:
                     found = ask()
