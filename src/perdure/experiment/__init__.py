@@ -1,7 +1,8 @@
 """Experiments on disk: configuration, runs, results, audits and tuning.
 
 Import `read` or `parse` to get a `Config`, and `run` to train and evaluate it; a stopped run
-continues. `tune` searches hyper-parameters on training records. `attack_run` attacks the models of
+continues. `tune` searches hyper-parameters on training records, and `lr_range_test` suggests a
+learning rate. `attack_run` attacks the models of
 a run, and `audit_run` audits the private arms of a config. `read_result` reads the stored result of
 a run, and `to_pandas` makes a table of it. `compare` compares arms over seeds, of one or several
 runs, and `load` loads a trained model. `export_run` writes a trained model to files that run
@@ -14,6 +15,7 @@ from perdure.experiment.config import Config, parse, read, read_text
 from perdure.experiment.data_frames import to_pandas
 from perdure.experiment.exports import export_run
 from perdure.experiment.paired_statistics import Estimate
+from perdure.experiment.rate_test import RateTest, lr_range_test
 from perdure.experiment.result_schema import Result, read_result
 from perdure.experiment.results import spending
 from perdure.experiment.run import load, run, untimed
@@ -25,6 +27,7 @@ __all__ = [
     "Config",
     "Difference",
     "Estimate",
+    "RateTest",
     "Result",
     "Space",
     "StrategyCard",
@@ -36,6 +39,7 @@ __all__ = [
     "compare",
     "export_run",
     "load",
+    "lr_range_test",
     "parse",
     "read",
     "read_result",
