@@ -62,6 +62,7 @@ class Finding(CheckedFields):
         experience: index of the experience; None before training.
         step: step of the experience; None before training, and at the end of an experience.
         series: recent measurements, oldest first, for a picture; may be empty.
+        series_name: meaning of the numbers in `series`, such as "loss of each step".
     """
 
     rule: str
@@ -75,6 +76,7 @@ class Finding(CheckedFields):
     experience: int | None = None
     step: int | None = None
     series: tuple[float, ...] = ()
+    series_name: str = ""
 
     def __post_init__(self) -> None:
         if self.cause not in CAUSES:

@@ -1,10 +1,11 @@
 """Base class of the doctor's rules."""
 
 from abc import ABC
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from perdure.doctor.finding import Cause, Finding, Level
+from perdure.doctor.finding import Cause, Finding, Level, Remedy
 from perdure.utils.checked_fields import CheckedFields
 
 if TYPE_CHECKING:
@@ -23,12 +24,14 @@ class Rule(CheckedFields, ABC):
         cause: kind of fault that the rule names.
         level: reading that the rule needs.
         source: publication or measurement that the thresholds come from.
+        trains: True if `examine` trains copies of the model, which takes seconds.
     """
 
     name: ClassVar[str]
     cause: ClassVar[Cause]
     level: ClassVar[Level] = "free"
     source: ClassVar[str]
+    trains: ClassVar[bool] = False
 
     def examine(self, case: "Case") -> Finding | None:
         """Look for the symptom before training; return None if there is none."""
@@ -37,3 +40,31 @@ class Rule(CheckedFields, ABC):
     def watch(self, trace: "Trace") -> Finding | None:
         """Look for the symptom in measurements of training; return None if there is none."""
         return None
+
+    def finding(
+        self,
+        evidence: str,
+        *,
+        measured: float,
+        threshold: float,
+        remedy: Remedy,
+        series: Sequence[float] = (),
+        series_name: str = "",
+        experience: int | None = None,
+        step: int | None = None,
+    ) -> Finding:
+        """Make a finding of this rule; the arguments are those of `Finding`."""
+        return Finding(
+            rule=self.name,
+            cause=self.cause,
+            evidence=evidence,
+            measured=measured,
+            threshold=threshold,
+            source=self.source,
+            remedy=remedy,
+            level=self.level,
+            experience=experience,
+            step=step,
+            series=tuple(series),
+            series_name=series_name,
+        )
