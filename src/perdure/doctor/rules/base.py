@@ -24,6 +24,8 @@ class Rule(CheckedFields, ABC):
         cause: kind of fault that the rule names.
         level: reading that the rule needs.
         source: publication or measurement that the thresholds come from.
+        explained_by: names of rules whose symptom causes this one; if one of them makes a finding
+            in the same experience, the finding of this rule is left out.
         trains: True if `examine` trains copies of the model, which takes seconds.
     """
 
@@ -31,6 +33,7 @@ class Rule(CheckedFields, ABC):
     cause: ClassVar[Cause]
     level: ClassVar[Level] = "free"
     source: ClassVar[str]
+    explained_by: ClassVar[tuple[str, ...]] = ()
     trains: ClassVar[bool] = False
 
     def examine(self, case: "Case") -> Finding | None:

@@ -1,0 +1,106 @@
+"""Examination of a training before it begins."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from perdure.contract.strategy import Strategy
+from perdure.data.experience import Stream
+from perdure.doctor import rules
+from perdure.doctor.case import Case, Loss
+from perdure.doctor.finding import Finding, in_order
+from perdure.learner.optimizers import MakeOptimizer
+from perdure.privacy.settings import Privacy
+
+
+def examine(
+    model: nn.Module,
+    stream: Stream,
+    loss: Loss | None = None,
+    optimizer: MakeOptimizer | Optimizer | None = None,
+    privacy: Privacy | None = None,
+    *,
+    strategy: Strategy | None = None,
+    batch_size: int = 128,
+    epochs: int | None = None,
+    iterations: int | None = None,
+    micro_batch_size: int | None = None,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    trials: bool = True,
+) -> tuple[Finding, ...]:
+    """Look for known mistakes in a training before it begins.
+
+    >>> for finding in examine(model, stream, optimizer=partial(torch.optim.SGD, lr=0.1)):
+    ...     print(finding)
+
+    Guarantee: without privacy, findings depend on a sample of training records. Under privacy no
+    training record is read: findings depend on the model, declared facts, synthetic records, and
+    the test records, which are public.
+
+    Args:
+        model: model before training; it is not changed.
+        stream: experiences in the order of training.
+        loss: loss of a training loop of your own, as a function of outputs and targets; None for
+            the loss of the stream's task.
+        optimizer: optimiser of the model's parameters, or function from parameters to one; None to
+            leave out the rules that need it.
+        privacy: settings of differential privacy; None for training without privacy.
+        strategy: strategy against forgetting; None for naive training.
+        batch_size: number of new records per step.
+        epochs: number of passes over the records of an experience; give this or `iterations`.
+        iterations: number of steps in an experience.
+        micro_batch_size: number of rows in one pass through the model.
+        seed: seed of synthetic records and of trial trainings.
+        device: device of the model and the records in training.
+        trials: False to leave out the rules that train copies of the model, which take seconds.
+
+    Returns:
+        Findings in the order of repair, because a fault of one kind often causes those after it.
+
+    Raises:
+        ConfigError: if an argument is not allowed, or a rule cannot be imported.
+    """
+    case = Case(
+        model=model,
+        stream=stream,
+        loss=loss,
+        optimizer=optimizer,
+        privacy=privacy,
+        strategy=strategy,
+        batch_size=batch_size,
+        epochs=epochs,
+        iterations=iterations,
+        micro_batch_size=micro_batch_size,
+        seed=seed,
+        device=device,
+    )
+    return examined(case, trials=trials)
+
+
+def examined(
+    case: Case, *, trials: bool = True, names: Sequence[str] | None = None
+) -> tuple[Finding, ...]:
+    """Apply rules to a case.
+
+    Args:
+        case: facts about the training.
+        trials: False to leave out the rules that train copies of the model.
+        names: names of the rules; None for all.
+
+    Returns:
+        Findings in the order of repair, without those that another finding explains.
+    """
+    kinds = [rules.find(name) for name in (rules.names() if names is None else names)]
+    found: dict[str, Finding] = {}
+    explained: set[str] = set()
+    for kind in kinds:
+        finding = None if kind.trains and not trials else kind().examine(case)
+        if finding is not None:
+            found[kind.name] = finding
+    for kind in kinds:
+        if found.keys() & set(kind.explained_by):
+            explained.add(kind.name)
+    return tuple(in_order([each for name, each in found.items() if name not in explained]))

@@ -1,0 +1,271 @@
+"""Examination before training: every rule names its fault, and is silent on a sound set-up."""
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from perdure.data import Experience, InputDomain, Records, Stream
+from perdure.doctor import Case, examine, rules
+from perdure.doctor.examination import examined
+from perdure.doctor.finding import CAUSES
+from perdure.errors import ConfigError
+from perdure.models import mlp
+from perdure.privacy import Privacy
+from perdure.tasks import MultiLabel, Regression
+
+ROWS = 240
+CLASSES = 3
+PRIVATE = Privacy(noise_multiplier=1.0, seed=0)
+SGD = partial(torch.optim.SGD, lr=0.1)
+
+
+def numbers(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def stream_of(inputs, labels, *, classes=CLASSES, domain=None, declared=200, task=None):
+    """One experience; every fifth record is a test record."""
+    ids = torch.arange(len(inputs))
+    known = {} if task is None else {"task": task}
+    train, test = (
+        Records(
+            inputs=inputs[rows],
+            labels=labels[rows],
+            ids=ids[rows],
+            partition=name,
+            declared_size=size,
+            domain=domain,
+            **known,
+        )
+        for name, rows, size in (("a", ids % 5 > 0, declared), ("a-test", ids % 5 == 0, 0))
+    )
+    one = Experience(index=0, train=train, test=test, classes=tuple(range(classes)))
+    return Stream(
+        name="blobs",
+        scenario="domain",
+        experiences=(one,),
+        num_classes=classes,
+        input_shape=tuple(inputs.shape[1:]),
+        assigned_by_record=True,
+    )
+
+
+LABELS = torch.arange(ROWS) % CLASSES
+INPUTS = 2 * torch.eye(8)[LABELS] + 0.3 * numbers(ROWS, 8)
+SHUFFLED = LABELS[torch.randperm(ROWS, generator=torch.Generator().manual_seed(1))]
+BLOBS = stream_of(INPUTS, LABELS)
+SKEWED = torch.where(torch.arange(ROWS) % 37 == 1, 1, 0)
+WITH_MISSING = INPUTS.clone().index_fill_(0, torch.arange(0, ROWS, 7), torch.nan)
+WITH_PLACEHOLDER = INPUTS.clone()
+WITH_PLACEHOLDER[::7, 3] = -999.0
+
+
+def model(**options):
+    """MLP (8) -> (3) with one hidden layer."""
+    given = {"input_shape": (8,), "num_classes": CLASSES, "hidden": (16,), "seed": 0} | options
+    return mlp(**given)
+
+
+def scaled(made, factor):
+    with torch.no_grad():
+        for weight in made.parameters():
+            weight.mul_(factor)
+    return made
+
+
+def frozen(made, part):
+    getattr(made, part).requires_grad_(False)
+    return made
+
+
+def half_listed(made):
+    return {"model": made, "optimizer": torch.optim.SGD(made.head.parameters(), lr=0.1)}
+
+
+class Detached(nn.Module):
+    """Model whose head does not see the gradient of its body, and whose bias is all it trains."""
+
+    def __init__(self):
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(CLASSES))
+
+    def forward(self, x):
+        return self.bias.expand(len(x), -1)
+
+
+TOKENS = InputDomain(shape=(4,), dtype=torch.int64, vocabulary=9)
+OF_TOKENS = stream_of(torch.arange(ROWS * 4).view(ROWS, 4) % 9, LABELS, domain=TOKENS)
+UNIT = InputDomain(shape=(8,), range=(0.0, 1.0))
+
+
+def embedded(tokens):
+    return nn.Sequential(nn.Embedding(tokens, 2), nn.Flatten(), nn.Linear(8, CLASSES))
+
+
+def of_numbers(scale):
+    targets = scale * INPUTS.sum(1, keepdim=True)
+    return {"stream": stream_of(INPUTS, targets, classes=1, task=Regression())}
+
+
+def of_tags():
+    return stream_of(INPUTS, (INPUTS[:, :CLASSES] > 0).float(), task=MultiLabel())
+
+
+FAULTS = {
+    "unscaled_input": [
+        {"stream": stream_of(80 * INPUTS, LABELS)},
+        {"stream": stream_of(1e-4 * INPUTS, LABELS)},
+        {"privacy": PRIVATE, "stream": stream_of(80 * INPUTS, LABELS)},
+    ],
+    "missing_values": [
+        {"stream": stream_of(WITH_MISSING, LABELS)},
+        {"stream": stream_of(WITH_PLACEHOLDER, LABELS)},
+    ],
+    "input_domain": [
+        {"stream": stream_of(INPUTS, LABELS, domain=UNIT)},
+        {"stream": OF_TOKENS, "model": embedded(5)},
+    ],
+    "label_range": [
+        {"model": model(num_classes=2)},
+        {"stream": stream_of(INPUTS, LABELS + 1, classes=4), "model": model(num_classes=4)},
+        of_numbers(100.0) | {"model": model(num_classes=1)},
+    ],
+    "softmax_twice": [
+        {"model": nn.Sequential(model(), nn.Softmax(1))},
+        {"model": nn.Sequential(model(), nn.Softmax(1)), "loss": nn.CrossEntropyLoss()},
+        {"model": nn.Sequential(model(), nn.Sigmoid()), "stream": of_tags()},
+    ],
+    "frozen_parameters": [
+        {"model": frozen(model(), "head")},
+        {"model": frozen(model(), "body")},
+        {"model": frozen(frozen(model(), "body"), "head")},
+    ],
+    "unlisted_parameters": [half_listed(model())],
+    "cannot_overfit": [{"model": Detached()}],
+    "shuffled_labels": [{"stream": stream_of(INPUTS, SHUFFLED)}],
+    "class_imbalance": [{"stream": stream_of(INPUTS, SKEWED, classes=2)}],
+    "learning_rate_range": [
+        {"optimizer": partial(torch.optim.SGD, lr=100.0)},
+        {"optimizer": partial(torch.optim.SGD, lr=1e-6)},
+        {"optimizer": partial(torch.optim.SGD, lr=1e5), "privacy": PRIVATE},
+    ],
+    "memory_need": [{"batch_size": 10**12}],
+    "initial_variance": [
+        {"model": scaled(model(hidden=(16, 16)), 30.0)},
+        {"model": scaled(model(hidden=(16, 16)), 0.01)},
+        {"model": scaled(model(), 0.0)},
+    ],
+    "batch_statistics": [{"model": nn.Sequential(nn.BatchNorm1d(8), model()), "privacy": PRIVATE}],
+    "undeclared_size": [{"privacy": PRIVATE, "stream": stream_of(INPUTS, LABELS, declared=0)}],
+    "weak_signal": [{"privacy": Privacy(noise_multiplier=80.0, seed=0)}],
+    "raw_diagnostics": [{"privacy": replace(PRIVATE, diagnostics="raw")}],
+    "private_step_size": [
+        {"privacy": PRIVATE, "optimizer": partial(torch.optim.SGD, lr=50.0)},
+        {"privacy": PRIVATE, "optimizer": partial(torch.optim.SGD, lr=1e-5)},
+    ],
+}
+HEALTHY = {
+    "plain": {},
+    "private": {"privacy": PRIVATE},
+    "tiny": {"model": model(hidden=(3,))},
+    "tanh": {"model": model(hidden=(16, 16, 16), activation="tanh")},
+    "tokens": {"stream": OF_TOKENS, "model": embedded(9)},
+    "regression": of_numbers(0.3) | {"model": model(num_classes=1)},
+    "tags": {"stream": of_tags()},
+    "untested": {"stream": BLOBS.with_test(0, BLOBS[0].test.take(slice(0, 0))), "privacy": PRIVATE},
+}
+QUICK = ["cannot_overfit", "memory_need", "initial_variance", "softmax_twice"]
+SOUND = {"model": model(), "stream": BLOBS, "optimizer": SGD, "batch_size": 32, "iterations": 15}
+
+
+def case(**changes):
+    return Case(**SOUND | changes)
+
+
+@pytest.mark.parametrize(
+    ("rule", "changes"),
+    [(rule, changes) for rule, group in FAULTS.items() for changes in group],
+    ids=[f"{rule}-{i}" for rule, group in FAULTS.items() for i in range(len(group))],
+)
+def test_each_rule_names_its_fault(rule, changes):
+    (found,) = examined(case(**changes), names=[rule])
+    assert found.rule == rule.replace("_", " ")
+    assert found.cause in CAUSES
+    assert found.remedy.advice
+    assert found.source
+
+
+@pytest.mark.parametrize("name", HEALTHY)
+def test_no_rule_has_a_finding_for_a_sound_training(name):
+    names = [rule for rule in rules.names() if rule != "learning_rate_range" or name == "plain"]
+    assert [str(each) for each in examined(case(**HEALTHY[name]), names=names)] == []
+
+
+def test_every_rule_of_the_examination_has_a_fault_and_a_docstring():
+    examining = {
+        name for name in rules.names() if rules.find(name).examine is not rules.Rule.examine
+    }
+    assert examining == set(FAULTS)
+    for name in examining:
+        told = rules.find(name).__doc__
+        assert all(f"{word}:" in told for word in ("Symptom", "Remedy", "Source")), name
+
+
+def test_findings_are_in_the_order_of_repair():
+    found = examine(
+        nn.Sequential(scaled(model(), 0.0), nn.Softmax(1)),
+        stream_of(80 * INPUTS, LABELS),
+        optimizer=SGD,
+        privacy=Privacy(noise_multiplier=80.0, seed=0),
+        batch_size=32,
+        epochs=1,
+        trials=False,
+    )
+    causes = [CAUSES.index(each.cause) for each in found]
+    assert causes == sorted(causes)
+    assert len(set(causes)) >= 3
+
+
+def test_a_finding_that_another_one_explains_is_left_out():
+    wrong = case(model=nn.Sequential(Detached(), nn.Softmax(1)))
+    assert [each.rule for each in examined(wrong)] == ["softmax twice"]
+
+
+def test_the_case_of_a_private_training_holds_no_training_record():
+    made = case(privacy=PRIVATE)
+    assert len(made.stream[0].train) == 0
+    assert made.stream[0].train.declared_size == 200
+    assert made.origin == "public test records"
+
+
+def test_findings_under_privacy_do_not_depend_on_training_records():
+    """Training inputs are NaN and training labels are equal, which a rule that read them tells."""
+    wrong = stream_of(INPUTS, LABELS)
+    train = wrong[0].train
+    spoilt = replace(
+        train, inputs=torch.full_like(train.inputs, torch.nan), labels=train.labels * 0
+    )
+    stream = replace(wrong, experiences=(replace(wrong[0], train=spoilt),))
+    assert examined(case(stream=stream, privacy=PRIVATE)) == ()
+    assert examined(case(stream=stream), trials=False) != ()
+
+
+def test_the_examination_does_not_change_model_or_generator():
+    made = model()
+    before = {name: value.clone() for name, value in made.state_dict().items()}
+    state = torch.get_rng_state()
+    once = examined(case(model=made), names=QUICK)
+    assert examined(case(model=made), names=QUICK) == once
+    assert all(torch.equal(value, before[name]) for name, value in made.state_dict().items())
+    assert torch.equal(state, torch.get_rng_state())
+    assert made.training
+    assert all(value.grad is None for value in made.parameters())
+
+
+@pytest.mark.parametrize("changes", [{"model": "mlp"}, {"stream": None}])
+def test_a_case_of_something_else_is_refused(changes):
+    with pytest.raises(ConfigError, match="is not allowed"):
+        case(**changes)
