@@ -18,33 +18,33 @@ def made(learner_of):  # noqa: F811
 
 
 @pytest.fixture
-def tested(made, toy_stream):
+def measured(made, toy_stream):
     return lr_range_test(lambda: made(validation=Validation()), toy_stream(), lowest=1e-4, steps=60)
 
 
-def test_the_range_test_raises_the_rate_by_one_factor(tested):
-    rates = tested.rates
+def test_the_range_test_raises_the_rate_by_one_factor(measured):
+    rates = measured.rates
     assert rates[0] == 1e-4 and rates[-1] <= 10.0
     factors = [later / earlier for earlier, later in pairwise(rates)]
     assert factors == pytest.approx([1e5 ** (1 / 59)] * len(factors))
 
 
-def test_the_suggested_rate_is_a_tenth_of_the_best(tested):
-    best = tested.losses.index(min(tested.losses))
-    assert tested.suggestion == tested.rates[best] / 10
-    assert 1e-3 < tested.suggestion < 1.0
+def test_the_suggested_rate_is_a_tenth_of_the_best(measured):
+    best = measured.losses.index(min(measured.losses))
+    assert measured.suggestion == measured.rates[best] / 10
+    assert 1e-3 < measured.suggestion < 1.0
 
 
-def test_the_suggested_rate_trains(tested, made, toy_stream):
+def test_the_suggested_rate_trains(measured, made, toy_stream):
     def end(rate):
         learner = made(optimizer=partial(torch.optim.SGD, lr=rate), iterations=30)
         return float(learner.fit(toy_stream())[0, 0])
 
-    assert end(tested.suggestion) > end(tested.rates[0])
+    assert end(measured.suggestion) > end(measured.rates[0])
 
 
-def test_the_range_test_has_a_picture(tested):
-    (axes,) = tested.plot().axes
+def test_the_range_test_has_a_picture(measured):
+    (axes,) = measured.plot().axes
     assert (
         axes.get_xscale() == "log" and "suggestion" in axes.get_legend().get_texts()[0].get_text()
     )

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn
+from torch.utils.checkpoint import checkpoint
 
 from helpers.learners import SIMULATED, bits, same_bits
 from perdure.errors import ConfigError, RunError
@@ -340,3 +341,27 @@ def test_parameters_keep_their_bits_when_a_pass_fails(learner_of, toy_stream):
     with pytest.raises(ZeroDivisionError):
         learner.train(range(1, 2))
     assert same_bits(bits(learner.model.state_dict()), before)
+
+
+# --------------------------------------------------------------------------- memory
+
+
+@pytest.mark.parametrize("privacy", [None, SIMULATED])
+def test_gradient_checkpointing_gives_the_same_bits(learner_of, toy_stream, privacy):
+    class Body(nn.Module):
+        def __init__(self, inner, *, again):
+            super().__init__()
+            self.inner = inner
+            self._again = again  # no setting, so that the noise is the same
+
+        def forward(self, x):
+            return checkpoint(self.inner, x, use_reentrant=False) if self._again else self.inner(x)
+
+    ends = []
+    for again in (False, True):
+        model = mlp(input_shape=(5,), num_classes=4, hidden=(6,), seed=3)
+        model.body = Body(model.body, again=again)
+        learner = learner_of(model=model, privacy=privacy, iterations=2)
+        learner.fit(toy_stream())
+        ends.append(bits(learner.model.state_dict()))
+    assert same_bits(*ends)

@@ -81,7 +81,7 @@ def test_the_best_parameters_end_the_experience(fitted):
     assert same_bits(ends["end"], ends[best])
 
 
-def test_without_patience_and_best_only_the_held_out_records_lack(fitted, learner_of, toy_stream):
+def test_validation_alone_only_takes_records_away(fitted, learner_of, toy_stream):
     learner = fitted(Validation(share=0.25, patience=None, keep_best=False))
     stream = Validator(Validation(share=0.25), toy_stream(), 5, private=False).stream
     plain = learner_of(Replay(memory_size=12), optimizer=FAST, iterations=20, batch_size=4)
