@@ -120,6 +120,12 @@ def test_another_validation_is_refused_on_resume(fitted, tmp_path):
             fitted(other, folder=tmp_path)
 
 
+def test_validation_is_refused_in_the_folder_of_a_run_without(fitted, tmp_path):
+    fitted(None, folder=tmp_path)
+    with pytest.raises(RunError, match=r"differs in .*validation"):
+        fitted(Validation(), folder=tmp_path)
+
+
 def test_validation_by_held_out_records_is_refused_under_privacy(learner_of):
     with pytest.raises(PrivacyError, match="private records without noise; give public"):
         learner_of(validation=Validation(), privacy=SIMULATED)

@@ -5,7 +5,7 @@ on it, so that a strategy always sees the same calls in the same order.
 """
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 from torch import Tensor, nn
 
@@ -249,9 +249,12 @@ class Party(GuardedParty):
 
     def _released(self, batch: Batch, step: int) -> Params | None:
         """Return the gradient of a step; None if the step was charged again."""
+        ask = partial(self.curator.gradient, self.losses, self.trained, batch, step)
         try:
+            if not (self.sharpness or self.weight_noise):
+                return ask()
             return self.moves.gradient(
-                lambda: self.curator.gradient(self.losses, self.trained, batch, step),
+                ask,
                 self.trained,
                 self.model,
                 seed=derive(*self._place("weight noise", step)),

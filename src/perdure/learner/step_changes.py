@@ -74,8 +74,6 @@ class MovedGradients:
             seed: seed of the noise on the parameters.
             private: True if `ask` is a release.
         """
-        if self._sharpness is None and not self._weight_noise:
-            return ask()
         noise = normal_like(params, self._weight_noise, seed) if self._weight_noise else {}
         with moved(params, noise):
             if self._sharpness is None:

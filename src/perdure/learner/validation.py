@@ -183,7 +183,9 @@ class Validator:
         self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], device: str | torch.device
     ) -> None:
         """Restore the measurements from a checkpoint."""
-        own = facts[FACTS]
+        own = facts.get(FACTS)
+        if own is None:
+            return  # a checkpoint of a run without validation, which the fingerprint refuses
         self.history = [(int(index), int(step), score) for index, step, score in own["history"]]
         self._best = own["best"]
         self._misses = own["misses"]
