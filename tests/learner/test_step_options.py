@@ -82,7 +82,7 @@ def test_each_option_changes_the_training(learner_of, toy_stream, plain_ends, na
 @pytest.mark.parametrize("privacy", [None, SIMULATED])
 def test_options_resume_bit_identically(learner_of, toy_stream, tmp_path, privacy):
     run = partial(learner_of, Replay(memory_size=12), blocks=2, privacy=privacy, **ALL)
-    whole = end_of(run(folder=tmp_path / "whole"), toy_stream())
+    whole = end_of(run(), toy_stream())
     for number in (2, 4) if privacy is None else (2,):
         folder = tmp_path / str(number)
         with pytest.raises(Stop):
@@ -112,7 +112,9 @@ def test_options_change_the_digest_of_private_noise(learner_of, toy_stream):
 def test_options_cost_no_privacy(learner_of, toy_stream, tmp_path):
     counts = []
     for name, given in (("plain", {}), ("all", ALL)):
-        learner_of(privacy=SIMULATED, folder=tmp_path / name, **given).fit(toy_stream())
+        learner_of(privacy=SIMULATED, folder=tmp_path / name, iterations=1, **given).fit(
+            toy_stream()
+        )
         (part,) = read(tmp_path / name / "ledger.jsonl").parts
         counts.append([(each.steps, each.noise_multiplier) for each in part.account.entries])
     assert counts[0] == counts[1]

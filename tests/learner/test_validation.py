@@ -94,7 +94,7 @@ class Stop(Exception):  # noqa: N818
     """An exception in place of a power failure."""
 
 
-@pytest.mark.parametrize("number", [2, 3, 5])
+@pytest.mark.parametrize("number", [2, 5])
 def test_a_run_with_validation_resumes_bit_identically(fitted, tmp_path, number):
     chosen = Validation(share=0.25, every=3, patience=3)
     options = {"blocks": 4, "averaging": EMA(decay=0.5)}
@@ -107,7 +107,7 @@ def test_a_run_with_validation_resumes_bit_identically(fitted, tmp_path, number)
 
     with pytest.raises(Stop):
         fitted(chosen, folder=tmp_path / "stopped", callbacks=[stop], **options)
-    ends = [fitted(chosen, folder=tmp_path / name, **options) for name in ("stopped", "whole")]
+    ends = [fitted(chosen, folder=folder, **options) for folder in (tmp_path / "stopped", None)]
     assert ends[0].validated == ends[1].validated and ends[0].matrix == ends[1].matrix
     one, other = (bits(each.snapshot().tensors) for each in ends)
     assert same_bits(one, other)
