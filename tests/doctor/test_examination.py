@@ -90,7 +90,7 @@ class Detached(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.bias = nn.Parameter(torch.zeros(CLASSES))
+        self.bias = nn.Parameter(torch.arange(CLASSES) / 2)
 
     def forward(self, x):
         return self.bias.expand(len(x), -1)
@@ -150,7 +150,7 @@ FAULTS = {
     "learning_rate_range": [
         {"optimizer": partial(torch.optim.SGD, lr=100.0)},
         {"optimizer": partial(torch.optim.SGD, lr=1e-6)},
-        {"optimizer": partial(torch.optim.SGD, lr=1e5), "privacy": PRIVATE},
+        {"optimizer": partial(torch.optim.SGD, lr=1e-5), "privacy": PRIVATE},
     ],
     "memory_need": [{"batch_size": 10**12}],
     "initial_variance": [

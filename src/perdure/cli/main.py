@@ -5,7 +5,7 @@ The code of a command is imported only when it runs, so help needs no torch.
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib import resources
@@ -18,7 +18,8 @@ from rich.console import Console
 from perdure.cli import export as export_cli
 from perdure.cli import ledger as ledger_cli
 from perdure.cli.comparing import compare
-from perdure.cli.consoles import wide_console
+from perdure.cli.consoles import shown_progress, wide_console
+from perdure.cli.doctor import doctor, heal_run, print_findings
 from perdure.cli.local_modules import local_modules
 from perdure.cli.predicting import predict
 from perdure.errors import ConfigError, PerdureError
@@ -37,6 +38,8 @@ app = typer.Typer(
 `perdure demo --show-config > mine.toml` gives you its config to change; `perdure run mine.toml` \
 runs it.
 
+`perdure doctor mine.toml` looks for mistakes before training, and names their remedies.
+
 `perdure compare runs/mine` compares its arms over the seeds, and several runs with each other.
 
 `perdure config --reference` prints every key that a config may have.
@@ -54,6 +57,7 @@ To continue a stopped run, give the same command again.""",
 app.add_typer(ledger_cli.app, name="ledger")
 app.command()(export_cli.export)
 app.command()(compare)
+app.command()(doctor)
 app.command()(predict)
 
 INTERRUPTED = 130
@@ -80,24 +84,43 @@ def run(
         str | None,
         typer.Option("--device", help="Device of models and records, as cpu or cuda."),
     ] = None,
+    heal: Annotated[
+        bool,
+        typer.Option("--heal", help="Run again with the remedies of the doctor's findings."),
+    ] = False,
+    restarts: Annotated[
+        int | None, typer.Option("--restarts", help="With --heal: most restarts; 3 if left out.")
+    ] = None,
+    total_epsilon: Annotated[
+        float | None,
+        typer.Option("--total-epsilon", help="With --heal: budget of all runs with privacy."),
+    ] = None,
 ) -> None:
     """Run the experiment that CONFIG describes; a stopped run continues.
 
     CONFIG is a TOML file; `perdure demo --show-config` prints an example, and `perdure config
     --reference` lists all its keys. Modules that CONFIG names may be in the current folder. Exit
     code 1 if some training diverged; the result has the other trainings.
+
+    Findings of the doctor are printed at the end. With `--heal` the run is examined in full, and
+    restarted with the remedies, one cause at a time, in the folder NAME-healed beside the first.
+    Under privacy each restart is charged, so it needs `--total-epsilon`.
     """
+    if not heal:
+        for name, value in (("--restarts", restarts), ("--total-epsilon", total_epsilon)):
+            if value is not None:
+                raise ConfigError.of(name, value, "only together with --heal")
     with resumable(), local_modules():
         from perdure.experiment.config import read_text
         from perdure.experiment.overrides import overridden
 
         source = str(config)
         text = read_text(config)
-        _run(
-            source,
-            overridden(text, source=source, seeds=seeds, engine=engine, device=device),
-            out,
-        )
+        text = overridden(text, source=source, seeds=seeds, engine=engine, device=device)
+        if heal:
+            heal_run(source, text, out, restarts=restarts, total_epsilon=total_epsilon)
+        else:
+            _run(source, text, out)
 
 
 @app.command("config")
@@ -281,53 +304,17 @@ def _run(source: str, text: str, out: Path | None) -> None:
     folder = out or Path("runs") / config.name
     console = wide_console()
     with shown_progress(console) as progress:
-        result = run_config(config, text, folder, progress)
+        result = run_config(config, text, folder, progress, examine="quick")
     page = write_report(folder)
     write_figures(folder)
     console.print(table(result))
+    print_findings(console, {arm["name"]: arm.get("findings", []) for arm in result["arms"]})
     console.print(f"report: {page}")
     failures = [each for arm in result["arms"] for each in arm["failures"]]
     for each in failures:
         console.print(f"{each['trial']} diverged: {each['failure']}", markup=False, highlight=False)
     if failures:
         raise typer.Exit(RAN_AWAY)
-
-
-@contextmanager
-def shown_progress(console: Console) -> Iterator[Callable[[str, float], None]]:
-    """Context manager with a progress bar per arm; gives the function that sets an arm's share.
-
-    Without a terminal, a line is printed at each quarter of an arm.
-    """
-    from rich.progress import (
-        BarColumn,
-        Progress,
-        TaskID,
-        TaskProgressColumn,
-        TextColumn,
-        TimeElapsedColumn,
-    )
-
-    columns = (
-        TextColumn("{task.description:16}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
-        tasks: dict[str, TaskID] = {}
-        told: dict[str, int] = {}
-
-        def progress(arm: str, share: float) -> None:
-            if arm not in tasks:
-                tasks[arm] = bars.add_task(arm, total=1.0)
-            bars.update(tasks[arm], completed=share)
-            quarter = int(4 * share)
-            if bars.disable and quarter > told.get(arm, 0):
-                console.print(f"{arm} {25 * quarter} %", highlight=False)
-                told[arm] = quarter
-
-        yield progress
 
 
 @contextmanager

@@ -88,10 +88,18 @@ class Case:
         """Task of the records."""
         return self.stream.task
 
-    @property
+    @cached_property
     def domain(self) -> InputDomain:
-        """Declared domain of the inputs; for floats without one, numbers from 0 to 1."""
+        """Declared domain of the inputs; for floats without one, numbers from 0 to 1.
+
+        Without privacy, the vocabulary of whole numbers is read from the records if need be.
+        """
         first = self.stream[0].train
+        dtype = first.inputs.dtype
+        if first.domain is None and not dtype.is_floating_point and self.privacy is None:
+            largest = max((int(each.train.inputs.max()) for each in self._with_records), default=0)
+            shape = tuple(first.inputs.shape[1:])
+            return InputDomain(shape=shape, dtype=dtype, vocabulary=largest + 1)
         return domain_of(first.inputs, first.domain)
 
     @property
@@ -128,7 +136,11 @@ class Case:
 
     @property
     def _reads_training(self) -> bool:
-        return any(len(experience.train) for experience in self.stream)
+        return bool(self._with_records)
+
+    @property
+    def _with_records(self) -> list[Experience]:
+        return [experience for experience in self.stream if len(experience.train)]
 
     def random_inputs(self, rows: int) -> Tensor:
         """Draw random inputs (rows, ...) from the declared domain."""

@@ -6,16 +6,20 @@ learning rate. `attack_run` attacks the models of
 a run, and `audit_run` audits the private arms of a config. `read_result` reads the stored result of
 a run, and `to_pandas` makes a table of it. `compare` compares arms over seeds, of one or several
 runs, and `load` loads a trained model. `export_run` writes a trained model to files that run
-without perdure. `cards` describes every strategy with its costs.
+without perdure. `examine_run` looks for mistakes before training, `healed` applies remedies to a
+config, and `heal` restarts a run with them. `cards` describes every strategy with its costs.
 """
 
 from perdure.experiment.audits import attack_run, audit_run
 from perdure.experiment.comparison import Comparison, Difference, compare
 from perdure.experiment.config import Config, parse, read, read_text
 from perdure.experiment.data_frames import to_pandas
+from perdure.experiment.examinations import examine_run
 from perdure.experiment.exports import export_run
+from perdure.experiment.healing import Healing, heal
 from perdure.experiment.paired_statistics import Estimate
 from perdure.experiment.rate_test import RateTest, lr_range_test
+from perdure.experiment.remedies import Healed, healed
 from perdure.experiment.result_schema import Result, read_result
 from perdure.experiment.results import spending
 from perdure.experiment.run import load, run, untimed
@@ -27,6 +31,8 @@ __all__ = [
     "Config",
     "Difference",
     "Estimate",
+    "Healed",
+    "Healing",
     "RateTest",
     "Result",
     "Space",
@@ -37,7 +43,10 @@ __all__ = [
     "audit_run",
     "cards",
     "compare",
+    "examine_run",
     "export_run",
+    "heal",
+    "healed",
     "load",
     "lr_range_test",
     "parse",

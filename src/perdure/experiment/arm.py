@@ -14,8 +14,10 @@ import torch
 
 from perdure.adversarial import Attack, robust_accuracy
 from perdure.data.experience import Stream
+from perdure.doctor import Finding
 from perdure.errors import ConfigError, NonFiniteError, RunawayError, RunError
 from perdure.experiment.config import Arm, Config
+from perdure.experiment.finding_rows import finding_row
 from perdure.experiment.model_config import make_model
 from perdure.experiment.result_schema import Numbers, PrivacyResult, TrialResult
 from perdure.experiment.results import (
@@ -125,6 +127,8 @@ class ArmRun:
     callbacks: Sequence[Callback] = ()
     listen: Callable[[Any], None] | None = None
     name: str = ""
+    findings: Sequence[Finding] = ()
+    """Findings of the doctor about this arm, for its row of the result."""
 
     def __post_init__(self) -> None:
         self.name = self.name or self.arm.name
@@ -139,13 +143,22 @@ class ArmRun:
 
         If training diverged, the row has the reason in `failure`, and no measurements.
         """
-        done = self.folder / "arm.json"
-        if not done.exists():
+        done = self._done
+        if not self.finished:
             self.progress(self.name, 0.0)
             write_json(done, self._row())
         self.progress(self.name, 1.0)
         loaded: TrialResult = json.loads(done.read_text())
         return loaded
+
+    @property
+    def finished(self) -> bool:
+        """Return True if this process or an earlier one has trained the arm."""
+        return self._done.exists()
+
+    @property
+    def _done(self) -> Path:
+        return self.folder / "arm.json"
 
     def learner(self, stream: Stream, client: int = 0, folder: Path | None = None) -> Learner:
         """Make a new learner for one party of this arm."""
@@ -220,6 +233,7 @@ class ArmRun:
             "failure": failure,
             **numbers,
             "progress": progress,
+            "findings": [finding_row(each) for each in self.findings],
             **self._privacy(),
         }
 

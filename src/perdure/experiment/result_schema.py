@@ -92,17 +92,40 @@ class Numbers(TypedDict):
     seconds: float
 
 
+class FindingResult(TypedDict):
+    """Finding of the doctor; the fields are those of `perdure.doctor.Finding`.
+
+    `remedy` is the advice and `changes` its settings. Numbers that are not finite are null.
+    """
+
+    rule: str
+    cause: str
+    evidence: str
+    measured: float | None
+    threshold: float | None
+    source: str
+    remedy: str
+    changes: dict[str, Any]
+    level: str
+    experience: int | None
+    step: int | None
+    series: list[float | None]
+    series_name: str
+
+
 class TrialResult(Numbers, PrivacyResult):
     """One arm with one seed.
 
     `failure` is the error message if training diverged; the measures are then null. `progress` has
     the measurements inside stages: number of the experience that ended, and accuracies.
+    `findings` are those of the doctor, in the order of repair.
     """
 
     seed: int
     trial: str
     failure: str | None
     progress: list[tuple[int, list[float]]]
+    findings: NotRequired[list[FindingResult]]
 
 
 class Failure(TypedDict):
@@ -117,7 +140,8 @@ class ArmResult(Numbers, PrivacyResult):
     """One strategy of the run, with or without privacy.
 
     Measures are means over the seeds that did not fail; time is a sum, and state the largest. The
-    privacy statement is for one model: the seed with the largest epsilon.
+    privacy statement is for one model: the seed with the largest epsilon. `findings` has each rule
+    and experience once.
     """
 
     name: str
@@ -126,6 +150,7 @@ class ArmResult(Numbers, PrivacyResult):
     private: bool
     standard_error: dict[str, float | None]
     failures: list[Failure]
+    findings: NotRequired[list[FindingResult]]
     seeds: list[TrialResult]
 
 
@@ -169,8 +194,28 @@ class Explanations(TypedDict):
     arm: str
 
 
+class ArmChange(TypedDict):
+    """Average accuracy of an arm before and after a restart; null if it was not measured."""
+
+    before: float | None
+    after: float | None
+
+
+class Restart(TypedDict):
+    """Restart of a run with remedies: their cause, rules and settings, and each arm's change."""
+
+    run: str
+    cause: str
+    rules: list[str]
+    changes: dict[str, Any]
+    arms: dict[str, ArmChange]
+
+
 class Result(TypedDict):
-    """Content of `result.json`: the result of a finished run."""
+    """Content of `result.json`: the result of a finished run.
+
+    `healing` has all restarts with remedies up to this run, in a run that is one.
+    """
 
     schema: int
     name: str
@@ -184,6 +229,7 @@ class Result(TypedDict):
     arms: list[ArmResult]
     epsilon_of_all_arms: Epsilon | None
     explanations: Explanations | None
+    healing: NotRequired[list[Restart]]
 
 
 def read_result(run: Path) -> Result:
@@ -248,6 +294,8 @@ def _check_arm(arm: Mapping[str, Any], source: str) -> None:
         _require(arm["epsilon"], Epsilon, f"{source}.epsilon")
     for entry in arm["spending"]:
         _require(entry, Spending, f"{source}.spending")
+    for finding in arm.get("findings", ()):
+        _require(finding, FindingResult, f"{source}.findings")
     for number, trial in enumerate(arm["seeds"]):
         _require(trial, TrialResult, f"{source}.seeds[{number}]")
 

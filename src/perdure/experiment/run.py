@@ -18,7 +18,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from perdure.data.experience import Stream
 from perdure.errors import ConfigError, RunError
 from perdure.experiment.arm import ArmRun, MetricsLog, Progress, open_stream, silent
 from perdure.experiment.config import Arm, Config, read
+from perdure.experiment.examinations import examine_arm
 from perdure.experiment.result_schema import Result, TrialResult, read_result
 from perdure.experiment.results import (
     collect_explanations,
@@ -62,6 +63,7 @@ def run(
     folder: Path | str,
     progress: Progress = silent,
     callbacks: Sequence[Callback] = (),
+    examine: Literal["no", "quick", "full"] = "no",
 ) -> Result:
     """Run every arm of a config and write the files of the run; a stopped run continues.
 
@@ -75,6 +77,8 @@ def run(
         progress: function that is called as progress(arm name, share done).
         callbacks: called as callback(point, learner) by every learner of every arm; see
             `perdure.learner.POINTS`.
+        examine: examination by the doctor before the first seed of every arm: none, without trial
+            trainings, or in full. Its findings stand in the result.
 
     Raises:
         RunError: if the folder has a run of another config, is in use, or cannot be written.
@@ -102,6 +106,8 @@ def run(
             for arm in config.arms:
                 name = config.trial(arm, seed)
                 trial = ArmRun(mine, arm, stream, folder, log, progress, callbacks, name=name)
+                if examine != "no" and stream is first and not trial.finished:
+                    trial.findings = examine_arm(mine, arm, stream, trials=examine == "full")
                 rows[arm.name].append(trial.run())
         assert first is not None
         ledgers = [path for name in trials(config) for path in ledger_files(folder / "arms" / name)]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 from perdure.experiment.config import Arm
+from perdure.experiment.finding_rows import each_once
 from perdure.experiment.result_schema import MEASURES, ArmResult, TrialResult
 
 AVERAGED = (*MEASURES, "robust_accuracy")
@@ -43,6 +44,7 @@ def arm_result(arm: Arm, trials: Sequence[TrialResult]) -> ArmResult:
             for trial in trials
             if trial["failure"] is not None
         ],
+        "findings": each_once(row for trial in trials for row in trial.get("findings", ())),
         "seeds": list(trials),
     }
     return cast(ArmResult, row)

@@ -14,6 +14,8 @@ from perdure.privacy.ledger.entries import Entry, Stated
 from perdure.privacy.private_sum import Schedule
 
 Histories = dict[str, list[Charge]]
+ELSEWHERE = "spent elsewhere"
+"""Purpose of a ledger entry for a charge that was made outside the ledger."""
 
 
 def planned(training: TrainingPlan, schedule: Schedule) -> Histories:
@@ -229,7 +231,7 @@ def elsewhere(
     charge: Charge,
     partition: str,
     simulated: bool,
-    purpose: str = "spent elsewhere",
+    purpose: str = ELSEWHERE,
     independence: Stated = "",
 ) -> Entry:
     """Ledger entry for a charge of a partition's records that was made outside this ledger.

@@ -6,6 +6,7 @@ The tables and the picture of a comparison of runs are here as well. This packag
 
 from perdure.report.comparison_picture import comparison_picture
 from perdure.report.comparison_tables import Grid, comparison_tables, latex, terminal_table
+from perdure.report.findings import findings_table, healing_table
 from perdure.report.page import write_figures, write_report
 from perdure.report.picture import Picture
 
@@ -14,6 +15,8 @@ __all__ = [
     "Picture",
     "comparison_picture",
     "comparison_tables",
+    "findings_table",
+    "healing_table",
     "latex",
     "terminal_table",
     "write_figures",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from perdure.data.plots import stream_figure
 from perdure.errors import RunError
 from perdure.experiment.result_schema import ArmResult, Result, TaskResult
+from perdure.report.findings import finding_pictures
 from perdure.report.picture import INK, MUTED, STYLE, Picture
 from perdure.report.wording import (
     SIMULATION,
@@ -65,6 +66,7 @@ def pictures(result: Result, run: Path) -> list[Picture]:
             _curves(result) if _measured(result) else None,
             _epsilons(result),
             _explanations(result, run),
+            *finding_pictures(result),
         ]
     return [picture for picture in drawn if picture is not None]
 

@@ -100,7 +100,7 @@ class InitialVariance(Rule):
 
 
 def _remedy() -> Remedy:
-    return Remedy(advice='initialisation = "he"', changes={"model.initialisation": "he"})
+    return Remedy(advice='init = "he"', changes={"model.init": "he"})
 
 
 def _variances(case: Case) -> Mapping[str, float]:

@@ -10,7 +10,8 @@ from perdure.doctor.trials import Rows, batches_of, trial
 
 FACTORS = (0.01, 0.1, 1.0, 10.0, 100.0, 1000.0)
 """Factors for the learning rate that are tried."""
-GIVEN = FACTORS.index(1.0)
+LOWER = (0.0001, 0.001, 0.01, 0.1, 1.0)
+"""Factors that are tried instead if the loss rises at the given rate."""
 ROWS = 512
 """Most records of the first experience that are used."""
 MEASURED = 256
@@ -24,9 +25,9 @@ class LearningRateRange(Rule):
     """Find a learning rate at which the loss rises, or hardly falls, in a range test.
 
     Copies of the model are trained for at most `steps` steps on records of the first experience, or
-    on random ones, at the learning rate times 0.01, 0.1, 1, 10, 100 and 1000. Under privacy the
-    gradients are clipped, and have simulated noise as large as in training. The progress of a rate
-    is the relative fall of the loss on fixed records.
+    on random ones, at the learning rate times 0.01, 0.1, 1, 10, 100 and 1000, or times lower
+    numbers if the loss rises. Under privacy the gradients are clipped, and have simulated noise as
+    large as in training. The progress of a rate is the relative fall of the loss on fixed records.
 
     Symptom: the progress of the given rate is below `share` of the best one. The rate is too high
     if the best one is lower, or if the loss rises by `share` of itself. It is too low if the best
@@ -71,8 +72,8 @@ class LearningRateRange(Rule):
         inputs, targets = self._records(case)
         batches = batches_of(inputs, targets, rows=min(self.rows, len(inputs)), seed=case.seed)
         steps = min(self.steps, case.steps)
-        progress = []
-        for factor in FACTORS:
+
+        def progress(factor: float) -> float:
             losses = trial(
                 case,
                 batches,
@@ -82,10 +83,12 @@ class LearningRateRange(Rule):
                 private=case.privacy is not None,
                 measured=(inputs[:MEASURED], targets[:MEASURED]),
             )
-            if not losses:
-                return None
-            progress.append((losses[0] - losses[-1]) / abs(losses[0] or 1.0))
-        return self._judged(case, rate, progress, steps)
+            return (losses[0] - losses[-1]) / abs(losses[0] or 1.0)
+
+        own = progress(1.0)
+        factors = LOWER if own < -self.share else FACTORS
+        found = {each: own if each == 1.0 else progress(each) for each in factors}
+        return self._judged(case, rate, found, steps)
 
     def _records(self, case: Case) -> Rows:
         """Return inputs and targets of the first experience that may be read, or random ones."""
@@ -94,22 +97,20 @@ class LearningRateRange(Rule):
             return case.random_inputs(8 * self.rows), case.random_targets(8 * self.rows)
         return records.inputs, records.labels
 
-    def _judged(self, case: Case, rate: float, progress: list[float], steps: int) -> Finding | None:
-        top = max(progress)
-        best = progress.index(top)
-        own = progress[GIVEN]
-        if top <= 0 or own >= self.share * top or best == GIVEN:
+    def _judged(
+        self, case: Case, rate: float, progress: dict[float, float], steps: int
+    ) -> Finding | None:
+        own = progress[1.0]
+        best = max(progress, key=progress.__getitem__)
+        if progress[best] <= 0 or own >= self.share * progress[best]:
             return None
-        rises = own < -self.share
-        low = best > GIVEN and not rises
-        if low and max(own, 0.0) * case.steps / steps >= self.share * top:
+        low = best > 1.0
+        if low and max(own, 0.0) * case.steps / steps >= self.share * progress[best]:
             return None  # slow, but the training is long enough
-        side = range(GIVEN + 1, len(FACTORS)) if low else range(GIVEN)
-        top = max(progress[i] for i in side)
-        if top <= max(own, 0.0):
-            return None
-        chosen = next(i for i in side if progress[i] >= self.good * top)
-        better = float(f"{rate * FACTORS[chosen]:.3g}")
+        top = progress[best]
+        side = [each for each in progress if (each > 1.0) == low]
+        chosen = next(each for each in side if progress[each] >= self.good * top)
+        better = float(f"{rate * chosen:.3g}")
         told = "rises" if own < 0 else "hardly falls"
         return self.finding(
             f"the loss {told} in {steps} steps at learning rate {rate:g}, which is too "
@@ -119,7 +120,7 @@ class LearningRateRange(Rule):
             remedy=Remedy(
                 advice=f"learning_rate = {better:g}", changes={"training.learning_rate": better}
             ),
-            series=[max(each / top, -LOWEST) for each in progress],
+            series=[max(each / top, -LOWEST) for each in progress.values()],
             series_name="fall of the loss, relative to the best, at the learning rate times "
-            + ", ".join(f"{factor:g}" for factor in FACTORS),
+            + ", ".join(f"{factor:g}" for factor in progress),
         )

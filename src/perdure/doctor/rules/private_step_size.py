@@ -23,11 +23,12 @@ class PrivateStepSize(Rule):
     Symptom: the random part of a step is more than `largest` times the norm of the parameters; or
     all steps of an experience together can move the parameters by less than `smallest` times it.
 
-    Remedy: the learning rate at which the random part is a hundredth of the norm, or the one with
-    which all steps together can move as far as the norm.
+    Remedy: the learning rate at which the random part is a fifth of the norm, or the one with which
+    all steps together can move ten times as far as the norm.
 
-    Source: SageMaker Debugger, WeightUpdateRatio (above 10, below 1e-8), in terms of eta C; own
-    measurement of the limits on digits.
+    Source: SageMaker Debugger, WeightUpdateRatio (above 10, below 1e-8), in terms of eta C. Own
+    measurement of the limits on digits, nine rates: a random part of 0.1 to 1.1 gives 83 to 89
+    percent, of 4.4 65 percent and of 22 chance; a movement of 0.2 gives 13 percent, of 2 71.
 
     Args:
         largest: random part of a step, relative to the parameters, above which it is too large.
@@ -38,8 +39,8 @@ class PrivateStepSize(Rule):
     cause: ClassVar[Cause] = "learning rate"
     source: ClassVar[str] = "SageMaker Debugger, WeightUpdateRatio; own measurement"
 
-    largest: float = 0.3
-    smallest: float = 0.1
+    largest: float = 3.0
+    smallest: float = 0.3
 
     def examine(self, case: Case) -> Finding | None:
         """Compute both parts of a step from declared numbers and the initial parameters."""
@@ -58,10 +59,10 @@ class PrivateStepSize(Rule):
         noise = reach * spread / norm
         far = reach * case.steps / norm
         if noise > self.largest:
-            return self._found(case, rate, noise, self.largest, 0.01 / noise, "of noise, too large")
+            return self._found(case, rate, noise, self.largest, 0.2 / noise, "of noise, too large")
         if far < self.smallest:
             told = f"at most in all {case.steps} steps, too small"
-            return self._found(case, rate, far, self.smallest, 1 / far, told)
+            return self._found(case, rate, far, self.smallest, 10 / far, told)
         return None
 
     def _found(

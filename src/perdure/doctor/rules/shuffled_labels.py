@@ -19,6 +19,8 @@ MOST = 2_000
 FEWEST = 60
 """Fewest records of an experience that can be judged."""
 NEIGHBOURS = 5
+STAGES = 20
+"""Most stages of a stream that are judged."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +54,7 @@ class ShuffledLabels(Rule):
             return None
         found = [
             _above_chance(_some(case.records_of(stage.last), case.seed), case)
-            for stage in case.stream.stages
+            for stage in case.stream.stages[:STAGES]
         ]
         known = [each for each in found if each is not None]
         if not known or max(known) >= self.deviations:

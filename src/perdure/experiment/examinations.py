@@ -1,0 +1,94 @@
+"""Examinations of a config by the doctor, before a run."""
+
+from dataclasses import replace
+
+from perdure.data.experience import Stream
+from perdure.doctor import Case, Finding
+from perdure.doctor.case import public_part
+from perdure.doctor.examination import examined
+from perdure.experiment.arm import open_stream
+from perdure.experiment.config import Arm, Config
+from perdure.experiment.model_config import make_model
+
+TRAINING = "training."
+PRIVATE_TRAINING = "private_training."
+
+
+def examine_run(config: Config, *, trials: bool = True) -> dict[str, tuple[Finding, ...]]:
+    """Examine every arm of a config, with the first seed.
+
+    Guarantee: if an arm is private, no training record is read for any arm.
+
+    Args:
+        config: config of the run.
+        trials: False to leave out the rules that train copies of the model, which take seconds.
+
+    Returns:
+        Findings in the order of repair, by the name of the arm.
+
+    Raises:
+        ConfigError: if the data cannot be split as configured.
+        DataError: if the data are missing or damaged.
+    """
+    first = config.of_seed(config.all_seeds[0])
+    stream = open_stream(first)
+    return {arm.name: examine_arm(first, arm, stream, trials=trials) for arm in config.arms}
+
+
+def examine_arm(
+    config: Config, arm: Arm, stream: Stream, *, trials: bool = True
+) -> tuple[Finding, ...]:
+    """Examine one arm of a config.
+
+    Args:
+        config: config of one seed.
+        arm: arm of the config.
+        stream: stream of the config.
+        trials: False to leave out the rules that train copies of the model.
+    """
+    chosen = config.private_training if arm.private else None
+    training = chosen or config.training
+    mine = _with_public_sizes(stream, config)
+    if any(each.private for each in config.arms) and not arm.private:
+        mine = public_part(mine)  # records of a private arm are private in every arm
+    case = Case(
+        model=make_model(config.model, stream, config.seed),
+        stream=mine,
+        optimizer=training.factory(),
+        privacy=config.privacy if arm.private else None,
+        strategy=arm.strategy,
+        batch_size=training.batch_size,
+        epochs=training.epochs,
+        iterations=training.iterations,
+        micro_batch_size=training.micro_batch_size,
+        seed=config.seed,
+        device=config.device,
+    )
+    found = examined(case, trials=trials)
+    return tuple(map(_of_private_training, found)) if own_training(config, arm) else found
+
+
+def _with_public_sizes(stream: Stream, config: Config) -> Stream:
+    """Return the stream with the declared sizes of a client, or those of a published data set."""
+    if config.federation is None and ":" in config.data.name:
+        return stream
+    clients = config.federation.clients if config.federation else 1
+    parts = [
+        replace(each, train=each.train.declared(max(1, each.train.declared_size // clients)))
+        for each in stream
+    ]
+    return replace(stream, experiences=tuple(parts))
+
+
+def own_training(config: Config, arm: Arm) -> bool:
+    """Return True if a remedy for an arm changes `[private_training]` instead of `[training]`."""
+    mixed = not all(each.private for each in config.arms)
+    return arm.private and (config.private_training is not None or mixed)
+
+
+def _of_private_training(finding: Finding) -> Finding:
+    changes = {
+        PRIVATE_TRAINING + path.removeprefix(TRAINING) if path.startswith(TRAINING) else path: value
+        for path, value in finding.remedy.changes.items()
+    }
+    return replace(finding, remedy=replace(finding.remedy, changes=changes))

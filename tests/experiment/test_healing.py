@@ -1,0 +1,213 @@
+"""Findings and remedies of a configured run: examination, healed configs, restarts, refusals."""
+
+import importlib
+import inspect
+import json
+import re
+from dataclasses import fields, replace
+
+import pytest
+
+from perdure import models
+from perdure.doctor import Finding, Remedy, rules
+from perdure.errors import ConfigError
+from perdure.experiment import examine_run, heal, healed, parse, read_result, run
+from perdure.experiment.calls import parameters
+from perdure.experiment.data_config import DataConfig
+from perdure.experiment.finding_rows import finding_of, finding_row
+from perdure.experiment.training_config import TrainingConfig
+from perdure.models import ModelConfig
+from perdure.privacy import Privacy
+from perdure.report import findings_table, healing_table, write_report
+
+CONFIG = """
+name = "small"
+[data]
+name = "helpers.own_data:blobs"
+experiences = 2
+[model]
+hidden = [4]
+[training]
+optimizer = "SGD"
+learning_rate = 1000.0
+iterations = 8
+[[arms]]
+strategy = "naive"
+"""
+PRIVATE = """
+[privacy]
+noise_multiplier = 2.0
+seed = 0
+[[arms]]
+strategy = "naive"
+private = true
+"""
+
+
+def finding(cause="learning rate", rule="r", **changes):
+    return Finding(
+        rule=rule,
+        cause=cause,
+        evidence="e",
+        measured=float("inf"),
+        threshold=1.0,
+        source="s",
+        remedy=Remedy(advice="a", changes=changes),
+        series=(1.0, float("inf")),
+    )
+
+
+def of(path, value, **others):
+    return replace(finding(**others), remedy=Remedy(advice="a", changes={path: value}))
+
+
+RATE = of("training.learning_rate", 0.1)
+
+
+def test_remedies_of_the_first_cause_change_text_and_config():
+    later = of("training.batch_size", 8, cause="memory", rule="later")
+    none = finding(cause="data", rule="no setting")
+    found = healed(CONFIG, [later, RATE, none])
+    assert (found.cause, found.rules) == ("learning rate", ("r",))
+    assert parse(found.config).training.learning_rate == 0.1
+    assert found.refused == {
+        "no setting": "no setting of a config applies it",
+        "later": "waits for the repair of 'learning rate'",
+    }
+    config = parse(CONFIG)
+    assert healed(config, [RATE]).config == parse(found.config)
+    assert config.training.learning_rate == 1000.0
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "told"),
+    [
+        ("training.learning_rate", -1.0, "learning_rate"),
+        ("training.no_such", 1, "no_such"),
+        ("model.no_such", 1, "no_such"),
+        ("data.options.standardise", "declared", "standardise"),
+        ("training.learning_rate", 1000.0, "already"),
+    ],
+)
+@pytest.mark.parametrize("given", [CONFIG, parse(CONFIG)], ids=["text", "config"])
+def test_a_remedy_that_a_config_refuses_is_left_out(path, value, told, given):
+    found = healed(given, [of(path, value)])
+    assert found.cause == ""
+    assert found.config == given
+    assert told in found.refused["r"]
+
+
+@pytest.mark.parametrize("path", ["training.learning_rate", "private_training.learning_rate"])
+def test_a_remedy_for_some_arms_leaves_the_others_alone(path):
+    for given in (CONFIG + PRIVATE, parse(CONFIG + PRIVATE)):
+        after = healed(given, [of(path, 0.5)]).config
+        config = parse(after) if isinstance(after, str) else after
+        rates = {config.training.learning_rate, config.private_training.learning_rate}
+        assert rates == {0.5, 1000.0}
+        assert (config.training.learning_rate == 0.5) == path.startswith("training")
+
+
+def test_findings_survive_the_result_file():
+    row = json.loads(json.dumps(finding_row(RATE), allow_nan=False))
+    assert finding_of(row) == RATE
+
+
+KEYS = {
+    "training": {field.name for field in fields(TrainingConfig)},
+    "privacy": {field.name for field in fields(Privacy)},
+    "data": {field.name for field in fields(DataConfig)},
+    "model": {field.name for field in fields(ModelConfig)} | {*parameters(models.decoder)},
+}
+
+
+def test_every_path_that_a_rule_proposes_is_a_key_of_the_config():
+    """Paths are read from the files of the rules that examine."""
+    kinds = [rules.find(name) for name in rules.names()]
+    texts = [
+        inspect.getsource(importlib.import_module(kind.__module__))
+        for kind in kinds
+        if kind.examine is not rules.Rule.examine
+    ]
+    proposed = {path for text in texts for path in re.findall(r'"(\w+\.[\w.]+)": ', text)}
+    assert len(proposed) > 6
+    for path in proposed:
+        table, key, *_ = path.split(".")
+        assert key in KEYS[table], path
+
+
+@pytest.fixture(scope="module")
+def outcome(tmp_path_factory):
+    return heal(CONFIG, tmp_path_factory.mktemp("healing") / "small", restarts=2)
+
+
+def test_healing_restarts_beside_the_run_and_reports_both(outcome):
+    assert [folder.name for folder in outcome.folders][:2] == ["small", "small-healed"]
+    first = outcome.restarts[0]
+    assert first["cause"] == "learning rate"
+    assert first["changes"]["training.learning_rate"] < 1000.0
+    (values,) = first["arms"].values()
+    assert values["after"] > (values["before"] or 25) + 20
+    last = read_result(outcome.folders[-1])
+    assert last["healing"] == list(outcome.restarts)
+    assert "healing" not in read_result(outcome.folders[0])
+    assert "learning_rate = 1000.0" in (outcome.folders[0] / "config.toml").read_text()
+
+
+def test_a_healing_that_is_repeated_trains_nothing_again(outcome):
+    before = [(folder / "result.json").read_bytes() for folder in outcome.folders]
+    shares = []
+    again = heal(CONFIG, outcome.folders[0], restarts=2, progress=lambda *told: shares.append(told))
+    assert again.restarts == outcome.restarts
+    assert {share for _, share in shares} == {1.0}
+    assert [(folder / "result.json").read_bytes() for folder in again.folders] == before
+
+
+def test_the_report_shows_findings_with_pictures_and_restarts(outcome):
+    page = write_report(outcome.folders[0]).read_text()
+    assert "learning rate range (learning rate): naive-plain" in page
+    assert 'aria-label="Line of ' in page
+    page = write_report(outcome.folders[1]).read_text()
+    assert "Restarts with remedies" in page
+    assert healing_table(outcome.restarts).row_count == len(outcome.restarts)
+    row = finding_row(RATE)
+    assert findings_table({"a": [row, row], "b": []}).row_count == 2
+
+
+def test_findings_of_a_run_stand_in_its_result(tmp_path):
+    text = CONFIG.replace(
+        '"helpers.own_data:blobs"', '"helpers.own_data:blobs"\noptions = {spread = 90.0}'
+    )
+    quick = run(parse(text), text, tmp_path / "quick", examine="quick")
+    assert [row["rule"] for row in quick["arms"][0]["findings"]][:1] == ["unscaled input"]
+    assert quick["arms"][0]["seeds"][0]["findings"] == quick["arms"][0]["findings"]
+
+
+def test_private_restarts_without_a_total_budget_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="every restart uses the private records again"):
+        heal(CONFIG + PRIVATE, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    for changes in ({"total_epsilon": 3.0}, {"restarts": 0}):
+        with pytest.raises(ConfigError, match="is not allowed"):
+            heal(CONFIG, tmp_path / "run", **changes)
+
+
+def test_a_private_restart_is_charged_after_the_first_run(tmp_path):
+    text = CONFIG.split("[[arms]]")[0].replace("1000.0", "1e-6") + PRIVATE
+    done = heal(text, tmp_path / "run", restarts=1, total_epsilon=100.0)
+    first, after = [read_result(folder)["arms"][0] for folder in done.folders]
+    assert after["epsilon"]["value"] > first["epsilon"]["value"]
+    spent = {row["purpose"]: row["steps"] for row in after["spending"]}
+    assert spent["spent elsewhere"] == sum(row["steps"] for row in first["spending"])
+    config = parse((done.folders[1] / "config.toml").read_text())
+    assert config.privacy.epsilon == 100.0
+
+
+def test_a_config_is_examined_arm_by_arm():
+    found = examine_run(parse(CONFIG + PRIVATE), trials=False)
+    assert list(found) == ["naive-plain", "naive-private"]
+    assert {"undeclared size"} <= {each.rule for each in found["naive-private"]}
+    assert all(
+        path.startswith("private_training")
+        for each in found["naive-private"]
+        for path in each.remedy.changes
+    )
