@@ -1,0 +1,392 @@
+"""Seeded faults and healthy set-ups of the doctor's benchmark, on the embedded digits.
+
+Every set-up is a function from a seed; a fault changes one thing in a healthy set-up.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from perdure import Experience, Privacy, Strategy, Stream
+from perdure.data import Dataset, digits, iid, joint, permuted, split
+from perdure.federated import Federation
+from perdure.models import Classifier, cnn, lstm, mlp, transformer
+from perdure.strategies import EWC, Naive, Replay
+from perdure.utils import derive, generator, seeded
+
+CLASSES = 10
+SHAPE = (1, 8, 8)
+MakeOptimizer = Callable[..., Optimizer]
+ADAM: MakeOptimizer = partial(torch.optim.Adam, lr=3e-3)
+PRIVACY: dict[str, Any] = {"epsilon": 8.0, "delta": 1e-4, "clip_norm": 1.0}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """One training.
+
+    Args:
+        name: name of the set-up.
+        stream: function from a seed to the stream.
+        model: function from a seed to the model.
+        named: names of the rules that name the fault; () for a healthy set-up.
+        optimizer: function from parameters to an optimiser.
+        strategy: strategy against forgetting.
+        privacy: arguments of `Privacy`; None for training without privacy.
+        federation: settings of a federation; None for one party.
+        clients: function from a stream to the streams of the clients.
+        length: arguments of the learner that give the length of the training.
+    """
+
+    name: str
+    stream: Callable[[int], Stream]
+    model: Callable[[int], nn.Module]
+    named: tuple[str, ...] = ()
+    optimizer: MakeOptimizer = ADAM
+    strategy: Strategy = field(default_factory=Naive)
+    privacy: dict[str, Any] | None = None
+    federation: dict[str, Any] | None = None
+    clients: Callable[[Stream, int], list[Stream]] | None = None
+    length: dict[str, int] = field(default_factory=lambda: {"epochs": 15, "batch_size": 64})
+
+    def privacy_of(self, seed: int) -> Privacy | None:
+        """Return the privacy settings, with simulated noise of the seed."""
+        return None if self.privacy is None else Privacy(**self.privacy, seed=seed)
+
+    def federation_of(self, seed: int) -> Federation | None:
+        """Return the settings of the federation."""
+        return None if self.federation is None else Federation(**self.federation, seed=seed)
+
+
+# --------------------------------------------------------------------------- data
+
+
+def whole(seed: int) -> Stream:
+    """Return all digits as one experience."""
+    return joint(digits(seed=seed))
+
+
+def as_sequences(seed: int) -> Stream:
+    """Return the digits as sequences of 8 rows of 8 pixels."""
+    return _changed(seed, inputs=lambda rows: rows.reshape(len(rows), 8, 8))
+
+
+def as_pixels(seed: int) -> Stream:
+    """Return the digits as sequences of 64 pixels."""
+    return _changed(seed, inputs=lambda rows: rows.reshape(len(rows), 64, 1))
+
+
+def _changed(
+    seed: int,
+    *,
+    inputs: Callable[[Tensor], Tensor] = lambda rows: rows,
+    labels: Callable[[Tensor], Tensor] = lambda rows: rows,
+    keep: Callable[[Tensor], Tensor] | None = None,
+) -> Stream:
+    """Return the digits with other inputs in both parts, and other training labels or records."""
+    data = digits(seed=seed)
+    parts = []
+    for part in (data.train, data.test):
+        fits = {"inputs": inputs(part.inputs), "domain": None}
+        if part is data.train:
+            fits["labels"] = labels(part.labels)
+        changed = replace(part, **fits)
+        if part is data.train and keep is not None:
+            changed = changed.take(keep(changed.labels))
+            changed = replace(changed, declared_size=len(changed))
+        parts.append(changed)
+    shape = tuple(parts[0].inputs.shape[1:])
+    return joint(
+        Dataset(
+            name="digits", train=parts[0], test=parts[1], num_classes=CLASSES, input_shape=shape
+        )
+    )
+
+
+def noisy_labels(seed: int) -> Stream:
+    """Replace 40 % of the training labels by random ones."""
+
+    def changed(labels: Tensor) -> Tensor:
+        draws = generator(seed, "noise")
+        hit = torch.rand(len(labels), generator=draws) < 0.4
+        return torch.where(hit, torch.randint(CLASSES, labels.shape, generator=draws), labels)
+
+    return _changed(seed, labels=changed)
+
+
+def shuffled_labels(seed: int) -> Stream:
+    """Give every training label to a random other record."""
+    return _changed(
+        seed,
+        labels=lambda labels: labels[
+            torch.randperm(len(labels), generator=generator(seed, "shuffle"))
+        ],
+    )
+
+
+def imbalanced(seed: int) -> Stream:
+    """Keep four training records of each of the classes 5 to 9."""
+
+    def kept(labels: Tensor) -> Tensor:
+        found = labels < 5
+        for label in range(5, CLASSES):
+            found[torch.nonzero(labels == label).flatten()[:4]] = True
+        return found
+
+    return _changed(seed, keep=kept)
+
+
+def few_records(seed: int) -> Stream:
+    """Keep 30 training records."""
+
+    def kept(labels: Tensor) -> Tensor:
+        chosen = torch.randperm(len(labels), generator=generator(seed, "few"))[:30]
+        return torch.zeros(len(labels), dtype=torch.bool).index_fill(0, chosen, True)
+
+    return _changed(seed, keep=kept)
+
+
+def unscaled(seed: int) -> Stream:
+    """Scale the inputs to 0 .. 255."""
+    return _changed(seed, inputs=lambda rows: 255 * rows)
+
+
+# --------------------------------------------------------------------------- models
+
+
+def small_mlp(
+    seed: int, hidden: tuple[int, ...] = (64, 64), activation: Any = "relu"
+) -> Classifier:
+    """Make a perceptron with two hidden layers."""
+    return mlp(
+        input_shape=SHAPE,
+        num_classes=CLASSES,
+        seed=seed,
+        hidden=hidden,
+        activation=activation,
+    )
+
+
+def small_cnn(seed: int) -> Classifier:
+    """Make a small CNN with group normalisation."""
+    return cnn(input_shape=SHAPE, num_classes=CLASSES, seed=seed, width=16)
+
+
+def small_lstm(seed: int) -> Classifier:
+    """Make an LSTM over 8 rows of pixels."""
+    return lstm(input_shape=(8, 8), num_classes=CLASSES, seed=seed, hidden=32)
+
+
+def small_transformer(seed: int) -> Classifier:
+    """Make a transformer with two blocks over 16 patches."""
+    return transformer(
+        input_shape=SHAPE, num_classes=CLASSES, seed=seed, patch=2, width=32, depth=2, heads=2
+    )
+
+
+def layers_of(
+    widths: tuple[int, ...], activation: type[nn.Module], seed: int, inputs: int = 64
+) -> Classifier:
+    """Make a perceptron of these widths with any activation, in PyTorch's initialisation."""
+    with seeded(derive(seed, "layers")):
+        parts: list[nn.Module] = [nn.Flatten()]
+        for before, after in zip((inputs, *widths), widths, strict=False):
+            parts += [nn.Linear(before, after), activation()]
+        return Classifier(nn.Sequential(*parts), widths[-1], CLASSES)
+
+
+def deep_sigmoid(seed: int) -> Classifier:
+    """Make a perceptron with eight sigmoid layers and no normalisation: gradients vanish."""
+    return layers_of((64,) * 8, nn.Sigmoid, seed)
+
+
+class Recurrent(nn.Module):
+    """Plain recurrent body with a tanh, whose state matrix is `gain` times an orthogonal one."""
+
+    def __init__(self, hidden: int, gain: float) -> None:
+        super().__init__()
+        self.inputs = nn.Linear(1, hidden)
+        self.state = nn.Linear(hidden, hidden, bias=False)
+        nn.init.orthogonal_(self.state.weight, gain)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the last state (n, hidden) of sequences (n, L, 1)."""
+        state = x.new_zeros(len(x), self.state.in_features)
+        for now in self.inputs(x).unbind(1):
+            state = torch.tanh(now + self.state(state))
+        return state
+
+
+def exploding_recurrent(seed: int) -> Classifier:
+    """Make a recurrent network over 64 pixels whose gradients explode over time."""
+    with seeded(derive(seed, "recurrent")):
+        return Classifier(Recurrent(64, 2.0), 64, CLASSES)
+
+
+def dead(seed: int) -> Classifier:
+    """Make a perceptron whose second layer has large negative biases, so its units are dead."""
+    model = small_mlp(seed)
+    with torch.no_grad():
+        model.body[3].bias.fill_(-10.0)
+    return model
+
+
+def saturated(seed: int) -> Classifier:
+    """Make a perceptron with tanh whose weights are 40 times too large."""
+    model = small_mlp(seed, activation="tanh")
+    with torch.no_grad():
+        for layer in (model.body[1], model.body[3]):
+            layer.weight.mul_(40.0)
+    return model
+
+
+def unit_weights(seed: int) -> Classifier:
+    """Make a perceptron whose weights are drawn from the standard normal distribution."""
+    model = small_mlp(seed, hidden=(128, 128))
+    draws = generator(seed, "weights")
+    with torch.no_grad():
+        for value in model.parameters():
+            if value.dim() > 1:
+                value.copy_(torch.randn(value.shape, generator=draws))
+    return model
+
+
+class TwiceSoftmax(Classifier):
+    """Perceptron that returns probabilities, to which the loss applies the softmax again."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Probabilities (n, C) of inputs (n, ...)."""
+        return super().forward(x).softmax(-1)
+
+
+def twice_softmax(seed: int) -> Classifier:
+    """Make a perceptron that ends in a softmax."""
+    with seeded(derive(seed, "softmax")):
+        return TwiceSoftmax(small_mlp(seed).body, 64, CLASSES)
+
+
+def frozen_body(seed: int) -> Classifier:
+    """Make a perceptron whose untrained body is frozen."""
+    model = small_mlp(seed)
+    model.body.requires_grad_(False)
+    return model
+
+
+# --------------------------------------------------------------------------- set-ups
+
+FAULTS: tuple[Setup, ...] = (
+    Setup(
+        name="learning rate too high",
+        stream=whole,
+        model=small_mlp,
+        named=("learning rate too high",),
+        optimizer=partial(torch.optim.Adam, lr=1.0),
+    ),
+    Setup(
+        name="learning rate too low",
+        stream=whole,
+        model=small_mlp,
+        named=("learning rate too low",),
+        optimizer=partial(torch.optim.Adam, lr=3e-6),
+    ),
+    Setup(
+        name="vanishing gradient",
+        stream=whole,
+        model=deep_sigmoid,
+        named=("vanishing gradient",),
+    ),
+    Setup(
+        name="exploding gradient",
+        stream=as_pixels,
+        model=exploding_recurrent,
+        named=("exploding gradient",),
+        length={"epochs": 5, "batch_size": 64},
+    ),
+    Setup(name="dead units", stream=whole, model=dead, named=("dead units",)),
+    Setup(
+        name="saturated activation", stream=whole, model=saturated, named=("saturated activation",)
+    ),
+    Setup(
+        name="poor initialisation",
+        stream=whole,
+        model=unit_weights,
+        named=("poor initialisation",),
+    ),
+    Setup(name="label noise", stream=noisy_labels, model=small_mlp, named=("label noise",)),
+    Setup(name="imbalance", stream=imbalanced, model=small_mlp, named=("class imbalance",)),
+    Setup(name="unscaled input", stream=unscaled, model=small_mlp, named=("unscaled input",)),
+    Setup(name="softmax twice", stream=whole, model=twice_softmax, named=("softmax twice",)),
+    Setup(
+        name="frozen parameters",
+        stream=whole,
+        model=frozen_body,
+        named=("frozen parameters", "unlisted parameters"),
+    ),
+    Setup(
+        name="shuffled labels", stream=shuffled_labels, model=small_mlp, named=("shuffled labels",)
+    ),
+    Setup(
+        name="overfitting",
+        stream=few_records,
+        model=partial(small_mlp, hidden=(256, 256)),
+        named=("overfitting",),
+        length={"epochs": 300, "batch_size": 16},
+    ),
+)
+"""Faults of training; the loss of a fault is not measured here (see benchmarks/challenges.py)."""
+
+PRIVATELY: dict[str, Any] = {
+    "privacy": PRIVACY,
+    "length": {"epochs": 30, "batch_size": 128},
+    "optimizer": partial(torch.optim.Adam, lr=5e-3),
+}
+FEDERATED: dict[str, Any] = {
+    "federation": {"clients": 4, "rounds": 5},
+    "clients": lambda stream, seed: iid(stream, clients=4, seed=seed),
+}
+
+
+def split_digits(seed: int) -> Stream:
+    """Return five experiences of two classes."""
+    return split(digits(seed=seed), scenario="class", experiences=5)
+
+
+def permuted_digits(seed: int) -> Stream:
+    """Return three permutations of the pixels."""
+    return permuted(digits(seed=seed), experiences=3, seed=seed)
+
+
+CALIBRATION: tuple[Setup, ...] = (
+    Setup(name="mlp", stream=whole, model=small_mlp),
+    Setup(name="transformer", stream=whole, model=small_transformer),
+    Setup(name="cnn, private", stream=whole, model=small_cnn, **PRIVATELY),
+    Setup(name="lstm, private", stream=as_sequences, model=small_lstm, **PRIVATELY),
+    Setup(name="mlp, federated", stream=whole, model=small_mlp, **FEDERATED),
+    Setup(
+        name="cnn, continual",
+        stream=split_digits,
+        model=small_cnn,
+        strategy=Replay(memory_size=200),
+    ),
+)
+"""Healthy set-ups on which thresholds are chosen."""
+
+HELD_OUT: tuple[Setup, ...] = (
+    Setup(name="cnn", stream=whole, model=small_cnn),
+    Setup(name="lstm", stream=as_sequences, model=small_lstm),
+    Setup(name="mlp, private", stream=whole, model=small_mlp, **PRIVATELY),
+    Setup(name="transformer, private", stream=whole, model=small_transformer, **PRIVATELY),
+    Setup(name="cnn, federated", stream=whole, model=small_cnn, **FEDERATED),
+    Setup(
+        name="mlp, continual",
+        stream=permuted_digits,
+        model=partial(small_mlp, hidden=(128, 128)),
+        strategy=Replay(memory_size=300),
+    ),
+)
+"""Healthy set-ups on which thresholds are tested; nothing was chosen by them."""

@@ -1,0 +1,70 @@
+"""Rule: gradients explode towards the input."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from perdure.doctor.finding import Cause, Finding, Remedy
+from perdure.doctor.rules.base import Rule
+from perdure.doctor.trace import Trace
+
+CLIPPED = 1.0
+"""Gradient norm of the remedy, as is common for recurrent networks and transformers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExplodingGradient(Rule):
+    """Find layers whose gradients are far larger than the gradient of the head, or infinite.
+
+    Symptom: early in training, the gradient norm of a weight is above `ratio` times that of the
+    head, or the first gradient is NaN or infinite. Under privacy the rule is silent: each record's
+    gradient is clipped.
+
+    Remedy: `training.max_grad_norm`, orthogonal initialisation, or normalisation.
+
+    Source: AutoTrainer, ratio of layers above 70; healthy runs on digits have at most 4.
+
+    Args:
+        ratio: ratio of gradient norms.
+    """
+
+    name: ClassVar[str] = "exploding gradient"
+    cause: ClassVar[Cause] = "initialisation"
+    source: ClassVar[str] = "AutoTrainer, exploding gradient"
+    explained_by: ClassVar[tuple[str, ...]] = ("poor initialisation",)
+
+    ratio: float = 70.0
+
+    def watch(self, trace: Trace) -> Finding | None:
+        """Compare the early gradients of the layers."""
+        layers = trace.layer_gradients
+        if trace.private or layers.shape[-1] < 2:
+            return None
+        early = layers[: trace.early]
+        early = early[early.isfinite().all(1)]
+        if not len(early):
+            largest = float("inf")
+            problem = "the first gradient is NaN or infinite"
+        else:
+            ratios = early.median(0).values
+            # a head without gradient is another symptom
+            if not float(ratios[-1]) > 0:
+                return None
+            ratios = ratios / ratios[-1]
+            largest = float(ratios.max())
+            worst = trace.layer_names[int(ratios.argmax())]
+            problem = f"the gradient of {worst} is {largest:.2g} times the head's"
+        if largest <= self.ratio:
+            return None
+        return self.finding(
+            problem,
+            measured=largest,
+            threshold=self.ratio,
+            remedy=Remedy(
+                advice=f"training.max_grad_norm = {CLIPPED}",
+                changes={"training.max_grad_norm": CLIPPED},
+            ),
+            series=trace.gradient_norms,
+            series_name="gradient norm",
+            experience=trace.experience,
+            step=trace.done,
+        )
