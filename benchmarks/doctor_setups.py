@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from flwr.serverapp.strategy import FedAvgM
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -390,3 +391,128 @@ HELD_OUT: tuple[Setup, ...] = (
     ),
 )
 """Healthy set-ups on which thresholds are tested; nothing was chosen by them."""
+
+
+# --------------------------------------------------------------------------- other faults
+
+
+def drifted(stream: Stream, seed: int) -> list[Stream]:
+    """Split evenly over clients; the last one numbers its classes from another end."""
+    clients = iid(stream, clients=4, seed=seed)
+    wrong = clients[-1]
+    only = wrong[0]
+    train = replace(only.train, labels=CLASSES - 1 - only.train.labels)
+    clients[-1] = replace(wrong, experiences=(replace(only, train=train),))
+    return clients
+
+
+def starving(stream: Stream, seed: int) -> list[Stream]:
+    """Split evenly over clients; the last one has 12 records."""
+    clients = iid(stream, clients=4, seed=seed)
+    few = clients[-1]
+    train = few[0].train.take(torch.arange(12))
+    only = Experience(
+        index=0,
+        train=replace(train, declared_size=12),
+        test=few[0].test,
+        classes=few[0].classes,
+    )
+    clients[-1] = replace(few, experiences=(only,))
+    return clients
+
+
+OTHER_FAULTS: tuple[Setup, ...] = (
+    Setup(
+        name="signal below noise",
+        stream=whole,
+        model=small_mlp,
+        named=("signal below noise", "weak signal"),
+        **{**PRIVATELY, "privacy": {**PRIVACY, "epsilon": 0.02}},
+    ),
+    Setup(
+        name="learning rate too high, private",
+        stream=whole,
+        model=small_mlp,
+        named=("learning rate too high", "private step size"),
+        **{**PRIVATELY, "optimizer": partial(torch.optim.Adam, lr=1.0)},
+    ),
+    Setup(
+        name="learning rate too low, private",
+        stream=whole,
+        model=small_mlp,
+        named=("learning rate too low",),
+        **{**PRIVATELY, "optimizer": partial(torch.optim.Adam, lr=3e-6)},
+    ),
+    Setup(name="dead units, private", stream=whole, model=dead, named=("dead units",), **PRIVATELY),
+    Setup(
+        name="saturated activation, private",
+        stream=whole,
+        model=saturated,
+        named=("saturated activation",),
+        **PRIVATELY,
+    ),
+    Setup(
+        name="poor initialisation, private",
+        stream=whole,
+        model=unit_weights,
+        named=("poor initialisation",),
+        **PRIVATELY,
+    ),
+    Setup(
+        name="drifted client",
+        stream=whole,
+        model=small_mlp,
+        named=("drifted client",),
+        **{**FEDERATED, "clients": drifted},
+    ),
+    Setup(
+        name="starving client",
+        stream=whole,
+        model=small_mlp,
+        named=("starving client",),
+        **{**FEDERATED, "clients": starving},
+    ),
+    Setup(
+        name="diverging server step",
+        stream=whole,
+        model=small_mlp,
+        named=("diverging server step",),
+        **{
+            **FEDERATED,
+            "federation": {
+                "clients": 4,
+                "rounds": 5,
+                "aggregator": FedAvgM(server_learning_rate=4.0, server_momentum=0.5),
+            },
+        },
+    ),
+    Setup(
+        name="forgotten experience",
+        stream=permuted_digits,
+        model=partial(small_mlp, hidden=(32,)),
+        named=("forgotten experience",),
+        optimizer=partial(torch.optim.Adam, lr=1e-2),
+        length={"epochs": 30, "batch_size": 64},
+    ),
+    Setup(
+        name="lost plasticity",
+        stream=permuted_digits,
+        model=small_mlp,
+        strategy=EWC(strength=1e8),
+        named=("lost plasticity",),
+    ),
+    Setup(
+        name="dead memory",
+        stream=split_digits,
+        model=small_mlp,
+        strategy=Replay(memory_size=5),
+        named=("dead memory",),
+    ),
+    Setup(
+        name="bias to new classes",
+        stream=split_digits,
+        model=small_mlp,
+        named=("bias to new classes",),
+    ),
+)
+"""Faults of privacy, of federations and of streams."""

@@ -26,7 +26,16 @@ class DeadUnits(Rule):
     name: ClassVar[str] = "dead units"
     cause: ClassVar[Cause] = "activation"
     source: ClassVar[str] = "SageMaker Debugger, DeadRelu"
-    explained_by: ClassVar[tuple[str, ...]] = ("learning rate too high", "poor initialisation")
+    # units of a rectifier die when what is learnt changes, so forgetting comes first
+    explained_by: ClassVar[tuple[str, ...]] = (
+        "bias to new classes",
+        "dead memory",
+        "diverging server step",
+        "forgotten experience",
+        "learning rate too high",
+        "lost plasticity",
+        "poor initialisation",
+    )
 
     share: float = 0.5
 

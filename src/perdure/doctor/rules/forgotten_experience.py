@@ -26,7 +26,11 @@ class ForgottenExperience(Rule):
     name: ClassVar[str] = "forgotten experience"
     cause: ClassVar[Cause] = "memory"
     source: ClassVar[str] = "Chaudhry et al. 2018, forgetting"
-    explained_by: ClassVar[tuple[str, ...]] = ("bias to new classes", "dead memory")
+    explained_by: ClassVar[tuple[str, ...]] = (
+        "bias to new classes",
+        "dead memory",
+        "lost plasticity",
+    )
 
     drop: float = 0.4
 

@@ -1,6 +1,7 @@
 """Rule: the memory of the process grows from step to step."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar
 
 from perdure.doctor.finding import Cause, Finding, Remedy
@@ -41,8 +42,7 @@ class GrowingMemory(Rule):
         if len(used) < 4 or trace.share < 0.5 or not used[0]:
             return None
         grown = used[-1] - used[0]
-        pairs = list(zip(used, used[1:], strict=False))
-        rising = sum(b > a for a, b in pairs) / len(pairs)
+        rising = sum(after > before for before, after in pairwise(used)) / (len(used) - 1)
         if grown <= max(self.bytes, self.growth * used[0]) or rising < self.rising:
             return None
         return self.finding(

@@ -1,6 +1,7 @@
 """Rule: the learning rate is too high."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar
 
 from perdure.doctor.finding import Cause, Finding, Remedy
@@ -73,5 +74,5 @@ class LearningRateTooHigh(Rule):
         """Return the share of windows whose loss is much higher than that of the window before."""
         losses = trace.smoothed_losses() or trace.public_losses
         unit = trace.chance or (losses[0] if losses else 1.0)
-        pairs = list(zip(losses, losses[1:], strict=False))
-        return sum(b - a > self.swing * unit for a, b in pairs) / max(1, len(pairs))
+        rises = [after - before > self.swing * unit for before, after in pairwise(losses)]
+        return sum(rises) / max(1, len(rises))

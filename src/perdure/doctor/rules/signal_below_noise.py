@@ -31,7 +31,13 @@ class SignalBelowNoise(Rule):
     name: ClassVar[str] = "signal below noise"
     cause: ClassVar[Cause] = "privacy"
     source: ClassVar[str] = "pfl-research, signal-to-noise ratio of the Gaussian mechanism"
-    explained_by: ClassVar[tuple[str, ...]] = ()
+    explained_by: ClassVar[tuple[str, ...]] = (
+        "dead units",
+        "learning rate too high",
+        "learning rate too low",
+        "poor initialisation",
+        "saturated activation",
+    )
 
     ratio: float = 0.01
 
