@@ -42,6 +42,7 @@ ALIASES = {
     "frozen parameters": {"unchanged parameters"},
     "shuffled labels": {"loss plateau"},
     "imbalance": {"class imbalance"},
+    "poor initialisation": {"initial variance"},
 }
 """Names of rules of the published doctors that count for a fault, beside the fault's own name."""
 

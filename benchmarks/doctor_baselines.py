@@ -87,7 +87,7 @@ class Published:
         matrices = [p.detach() for p in learner.model.parameters() if p.dim() > 1]
         variances = [float(p.var()) for p in matrices]
         if min(variances) <= 0 or max(variances) / min(variances) > 10:
-            self.sagemaker.add("poor initialisation")
+            self.sagemaker.add("initial variance")
 
     def _imbalance(self, learner: Learner) -> None:
         experience = learner.stream[learner.position.experience]

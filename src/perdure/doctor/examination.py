@@ -94,13 +94,5 @@ def examined(
         Findings in the order of repair, without those that another finding explains.
     """
     kinds = [rules.find(name) for name in (rules.names() if names is None else names)]
-    found: dict[str, Finding] = {}
-    explained: set[str] = set()
-    for kind in kinds:
-        finding = None if kind.trains and not trials else kind().examine(case)
-        if finding is not None:
-            found[kind.name] = finding
-    for kind in kinds:
-        if found.keys() & set(kind.explained_by):
-            explained.add(kind.name)
-    return tuple(in_order([each for name, each in found.items() if name not in explained]))
+    found = [kind().examine(case) for kind in kinds if trials or not kind.trains]
+    return tuple(in_order([finding for finding in found if finding is not None]))

@@ -1,6 +1,6 @@
 """Findings: symptoms of known challenges of training, each with its evidence and its remedy."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -63,6 +63,7 @@ class Finding(CheckedFields):
         step: step of the experience; None before training, and at the end of an experience.
         series: recent measurements, oldest first, for a picture; may be empty.
         series_name: meaning of the numbers in `series`, such as "loss of each step".
+        explained_by: names of rules whose symptom causes this one.
     """
 
     rule: str
@@ -77,6 +78,7 @@ class Finding(CheckedFields):
     step: int | None = None
     series: tuple[float, ...] = ()
     series_name: str = ""
+    explained_by: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.cause not in CAUSES:
@@ -86,6 +88,22 @@ class Finding(CheckedFields):
         return f"{self.rule}: {self.evidence}; remedy: {self.remedy.advice}"
 
 
-def in_order(findings: list[Finding]) -> list[Finding]:
-    """Sort findings by cause, in the order of repair; equal causes stay in their order."""
-    return sorted(findings, key=lambda finding: CAUSES.index(finding.cause))
+def in_order(findings: Sequence[Finding]) -> list[Finding]:
+    """Sort findings by cause, in the order of repair, and leave out those that others explain.
+
+    Equal causes stay in their order. A finding before training can explain findings of every
+    experience, and can be explained by them.
+
+    Args:
+        findings: findings of `examine`, of a `Monitor`, or of both.
+    """
+    left = [each for each in findings if not any(_explains(other, each) for other in findings)]
+    return sorted(left, key=lambda finding: CAUSES.index(finding.cause))
+
+
+def _explains(other: Finding, finding: Finding) -> bool:
+    alike = other.experience == finding.experience or None in (
+        other.experience,
+        finding.experience,
+    )
+    return alike and other.rule in finding.explained_by

@@ -85,15 +85,7 @@ class Monitor(CheckedFields):
         """Findings so far, in the order of repair; one that another one explains is left out."""
         for client, recorder in self._recorders.items():
             self._check(recorder.trace(), client=client)
-        found = list(self._found)
-        explained = {
-            (finding.rule, finding.experience)
-            for finding in found
-            for other in found
-            if other.experience == finding.experience and other.rule in self._causes(finding.rule)
-        }
-        kept = [each for each in found if (each.rule, each.experience) not in explained]
-        return in_order(kept)
+        return in_order(self._found)
 
     def __call__(self, point: str, learner: Learner) -> None:
         """Measure what a point of the loop shows."""
@@ -216,9 +208,6 @@ class Monitor(CheckedFields):
             finding = rule.watch(trace)
             if finding is not None:
                 self._found.append(finding)
-
-    def _causes(self, name: str) -> tuple[str, ...]:
-        return next((rule.explained_by for rule in self._rules if rule.name == name), ())
 
 
 def _shows_losses(learner: Learner) -> bool:

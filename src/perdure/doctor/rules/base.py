@@ -70,4 +70,5 @@ class Rule(CheckedFields, ABC):
             step=step,
             series=tuple(series),
             series_name=series_name,
+            explained_by=self.explained_by,
         )

@@ -49,10 +49,14 @@ class CannotOverfit(Rule):
     cause: ClassVar[Cause] = "wiring"
     source: ClassVar[str] = "Karpathy 2019, overfit a single batch; own measurement"
     explained_by: ClassVar[tuple[str, ...]] = (
+        "dead units",
+        "exploding gradient",
         "frozen parameters",
         "initial variance",
         "label range",
+        "saturated activation",
         "softmax twice",
+        "vanishing gradient",
     )
     trains: ClassVar[bool] = True
 

@@ -34,7 +34,7 @@ class DeadUnits(Rule):
         "forgotten experience",
         "learning rate too high",
         "lost plasticity",
-        "poor initialisation",
+        "initial variance",
     )
 
     share: float = 0.5

@@ -30,7 +30,6 @@ class ExplodingGradient(Rule):
     name: ClassVar[str] = "exploding gradient"
     cause: ClassVar[Cause] = "initialisation"
     source: ClassVar[str] = "AutoTrainer, exploding gradient"
-    explained_by: ClassVar[tuple[str, ...]] = ("poor initialisation",)
 
     ratio: float = 70.0
 

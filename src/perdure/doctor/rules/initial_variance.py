@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from perdure.doctor.case import Case
 from perdure.doctor.finding import Cause, Finding, Remedy
 from perdure.doctor.rules.base import Rule
+from perdure.doctor.trace import Trace
 from perdure.tasks import NextToken, SingleLabel
 from perdure.utils.modules import evaluating
 from perdure.utils.seeding import drawing_from
@@ -47,6 +48,12 @@ class InitialVariance(Rule):
     name: ClassVar[str] = "initial variance"
     cause: ClassVar[Cause] = "initialisation"
     source: ClassVar[str] = "SageMaker Debugger, PoorWeightInitialization; own measurement"
+    explained_by: ClassVar[tuple[str, ...]] = (
+        "dead units",
+        "exploding gradient",
+        "unscaled input",
+        "vanishing gradient",
+    )
 
     ratio: float = 1e5
     loss: float = 3.0
@@ -70,6 +77,25 @@ class InitialVariance(Rule):
             remedy=_remedy(),
             series=list(variances.values()),
             series_name=SERIES,
+        )
+
+    def watch(self, trace: Trace) -> Finding | None:
+        """Look at the loss on public records before the first step of the first experience."""
+        start = trace.public_start
+        if trace.experience > 0 or start is None or trace.chance is None:
+            return None
+        if trace.probes[0].step > 0 or start <= self.loss * trace.chance:
+            return None
+        return self.finding(
+            f"the loss on public records is {start:.3g} before training, {start / trace.chance:.2g}"
+            " times that of chance",
+            measured=min(start / trace.chance, 1e300),
+            threshold=self.loss,
+            remedy=_remedy(),
+            series=tuple(trace.probes[0].layers.spread.values()),
+            series_name="standard deviation of the outputs of each layer",
+            experience=trace.experience,
+            step=0,
         )
 
     def _of_loss(self, case: Case, variances: Mapping[str, float]) -> Finding | None:

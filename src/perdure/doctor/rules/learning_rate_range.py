@@ -50,11 +50,15 @@ class LearningRateRange(Rule):
     source: ClassVar[str] = "Smith 2017, learning rate range test; own measurement"
     explained_by: ClassVar[tuple[str, ...]] = (
         "cannot overfit",
+        "dead units",
+        "exploding gradient",
         "frozen parameters",
         "initial variance",
         "private step size",
+        "saturated activation",
         "softmax twice",
         "unscaled input",
+        "vanishing gradient",
         "weak signal",
     )
     trains: ClassVar[bool] = True

@@ -35,7 +35,7 @@ class LearningRateTooHigh(Rule):
     name: ClassVar[str] = "learning rate too high"
     cause: ClassVar[Cause] = "learning rate"
     source: ClassVar[str] = "SageMaker Debugger, WeightUpdateRatio; AutoTrainer, oscillation"
-    explained_by: ClassVar[tuple[str, ...]] = ("exploding gradient", "poor initialisation")
+    explained_by: ClassVar[tuple[str, ...]] = ("exploding gradient", "initial variance")
 
     ratio: float = 0.15
     swing: float = 0.1

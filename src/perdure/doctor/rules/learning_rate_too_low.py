@@ -34,7 +34,7 @@ class LearningRateTooLow(Rule):
     explained_by: ClassVar[tuple[str, ...]] = (
         "dead units",
         "exploding gradient",
-        "poor initialisation",
+        "initial variance",
         "saturated activation",
         "vanishing gradient",
     )

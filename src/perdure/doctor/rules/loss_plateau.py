@@ -29,7 +29,7 @@ class LossPlateau(Rule):
         "exploding gradient",
         "learning rate too high",
         "learning rate too low",
-        "poor initialisation",
+        "initial variance",
         "saturated activation",
         "signal below noise",
         "unchanged parameters",

@@ -29,7 +29,7 @@ class Overfitting(Rule):
     cause: ClassVar[Cause] = "fit"
     level: ClassVar[Level] = "debug"
     source: ClassVar[str] = "SageMaker Debugger, Overfit"
-    explained_by: ClassVar[tuple[str, ...]] = ("learning rate too high", "poor initialisation")
+    explained_by: ClassVar[tuple[str, ...]] = ("learning rate too high", "initial variance")
 
     gap: float = 0.25
     rise: float = 0.1

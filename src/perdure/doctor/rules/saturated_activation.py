@@ -30,7 +30,7 @@ class SaturatedActivation(Rule):
     explained_by: ClassVar[tuple[str, ...]] = (
         "exploding gradient",
         "learning rate too high",
-        "poor initialisation",
+        "initial variance",
         "vanishing gradient",
     )
 

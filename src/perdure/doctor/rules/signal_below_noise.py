@@ -35,7 +35,7 @@ class SignalBelowNoise(Rule):
         "dead units",
         "learning rate too high",
         "learning rate too low",
-        "poor initialisation",
+        "initial variance",
         "saturated activation",
     )
 

@@ -28,7 +28,7 @@ class UnstableLoss(Rule):
     name: ClassVar[str] = "unstable loss"
     cause: ClassVar[Cause] = "fit"
     source: ClassVar[str] = "Keskar et al. 2017, On large-batch training for deep learning"
-    explained_by: ClassVar[tuple[str, ...]] = ("learning rate too high", "poor initialisation")
+    explained_by: ClassVar[tuple[str, ...]] = ("learning rate too high", "initial variance")
 
     rise: float = 0.05
 
