@@ -22,6 +22,7 @@ PACKAGES = {
     "perdure": "Names that every program needs",
     "perdure.data": "Data sets, streams of experiences, records",
     "perdure.tasks": "Losses, metrics and targets",
+    "perdure.tasks.losses": "Losses to choose",
     "perdure.models": "Models and heads",
     "perdure.contract": "Base classes of extensions",
     "perdure.learner": "The training loop",

@@ -48,7 +48,6 @@ from perdure.contract import (
     Spec,
     State,
     Strategy,
-    cross_entropy_of,
     records_in,
     refuse_size,
 )
@@ -124,7 +123,7 @@ class BiC(Strategy):
         """Cross entropy and distillation of corrected logits; 0 for held-out records."""
         logits = corrected(forward(batch.inputs), state)
         old = context.earlier
-        losses = cross_entropy_of(context.mask(logits, batch), batch.labels)
+        losses = context.losses(logits, batch)
         if context.experience > 0:
             share = old.sum() / context.seen.sum()
             teacher = corrected(forward.at(state.group("teacher"))(batch.inputs), state)

@@ -41,7 +41,6 @@ from perdure.contract import (
     Spec,
     State,
     Strategy,
-    cross_entropy_of,
     refuse_single_class,
 )
 from perdure.data import Batch
@@ -109,7 +108,7 @@ class CWRStar(Strategy):
         }
         logits, features = forward.with_features(batch.inputs)
         logits = logits + linear(features, shift)
-        return cross_entropy_of(context.mask(logits, batch), batch.labels)
+        return context.losses(logits, batch)
 
     def after_experience(self, curator: "Curator", params: Params, state: State) -> State:
         """Subtract the mean from the trained rows of the head, and count the records per class."""

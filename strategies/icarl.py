@@ -70,6 +70,7 @@ class ICaRL(Strategy):
     temperature: float = 2.0
     privacy_cost: ClassVar[PrivacyCost] = PrivacyCost(memory_releases=1, reuses_past_records=True)
     tasks_because: ClassVar[str] = "it predicts the class with the nearest mean"
+    own_loss_because: ClassVar[str] = "it distils by a binary cross entropy of its own"
 
     def __post_init__(self) -> None:
         refuse_size(self.memory_size)

@@ -49,7 +49,6 @@ from perdure.contract import (
     Spec,
     State,
     Strategy,
-    cross_entropy_of,
 )
 from perdure.data import Batch
 from perdure.errors import ConfigError, StrategyError
@@ -149,7 +148,7 @@ class LUCIR(Strategy):
         old = before(context)
         features = forward.features(batch.inputs)
         cosine, scale = self._scaled_cosines(forward, features, old, state)
-        losses = cross_entropy_of(context.mask(scale * cosine, batch), batch.labels)
+        losses = context.losses(scale * cosine, batch)
         if context.experience == 0:
             return losses
         new = context.current & ~old

@@ -10,6 +10,7 @@ import torch
 from helpers.config_errors import ARM, HEAD, refusal
 from perdure.adversarial import FGSM, PGD
 from perdure.errors import ConfigError
+from perdure.experiment.arm import ArmRun, MetricsLog, open_stream
 from perdure.experiment.config import (
     Arm,
     Config,
@@ -23,6 +24,7 @@ from perdure.experiment.training_config import OPTIMIZERS, AttackConfig, Trainin
 from perdure.explain import KernelSHAP
 from perdure.privacy.settings import Privacy
 from perdure.strategies import find, names
+from perdure.tasks.losses import CrossEntropy, Focal
 
 # --------------------------------------------------------------------------- what is right
 
@@ -318,3 +320,29 @@ def test_an_unreadable_config_path_is_refused_in_one_line(tmp_path, kind):
     assert message.startswith(f"config {paths[kind]} cannot be read (")
     assert message.endswith("; give the path of a TOML file")
     assert "\n" not in message
+
+
+def test_an_arm_may_have_a_loss_of_its_own(tmp_path):
+    text = """
+name = "losses"
+[data]
+experiences = 2
+[model]
+hidden = [4]
+[training]
+epochs = 1
+[training.loss]
+name = "focal"
+gamma = 3.0
+[[arms]]
+strategy = "naive"
+[[arms]]
+name = "smooth"
+strategy = "naive"
+loss = {name = "cross_entropy", label_smoothing = 0.2}
+"""
+    config = parse(text)
+    stream = open_stream(config)
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    made = [ArmRun(config, arm, stream, tmp_path, log).learner(stream) for arm in config.arms]
+    assert [each.loss for each in made] == [Focal(gamma=3.0), CrossEntropy(label_smoothing=0.2)]

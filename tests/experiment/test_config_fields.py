@@ -213,6 +213,7 @@ WRONG = {
         "{keep_best = 1}",
         "{records = []}",
     ),
+    ("training", "loss"): ('"focal"', "{}", '{name = "dice"}', '{name = "focal", gamma = -1}'),
     ("training", "adversary"): ("true", '"pgd"', "{}", '{name = "pgd"}', '{name = "lime"}'),
     ("private_training", "adversary"): ('{name = "pgd", epsilon = -1}',),
 }

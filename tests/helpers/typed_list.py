@@ -9,7 +9,13 @@ and is no error.
 
 import importlib
 
-PACKAGES = ("perdure.strategies", "perdure.adversarial", "perdure.explain", "perdure.tasks")
+PACKAGES = (
+    "perdure.strategies",
+    "perdure.adversarial",
+    "perdure.explain",
+    "perdure.tasks",
+    "perdure.tasks.losses",
+)
 
 
 def missing_from_typed_list() -> dict[str, list[str]]:

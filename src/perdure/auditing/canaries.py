@@ -44,6 +44,10 @@ RELEASED = "audit.released"
 """Name of a tensor in the state of `Audited`: the probe's part of the last released gradient."""
 
 
+FACTS = ("privacy_cost", "couples_records", "not_vmappable_because", "own_loss_because")
+"""Declarations of a strategy that an audited one takes over."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class AuditResult:
     """Result of an audit: a lower bound on epsilon beside the claimed epsilon.
@@ -306,7 +310,7 @@ class Audited(Strategy):
     loudness: float
 
     def __post_init__(self) -> None:
-        for fact in ("privacy_cost", "couples_records", "not_vmappable_because"):
+        for fact in FACTS:
             object.__setattr__(self, fact, getattr(self.inner, fact))
 
     @property

@@ -60,6 +60,8 @@ class Combine(Strategy):
             ),
         )
         object.__setattr__(self, "couples_records", any(part.couples_records for part in parts))
+        own = [part.own_loss_because for part in parts if part.own_loss_because]
+        object.__setattr__(self, "own_loss_because", own[0] if own else "")
         reasons = [part.not_vmappable_because for part in parts if part.not_vmappable_because]
         object.__setattr__(self, "not_vmappable_because", reasons[0] if reasons else None)
 

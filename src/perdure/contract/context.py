@@ -121,8 +121,17 @@ class Context:
         return self.task.losses(outputs, batch.labels, self.allowed_for(batch))
 
 
-def contexts(stream: Stream, device: str | torch.device) -> Callable[..., Context]:
-    """Return a function from an experience's index to its public facts."""
+def contexts(
+    stream: Stream, device: str | torch.device, tasks: Callable[[int], Task] | None = None
+) -> Callable[..., Context]:
+    """Return a function from an experience's index to its public facts.
+
+    Args:
+        stream: the stream.
+        device: device of the facts.
+        tasks: function from an experience's index to the task with the loss of the run; None for
+            the task of the records.
+    """
     table = torch.zeros(len(stream), stream.num_classes, dtype=torch.bool, device=device)
     for experience in stream:
         table[experience.index, list(experience.classes)] = True
@@ -136,7 +145,7 @@ def contexts(stream: Stream, device: str | torch.device) -> Callable[..., Contex
             seen=so_far[index],
             declared_size=declared_size,
             memory_share=memory_share,
-            task=stream.task,
+            task=stream.task if tasks is None else tasks(index),
         )
 
     return context

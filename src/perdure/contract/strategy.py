@@ -49,6 +49,8 @@ class Strategy(CheckedFields):
         tasks: classes of the tasks that the hooks support; `(Task,)` for all tasks, also those that
             users define. A session refuses records of another task.
         tasks_because: reason why other tasks are not supported, as a clause.
+        own_loss_because: reason why `losses` does not use the loss of the task, as a clause; ""
+            if it does. A session refuses another loss then.
     """
 
     privacy_cost: ClassVar[PrivacyCost] = PrivacyCost()
@@ -56,6 +58,7 @@ class Strategy(CheckedFields):
     not_vmappable_because: ClassVar[str | None] = None
     tasks: ClassVar[tuple[type[Task], ...]] = (SingleLabel,)
     tasks_because: ClassVar[str] = "it declares no other in its class attribute `tasks`"
+    own_loss_because: ClassVar[str] = ""
 
     def __init_subclass__(cls) -> None:
         """Drop the in-place form of a hook if a subclass overrides only the hook itself."""

@@ -34,6 +34,7 @@ from perdure.learner.learner import Callback, Learner
 from perdure.metrics import summarise
 from perdure.privacy.ledger.merged import Merged, merge
 from perdure.tasks import SingleLabel, refuse_other_tasks
+from perdure.tasks.losses import Loss
 from perdure.utils.atomic_files import save_tensors, write_atomically, write_json, writing
 from perdure.utils.seeding import generator
 
@@ -195,12 +196,18 @@ class ArmRun:
             gradient_noise=training.gradient_noise,
             weight_noise=training.weight_noise,
             validation=training.validation.validation if training.validation else None,
+            loss=self._loss,
         )
 
     @property
     def _training(self) -> TrainingConfig:
         private = self.config.private_training if self.arm.private else None
         return private or self.config.training
+
+    @property
+    def _loss(self) -> Loss | None:
+        chosen = self.arm.loss or self._training.loss
+        return chosen.loss if chosen else None
 
     @cached_property
     def _adversary(self) -> Attack | None:

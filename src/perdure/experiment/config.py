@@ -29,6 +29,10 @@ delta = 1e-5
 clients = 10
 rounds = 3
 
+[training.loss]                # optional: another loss; an arm may have its own, loss = {...}
+name = "focal"                 # a file in tasks/losses/, and so on
+gamma = 2.0                    # and its own fields
+
 [training.adversary]           # optional: train on each record's worst case
 name = "fgsm"
 epsilon = 0.05
@@ -79,6 +83,7 @@ from perdure.experiment.from_tables import (
     named_option,
     placed,
 )
+from perdure.experiment.loss_config import LossConfig
 from perdure.experiment.model_config import BuiltModel
 from perdure.experiment.training_config import AttackConfig, TrainingConfig
 from perdure.experiment.trial_names import arm_name, trial_name
@@ -183,16 +188,18 @@ class Arm(CheckedFields):
         private: train with differential privacy, as the table `[privacy]` says.
         given_name: name of the arm in results and folders; "" for the strategy's name with -plain
             or -private.
+        loss: loss of every record in this arm; None for `training.loss`.
     """
 
     TABLE: ClassVar[str] = (
-        "a table with strategy = NAME, its own fields, and private = true or false"
+        "a table with strategy = NAME, its own fields, private = true or false, and loss"
     )
 
     strategy: Strategy
     file: str
     private: bool = False
     given_name: str = ""
+    loss: LossConfig | None = None
 
     def __post_init__(self) -> None:
         if self.given_name and not PLAIN_NAME.fullmatch(self.given_name):
@@ -206,12 +213,16 @@ class Arm(CheckedFields):
         name = checked_value(options.pop("name", ""), str, f"{where}.name")
         if "name" in table and not PLAIN_NAME.fullmatch(typing.cast(str, name)):
             raise ConfigError.of(f"{where}.name", name, ALLOWED_NAMES)
+        loss = None
+        if "loss" in options:
+            loss = checked_value(options.pop("loss"), LossConfig, f"{where}.loss")
         file, strategy = strategy_of(options, where)
         return cls(
             strategy=strategy,
             file=file,
             private=typing.cast(bool, private),
             given_name=typing.cast(str, name),
+            loss=typing.cast(LossConfig | None, loss),
         )
 
     @property

@@ -29,6 +29,7 @@ from perdure.experiment.config import (
 from perdure.experiment.data_config import OF_LOADERS, DataConfig
 from perdure.experiment.field_checks import COUNTS
 from perdure.experiment.from_tables import described, read_hints
+from perdure.experiment.loss_config import LossConfig
 from perdure.experiment.model_config import BUILDERS
 from perdure.experiment.model_config import GIVEN as OF_MODELS
 from perdure.experiment.overrides import toml_value
@@ -48,6 +49,7 @@ from perdure.models.config import ModelConfig
 from perdure.privacy.accounting.charges import Charge
 from perdure.privacy.adaptive_clipping import Adaptive
 from perdure.privacy.settings import Privacy
+from perdure.tasks import losses
 
 WRONG: dict[type, tuple[Any, ...]] = {int: (-1, 0), float: (-1.0, 1e300), str: ("?",)}
 """Wrong values of each type, which are tried to read the allowed values from the error message."""
@@ -113,6 +115,8 @@ def tables() -> list[Table]:
         ),
         Table(title="[training.sharpness]", keys=_plain_keys(SAM())),
         Table(title="[training.validation]", keys=_plain_keys(ValidationConfig())),
+        Table(title="[training.loss]", keys=(_named("name", losses.names(), "name of the loss."),)),
+        *_of_extensions("[training.loss] and loss of [[arms]]: name = {!r}", losses),
         Table(title="[federation]", keys=_plain_keys(FederationConfig())),
         Table(title="[privacy]", keys=_plain_keys(Privacy(epsilon=1.0))),
         Table(title="[privacy.clipping]", keys=_plain_keys(Adaptive())),
@@ -370,7 +374,8 @@ def _arm() -> tuple[Key, ...]:
         meaning="strategies that are joined to one.",
     )
     private = _key("private", bool, "false", "", told["private"])
-    return (name, strategy, parts, private)
+    loss = _key("loss", LossConfig, LEFT_OUT, "", told["loss"])
+    return (name, strategy, parts, private, loss)
 
 
 _CHARGE = Charge(1.0, 1.0, 1, "grid-gaussian")

@@ -20,6 +20,7 @@ from perdure.experiment.averaging_config import AveragingConfig
 from perdure.experiment.calls import arguments, of_module, parameters
 from perdure.experiment.field_checks import COUNTS, check, counts
 from perdure.experiment.from_tables import checked_value, extension, named_option, placed
+from perdure.experiment.loss_config import LossConfig
 from perdure.experiment.validation_config import ValidationConfig
 from perdure.learner.optimizers import MakeOptimizer, first_line, made_optimizer
 from perdure.learner.schedules import MakeSchedule, WarmUp, refuse_schedule
@@ -251,6 +252,7 @@ class TrainingConfig(CheckedFields):
         weight_noise: standard deviation of noise on the parameters while a gradient is computed.
         validation: measurements on held-out records, early stopping and the best model; only
             without privacy and without a federation.
+        loss: loss of every record; left out for the loss of the task. An arm may have its own.
     """
 
     optimizer: str = "Adam"
@@ -276,6 +278,7 @@ class TrainingConfig(CheckedFields):
     gradient_noise: float = 0.0
     weight_noise: float = 0.0
     validation: ValidationConfig | None = None
+    loss: LossConfig | None = None
 
     def __post_init__(self) -> None:
         check(self, "optimizer", OPTIMIZERS.__contains__, ", ".join(OPTIMIZERS))

@@ -15,15 +15,17 @@ from perdure.data.experience import Stream
 from perdure.errors import ConfigError
 from perdure.privacy.settings import Privacy
 from perdure.strategies import find, names
+from perdure.tasks.losses import Loss
 
 KINDS: dict[str, tuple[type, str]] = {
     "model": (nn.Module, "a torch.nn.Module"),
     "privacy": (Privacy, "None, or perdure.Privacy, such as Privacy(epsilon=3.0)"),
     "adversary": (Attack, "None, or an instance of an attack, such as PGD()"),
     "views": (Views, "None, or perdure.data.Views"),
+    "loss": (Loss, "None, or a loss of perdure.tasks.losses, such as Focal(gamma=2.0)"),
 }
 """Required type of each argument, and its description for messages."""
-OPTIONAL = ("privacy", "adversary", "views")
+OPTIONAL = ("privacy", "adversary", "views", "loss")
 PLAIN = (
     "seed",
     "device",

@@ -70,6 +70,8 @@ def fingerprint_of(
     found |= flat("privacy", training.privacy)
     found |= flat("adversary", session.adversary)
     found |= flat("views", session.views)
+    if session.task.loss is not None:
+        found |= flat("loss", session.task.loss)
     for owner, names in ((training, OF_THE_PLAN), (session, OF_THE_SESSION)):
         found |= {name: described(getattr(owner, name)) for name in names}
     for name, value in session.options.items():

@@ -19,6 +19,7 @@ from perdure.learner.synthetic_rows import SyntheticRows
 from perdure.planning.training_plan import TrainingPlan
 from perdure.privacy.guard.writes import WriteWatch
 from perdure.privacy.private_sum import PrivateSum
+from perdure.tasks import Task
 from perdure.utils.folder_lock import FolderLock
 from perdure.utils.seeding import Seed, derive, drawing_from
 
@@ -27,6 +28,7 @@ class GuardedParty(PartySettings):
     """Base of `Party`: its private sum, the guard's inspection, and the seeds of its steps."""
 
     training: TrainingPlan
+    task: Task
     context: Callable[..., Context]
     state: State
     held: HeldRecords
@@ -50,7 +52,7 @@ class GuardedParty(PartySettings):
             adversary=self.adversary,
             views=self.views,
             precision=self.precision,
-            task=self.stream.task,
+            task=self.task,
         )
 
     def inspection(self) -> Inspection:

@@ -149,7 +149,7 @@ def _facts(inspection: Inspection) -> Iterator[Hashable]:
     stream = training.stream
     yield from _modules(inspection.model)
     yield _state(inspection.state)
-    yield described((path.strategy, path.adversary, path.views, path.precision))
+    yield described((path.strategy, path.adversary, path.views, path.precision, path.task))
     privacy = training.privacy
     yield CODE.version()
     yield described((privacy and privacy.custom_forward, privacy and privacy.clipping))

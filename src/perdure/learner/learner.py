@@ -44,6 +44,7 @@ from perdure.learner.step_changes import SAM
 from perdure.learner.validation import Validation, Validator
 from perdure.privacy.private_sum import MakePrivateSum, PrivateSum
 from perdure.privacy.settings import Privacy
+from perdure.tasks.losses import Loss
 from perdure.types import Params
 from perdure.utils.checked_fields import check_fields
 from perdure.utils.denormals import flushed
@@ -107,6 +108,8 @@ class Learner(SessionFront):
             step and in effect only while its gradient is computed.
         validation: measurements on validation records in `fit`, which end an experience early or
             choose its best parameters; None for none.
+        loss: loss of every record (see `perdure.tasks.losses`); None for the loss of the task.
+            Evaluation does not change.
     """
 
     model: nn.Module
@@ -142,6 +145,7 @@ class Learner(SessionFront):
     gradient_noise: float = 0.0
     weight_noise: float = 0.0
     validation: Validation | None = None
+    loss: Loss | None = None
     _session: Session | None = field(default=None, init=False, repr=False)
     _validator: Validator | None = field(default=None, init=False, repr=False)
     _rates: ReplayedRates | None = field(default=None, init=False, repr=False)
@@ -273,6 +277,7 @@ class Learner(SessionFront):
             l2=self.l2,
             gradient_noise=self.gradient_noise,
             weight_noise=self.weight_noise,
+            loss=self.loss,
         )
         if self.folder or self.driven_by:
             validated = {"validation": self.validation.settings()} if self.validation else {}

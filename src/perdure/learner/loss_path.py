@@ -25,6 +25,7 @@ from perdure.data.augmentation import Views
 from perdure.data.records import Batch, filled_batch
 from perdure.privacy.guard.independence import is_own, keeps_methods
 from perdure.tasks import SingleLabel, Task
+from perdure.tasks.losses import Loss
 from perdure.utils.seeding import Seed, generator_from
 
 STRATEGIES = ("perdure.strategies.", "perdure.contract.")
@@ -157,9 +158,15 @@ class LossPath:
         """Names of the parts that are user code."""
         own = is_own_strategy(self.strategy)
         strategy = () if own else (f"{self.strategy.name}.losses()",)
-        task = () if is_own_task(self.task) else (f"the task {type(self.task).__name__}",)
+        task = () if is_own_task(self.task) else (_name_of_foreign(self.task),)
         changes = (self.foreign_changes,) if self.foreign_changes else ()
         return (*strategy, *task, *changes)
+
+
+def _name_of_foreign(task: Task) -> str:
+    if task.loss is not None and not is_own_loss(task.loss):
+        return f"the loss {type(task.loss).__name__}"
+    return f"the task {type(task).__name__}"
 
 
 def is_own_strategy(strategy: Strategy) -> bool:
@@ -171,7 +178,13 @@ def is_own_strategy(strategy: Strategy) -> bool:
 
 def is_own_task(task: Task) -> bool:
     """Return True if a task is one of this library's, with unchanged methods."""
-    return is_own(type(task), TASKS) and keeps_methods(task, "losses", "distillation")
+    own = is_own(type(task), TASKS) and keeps_methods(task, "losses", "distillation")
+    return own and (task.loss is None or is_own_loss(task.loss))
+
+
+def is_own_loss(loss: Loss) -> bool:
+    """Return True if a loss is one of this library's, with unchanged methods."""
+    return is_own(type(loss), TASKS) and keeps_methods(loss, "losses", "label_losses")
 
 
 def is_own_attack(adversary: Attack) -> bool:

@@ -53,6 +53,8 @@ def noise_digest(
     asked = {"version": VERSION, **settings(session, snapshot, optimizer, scheduler)}
     if session.options:  # named only where given, so that other simulations keep their noise
         asked["options"] = canonical(session.options)
+    if session.task.loss is not None:  # without one, simulations keep their noise
+        asked["loss"] = canonical(session.task.loss)
     texts = {name: canonical_text(value) for name, value in asked.items()}
     # a long run has many rates, so their text is computed only once
     texts["scheduler"] = f"{texts['scheduler'][:-1]},{rates}]"

@@ -20,6 +20,7 @@ from perdure.data.records import Batch
 from perdure.errors import StrategyError
 from perdure.learner.averaging import Average, measure_statistics, put_values
 from perdure.learner.checkpoint import Position
+from perdure.learner.chosen_loss import task_of_run, tasks_by_experience
 from perdure.learner.folder_claims import refuse_other_privacy
 from perdure.learner.guarded_party import GuardedParty
 from perdure.learner.inspected_path import InspectedPath
@@ -100,7 +101,6 @@ class Party(GuardedParty):
             refuse_other_privacy(self.folder, private=private)
         self.mark = ModelMark(model, self.folder, warm_start=self.warm_start)
         self.stream = self.stream.to(self.device)
-        self.context = contexts(self.stream, self.device)
         self._watch: WriteWatch | None = None
         self._compare_values = True
         self._goes_alone = False
@@ -109,6 +109,9 @@ class Party(GuardedParty):
         self.forward = Forward(model)
         self._initial = self.initial or {n: t.clone() for n, t in model.state_dict().items()}
         self.strategy.refuse_task(self.stream.task)
+        self.task = task_of_run(self.training, self.loss)
+        tasks = tasks_by_experience(self.stream, self.task)
+        self.context = contexts(self.stream, self.device, tasks)
         refuse_misfits(model, self.training, self.stream, self.adversary, self.views)
         spec = spec_of(model, self._detached(), self.stream, private=private)
         self.state: State = require_state("init", self.strategy, self.strategy.init(spec))

@@ -17,6 +17,7 @@ from perdure.learner.checkpoint import Position
 from perdure.learner.step_changes import SAM
 from perdure.privacy.private_sum import MakePrivateSum, PrivateSum
 from perdure.privacy.settings import Privacy
+from perdure.tasks.losses import Loss
 
 OWNER = "curator"
 """Default name of the party in its ledger; a federation uses client-N instead."""
@@ -63,9 +64,12 @@ class PartySettings:
     l2: float = 0.0
     gradient_noise: float = 0.0
     weight_noise: float = 0.0
+    loss: Loss | None = None
 
     @property
     def options(self) -> dict[str, object]:
         """Options of the steps that are not at their defaults, by name."""
         given = {name: getattr(self, name) for name in OPTIONS}
         return {name: value for name, value in given.items() if value}
+
+    loss: Loss | None = None

@@ -77,6 +77,7 @@ class Session(Party):
         precision: precision of the passes through the model in training.
         adversary: attack applied to every batch before its gradient.
         views: random versions of every record, averaged inside its loss.
+        loss: loss of every record (see `perdure.tasks.losses`); None for the loss of the task.
         initial: initial values of the model, for strategies that train from the start again; None
             for the present values.
         notify: function that is called with the name of every point of the loop.

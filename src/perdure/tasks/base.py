@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from perdure.errors import ConfigError, DataError
+from perdure.tasks.losses.base import Loss
 from perdure.utils.checked_fields import CheckedFields
 
 MASKED = -1e9
@@ -41,6 +42,9 @@ class Task(CheckedFields, ABC):
     the library that uses targets calls its methods. Loss, distillation and measures return one row
     per record, and row i depends on record i alone; under privacy this row is clipped.
 
+    Args:
+        loss: loss that replaces the task's own (see `perdure.tasks.losses`); None for its own.
+
     Class attributes:
         name: name in tables.
         metric: metric of models on this task.
@@ -50,6 +54,12 @@ class Task(CheckedFields, ABC):
 
     name: ClassVar[str]
     metric: ClassVar[Metric]
+
+    loss: Loss | None = None
+
+    def __post_init__(self) -> None:
+        if self.loss is not None:
+            self.loss.refuse_task(self.name)
 
     @abstractmethod
     def losses(self, outputs: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -160,6 +170,23 @@ class Task(CheckedFields, ABC):
         None, the default, means that all records belong to one group.
         """
         return None
+
+    def class_counts(self, targets: Tensor, num_classes: int) -> Tensor:
+        """Count the records (or tokens) of each class, for losses that count labels.
+
+        Args:
+            targets: (n, ...) targets of the records.
+            num_classes: width of the head.
+
+        Returns:
+            (num_classes,) counts.
+
+        Raises:
+            ConfigError: if targets of the task are no classes.
+        """
+        raise ConfigError(
+            f"{self.name} records have no classes to count; allowed: declared numbers, or no loss"
+        )
 
     def head_width(self, num_classes: int) -> int:
         """Number of outputs of a model for this number of classes, labels, targets or tokens."""

@@ -32,7 +32,9 @@ class MultiLabel(Task):
     metric: ClassVar[Metric] = Metric(name="macro-F1", unit="%")
 
     def losses(self, outputs: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Return (n,) binary cross entropy of each record, averaged over the labels of the mask."""
+        """Return (n,) binary cross entropy or the chosen loss, averaged over the mask."""
+        if self.loss is not None:
+            return _mean(self.loss.label_losses(outputs, targets), mask)
         each = F.binary_cross_entropy_with_logits(outputs, targets, reduction="none")
         return _mean(each, mask)
 
@@ -106,6 +108,10 @@ class MultiLabel(Task):
         whole = torch.zeros(width).index_fill(0, columns, 1.0)
         number = numbers.cpu()[:, None]
         return torch.where(number < EXTREME, made, whole * (number % 2)).to(targets)
+
+    def class_counts(self, targets: Tensor, num_classes: int) -> Tensor:
+        """Return (num_classes,) number of records that have each label."""
+        return targets.sum(0)
 
 
 def _mean(each: Tensor, mask: Tensor | None) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from perdure.tasks.base import EXTREME, Metric, Task, check_shape, mask_outputs
+from perdure.tasks.base import EXTREME, Metric, Task, check_shape, fitted, mask_outputs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +34,17 @@ class NextToken(Task):
     metric: ClassVar[Metric] = Metric(name="bits per token", unit="bits", higher_is_better=False)
 
     def losses(self, outputs: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Return (n,) cross entropy of each sequence, summed over its tokens."""
-        return self._entropies(mask_outputs(outputs, mask), targets).sum(1)
+        """Return (n,) cross entropy, or the chosen loss, summed over the tokens of a sequence."""
+        logits = mask_outputs(outputs, mask)
+        if self.loss is None:
+            return self._entropies(logits, targets).sum(1)
+        allowed = mask
+        if mask is not None and mask.dim() > 1:
+            allowed = fitted(mask, outputs).expand(outputs.shape).flatten(0, 1)
+        ignored = targets == self.padding
+        tokens = torch.where(ignored, 0, targets).flatten()
+        each = self.loss.losses(logits.flatten(0, 1), tokens, allowed)
+        return torch.where(ignored, 0.0, each.view(targets.shape)).sum(1)
 
     def distillation(
         self,
@@ -95,6 +104,10 @@ class NextToken(Task):
         padded = (number % 3 == 2) & (position > length // 2)
         padded = torch.where(number < EXTREME, padded, position >= number % 2)
         return torch.where(padded, self.padding, made).to(targets)
+
+    def class_counts(self, targets: Tensor, num_classes: int) -> Tensor:
+        """Return (num_classes,) number of tokens of each kind, without padding."""
+        return torch.bincount(targets[targets != self.padding], minlength=num_classes)
 
     def output_shape(self, targets: Tensor, width: int) -> tuple[int, ...]:
         """Shape (n, L, C) of the outputs for targets (n, L)."""

@@ -24,8 +24,11 @@ class SingleLabel(Task):
     metric: ClassVar[Metric] = Metric(name="accuracy", unit="%")
 
     def losses(self, outputs: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Return (n,) cross entropy of each record over the classes of the mask."""
-        return F.cross_entropy(mask_outputs(outputs, mask), targets, reduction="none")
+        """Return (n,) cross entropy, or the chosen loss, over the classes of the mask."""
+        logits = mask_outputs(outputs, mask)
+        if self.loss is not None:
+            return self.loss.losses(logits, targets, mask)
+        return F.cross_entropy(logits, targets, reduction="none")
 
     def distillation(
         self,
@@ -76,3 +79,7 @@ class SingleLabel(Task):
     def balance_groups(self, targets: Tensor) -> Tensor:
         """Return the class (n,) of each record as its group."""
         return targets
+
+    def class_counts(self, targets: Tensor, num_classes: int) -> Tensor:
+        """Return (num_classes,) number of records of each class."""
+        return torch.bincount(targets, minlength=num_classes)
