@@ -331,6 +331,7 @@ experiences = 2
 hidden = [4]
 [training]
 epochs = 1
+max_grad_norm = 2.0
 [training.loss]
 name = "focal"
 gamma = 3.0
@@ -346,3 +347,4 @@ loss = {name = "cross_entropy", label_smoothing = 0.2}
     log = MetricsLog(tmp_path / "metrics.jsonl")
     made = [ArmRun(config, arm, stream, tmp_path, log).learner(stream) for arm in config.arms]
     assert [each.loss for each in made] == [Focal(gamma=3.0), CrossEntropy(label_smoothing=0.2)]
+    assert [each.max_grad_norm for each in made] == [2.0, 2.0]

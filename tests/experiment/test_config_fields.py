@@ -214,6 +214,7 @@ WRONG = {
         "{records = []}",
     ),
     ("training", "loss"): ('"focal"', "{}", '{name = "dice"}', '{name = "focal", gamma = -1}'),
+    ("training", "max_grad_norm"): POSITIVE,
     ("training", "adversary"): ("true", '"pgd"', "{}", '{name = "pgd"}', '{name = "lime"}'),
     ("private_training", "adversary"): ('{name = "pgd", epsilon = -1}',),
 }

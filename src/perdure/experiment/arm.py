@@ -197,6 +197,7 @@ class ArmRun:
             weight_noise=training.weight_noise,
             validation=training.validation.validation if training.validation else None,
             loss=self._loss,
+            max_grad_norm=training.max_grad_norm,
         )
 
     @property

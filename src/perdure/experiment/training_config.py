@@ -253,6 +253,8 @@ class TrainingConfig(CheckedFields):
         validation: measurements on held-out records, early stopping and the best model; only
             without privacy and without a federation.
         loss: loss of every record; left out for the loss of the task. An arm may have its own.
+        max_grad_norm: largest L2 norm of the whole gradient of a step, after penalty and
+            projection; left out for no bound. Under privacy it costs nothing.
     """
 
     optimizer: str = "Adam"
@@ -279,6 +281,7 @@ class TrainingConfig(CheckedFields):
     weight_noise: float = 0.0
     validation: ValidationConfig | None = None
     loss: LossConfig | None = None
+    max_grad_norm: float | None = None
 
     def __post_init__(self) -> None:
         check(self, "optimizer", OPTIMIZERS.__contains__, ", ".join(OPTIMIZERS))
@@ -289,6 +292,12 @@ class TrainingConfig(CheckedFields):
             "a number above 0 and at most 1e6",
         )
         check(self, "momentum", lambda value: 0 <= value < 1, "a number from 0 to below 1")
+        check(
+            self,
+            "max_grad_norm",
+            lambda value: 0 < value <= 1e9,
+            "a number above 0 and at most 1e9",
+        )
         names = "epochs iterations blocks batch_size micro_batch_size evaluate_every"
         check(self, names, counts, COUNTS)
         if self.momentum is not None and "momentum" not in parameters(self._class):

@@ -91,11 +91,18 @@ def check_arguments(given: Mapping[str, Any]) -> None:
         value = given.get(name, 0.0)
         if isinstance(value, int | float) and not 0 <= value < math.inf:
             raise ConfigError.of(name, value, "0, or a number above 0")
+    _check_norm(given.get("max_grad_norm"))
     if given["precision"] not in ("float32", "bfloat16"):
         raise ConfigError.of("precision", given["precision"], ("float32", "bfloat16"))
     if given["views"] and given["adversary"]:
         allowed = "None with an adversary, which changes the record itself"
         raise ConfigError.of("views", given["views"], allowed)
+
+
+def _check_norm(value: object) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if value is not None and not (number and 0 < value < math.inf):  # type: ignore[operator]
+        raise ConfigError.of("max_grad_norm", value, "None, or a finite number above 0")
 
 
 def _check_strategy(strategy: object) -> None:

@@ -110,6 +110,8 @@ class Learner(SessionFront):
             choose its best parameters; None for none.
         loss: loss of every record (see `perdure.tasks.losses`); None for the loss of the task.
             Evaluation does not change.
+        max_grad_norm: largest L2 norm of the whole gradient, after penalty and projection, as
+            `torch.nn.utils.clip_grad_norm_`; None for no bound. Under privacy it costs nothing.
     """
 
     model: nn.Module
@@ -146,6 +148,7 @@ class Learner(SessionFront):
     weight_noise: float = 0.0
     validation: Validation | None = None
     loss: Loss | None = None
+    max_grad_norm: float | None = None
     _session: Session | None = field(default=None, init=False, repr=False)
     _validator: Validator | None = field(default=None, init=False, repr=False)
     _rates: ReplayedRates | None = field(default=None, init=False, repr=False)
@@ -278,6 +281,7 @@ class Learner(SessionFront):
             gradient_noise=self.gradient_noise,
             weight_noise=self.weight_noise,
             loss=self.loss,
+            max_grad_norm=self.max_grad_norm,
         )
         if self.folder or self.driven_by:
             validated = {"validation": self.validation.settings()} if self.validation else {}

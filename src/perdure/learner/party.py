@@ -25,7 +25,8 @@ from perdure.learner.folder_claims import refuse_other_privacy
 from perdure.learner.guarded_party import GuardedParty
 from perdure.learner.inspected_path import InspectedPath
 from perdure.learner.model_mark import ModelMark
-from perdure.learner.sanity_checks import refuse_misfits, refuse_runaway, require_state
+from perdure.learner.runaway import bounded, refuse_runaway, refuse_runaway_step
+from perdure.learner.sanity_checks import refuse_misfits, require_state
 from perdure.learner.step_changes import (
     MovedGradients,
     add_weight_penalties,
@@ -249,6 +250,9 @@ class Party(GuardedParty):
         self.notify("step.gradient")
         self.observe(batch)
         self.set_gradients(gradient, references)
+        shown = None if self.private_sum else self.curator.diagnostics
+        loss = shown.loss if shown else None
+        refuse_runaway_step(self.trained, loss, self.training, self.position.experience, step)
 
     def _released(self, batch: Batch, step: int) -> Params | None:
         """Return the gradient of a step; None if the step was charged again."""
@@ -303,7 +307,7 @@ class Party(GuardedParty):
         return self.strategy.penalty(self.params, self.state) if self.uses["penalty"] else None
 
     def set_gradients(self, gradient: Params, references: tuple[Params, ...]) -> None:
-        """Write the gradient, with penalty and projection, to `.grad`."""
+        """Write the gradient, with penalty and projection, and its bounded norm, to `.grad`."""
         total = gradient
         if self.uses["penalty"] or self.uses["after_step"] or self.l1 or self.l2:
             # A copy, because an optimiser may write into .grad.
@@ -314,6 +318,8 @@ class Party(GuardedParty):
             add_weight_penalties(total, self.trained, l1=self.l1, l2=self.l2)
         if self.uses["project"]:
             total = self.strategy.project(total, references, self.state)
+        if self.max_grad_norm is not None:
+            total = bounded(total, self.max_grad_norm)
         if self.gradient_noise:
             step = self.position.step
             seed = derive(*self._place("gradient noise", step))

@@ -23,7 +23,15 @@ OWNER = "curator"
 """Default name of the party in its ledger; a federation uses client-N instead."""
 
 
-OPTIONS = ("averaging", "sharpness", "l1", "l2", "gradient_noise", "weight_noise")
+OPTIONS = (
+    "averaging",
+    "sharpness",
+    "l1",
+    "l2",
+    "gradient_noise",
+    "weight_noise",
+    "max_grad_norm",
+)
 """Options of the steps; the ones that are not given are in no fingerprint and no noise digest."""
 
 
@@ -65,11 +73,10 @@ class PartySettings:
     gradient_noise: float = 0.0
     weight_noise: float = 0.0
     loss: Loss | None = None
+    max_grad_norm: float | None = None
 
     @property
     def options(self) -> dict[str, object]:
         """Options of the steps that are not at their defaults, by name."""
         given = {name: getattr(self, name) for name in OPTIONS}
         return {name: value for name, value in given.items() if value}
-
-    loss: Loss | None = None

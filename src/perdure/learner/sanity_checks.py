@@ -4,7 +4,7 @@ They refuse outputs that do not fit, a second ledger, a missing state, and value
 """
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from perdure.adversarial.base import Attack
 from perdure.contract.state import State
@@ -12,13 +12,11 @@ from perdure.contract.strategy import Strategy
 from perdure.data.augmentation import Views
 from perdure.data.experience import Stream
 from perdure.data.records import Batch
-from perdure.data.value_checks import check_finite
-from perdure.errors import ConfigError, PerdureError, PrivacyError, RunawayError, StrategyError
+from perdure.errors import ConfigError, PerdureError, PrivacyError, StrategyError
 from perdure.learner.checkpoint import Position
 from perdure.models.wrapped import outputs_in
 from perdure.planning.training_plan import TrainingPlan
 from perdure.tasks import SingleLabel
-from perdure.types import Params
 from perdure.utils.modules import evaluating
 
 
@@ -181,34 +179,3 @@ def require_state(hook: str, strategy: Strategy, answer: object) -> State:
             f"{given}; allowed: a State; end the hook with return state.replace(...)"
         )
     return answer
-
-
-def _finite(value: Tensor) -> bool:
-    # a sum stores nothing; only if it is not finite, which an overflow can cause, check each value
-    return bool(value.sum().isfinite()) or bool(value.isfinite().all())
-
-
-def refuse_runaway(params: Params, training: TrainingPlan, experience: int) -> None:
-    """Refuse to continue after training has diverged.
-
-    Without privacy, the records are searched for the cause; a message under privacy must not depend
-    on a record.
-
-    Args:
-        params: parameters after training.
-        training: plan of the run.
-        experience: index of the experience that was trained.
-
-    Raises:
-        DataError: if an input that is NaN or infinite is the cause.
-        RunawayError: in all other cases.
-    """
-    lost = [name for name, value in params.items() if not _finite(value.detach())]
-    if lost:
-        if not training.privacy:
-            check_finite([training.stream])
-        raise RunawayError(
-            f"{training.strategy.name}: {', '.join(lost[:2])} is NaN or infinite at the end of "
-            f"experience {experience}; "
-            "lower the learning rate or the strength of the strategy"
-        )

@@ -78,6 +78,8 @@ class Session(Party):
         adversary: attack applied to every batch before its gradient.
         views: random versions of every record, averaged inside its loss.
         loss: loss of every record (see `perdure.tasks.losses`); None for the loss of the task.
+        max_grad_norm: largest L2 norm of the whole gradient, after penalty and projection; None for
+            no bound.
         initial: initial values of the model, for strategies that train from the start again; None
             for the present values.
         notify: function that is called with the name of every point of the loop.
