@@ -326,6 +326,7 @@ def test_an_arm_may_have_a_loss_of_its_own(tmp_path):
     text = """
 name = "losses"
 [data]
+name = "helpers.own_data:blobs"
 experiences = 2
 [model]
 hidden = [4]

@@ -102,6 +102,10 @@ WRONG = {
     ("model", "norm"): CHOICES,
     ("model", "head"): CHOICES,
     ("model", "width"): ("0", "-2", "true", "2.0", "3"),
+    ("model", "init"): CHOICES,
+    ("model", "skip"): SWITCH,
+    ("model", "depth"): ("0", "-2", "true", "2.0", "101"),
+    ("model", "dropout"): ("-0.1", "1.0", "nan", "true", "''"),
     ("model", "latent"): ("0", "-1", "true", "1.5", '"2"', "[1]"),
     ("training", "optimizer"): (
         *CHOICES,

@@ -10,7 +10,7 @@ from torch.func import functional_call, grad, vmap
 
 from perdure.errors import ConfigError
 from perdure.models.classifier import Classifier
-from perdure.models.classifiers import build, cnn, mlp, resnet18
+from perdure.models.classifiers import build, cnn, mlp, mobilenet, resnet18
 from perdure.models.config import ModelConfig
 from perdure.models.vae import Generative, generative
 
@@ -26,6 +26,13 @@ CONFIGS = {
     ),
     "mlp, cosine head": ModelConfig(hidden=(16, 8), activation="tanh", head="cosine"),
     "cnn, cosine head": ModelConfig(name="cnn", width=8, head="cosine"),
+    "residual mlp": ModelConfig(
+        hidden=(8, 8, 6), skip=True, norm="layer", activation="silu", init="orthogonal"
+    ),
+    "residual cnn": ModelConfig(
+        name="cnn", width=8, depth=4, skip=True, activation="prelu", norm="layer", init="he"
+    ),
+    "mobilenet": ModelConfig(name="mobilenet", width=8, activation="leaky_relu", init="xavier"),
 }
 
 
@@ -121,7 +128,7 @@ def test_the_output_of_a_record_does_not_depend_on_other_records(model):
     torch.testing.assert_close(model(x)[:2], model(x[:2]), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("make", [cnn, resnet18])
+@pytest.mark.parametrize("make", [cnn, mobilenet, resnet18])
 def test_models_have_batch_norm_only_if_norm_is_batch(make):
     def kinds(norm):
         model = make(input_shape=DIGITS, num_classes=2, seed=0, width=4, norm=norm)
@@ -146,8 +153,11 @@ def test_default_models_have_the_documented_number_of_parameters():
     ("field", "value"),
     [
         ("name", "vgg"),
-        ("norm", "layer"),
+        ("norm", "instance"),
         ("activation", "swish"),
+        ("init", "zeros"),
+        ("depth", 0),
+        ("dropout", 1.0),
         ("hidden", (4, 0)),
         ("width", 5),
         ("latent", 0),
@@ -157,6 +167,96 @@ def test_default_models_have_the_documented_number_of_parameters():
 def test_the_model_config_refuses_an_invalid_value_and_names_it(field, value):
     with pytest.raises(ConfigError, match=rf"^{field} = .* is not allowed; allowed: [^\n]*$"):
         ModelConfig(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"name": "cnn", "hidden": (4,)}, r"hidden = \(4,\) .* cnn has no hidden; .*: mlp, gen"),
+        ({"name": "resnet18", "activation": "tanh"}, "activation = 'tanh' .* resnet18 has no act"),
+        ({"width": 32}, "width = 32 .* mlp has no width; models with it: cnn, resnet18, mobilenet"),
+        ({"depth": 4}, "depth = 4 .* mlp has no depth; models with it: cnn$"),
+        ({"name": "mobilenet", "skip": True}, "skip = True .* mobilenet has no skip"),
+        ({"hidden": (4,), "skip": True}, "skip = True .* one layer; give two or more in hidden"),
+        ({"name": "cnn", "depth": 1, "skip": True}, "skip = True .* two or more in depth"),
+        ({"hidden": (4, 1), "norm": "layer"}, r"hidden = \(4, 1\) .* 2 units or more with norm"),
+    ],
+)
+def test_fields_without_meaning_for_a_model_are_refused(given, message):
+    with pytest.raises(ConfigError, match=message):
+        ModelConfig(**given)
+
+
+# --------------------------------------------------------------------------- options
+
+
+GAINS = {"relu": 2**0.5, "leaky_relu": (2 / 1.0001) ** 0.5, "tanh": 5 / 3}
+
+
+@pytest.mark.parametrize("activation", GAINS)
+def test_initial_weights_have_the_gain_of_the_activation(activation):
+    def weights(init):
+        model = mlp(
+            input_shape=(300,),
+            num_classes=200,
+            hidden=(400,),
+            activation=activation,
+            init=init,
+            seed=0,
+        )
+        assert not model.body[1].bias.any() and not model.head.bias.any()
+        return model.body[1].weight.detach(), model.head.weight.detach()
+
+    gain = GAINS[activation]
+    body, head = weights("he")
+    assert float(body.std() * 300**0.5) == pytest.approx(gain, rel=0.01)
+    assert float(head.std() * 400**0.5) == pytest.approx(1, rel=0.01)
+    body, _ = weights("xavier")
+    assert float(body.abs().max()) == pytest.approx(gain * (6 / 700) ** 0.5, rel=0.01)
+    body, head = weights("orthogonal")
+    torch.testing.assert_close(body.T @ body, gain**2 * torch.eye(300), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(head @ head.T, torch.eye(200), rtol=1e-3, atol=1e-4)
+
+
+def test_residual_layers_add_their_input_and_project_where_widths_differ():
+    model = mlp(input_shape=(5,), num_classes=2, hidden=(4, 4, 3), skip=True, seed=0)
+    x = torch.rand(2, 5)
+    first, same, other = model.body[1], model.body[3], model.body[4]
+    state = F.relu(first(x))
+    state = state + F.relu(same.inner[0](state))
+    state = F.relu(other.inner[0](state)) + state @ other.shortcut.weight.T
+    torch.testing.assert_close(model.features(x), state)
+    assert isinstance(same.shortcut, nn.Identity) and other.shortcut.bias is None
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 5])
+def test_the_cnn_has_as_many_convolutions_as_its_depth(depth):
+    model = cnn(input_shape=DIGITS, num_classes=2, width=8, depth=depth, seed=0)
+    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    widths = [4, 8, 16, 16, 16][:depth]
+    assert [m.out_channels for m in convolutions] == widths and model.feature_size == widths[-1]
+
+
+@pytest.mark.parametrize("norm", ["none", "layer", "group"])
+def test_an_mlp_normalises_each_record_by_itself(norm):
+    model = mlp(input_shape=(5,), num_classes=2, hidden=(8, 6), norm=norm, seed=0)
+    kinds = [type(m) for m in model.modules() if isinstance(m, nn.LayerNorm | nn.GroupNorm)]
+    assert kinds == {"none": [], "layer": [nn.LayerNorm] * 2, "group": [nn.GroupNorm] * 2}[norm]
+    x = torch.rand(3, 5)
+    torch.testing.assert_close(model(x)[:1], model(x[:1]))
+    # a group of one number would always be 0
+    assert float(model.features(x).detach().abs().max()) > 0
+
+
+def test_mobilenet_is_built_of_depthwise_separable_convolutions():
+    model = mobilenet(input_shape=DIGITS, num_classes=10, seed=0)
+    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)][1:]
+    for depthwise, pointwise in zip(convolutions[::2], convolutions[1::2], strict=True):
+        assert depthwise.groups == depthwise.in_channels == depthwise.out_channels
+        assert pointwise.kernel_size == (1, 1) and pointwise.groups == 1
+    whole = cnn(input_shape=DIGITS, num_classes=10, seed=0)
+    sizes = [sum(p.numel() for p in each.parameters()) for each in (model, whole)]
+    assert 2 * sizes[0] < sizes[1] and model.feature_size == whole.feature_size
 
 
 def test_the_cnn_refuses_tables_and_the_mlp_needs_a_class():

@@ -1,6 +1,6 @@
 """Models with a fixed full-width head, and the bodies and layers they are built from.
 
-Import a function that makes a model for vectors and images (`mlp`, `cnn`, `resnet18`,
+Import a function that makes a model for vectors and images (`mlp`, `cnn`, `mobilenet`, `resnet18`,
 `transformer`, or `build` for a `ModelConfig`) or for sequences (`lstm`, `gru`, `decoder`). Import
 `wrap` for your own model or a model of another library, `low_rank` for adapters on any model,
 `frozen` for a fixed feature extractor (with `Scattering` or `RandomConvolutions`), or a model on a
@@ -9,7 +9,7 @@ frozen transformer (`prompted`, `composed`, `adapted`).
 
 from perdure.models.bodies import LARGEST_GROUP_COUNT
 from perdure.models.classifier import Classifier
-from perdure.models.classifiers import build, cnn, mlp, resnet18
+from perdure.models.classifiers import build, cnn, mlp, mobilenet, resnet18
 from perdure.models.config import ModelConfig
 from perdure.models.cosine_head import CosineHead, cosines, directions
 from perdure.models.decoder import Decoder, decoder
@@ -57,6 +57,7 @@ __all__ = [
     "low_rank",
     "lstm",
     "mlp",
+    "mobilenet",
     "prompted",
     "random_filters",
     "resnet18",
