@@ -10,7 +10,7 @@ from helpers.learners import SIMULATED, learner_of  # noqa: F401
 from helpers.toy_data import records
 from perdure.data import Records, Stream, blurry, dirichlet, iid, online, permuted, rotated, split
 from perdure.data.experience import Experience
-from perdure.data.record_identity import refuse_records_in_two_partitions
+from perdure.data.record_identity import ComparedRecords, refuse_records_in_two_partitions
 from perdure.errors import GuardError
 
 
@@ -144,3 +144,16 @@ def test_privacy_recognises_rows_of_a_file_that_is_mapped_twice(tmp_path, first)
         return
     with pytest.raises(GuardError, match="contain the same rows of one tensor"):
         refuse_records_in_two_partitions([by_hand(*parts)])
+
+
+def test_records_are_compared_again_with_changed_streams_only():
+    stream = months(torch.arange(20) + 20)
+    other = by_hand(records(20, first_id=3_000, partition="march"))
+    compared = ComparedRecords()
+    test, trained = stream[0].test, stream[1].train
+    assert compared.find_learnt((stream,), [test, trained]) is trained
+    assert compared.find_learnt((other,), [test, trained]) is None
+    assert compared.find_learnt((other, stream), [trained, test]) is trained
+    lent = replace(test, ids=trained.ids[: len(test)].clone())
+    assert compared.find_learnt((other,), [lent]) is None
+    assert compared.find_learnt((stream,), [lent]) is lent

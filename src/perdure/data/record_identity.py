@@ -10,24 +10,31 @@ any records, because they put each record into one partition or give its copies 
 public fact depends on ids.
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
+from typing import Self
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
 from perdure.data.experience import Stream
 from perdure.data.records import Records
-from perdure.data.row_view import addresses_of
+from perdure.data.row_view import addresses_of, storages_of
 from perdure.errors import DataError, GuardError
 
 Place = tuple[int, str]
 """Number of a stream and name of a partition in it."""
 LARGEST_FILE = 2**44
 """Largest size of a mapped file in bytes; it separates the numbers of two files."""
+FILE_LINES = re.compile(
+    rb"^([0-9a-f]+)-([0-9a-f]+) \S+ ([0-9a-f]+) ([0-9a-f]+:[0-9a-f]+ [1-9][0-9]*)", re.MULTILINE
+)
+"""Start, end, offset, and device with inode of each mapped file in /proc/self/maps."""
 
 
 def refuse_records_in_two_partitions(streams: Sequence[Stream]) -> None:
@@ -48,7 +55,7 @@ def refuse_records_in_two_partitions(streams: Sequence[Stream]) -> None:
         for experience in stream:
             held.setdefault((number, experience.train.partition), []).append(experience.train)
     by_id = {place: _ids(parts) for place, parts in held.items()}
-    files = _mapped_files()
+    files = _mapped_files_of(part.inputs for parts in held.values() for part in parts)
     by_memory = {place: files.places(_addresses(parts)) for place, parts in held.items()}
     found = _shared(by_id)
     if found is not None:
@@ -108,25 +115,69 @@ def refuse_measured_records(stream: Stream) -> None:
             raise DataError(_of_both(f"experience {experience.index} of {stream.name}", test, both))
 
 
-def learnt_rows(streams: Iterable[Stream], rows: Tensor, ids: Tensor | None = None) -> Tensor:
-    """Find rows that are training records of some streams, by their memory or their ids.
+class LearntRows:
+    """Training records of some streams, which are found among other rows by their memory or ids.
 
     Names of partitions are not compared, because a record keeps its identity under another name.
 
     Args:
         streams: streams with training records.
-        rows: (n, ...) inputs.
-        ids: (n,) ids that were given to the rows; None if they are positions or not known.
-
-    Returns:
-        (n,) bool, on the CPU.
     """
-    learnt = [experience.train for stream in streams for experience in stream]
-    files = _mapped_files()
-    places = addresses_of(rows)
-    known = files.places(_addresses(learnt))
-    found = torch.isin(files.places(places), known) & (places != 0)
-    return found if ids is None else found | torch.isin(ids.cpu(), _ids(learnt))
+
+    def __init__(self, streams: Iterable[Stream]) -> None:
+        learnt = [experience.train for stream in streams for experience in stream]
+        self._files = _mapped_files()
+        self._places = self._files.places(_addresses(learnt))
+        self._ids = _ids(learnt)
+
+    def among(self, rows: Tensor, ids: Tensor | None = None) -> Tensor:
+        """Find the training records among some rows.
+
+        Args:
+            rows: (n, ...) inputs.
+            ids: (n,) ids that were given to the rows; None if they are positions or not known.
+
+        Returns:
+            (n,) bool, on the CPU.
+        """
+        addresses = addresses_of(rows)
+        found = torch.isin(self._files.places(addresses), self._places) & (addresses != 0)
+        return found if ids is None else found | torch.isin(ids.cpu(), self._ids)
+
+
+class ComparedRecords:
+    """Records that share no record with the training records of some streams.
+
+    A comparison visits every training record and every mapped file of the process, so each set of
+    records is compared once with the same streams.
+    """
+
+    def __init__(self) -> None:
+        self._streams: tuple[Stream, ...] = ()
+        self._apart: WeakSet[Records] = WeakSet()
+
+    def find_learnt(self, streams: tuple[Stream, ...], parts: Iterable[Records]) -> Records | None:
+        """Return the first of some sets of records that contains a training record.
+
+        Args:
+            streams: streams with training records.
+            parts: sets of records to compare with them.
+
+        Returns:
+            The set; None if there is none.
+        """
+        if streams != self._streams:
+            self._streams = streams
+            self._apart.clear()
+        new = [part for part in dict.fromkeys(parts) if part not in self._apart]
+        learnt = LearntRows(streams) if new else None
+        for part in new:
+            assert learnt is not None
+            ids = None if part.ids_by_position else part.ids
+            if bool(learnt.among(part.inputs, ids).any()):
+                return part
+            self._apart.add(part)
+        return None
 
 
 def _of_both(name: str, test: Records, both: Tensor) -> str:
@@ -175,6 +226,18 @@ class _MappedFiles:
     ends: Tensor
     moves: Tensor
 
+    @classmethod
+    def of(cls, lines: Iterable[tuple[bytes, ...]]) -> Self:
+        """Read start, end, offset and file of each part, in hexadecimal, starts ascending."""
+        numbers: dict[bytes, int] = {}
+        found = []
+        for first, behind, offset, file in lines:
+            start = int(first, 16)
+            number = numbers.setdefault(file, len(numbers) + 1)
+            found.append((start, int(behind, 16), int(offset, 16) - start - number * LARGEST_FILE))
+        starts, ends, moves = torch.tensor(found, dtype=torch.int64).reshape(-1, 3).T
+        return cls(starts=starts, ends=ends.contiguous(), moves=moves)
+
     def places(self, addresses: Tensor) -> Tensor:
         """Convert addresses (r,) in mapped files to places in the files; keep other addresses."""
         if not len(self.starts):
@@ -184,20 +247,22 @@ class _MappedFiles:
         return torch.where(inside, addresses + self.moves[part], addresses)
 
 
+def _mapped_files_of(rows: Iterable[Tensor]) -> _MappedFiles:
+    """Return the mapped files of this process; none if all rows are in one storage.
+
+    A storage maps each place of a file once, so addresses inside it tell rows apart, and the list
+    of files need not be read.
+    """
+    one = len(set().union(*map(storages_of, rows))) < 2
+    return _MappedFiles.of([]) if one else _mapped_files()
+
+
 def _mapped_files() -> _MappedFiles:
     """Return the mapped files of this process; none if the system does not list them."""
-    lines: list[str] = []
+    lines: list[tuple[bytes, ...]] = []
     with suppress(OSError):
-        lines = Path("/proc/self/maps").read_text().splitlines()
-    numbers: dict[str, int] = {}
-    found = []
-    for span, _, offset, device, inode, *_ in (line.split(maxsplit=5) for line in lines):
-        if inode != "0":
-            start, end = (int(address, 16) for address in span.split("-"))
-            file = numbers.setdefault(f"{device} {inode}", len(numbers) + 1)
-            found.append((start, end, int(offset, 16) - start - file * LARGEST_FILE))
-    starts, ends, moves = torch.tensor(found, dtype=torch.int64).reshape(-1, 3).T
-    return _MappedFiles(starts=starts, ends=ends.contiguous(), moves=moves)
+        lines = FILE_LINES.findall(Path("/proc/self/maps").read_bytes())
+    return _MappedFiles.of(lines)
 
 
 def _shared(keys: Mapping[Place, Tensor]) -> tuple[Place, Place] | None:

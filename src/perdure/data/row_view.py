@@ -244,6 +244,13 @@ def rows_at(rows: Tensor, positions: Tensor) -> Tensor:
     return rows.at(positions) if isinstance(rows, RowView) else rows.index_select(0, positions)
 
 
+def storages_of(rows: Tensor) -> set[int]:
+    """Return the addresses of the storages that hold some rows; for a view, of its sources."""
+    if isinstance(rows, RowView):
+        return set().union(*(storages_of(part.source) for part in rows.parts))
+    return {rows.untyped_storage().data_ptr()}
+
+
 def addresses_of(rows: Tensor) -> Tensor:
     """Return (n,) int64 memory address of each row, on the CPU; 0 for a row without its own memory.
 

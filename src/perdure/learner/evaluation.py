@@ -8,7 +8,7 @@ from torch import Tensor
 
 from perdure.contract.forward import Forward
 from perdure.data.experience import Stream
-from perdure.data.record_identity import learnt_rows
+from perdure.data.record_identity import LearntRows
 from perdure.data.records import Records
 from perdure.errors import ConfigError, PrivacyError
 from perdure.learner.model_history import trainings_of
@@ -170,25 +170,32 @@ def refuse_learnt(party: Party, stream: Stream) -> None:
     """
     if not _is_private(party):
         return
-    seen: set[int] = set()
-    for stage in stream.stages:
-        if id(stage.test) not in seen:
-            seen.add(id(stage.test))
-            _refuse_learnt_rows(party, stage.test, f"test records of stage {stage.number}")
+    stages = stream.stages
+    found = party.compared.find_learnt(_streams(party), [stage.test for stage in stages])
+    if found is not None:
+        number = next(stage.number for stage in stages if stage.test is found)
+        raise _refusal(f"test records of stage {number}")
 
 
 def _refuse_learnt_rows(party: Party, records: Records | Tensor, name: str) -> None:
-    ids = None
-    rows = records
     if isinstance(records, Records):
-        ids = None if records.ids_by_position else records.ids
-        rows = records.inputs
-    assert isinstance(rows, Tensor)
-    if bool(learnt_rows((party.stream, party.training.stream), rows, ids).any()):
-        raise PrivacyError(
-            f"{name} are training records of a model with privacy, and numbers of private records "
-            "are no release; use public test records, or ids that no training record has"
-        )
+        learnt = party.compared.find_learnt(_streams(party), [records]) is not None
+    else:
+        learnt = bool(LearntRows(_streams(party)).among(records).any())
+    if learnt:
+        raise _refusal(name)
+
+
+def _streams(party: Party) -> tuple[Stream, ...]:
+    """Return the streams whose training records a party has."""
+    return party.stream, party.training.stream
+
+
+def _refusal(name: str) -> PrivacyError:
+    return PrivacyError(
+        f"{name} are training records of a model with privacy, and numbers of private records "
+        "are no release; use public test records, or ids that no training record has"
+    )
 
 
 def _is_private(party: Party) -> bool:

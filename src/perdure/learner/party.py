@@ -16,6 +16,7 @@ from perdure.contract.state import State
 from perdure.curator.held_records import HeldRecords
 from perdure.curator.hook_curator import for_hooks
 from perdure.curator.local_curator import LocalCurator, unwatched
+from perdure.data.record_identity import ComparedRecords
 from perdure.data.records import Batch
 from perdure.errors import StrategyError
 from perdure.learner.averaging import Average, measure_statistics, put_values
@@ -39,7 +40,7 @@ from perdure.privacy.private_sum import ChangedSumError, PrivateSum
 from perdure.types import Params
 from perdure.utils.denormals import flushed
 from perdure.utils.folder_lock import FolderLock
-from perdure.utils.modules import end_training, trainable_parameters
+from perdure.utils.modules import detached_copies, end_training, trainable_parameters
 from perdure.utils.seeding import derive, seed_globally
 
 HOOKS = ("losses", "references", "penalty", "project", "after_step", "after_step_in_place")
@@ -102,6 +103,7 @@ class Party(GuardedParty):
             refuse_other_privacy(self.folder, private=private)
         self.mark = ModelMark(model, self.folder, warm_start=self.warm_start)
         self.stream = self.stream.to(self.device)
+        self.compared = ComparedRecords()
         self._watch: WriteWatch | None = None
         self._compare_values = True
         self._goes_alone = False
@@ -114,7 +116,7 @@ class Party(GuardedParty):
         tasks = tasks_by_experience(self.stream, self.task)
         self.context = contexts(self.stream, self.device, tasks)
         refuse_misfits(model, self.training, self.stream, self.adversary, self.views)
-        spec = spec_of(model, self._detached(), self.stream, private=private)
+        spec = spec_of(model, detached_copies(self.params), self.stream, private=private)
         self.state: State = require_state("init", self.strategy, self.strategy.init(spec))
         self.held = HeldRecords(
             seed=self.seed,
@@ -381,7 +383,7 @@ class Party(GuardedParty):
         self.held.store(self.remember if remembers else None)
         new = self.state
         if self.strategy.uses("after_experience"):
-            params = self._detached()
+            params = detached_copies(self.params)
             new = self.strategy.after_experience(self._asked_by_hooks, params, self.state)
         self.state = self.strategy.derive(require_state("after_experience", self.strategy, new))
         self.notify("experience.consolidated")
@@ -404,5 +406,3 @@ class Party(GuardedParty):
     def _trained_on(self) -> str:
         return f"trained without privacy on {', '.join(sorted(self.stream.partitions[-1]))}"
 
-    def _detached(self) -> Params:
-        return {name: value.detach().clone() for name, value in self.params.items()}

@@ -38,6 +38,11 @@ def statistics_of(module: nn.Module) -> Params:
     }
 
 
+def detached_copies(tensors: Params) -> Params:
+    """Return a copy of each tensor, outside the graph of gradients, by name."""
+    return {name: value.detach().clone() for name, value in tensors.items()}
+
+
 def begin_training(module: nn.Module) -> None:
     """Put every module into training mode, several times as fast as `module.train()`."""
     _put_into_mode(module, training=True)
