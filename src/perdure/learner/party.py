@@ -131,7 +131,7 @@ class Party(GuardedParty):
             alone=self._goes_alone,
             watched=self.private_pass if private else unwatched,
         )
-        self._asked_by_hooks = for_hooks(
+        self.hook_curator = for_hooks(
             self.curator, strategy=self.strategy.name, cost=self.strategy.privacy_cost
         )
         self.uses: dict[str, bool] = {}
@@ -288,7 +288,7 @@ class Party(GuardedParty):
         """Return the released reference gradients of the current step; () if none is used."""
         if not self.uses["references"]:
             return ()
-        return self.strategy.references(self._asked_by_hooks, self.trained, self.state)
+        return self.strategy.references(self.hook_curator, self.trained, self.state)
 
     def losses(self, forward: Forward, batch: Batch) -> Tensor:
         """Return (n,) loss of the strategy for every row, averaged over views if there are any."""
@@ -384,7 +384,7 @@ class Party(GuardedParty):
         new = self.state
         if self.strategy.uses("after_experience"):
             params = detached_copies(self.params)
-            new = self.strategy.after_experience(self._asked_by_hooks, params, self.state)
+            new = self.strategy.after_experience(self.hook_curator, params, self.state)
         self.state = self.strategy.derive(require_state("after_experience", self.strategy, new))
         self.notify("experience.consolidated")
         self.held.close()

@@ -4,7 +4,6 @@ import math
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import cast
 
 from perdure.contract.exposure import Exposure
 from perdure.contract.plan import Plan
@@ -88,16 +87,16 @@ class TrainingPlan:
 
         Under privacy the strategy gets the experience without its training records.
         """
-        if self.privacy:
-            return self.strategy.plan(experience.without_records())
         # asked several times for every piece of a stream; an experience never changes
-        if self._latest.get("of") is not experience:
-            self._latest.update(of=experience, plan=self.strategy.plan(experience))
-        return cast(Plan, self._latest["plan"])
+        plan = self._plans.get(experience)
+        if plan is None:
+            shown = experience.without_records() if self.privacy else experience
+            plan = self._plans[experience] = self.strategy.plan(shown)
+        return plan
 
     @cached_property
-    def _latest(self) -> dict[str, object]:
-        """Cache of the experience that was planned last (`of`) and of its plan (`plan`)."""
+    def _plans(self) -> dict[Experience, Plan]:
+        """Cache of the plans of this training, by experience."""
         return {}
 
     def upto(self, index: int) -> Sequence[Experience]:

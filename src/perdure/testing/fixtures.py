@@ -155,10 +155,7 @@ class StrategyFixture:
         return plain if own is None else own
 
     def learner(
-        self,
-        privacy: Privacy | None = None,
-        strategy: Strategy | None = None,
-        callbacks: Sequence[Callback] = (),
+        self, privacy: Privacy | None = None, callbacks: Sequence[Callback] = ()
     ) -> Learner:
         """Make a learner of a small model; every call makes an equal one.
 
@@ -167,7 +164,7 @@ class StrategyFixture:
         """
         return Learner(
             model=self.build(),
-            strategy=strategy or self.fresh(),
+            strategy=self.fresh(),
             iterations=STEPS,
             blocks=BLOCKS,
             batch_size=BATCH,

@@ -24,7 +24,7 @@ from perdure.testing.fixtures import (
     require,
     run,
 )
-from perdure.testing.recording_curator import ONCE, RecordingStrategy, declared
+from perdure.testing.recording_curator import ONCE, RecordingCurator, declared
 
 ANSWERS = ("gradient", "reference", "release", "count", "select")
 
@@ -38,7 +38,6 @@ def private(fixture: StrategyFixture) -> None:
         _refused(fixture)
         raise NotApplicable("the strategy declares couples_records, so privacy refuses it")
     _planned_from_public_facts(fixture)
-    watched = RecordingStrategy(fixture.fresh())
     trace = list[str]()
     begun = dict[int, int]()
 
@@ -47,9 +46,10 @@ def private(fixture: StrategyFixture) -> None:
         if point == "experience.begin" and learner.private_sum:
             begun[learner.position.experience] = len(learner.private_sum.ledger.entries)
 
-    learner = fixture.learner(SIMULATED, watched.strategy, [listen])
-    watched.step = lambda: learner.curator.step
+    learner = fixture.learner(SIMULATED, callbacks=[listen])
     learner.prepare(fixture.stream)
+    watched = RecordingCurator(learner.session.hook_curator, step=lambda: learner.curator.step)
+    learner.session.hook_curator = watched.curator
     assert learner.private_sum is not None
     answers = _recorded(learner.private_sum)
     run(learner, fixture.stream)
@@ -81,7 +81,7 @@ def _planned_from_public_facts(fixture: StrategyFixture) -> None:
         )
 
 
-def _asked_as_declared(fixture: StrategyFixture, watched: RecordingStrategy) -> None:
+def _asked_as_declared(fixture: StrategyFixture, watched: RecordingCurator) -> None:
     cost = fixture.strategy.privacy_cost
     for index in range(len(fixture.stream)):
         for kind in ONCE:
@@ -96,7 +96,7 @@ def _asked_as_declared(fixture: StrategyFixture, watched: RecordingStrategy) -> 
     _references_as_declared(fixture, watched)
 
 
-def _references_as_declared(fixture: StrategyFixture, watched: RecordingStrategy) -> None:
+def _references_as_declared(fixture: StrategyFixture, watched: RecordingCurator) -> None:
     said = fixture.strategy.privacy_cost.references
     steps = {q.place for q in watched.asked if q.kind == "references"}
     for index, step in sorted(steps):
@@ -119,7 +119,7 @@ def _references_as_declared(fixture: StrategyFixture, watched: RecordingStrategy
     )
 
 
-def _charged_as_asked(learner: Learner, watched: RecordingStrategy, drawn: int) -> None:
+def _charged_as_asked(learner: Learner, watched: RecordingCurator, drawn: int) -> None:
     assert learner.private_sum is not None
     ledger = learner.private_sum.ledger
     gradients = sum(learner.training.steps(index) for index in range(len(learner.stream)))

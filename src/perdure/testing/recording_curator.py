@@ -11,8 +11,6 @@ from torch import Tensor
 
 from perdure.contract.curator import Curator
 from perdure.contract.plan import PrivacyCost
-from perdure.contract.state import State
-from perdure.contract.strategy import Strategy
 from perdure.curator.hook_curator import MEMBERS
 from perdure.errors import ConformanceError
 from perdure.types import Params
@@ -115,53 +113,13 @@ class RecordingCurator:
             "curator.release(query, ...) instead"
         )
 
-    @property
-    def _place(self) -> tuple[int, int]:
-        return self._real.context.experience, self._step()
-
-
-@dataclass(init=False, repr=False, eq=False)
-class RecordingStrategy:
-    """Strategy whose hooks get a recording curator; everything else is unchanged.
-
-    Attributes:
-        asked: queries so far.
-        step: function that returns the number of the current step; set it after a learner was made.
-    """
-
-    # A field, because the noise digest describes a strategy by its fields; `asked` is no field.
-    _strategy: Strategy
-
-    def __init__(self, strategy: Strategy) -> None:
-        self._strategy = strategy
-        self.asked = list[Question]()
-        self.step: Callable[[], int] = lambda: -1
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._strategy, name)
-
-    def __repr__(self) -> str:
-        return repr(self._strategy)
-
-    @property
-    def strategy(self) -> Strategy:
-        """Return this object, typed as a strategy."""
-        return cast(Strategy, self)
-
-    def references(self, curator: Curator, params: Params, state: State) -> tuple[Params, ...]:
-        """Call `references` of the strategy with a recording curator."""
-        return self._strategy.references(self._door(curator), params, state)
-
-    def after_experience(self, curator: Curator, params: Params, state: State) -> State:
-        """Call `after_experience` of the strategy with a recording curator."""
-        return self._strategy.after_experience(self._door(curator), params, state)
-
-    def _door(self, curator: Curator) -> Curator:
-        return RecordingCurator(curator, asked=self.asked, step=self.step).curator
-
     def count_of(self, kind: Kind, experience: int) -> int:
         """Number of queries of this kind in an experience."""
         return sum(q.times for q in self.asked if q.kind == kind and q.place[0] == experience)
+
+    @property
+    def _place(self) -> tuple[int, int]:
+        return self._real.context.experience, self._step()
 
 
 ONCE: tuple[Kind, ...] = ("releases", "memory_releases", "histograms", "selections")
