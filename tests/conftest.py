@@ -4,6 +4,7 @@ sets.
 The toy problem is four Gaussian blobs in five dimensions, learnt two classes at a time.
 """
 
+import atexit
 import gc
 import gzip
 import io
@@ -61,15 +62,14 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
-    """Leave the tests and the libraries out of garbage collection: they are nearly all there is."""
+    """Leave the tests and the libraries out of garbage collection: they are nearly all there is.
+
+    Everything is collected only when Python ends, as libraries expect that look for leaks then:
+    pytest collects twice after the last test, which takes seconds if the libraries are visited.
+    """
     gc.enable()
     gc.freeze()
-
-
-def pytest_sessionfinish():
-    """Let everything be collected at the end, as libraries expect that look for leaks."""
-    gc.enable()
-    gc.unfreeze()
+    atexit.register(gc.unfreeze)
 
 
 def _only_this_machine(look_up):
