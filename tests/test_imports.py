@@ -71,6 +71,18 @@ def test_help_does_not_import_torch(words):
     assert done.stderr == "loaded set()\n"
 
 
+@pytest.mark.parametrize("words", [[], ["ledger"]], ids=["perdure", "perdure ledger"])
+def test_help_of_a_group_of_commands_does_not_import_rich(words):
+    program = (
+        "import sys; from perdure.cli.main import main\n"
+        "try: main()\n"
+        "finally: print('rich' in sys.modules, file=sys.stderr)"
+    )
+    done = python("-c", program, *words, "--help")
+    assert "Commands:" in done.stdout
+    assert done.stderr == "False\n"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "names",

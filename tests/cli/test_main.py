@@ -99,9 +99,9 @@ def test_help_prints_the_first_steps(perdure, words):
     _, out, err = perdure(*words)
     told = plain(out + err)
     for sentence in (
-        "perdure demo runs the built-in experiment and writes runs/demo/report.html",
-        "perdure demo --show-config > mine.toml gives you its config to change; perdure run "
-        "mine.toml runs it",
+        "`perdure demo` runs the built-in experiment and writes runs/demo/report.html",
+        "`perdure demo --show-config > mine.toml` gives you its config to change; `perdure run "
+        "mine.toml` runs it",
         "To continue a stopped run, give the same command again.",
         "run Run the experiment that CONFIG describes; a stopped run continues.",
         "report Print the table of a finished run and write its report.html again.",

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
 from perdure.cli.consoles import shown_progress, wide_console
 from perdure.cli.local_modules import local_modules
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from perdure.experiment.result_schema import FindingResult
 
 FOUND = 1
@@ -49,7 +50,7 @@ def doctor(
     raise typer.Exit(FOUND if any(found.values()) else 0)
 
 
-def print_findings(console: Console, found: Mapping[str, Sequence["FindingResult"]]) -> None:
+def print_findings(console: "Console", found: Mapping[str, Sequence["FindingResult"]]) -> None:
     """Print a table of the findings of every arm; nothing if there are none."""
     if any(found.values()):
         from perdure.report import findings_table

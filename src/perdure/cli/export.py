@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 
 def export(
@@ -38,6 +37,8 @@ def export(
 
     ONNX and int8 need the packages of `pip install 'perdure[export]'`.
     """
+    from rich.console import Console
+
     from perdure.experiment.exports import export_run
 
     done = export_run(

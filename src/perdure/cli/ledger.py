@@ -9,7 +9,10 @@ from typing import Annotated
 
 import typer
 
+from perdure.cli.command_group import CommandGroup
+
 app = typer.Typer(
+    cls=CommandGroup,
     no_args_is_help=True,
     rich_markup_mode="markdown",
     help="""Show the privacy that a run spent, and verify its ledger.

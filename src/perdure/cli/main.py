@@ -1,6 +1,6 @@
 """The command `perdure` and its options.
 
-The code of a command is imported only when it runs, so help needs no torch.
+The code of a command is imported only when it runs, so help needs no torch, and no rich.
 """
 
 import json
@@ -10,28 +10,32 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
 from perdure.cli import export as export_cli
 from perdure.cli import ledger as ledger_cli
+from perdure.cli.command_group import CommandGroup
 from perdure.cli.comparing import compare
-from perdure.cli.consoles import shown_progress, wide_console
+from perdure.cli.consoles import complain, shown_progress, wide_console
 from perdure.cli.doctor import doctor, heal_run, print_findings
 from perdure.cli.local_modules import local_modules
 from perdure.cli.predicting import predict
 from perdure.errors import ConfigError, PerdureError
 
+if TYPE_CHECKING:
+    pass
+
 app = typer.Typer(
+    cls=CommandGroup,
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     help="""Continual, federated and private learning in one run.
 
-**First steps**
+First steps:
 
 `perdure demo` runs the built-in experiment and writes runs/demo/report.html.
 
@@ -323,7 +327,7 @@ def resumable() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        _complain("stopped; give the same command again to continue")
+        complain("stopped; give the same command again to continue")
         raise typer.Exit(INTERRUPTED) from None
 
 
@@ -332,12 +336,8 @@ def main() -> None:
     try:
         app(prog_name="perdure")
     except PerdureError as error:
-        _complain(str(error))
+        complain(str(error))
         sys.exit(2)
-
-
-def _complain(message: str) -> None:
-    Console(stderr=True, soft_wrap=True, highlight=False).print(f"perdure: {message}", markup=False)
 
 
 if __name__ == "__main__":
