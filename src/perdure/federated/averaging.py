@@ -11,11 +11,15 @@ import numpy as np
 import torch
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAvg, Strategy
+from numpy.typing import NDArray
+from torch import Tensor
 
 from perdure.federated.held_arrays import HeldArray, read_only, record_of
 
 CONTENT = {"arrays", "metrics"}
 """Names of the records in a client's reply to a round."""
+PIECE = 16_384
+"""Number of values that are averaged at a time; their bytes fit into the cache of one core."""
 
 
 class HeldFedAvg(FedAvg):
@@ -66,16 +70,28 @@ def are_held(contents: Sequence[RecordDict], weight: str) -> bool:
 def mean_of(records: Sequence[ArrayRecord], weights: Sequence[float]) -> ArrayRecord:
     """Average records by weights, with the operations of Flower's `aggregate_arrayrecords`."""
     whole = sum(weights)
-    total: dict[str, Any] = {}
-    product: dict[str, Any] = {}
-    for record, weight in zip(records, weights, strict=True):
-        factor = weight / whole
-        for name, array in record.items():
-            values = read_only(array).numpy()
-            if name not in total:
-                total[name] = np.asarray(values * factor)
-                product[name] = np.empty_like(total[name])
-            else:
-                np.multiply(values, factor, out=product[name])
-                total[name] += product[name]
-    return record_of({name: torch.from_numpy(value) for name, value in total.items()})
+    factors = [weight / whole for weight in weights]
+    averaged: dict[str, Tensor] = {}
+    for name in records[0]:
+        tensors = [read_only(record[name]) for record in records]
+        total = _weighted_sum([tensor.numpy().reshape(-1) for tensor in tensors], factors)
+        averaged[name] = torch.from_numpy(total.reshape(tensors[0].shape))
+    return record_of(averaged)
+
+
+def _weighted_sum(arrays: Sequence[NDArray[Any]], factors: Sequence[float]) -> NDArray[Any]:
+    """Add up flat arrays with factors, piece by piece, in the order of the arrays.
+
+    A piece of the sum stays in the processor's cache while all arrays are added to it, so every
+    array is read once, and nothing else goes through the memory.
+    """
+    total = np.empty(len(arrays[0]), (arrays[0][:0] * factors[0]).dtype)
+    scaled = np.empty(min(PIECE, len(total)), total.dtype)
+    for start in range(0, len(total), PIECE):
+        piece = total[start : start + PIECE]
+        product = scaled[: len(piece)]
+        np.multiply(arrays[0][start : start + PIECE], factors[0], out=piece)
+        for array, factor in zip(arrays[1:], factors[1:], strict=True):
+            np.multiply(array[start : start + PIECE], factor, out=product)
+            piece += product
+    return total
