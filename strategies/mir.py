@@ -20,12 +20,14 @@ influence of one record cannot be bounded, because it changes which other record
 
 State: none. Memory cost: the stored records. In addition to the training pass over new and chosen
 rows, a step takes one pass with gradient over the new rows and two passes without gradient over the
-candidates. Privacy cost: refused under differential privacy.
+candidates. If no layer of the model depends on the mode, the gradient of the new rows serves both
+the virtual step and the real one, so the training pass has the chosen rows only. Privacy cost:
+refused under differential privacy.
 """
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -46,7 +48,7 @@ from perdure.data import Batch
 from perdure.errors import ConfigError, StrategyError
 from perdure.tasks import Task
 from perdure.types import Params
-from perdure.utils import evaluating
+from perdure.utils import evaluating, ignores_mode
 
 if TYPE_CHECKING:
     from perdure.data import Experience
@@ -107,8 +109,10 @@ class MIR(Strategy):
         """
         if context.memory_share == 0:
             return task_losses(forward, batch, context)
-        new = torch.nonzero(~batch.from_memory & batch.valid).flatten()
-        old = torch.nonzero(batch.from_memory & batch.valid).flatten()
+        is_new = ~batch.from_memory & batch.valid
+        is_old = batch.from_memory & batch.valid
+        new = torch.nonzero(is_new).flatten()
+        old = torch.nonzero(is_old).flatten()
         if not (len(new) and len(old)):
             raise StrategyError(
                 "MIR compares all rows of a step with each other; give "
@@ -120,34 +124,78 @@ class MIR(Strategy):
                 f"MIR would rehearse {wanted} of {self.candidates} candidates, so there is no "
                 "choice; give more candidates, or a smaller batch_size"
             )
-        scores = self._scores(forward, batch.at(new), batch.at(old), context)
+        current = batch.among(is_new)
+        own = {n: value for n, value in forward.module.named_parameters() if value.requires_grad}
+        slope, known = self._slope(forward, current, context, own)
+        scores = self._scores(forward, batch.among(is_old), context, own, slope)
         chosen = old[scores.argsort(descending=True, stable=True)[:wanted]]
         # only the rows with a weight, because a pass with gradients costs three without
         rows = torch.cat([new, chosen])
-        losses = task_losses(forward, batch.at(rows), context)
+        if known is None:
+            losses = task_losses(forward, batch.at(rows), context)
+        else:
+            learnt: Tensor = _Differentiated.apply(known, *own.values(), *slope.values())
+            losses = torch.cat([learnt, task_losses(forward, batch.at(chosen), context)])
         share = torch.where(torch.arange(len(rows)) < len(new), 1 / len(new), 1 / len(chosen))
         weighted = losses * batch.valid.sum() * share.to(losses)
         return torch.zeros_like(batch.valid, dtype=losses.dtype).scatter(0, rows, weighted)
 
-    def _scores(self, forward: Forward, new: Batch, old: Batch, context: Context) -> Tensor:
-        """(n,) increase of the loss of each `old` row by a virtual step on the `new` rows."""
+    def _slope(
+        self, forward: Forward, new: Batch, context: Context, own: Params
+    ) -> tuple[Params, Tensor | None]:
+        """Return the gradient of the mean loss of the `new` rows, and their losses (m,).
 
-        def loss(params: Params | None) -> Tensor:
-            return task_losses(Forward(forward.module, params), new, context).mean()
+        The losses are None if training mode could give others.
 
-        own = {n: value for n, value in forward.module.named_parameters() if value.requires_grad}
+        Args:
+            forward: the model.
+            new: new rows of the step.
+            context: context of the step.
+            own: parameters of the model by name.
+        """
+        module = forward.module
+        with evaluating(module):
+            if forward.params is not None:
+
+                def loss(params: Params) -> Tensor:
+                    return task_losses(Forward(module, params), new, context).mean()
+
+                return torch.func.grad(loss)({**own, **forward.params}), None
+            with torch.enable_grad():  # always here in a step; a third faster than torch.func
+                losses = task_losses(Forward(module), new, context)
+                mean = losses.mean()
+            found = torch.autograd.grad(
+                mean, list(own.values()), allow_unused=True, materialize_grads=True
+            )
+        known = losses.detach() if torch.is_grad_enabled() and ignores_mode(module) else None
+        return dict(zip(own, found, strict=True)), known
+
+    def _scores(
+        self, forward: Forward, old: Batch, context: Context, own: Params, slope: Params
+    ) -> Tensor:
+        """(n,) increase of the loss of each `old` row by a virtual step against the slope."""
         here = {**own, **(forward.params or {})}
-        with evaluating(forward.module):
-            if forward.params is None:  # always the case in a step; a third faster than torch.func
-                with torch.enable_grad():
-                    mean = loss(None)
-                found = torch.autograd.grad(
-                    mean, list(own.values()), allow_unused=True, materialize_grads=True
-                )
-                slope = dict(zip(own, found, strict=True))
-            else:
-                slope = torch.func.grad(loss)(here)
-            with torch.no_grad():
-                before = task_losses(forward, old, context)
+        with evaluating(forward.module), torch.no_grad():
+            before = task_losses(forward, old, context)
         there = {n: torch.sub(value, slope[n], alpha=self.rate) for n, value in here.items()}
         return task_losses(forward.at(there), old, context) - before
+
+
+class _Differentiated(torch.autograd.Function):
+    """Losses (m,) of rows with equal weights, whose mean was differentiated already.
+
+    The virtual step has the gradient that the real step needs, so no second pass computes it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, losses: Tensor, *tensors: Tensor) -> Tensor:
+        """Return the losses; `tensors` are all parameters, then the gradients of the mean loss."""
+        ctx.save_for_backward(*tensors[len(tensors) // 2 :])
+        return losses.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *weights: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradient of the losses, added up with equal weights (m,)."""
+        slopes = ctx.saved_tensors
+        weight = weights[0].sum()
+        return (None, *(weight * slope for slope in slopes), *[None] * len(slopes))

@@ -308,17 +308,20 @@ def population(repeats: int) -> list[Row]:
 def idle() -> list[Row]:
     """Compute the memory that a client keeps between its rounds, in copies of its model.
 
-    Memory that two clients share is counted once, and divided by the number of clients.
+    It is the growth of memory from a federation of 20 clients to one of 40, so the server's own
+    copies do not count. Memory that clients share is counted once.
     """
-    learners: list[Learner] = []
-    before = bytes_of_tensors()
-    ours("mlp", 2 * COHORT, 2 * FEW_ROUNDS, learners)
-    gc.collect()
-    own = sum(value.nbytes for value in learners[0].model.state_dict().values())
-    # the first learner is the server's
-    copies = (bytes_of_tensors() - before) / own / (len(learners) - 1)
-    clients = len(learners) - 1
-    return [{"benchmark": "rounds", "row": "idle", "clients": clients, "copies": copies}]
+    held = []
+    for clients in (2 * COHORT, 4 * COHORT):
+        learners: list[Learner] = []
+        before = bytes_of_tensors()
+        ours("mlp", clients, 2 * clients, learners)
+        # the first learner is the server's
+        held.append((len(learners) - 1, bytes_of_tensors() - before))
+        own = sum(value.nbytes for value in learners[0].model.state_dict().values())
+    (few, bytes_of_few), (many, bytes_of_many) = held
+    copies = (bytes_of_many - bytes_of_few) / own / (many - few)
+    return [{"benchmark": "rounds", "row": "idle", "clients": many, "copies": copies}]
 
 
 def bytes_of_tensors() -> int:

@@ -21,6 +21,16 @@ def test_batch_take_returns_rows_at_the_given_positions():
         assert all(torch.equal(value, expected[name]) for name, value in taken.tensors().items())
 
 
+@pytest.mark.parametrize("places", [[2, 3, 4], [0, 3, 8], [], [8], list(range(9))])
+def test_batch_among_returns_the_rows_of_a_mask(places):
+    batch = Batch.current(Records(inputs=torch.randn(9, 2), labels=torch.arange(9) % 3), 2)
+    mask = torch.zeros(9, dtype=torch.bool)
+    mask[places] = True
+    expected = batch.take(mask).tensors()
+    for name, value in batch.among(mask).tensors().items():
+        assert torch.equal(value, expected[name])
+
+
 def test_take_keeps_attributes_with_their_records():
     records = Records(
         inputs=torch.randn(4, 2),

@@ -7,7 +7,7 @@ from flwr.app import Array, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAvg, FedAvgM
 from flwr.supercore.task_identity import TaskIdentity
 
-from perdure.federated.averaging import HeldFedAvg
+from perdure.federated.averaging import PIECE, HeldFedAvg
 from perdure.federated.flower_adapter import InProcessGrid
 from perdure.federated.held_arrays import HeldArray, held
 
@@ -28,6 +28,7 @@ def tensors(client):
         "half": torch.randn(9, generator=rng).half(),
         "number": torch.randn((), generator=rng),
         "none": torch.empty(0, 3),
+        "large": torch.randn(3, PIECE, generator=rng)[:, 1:],  # no whole number of pieces
     }
 
 

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -182,18 +183,36 @@ def test_mir_chooses_the_first_of_rows_with_equal_scores(mixed, toy_model):
     assert torch.nonzero(mine[NEW:]).flatten().tolist() == [0, 1, 2]
 
 
-def test_a_mir_step_passes_each_row_only_as_often_as_needed(mixed, toy_model):
-    """The passes are new rows for the virtual step, candidates before and after it, and new and
-    chosen rows.
+@pytest.mark.parametrize("last", [2, NEW + 2])
+def test_a_mir_step_passes_each_row_only_as_often_as_needed(mixed, toy_model, last):
+    """The passes are new rows for the virtual step, candidates before and after it, and chosen
+    rows; the last pass has new rows too, if training mode could give them other losses.
     """
     batch, at, stream = mixed()
     model = toy_model(stream)
+    if last == NEW + 2:
+        model.body.append(nn.Dropout(0.5))
     passes = []
     model.head.register_forward_hook(
         lambda _, entered, left: passes.append((len(entered[0]), left.requires_grad))
     )
     MIR(memory_size=50, batch_size=2).losses(Forward(model), batch, at, State())
-    assert passes == [(NEW, True), (OLD, False), (OLD, False), (NEW + 2, True)]
+    assert passes == [(NEW, True), (OLD, False), (OLD, False), (last, True)]
+
+
+def test_mir_uses_the_gradient_of_its_virtual_step_again(mixed, toy_model):
+    batch, at, stream = mixed()
+    batch = replace(batch, valid=torch.arange(NEW + OLD) != 2)
+    gradients = []
+    for more in ([], [nn.Dropout(0.0)]):
+        model = toy_model(stream)
+        model.body.extend(more)
+        losses = MIR(memory_size=50, batch_size=3).losses(Forward(model), batch, at, State())
+        ((losses * batch.valid).sum() / batch.valid.sum()).backward()
+        gradients.append([value.grad for value in model.parameters()])
+    for once, twice in zip(*gradients, strict=True):
+        torch.testing.assert_close(once, twice)
+        assert bool(once.any())
 
 
 def learner_of(strategy, model, **changes):

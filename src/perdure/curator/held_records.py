@@ -252,7 +252,7 @@ class HeldRecords:
         plan = self._plan.memory
         assert plan is not None
         stream = ("memory", self._client, self.experiences[-1].index, self.step)
-        new = batch.at(torch.nonzero(~batch.from_memory).flatten())
+        new = batch.among(~batch.from_memory)
         # In training mode, as the loss sees these rows.
         with untouched(self.forward.module), torch.no_grad():
             stored = remember(self.forward, new)

@@ -319,6 +319,14 @@ class Batch:
             stored={name: rows_at(value, rows) for name, value in self.stored.items()},
         )
 
+    def among(self, mask: Tensor) -> "Batch":
+        """Take the rows of a boolean mask (n,); they are a view if they are next to each other."""
+        places = torch.nonzero(mask).flatten()
+        if len(places) and int(places[-1]) - int(places[0]) + 1 == len(places):
+            first = int(places[0])
+            return self.take(slice(first, first + len(places)))
+        return self.at(places)
+
 
 def filled_batch(batch: Batch, least: int = FEWEST_ROWS) -> Batch:
     """Repeat the first row at the end of a batch until it has `least` rows."""

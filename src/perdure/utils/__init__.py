@@ -2,8 +2,8 @@
 
 Import `derive` and `generator` for random numbers that follow from one seed, `chunks` and
 `row_slices` for pieces of rows that fit into memory, `evaluating` to put a module into evaluation
-mode, `store_rows` for the results of a benchmark, and `Extensions` to find extensions (one per
-file).
+mode, `ignores_mode` to find out if this changes nothing, `store_rows` for the results of a
+benchmark, and `Extensions` to find extensions (one per file).
 """
 
 from perdure.utils.checked_fields import CheckedFields
@@ -12,7 +12,7 @@ from perdure.utils.denormals import flushed
 from perdure.utils.environment import command, machine, store_rows, versions
 from perdure.utils.extensions import Extensions, is_proper_subclass
 from perdure.utils.hashing import normals, uniforms
-from perdure.utils.modules import evaluating
+from perdure.utils.modules import evaluating, ignores_mode
 from perdure.utils.pieces import pieces
 from perdure.utils.seeding import derive, generator, seeded
 from perdure.utils.vmapped import number_unless_vmapped
@@ -26,6 +26,7 @@ __all__ = [
     "evaluating",
     "flushed",
     "generator",
+    "ignores_mode",
     "is_proper_subclass",
     "machine",
     "normals",

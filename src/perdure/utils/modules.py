@@ -11,6 +11,43 @@ from perdure.types import Params
 WHOLE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Integer dtypes by the number of bytes; tensors of other sizes are compared byte by byte."""
 
+WITHOUT_MODE: frozenset[type[nn.Module]] = frozenset(
+    {
+        nn.AdaptiveAvgPool2d,
+        nn.AvgPool2d,
+        nn.Conv1d,
+        nn.Conv2d,
+        nn.Conv3d,
+        nn.Embedding,
+        nn.Flatten,
+        nn.GELU,
+        nn.GroupNorm,
+        nn.Identity,
+        nn.LayerNorm,
+        nn.LeakyReLU,
+        nn.Linear,
+        nn.MaxPool2d,
+        nn.ModuleList,
+        nn.ReLU,
+        nn.Sequential,
+        nn.SiLU,
+        nn.Sigmoid,
+        nn.Tanh,
+    }
+)
+"""Modules of torch that compute the same in training mode and in evaluation mode."""
+
+
+def ignores_mode(module: nn.Module) -> bool:
+    """Return True if it is known that training mode changes nothing in a module.
+
+    A module with other parts than common layers of torch and models of this library is not known.
+    """
+    return all(
+        type(part) in WITHOUT_MODE or type(part).__module__.startswith("perdure.models.")
+        for part in module.modules()
+    )
+
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
