@@ -56,7 +56,7 @@ def test_attack_run_attacks_every_arm_and_changes_no_file(tmp_path):
     run(parse(short), short, tmp_path)
     seen = []
     before = sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*"))
-    attacks = attack_run(tmp_path, shadows=4, progress=lambda arm, share: seen.append((arm, share)))
+    attacks = attack_run(tmp_path, shadows=4, progress=lambda *told: seen.append(told[:2]))
     assert list(attacks) == ["joint-plain", "joint-private"]
     assert all(0 <= attack.auc <= 1 and attack.auc_error > 0 for attack in attacks.values())
     assert [share for arm, share in seen if arm == "joint-plain"][-1] == 1.0

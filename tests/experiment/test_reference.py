@@ -108,6 +108,7 @@ def test_the_config_reference_has_the_options_of_each_model(tables):
 def test_a_config_can_set_every_setting_of_a_learner():
     """Those that no config gives belong to the caller: files, callbacks, parties, audits."""
     caller = {"callbacks", "client", "owner", "folder", "warm_start", "make_private_sum"}
+    caller |= {"show_progress"}
     results = {"matrix", "progress"}
     keys = {each.name for kind in (Config, TrainingConfig, Arm) for each in fields(kind)}
     renamed = {"scheduler": "schedule"}

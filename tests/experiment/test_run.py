@@ -67,7 +67,9 @@ FEDERATED = SEEDED.replace(ATTACK, "[federation]\nclients = 2\nrounds = 2\n")
 def ran(folder, text, **options):
     """Return the result of a config and the reported progress."""
     told = []
-    result = run(parse(text), text, folder, lambda arm, share: told.append((arm, share)), **options)
+    result = run(
+        parse(text), text, folder, lambda arm, share, _: told.append((arm, share)), **options
+    )
     return result, told
 
 

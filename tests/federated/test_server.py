@@ -315,3 +315,24 @@ def test_privacy_refuses_one_record_at_two_clients(stream, built):
     app = client_app(lambda client: (make(client), one))
     with pytest.raises(GuardError, match=told), InProcessGrid(app, 2).running() as grid:
         server.serve(grid)
+
+
+def test_a_federation_prints_the_progress_of_its_exchanges(stream, capsys):
+    told = []
+    run_federation(
+        maker(stream, Naive(), iterations=2, blocks=2),
+        dirichlet(short(stream, 1), clients=2, alpha=1.0),
+        Federation(clients=2, rounds=2),
+        progress=lambda *replies: told.append(replies),
+        show_progress=True,
+    )
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(",")[0] for line in lines] == [
+        "training 25 %",
+        "training 50 %",
+        "training 75 %",
+        "training 100 %",
+    ]
+    assert "experience 1/1, round 2/2, reply 1/2" in lines[1]
+    assert "accuracy" in lines[-1]
+    assert set(told) == {(1, 2), (2, 2)}

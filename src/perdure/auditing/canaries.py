@@ -166,6 +166,7 @@ def audit(
         model=Probed(forget(copy.deepcopy(learner.model)), canaries),
         folder=None,
         callbacks=(ear,),
+        show_progress=False,
         matrix=[],
         strategy=Audited(
             inner=learner.strategy,

@@ -54,7 +54,7 @@ def log_to(evaluator: Any) -> "Callback":
         elif point == "evaluated":
             ended = position.experience - 1
             if ended == learner.stream.stage_of(ended).last:
-                steps = sum(learner.training.steps(index) for index in range(ended + 1))
+                steps = learner.training.steps_before(ended + 1)
                 rows = torch.tensor(learner.matrix, dtype=torch.float64)
                 publisher.evaluation(rows, steps)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from perdure.cli.consoles import shown_progress, wide_console
+from perdure.cli.consoles import wide_console
 from perdure.cli.local_modules import local_modules
 
 if TYPE_CHECKING:
@@ -78,12 +78,13 @@ def heal_run(
     from perdure.experiment.config import parse
     from perdure.experiment.healing import RESTARTS, heal
     from perdure.experiment.result_schema import read_result
+    from perdure.learner.progress import display
     from perdure.report import findings_table, healing_table, write_figures, write_report
     from perdure.report.table import table
 
     folder = out or Path("runs") / parse(text, source=source).name
     console = wide_console()
-    with shown_progress(console) as progress:
+    with display(console) as progress:
         outcome = heal(
             text,
             folder,

@@ -18,7 +18,7 @@ from perdure.cli import export as export_cli
 from perdure.cli import ledger as ledger_cli
 from perdure.cli.command_group import CommandGroup
 from perdure.cli.comparing import compare
-from perdure.cli.consoles import complain, shown_progress, wide_console
+from perdure.cli.consoles import complain, wide_console
 from perdure.cli.doctor import doctor, heal_run, print_findings
 from perdure.cli.local_modules import local_modules
 from perdure.cli.predicting import predict
@@ -290,8 +290,9 @@ def _audit(config: Path, canaries: int, confidence: float, shadows: int) -> None
         console.print(f"{arm}: {result}", highlight=False)
     if shadows:
         from perdure.experiment.audits import attack_run
+        from perdure.learner.progress import display
 
-        with shown_progress(console) as progress:
+        with display(console) as progress:
             attacks = attack_run(config, shadows=shadows, progress=progress)
         for arm, attack in attacks.items():
             console.print(f"{arm}: {attack}", highlight=False)
@@ -301,13 +302,14 @@ def _audit(config: Path, canaries: int, confidence: float, shadows: int) -> None
 def _run(source: str, text: str, out: Path | None) -> None:
     from perdure.experiment.config import parse
     from perdure.experiment.run import run as run_config
+    from perdure.learner.progress import display
     from perdure.report import write_figures, write_report
     from perdure.report.table import table
 
     config = parse(text, source=source)
     folder = out or Path("runs") / config.name
     console = wide_console()
-    with shown_progress(console) as progress:
+    with display(console) as progress:
         result = run_config(config, text, folder, progress, examine="quick")
     page = write_report(folder)
     write_figures(folder)

@@ -1,7 +1,6 @@
 """One arm of a run: its learner or federation, its checkpoints and its results."""
 
 import json
-import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -31,6 +30,7 @@ from perdure.experiment.results import (
 )
 from perdure.experiment.training_config import TrainingConfig
 from perdure.learner.learner import Callback, Learner
+from perdure.learner.progress import Watch
 from perdure.metrics import summarise
 from perdure.privacy.ledger.merged import Merged, merge
 from perdure.tasks import SingleLabel, refuse_other_tasks
@@ -41,11 +41,11 @@ from perdure.utils.seeding import generator
 if TYPE_CHECKING:
     from perdure.federated.server import Server
 
-Progress = Callable[[str, float], None]
-"""Function that is called as progress(arm name, share done)."""
+Progress = Callable[[str, float, str], None]
+"""Function that is called as progress(arm name, share done, state in words)."""
 
 
-def silent(arm: str, share: float) -> None:
+def silent(arm: str, share: float, state: str) -> None:
     """Default progress function, which shows nothing."""
 
 
@@ -137,7 +137,6 @@ class ArmRun:
         self._clock = self.folder / "seconds.json"
         before = float(json.loads(self._clock.read_text())) if self._clock.exists() else 0.0
         self._began = time.perf_counter() - before
-        self._shown = 0.0
 
     def run(self) -> TrialResult:
         """Train the arm, unless an earlier process has, and return its row of the run's result.
@@ -146,9 +145,9 @@ class ArmRun:
         """
         done = self._done
         if not self.finished:
-            self.progress(self.name, 0.0)
+            self.progress(self.name, 0.0, "")
             write_json(done, self._row())
-        self.progress(self.name, 1.0)
+        self.progress(self.name, 1.0, "")
         loaded: TrialResult = json.loads(done.read_text())
         return loaded
 
@@ -198,6 +197,7 @@ class ArmRun:
             validation=training.validation.validation if training.validation else None,
             loss=self._loss,
             max_grad_norm=training.max_grad_norm,
+            show_progress=False,
         )
 
     @property
@@ -297,10 +297,12 @@ class ArmRun:
     def _fit(self) -> Learner:
         if self.config.federation is None:
             learner = self.learner(self.stream, folder=self.folder)
+            learner.callbacks = [*learner.callbacks, Watch(partial(self.progress, self.name))]
             learner.fit(self.stream)
             return learner
         from perdure.experiment.federation_config import make_aggregator
         from perdure.federated import Federation, run_federation
+        from perdure.federated.progress import ExchangeWatch
 
         chosen = self.config.federation
         seed = self.config.seed
@@ -315,13 +317,16 @@ class ArmRun:
         party = (
             self if chosen.engine == "inprocess" else replace(self, progress=silent, callbacks=())
         )
+        watch = ExchangeWatch(partial(self.progress, self.name))
         server = run_federation(
             partial(party.learner, self.stream),
             client_streams(self.config, self.stream),
             federation,
             folder=self.folder,
             engine=chosen.engine,
-            callbacks=[self._hear],
+            callbacks=[self._hear, watch],
+            progress=watch.replied,
+            show_progress=False,
             listen=self.listen,
         )
         return server.learner
@@ -333,9 +338,7 @@ class ArmRun:
             callback(point, server.learner)
 
     def _listen(self, point: str, learner: Learner) -> None:
-        if point == "step.done":
-            self._show(self._share(learner))
-        elif point == "evaluated" and learner.matrix:
+        if point == "evaluated" and learner.matrix:
             index = len(learner.matrix) - 1
             self._explain(learner, index)
             self.log.append(
@@ -348,27 +351,7 @@ class ArmRun:
                     "epsilon": self._spent(),
                 }
             )
-            self._show(learner.position.experience / len(self.stream))
             write_json(self._clock, self._seconds())
-
-    def _show(self, share: float) -> None:
-        """Call `progress` when the share has grown by one percent; never with more than 0.99."""
-        if share >= self._shown + 0.01:
-            self._shown = share
-            self.progress(self.name, min(0.99, share))
-
-    def _share(self, learner: Learner) -> float:
-        """Return the share (0 to 1) of the arm's training that is done after a learner's step.
-
-        In a round of a federation, the clients train one after another, in ascending order.
-        """
-        here = learner.position
-        blocks = learner.blocks
-        clients = self.config.federation.clients if self.config.federation else 1
-        done = blocks * here.step / learner.training.steps(here.experience)
-        whole = math.ceil(done) - 1
-        within = (whole + (learner.client + done - whole) / clients) / blocks
-        return (here.experience + within) / len(self.stream)
 
     def _seconds(self) -> float:
         """Return the seconds spent on the arm: by this process, and by earlier ones of the run.

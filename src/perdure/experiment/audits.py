@@ -3,7 +3,6 @@
 Membership inference attacks the models of a finished run.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,7 +17,7 @@ from perdure.data.experience import Stream
 from perdure.data.records import Records
 from perdure.data.row_view import joined_rows
 from perdure.errors import ConfigError
-from perdure.experiment.arm import ArmRun, MetricsLog, open_stream
+from perdure.experiment.arm import ArmRun, MetricsLog, Progress, open_stream, silent
 from perdure.experiment.config import Config, read
 from perdure.experiment.run import load
 from perdure.utils.seeding import generator
@@ -32,7 +31,7 @@ def attack_run(
     *,
     shadows: int = 8,
     experience: int = 0,
-    progress: Callable[[str, float], None] = lambda arm, share: None,
+    progress: Progress = silent,
 ) -> dict[str, MembershipResult]:
     """Attack the final model of every arm with LiRA, for the records of one experience.
 
@@ -46,7 +45,7 @@ def attack_run(
         folder: folder of a finished run.
         shadows: number of shadow models per arm; even, and at least 4.
         experience: index of the experience whose records are attacked.
-        progress: called as progress(arm, share done).
+        progress: called as progress(arm name, share done, state in words).
 
     Raises:
         ConfigError: if the run has no such experience.
@@ -67,11 +66,12 @@ def attack_run(
 
         def train(half: Records, seed: int, arm: int = number, done: list[int] = done) -> Predictor:
             done[0] += 1
-            progress(config.arms[arm].name, done[0] / (shadows + 1))
+            state = f"shadow model {done[0]}/{shadows}"
+            progress(config.arms[arm].name, done[0] / (shadows + 1), state)
             return shadow(config, arm, mixed(stream, experience, known, half), experience, seed)
 
         results[name] = lira(target, train, records, members, shadows=shadows, seed=config.seed)
-        progress(name, 1.0)
+        progress(name, 1.0, "")
     return results
 
 

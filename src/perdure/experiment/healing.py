@@ -71,7 +71,7 @@ def heal(
         source: name of the config's file, for messages.
         restarts: largest number of restarts.
         total_epsilon: budget of all runs together, for a config with a private arm.
-        progress: function that is called as progress(arm name, share done).
+        progress: function that is called as progress(arm name, share done, state in words).
         told: function that is called with a line about each restart.
 
     Raises:

@@ -74,7 +74,7 @@ def run(
         config: parsed config.
         text: TOML text of the config, which is stored with the result.
         folder: folder of the run; it is created.
-        progress: function that is called as progress(arm name, share done).
+        progress: function that is called as progress(arm name, share done, state in words).
         callbacks: called as callback(point, learner) by every learner of every arm; see
             `perdure.learner.POINTS`.
         examine: examination by the doctor before the first seed of every arm: none, without trial
@@ -88,7 +88,7 @@ def run(
         keep_config(folder, config, text)
         if (folder / "result.json").exists():
             for name in trials(config):
-                progress(name, 1.0)
+                progress(name, 1.0, "")
             return read_result(folder)
         torch.set_num_threads(config.threads)
         log = MetricsLog(folder / "metrics.jsonl")

@@ -54,6 +54,7 @@ from perdure.federated.messages import (
     to_record,
 )
 from perdure.federated.party_checks import party_of, refuse_parties
+from perdure.federated.progress import shown_exchanges
 from perdure.federated.settings import Federation
 from perdure.federated.state_merging import combine, sent
 from perdure.learner.arguments import check_stream
@@ -339,6 +340,7 @@ def run_federation(
     callbacks: Sequence[ServerCallback] = (),
     engine: Engine = "inprocess",
     progress: MessageProgress | None = None,
+    show_progress: bool | None = None,
     listen: Listen | None = None,
 ) -> Server:
     """Train one model on the streams of all clients, and return the server with the model.
@@ -355,6 +357,7 @@ def run_federation(
         callbacks: called as callback(point, server).
         engine: `inprocess`, or `ray` for Flower's simulation engine.
         progress: called as progress(replies, expected); only with `inprocess`.
+        show_progress: None for a bar in a terminal; True also for lines elsewhere; False for none.
         listen: called with every message and every reply; only with `inprocess`, for audits.
 
     Raises:
@@ -401,11 +404,12 @@ def run_federation(
         folder=folder,
         callbacks=callbacks,
     )
-    if engine == "ray":
-        simulate(server_app(server), client, federation.clients)
-        return server
-    with InProcessGrid(client, federation.clients, progress, listen).running() as grid:
-        server.serve(grid)
+    with shown_exchanges(server, show_progress, progress) as replied:
+        if engine == "ray":
+            simulate(server_app(server), client, federation.clients)
+            return server
+        with InProcessGrid(client, federation.clients, replied, listen).running() as grid:
+            server.serve(grid)
     return server
 
 
@@ -418,6 +422,7 @@ def fit_federated(
     callbacks: Sequence[ServerCallback] = (),
     engine: Engine = "inprocess",
     progress: MessageProgress | None = None,
+    show_progress: bool | None = None,
 ) -> Tensor:
     """Run a federation and return the accuracy matrix.
 
@@ -431,6 +436,7 @@ def fit_federated(
         callbacks: called as callback(point, server).
         engine: `inprocess`, or `ray` for Flower's simulation engine.
         progress: called as progress(replies, expected); only with `inprocess`.
+        show_progress: None for a bar in a terminal; True also for lines elsewhere; False for none.
 
     Returns:
         (T, T) float64, accuracy in percent on the stage of the column after the stage of the row;
@@ -444,6 +450,7 @@ def fit_federated(
         callbacks=callbacks,
         engine=engine,
         progress=progress,
+        show_progress=show_progress,
     )
     return torch.tensor(server.learner.matrix, dtype=torch.float64)
 

@@ -31,6 +31,7 @@ PLAIN = (
     "device",
     "reset_optimizer",
     "callbacks",
+    "show_progress",
     "client",
     "owner",
     "folder",

@@ -27,6 +27,7 @@ from perdure.learner.noise_digest import noise_digest
 from perdure.learner.optimizers import MakeOptimizer, made_optimizer, options_of, put_options
 from perdure.learner.party_settings import OWNER
 from perdure.learner.private_setup import refuse_optimizer
+from perdure.learner.progress import with_progress
 from perdure.learner.run_folder import checkpoint_of, restore_checkpoint, write_checkpoint
 from perdure.learner.sanity_checks import refuse_second_ledger
 from perdure.learner.schedules import (
@@ -88,6 +89,7 @@ class Learner(SessionFront):
             stay in float32.
         reset_optimizer: start every experience with a new optimiser.
         callbacks: functions, called as callback(point, learner) at every point in `POINTS`.
+        show_progress: None for a bar in a terminal; True also for lines elsewhere; False for none.
         client: number of the party; 0 if there is only one.
         owner: name of the party in the ledger; a federation uses client-N if there is none.
         folder: folder for checkpoints, ledger and keys; None to write no files. In a federation
@@ -132,6 +134,7 @@ class Learner(SessionFront):
     precision: Literal["float32", "bfloat16"] = "float32"
     reset_optimizer: bool = False
     callbacks: Sequence[Callback] = ()
+    show_progress: bool | None = None
     client: int = 0
     owner: str = OWNER
     folder: Path | None = None
@@ -174,6 +177,7 @@ class Learner(SessionFront):
 
     # ------------------------------------------------------------------ a whole stream
 
+    @with_progress
     def fit(self, stream: Stream) -> Tensor:
         """Train on every experience in turn and return the accuracy matrix (T, T) in percent.
 
@@ -465,12 +469,10 @@ class Learner(SessionFront):
         """
         if self.private_sum is None:
             return ""
-        rates = "[]"
-        if self.scheduler:
-            steps = self.training.steps(self.position.experience)
-            self._rates = replayed(self._rates, self.optimizer, self.scheduler, steps)
-            rates = self._rates.text
         optimizer, scheduler = self._optimizer, self._scheduler
+        steps = self.training.steps(self.position.experience)
+        self._rates = replayed(self._rates, self.optimizer, self.scheduler, steps)
+        rates = self._rates.text if self._rates else "[]"
         live = take_snapshot(self.session, optimizer, scheduler, self.matrix, copy=False)
         return noise_digest(self.session, live, optimizer, scheduler, rates)
 

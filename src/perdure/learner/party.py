@@ -405,4 +405,3 @@ class Party(GuardedParty):
     @cached_property
     def _trained_on(self) -> str:
         return f"trained without privacy on {', '.join(sorted(self.stream.partitions[-1]))}"
-

@@ -185,16 +185,22 @@ class ReplayedRates:
 
 
 def replayed(
-    known: ReplayedRates | None, optimizer: MakeOptimizer, scheduler: MakeSchedule, steps: int
-) -> ReplayedRates:
+    known: ReplayedRates | None,
+    optimizer: MakeOptimizer,
+    scheduler: MakeSchedule | None,
+    steps: int,
+) -> ReplayedRates | None:
     """Return the learning rates of all steps of an experience, which are `known` if possible.
 
     Args:
         known: rates that were computed last; None if there are none.
         optimizer: function from parameters to the optimiser.
-        scheduler: function from the optimiser and the number of steps to its schedule.
+        scheduler: function from the optimiser and the number of steps to its schedule; None for a
+            constant rate, of which no rates are computed.
         steps: number of steps of the experience.
     """
+    if scheduler is None:
+        return None
     if known is not None and known.are_of(optimizer, scheduler, steps):
         return known
     return ReplayedRates(optimizer, scheduler, steps)

@@ -148,6 +148,20 @@ class TrainingPlan:
         excluded = self.schedule.excluded_in(index) if self.schedule else NOBODY
         return self.steps_of(self.upto(index), excluded)
 
+    def steps_before(self, index: int) -> int:
+        """Return the number of optimiser steps in all experiences before experience `index`."""
+        known, steps = self._counted
+        if index < known:
+            known = steps = 0
+        steps += sum(self.steps(each) for each in range(known, index))
+        self._counted[:] = index, steps
+        return steps
+
+    @cached_property
+    def _counted(self) -> list[int]:
+        """Cache: experience that was asked for last, and the number of steps before it."""
+        return [0, 0]
+
     def block(self, index: int, number: int, of: int) -> range:
         """Return the steps of one part of an experience.
 
