@@ -23,8 +23,7 @@ import torch
 from rich.progress import Progress
 from rows import Row, options, origin, show, spread, store, stored
 
-from perdure.experiment import load, parse, run
-from perdure.experiment.overrides import toml_text
+from perdure.experiment import load, parse, run, toml_text
 
 Changes = Mapping[str, object]
 """Paths in a config, such as "training.learning_rate", and their values; None removes a key."""
@@ -95,10 +94,13 @@ CHALLENGES = (
     Challenge(
         name="overfitting",
         challenge="overfitting",
-        measure="gap",
-        healthy={"data.name": "digits"},
-        fault={"data.name": "challenge_data:irrelevant", "training.epochs": 60},
-        remedy={"training.l1": 0.003},
+        healthy={
+            "data.name": "challenge_data:noisy",
+            "data.options": {"share": 0.3},
+            "model.hidden": [256],
+        },
+        fault={"training.epochs": 60},
+        remedy={"training.validation": {"share": 0.15, "patience": 3}},
         rules=("overfitting",),
     ),
     Challenge(
@@ -218,8 +220,8 @@ CHALLENGES = (
         name="schedule",
         challenge="learning rate scheduling",
         healthy={"training.learning_rate": 0.1},
-        fault={"training.learning_rate": 0.8},
-        remedy={"training.schedule": {"name": "CosineAnnealingLR"}, "training.warmup": 0.2},
+        fault={"training.learning_rate": 0.5},
+        remedy={"training.schedule": {"name": "CosineAnnealingLR"}},
         rules=("learning rate too high", "unstable loss"),
     ),
     Challenge(
@@ -227,15 +229,15 @@ CHALLENGES = (
         challenge="local minima and saddle points",
         healthy={"model.hidden": [64, 64, 64]},
         fault={"model": {"name": "challenge_data:saddle"}},
-        remedy={"model": {"name": "mlp", "hidden": [64, 64, 64], "initialisation": "he"}},
+        remedy={"model": {"name": "mlp", "hidden": [64, 64, 64], "init": "he"}},
         rules=("initial variance", "poor initialisation", "vanishing gradient", "loss plateau"),
     ),
     Challenge(
         name="unstable",
         challenge="unstable loss surfaces",
         healthy={},
-        fault={"training.batch_size": 4, "training.learning_rate": 0.08},
-        remedy={"training.averaging": {"name": "ema", "decay": 0.995}},
+        fault={"training.batch_size": 4, "training.learning_rate": 0.06},
+        remedy={"training.averaging": {"name": "swa", "start": 0.5}},
         rules=("unstable loss", "learning rate too high"),
     ),
 )
@@ -322,7 +324,7 @@ def measured(tables: Mapping[str, Any], measure: str, seed: int) -> tuple[float,
         folder = Path(name) / "run"
         began = time.process_time()
         with count.counting() if measure == "step_bytes" else nullcontext():
-            result = run(parse(text), text, folder)
+            result = run(parse(text), text, folder, examine="full")
         seconds = time.process_time() - began
         trial = result["arms"][0]["seeds"][0]
         if trial["failure"] is not None:
@@ -330,7 +332,7 @@ def measured(tables: Mapping[str, Any], measure: str, seed: int) -> tuple[float,
             value = 100.0 / 10 if MEASURES[measure][1] else float("nan")
         else:
             value = MEASURES[measure][2](folder, trial, count.largest, seconds)
-        return value, [finding["rule"] for finding in trial.get("findings", [])]
+        return value, [finding["rule"] for finding in trial["findings"]]
 
 
 def row_of(challenge: Challenge, seeds: int, tick: Callable[[], None]) -> Row:

@@ -21,6 +21,7 @@ from perdure.experiment.paired_statistics import Estimate
 from perdure.experiment.rate_test import RateTest, lr_range_test
 from perdure.experiment.remedies import Healed, healed
 from perdure.experiment.result_schema import Result, read_result
+from perdure.experiment.overrides import toml_text
 from perdure.experiment.results import spending
 from perdure.experiment.run import load, run, untimed
 from perdure.experiment.strategy_catalogue import StrategyCard, cards
@@ -56,6 +57,7 @@ __all__ = [
     "run",
     "spending",
     "to_pandas",
+    "toml_text",
     "tune",
     "untimed",
 ]
