@@ -7,7 +7,7 @@ import torch
 
 from helpers.learners import bits, same_bits
 from perdure.data import iid
-from perdure.experiment.arm import ArmRun, MetricsLog, open_stream
+from perdure.experiment.arm import ArmRun, MetricsLog
 from perdure.experiment.config import parse
 from perdure.federated import Federation, run_federation
 from perdure.learner import EMA, SAM, SWA, Learner, Validation, WarmUp
@@ -31,9 +31,9 @@ strategy = "naive"
 """
 
 
-def test_a_config_gives_its_options_to_the_learner(tmp_path):
+def test_a_config_gives_its_options_to_the_learner(toy_stream, tmp_path):
     config = parse(CONFIG)
-    stream = open_stream(config)
+    stream = toy_stream()
     log = MetricsLog(tmp_path / "metrics.jsonl")
     learner = ArmRun(config, config.arms[0], stream, tmp_path, log).learner(stream)
     assert learner.averaging == SWA(start=0.5) and learner.sharpness == SAM(rho=0.1)
