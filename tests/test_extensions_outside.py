@@ -17,6 +17,7 @@ MODULE = '''
     """One extension of each kind, as somebody else's package brings them."""
 
     from dataclasses import dataclass
+    from typing import ClassVar
 
     import torch
 
@@ -26,6 +27,7 @@ MODULE = '''
     from perdure.explain import Attribution, Explainer
     from perdure.privacy.clipping import ClippingRule, PrecomputedRows
     from perdure.tasks import Regression
+    from perdure.tasks.losses import Loss
 
 
     @dataclass(frozen=True, kw_only=True)
@@ -81,6 +83,18 @@ MODULE = '''
         """Regression under another name."""
 
 
+    @dataclass(frozen=True, kw_only=True)
+    class Missed(Loss):
+        """Probability of all other classes."""
+
+        share: float = 1.0
+        name: ClassVar[str] = "missed"
+
+        def losses(self, logits, labels, allowed):
+            p = torch.softmax(logits, dim=1)
+            return self.share * (1 - p.gather(1, labels[:, None]).squeeze(1))
+
+
     class Gain(torch.nn.Module):
         """Scale every feature."""
 
@@ -117,6 +131,7 @@ KINDS = {
     "perdure.explainers": ("perdure.explain", "occlusion", "Occlusion"),
     "perdure.datasets": ("perdure.data.datasets", "stripes", "stripes"),
     "perdure.tasks": ("perdure.tasks", "levels", "Levels"),
+    "perdure.losses": ("perdure.tasks.losses", "missed", "Missed"),
 }
 FINDING = """
 import importlib, json, sys
@@ -139,6 +154,9 @@ experiences = 2
 hidden = [4]
 [training]
 epochs = 1
+[training.loss]
+name = "missed"
+share = 2.0
 [training.adversary]
 name = "somebody.extensions:Darken"
 epsilon = 0.1

@@ -195,12 +195,12 @@ WRONG = {
     ),
     "shape": (
         CONFIG.replace("[data]", '[data]\nname = "breast-cancer"').replace(
-            "[4]", '[4]\nname = "cnn"'
+            "hidden = [4]", 'name = "cnn"'
         ),
         "(30,)",
     ),
     "guard": (
-        CONFIG.replace("[4]", '[4]\nname = "cnn"\nwidth = 2\nnorm = "batch"')
+        CONFIG.replace("hidden = [4]", 'name = "cnn"\nwidth = 2\nnorm = "batch"')
         + "private = true\n[privacy]\nnoise_multiplier = 1.0\n",
         "BatchNorm2d",
         "GroupNorm",

@@ -48,7 +48,7 @@ def test_the_config_reader_reads_every_table():
     shuffle_classes = true
     [model]
     name = "cnn"
-    hidden = [3, 4]
+    width = 6
     head = "cosine"
     [training]
     optimizer = "SGD"
@@ -85,7 +85,7 @@ def test_the_config_reader_reads_every_table():
     assert (config.name, config.seed, config.threads) == ("all", 7, 2)
     assert config.data.root == "/somewhere"
     assert config.data.shuffle_classes is True
-    assert (config.model.hidden, config.model.head) == ((3, 4), "cosine")
+    assert (config.model.width, config.model.head) == (6, "cosine")
     assert (config.training.learning_rate, config.training.iterations, config.training.epochs) == (
         1.0,
         9,

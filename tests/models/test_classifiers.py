@@ -218,7 +218,7 @@ def test_initial_weights_have_the_gain_of_the_activation(activation):
     torch.testing.assert_close(head @ head.T, torch.eye(200), rtol=1e-3, atol=1e-4)
 
 
-def test_residual_layers_add_their_input_and_project_where_widths_differ():
+def test_residual_layers_add_their_projected_input():
     model = mlp(input_shape=(5,), num_classes=2, hidden=(4, 4, 3), skip=True, seed=0)
     x = torch.rand(2, 5)
     first, same, other = model.body[1], model.body[3], model.body[4]
