@@ -11,10 +11,11 @@ on the same model, and take denormal numbers as 0. perdure and the bare loop shu
 records and gather each batch; pfl-research slices them in their order, which is cheaper, and the
 figures are not corrected for it.
 
-Counted is processor time of one thread, of a round from its draw of clients to the new global
-model: the median over the later half of the rounds, of each side in turn, the order of the sides
-reversed from turn to turn. Ratios are the medians of the turns' ratios. On a busy machine caches
-are shared, and a ratio moves by a tenth or two from turn to turn.
+Counted is processor time of a round, from its draw of clients to the new global model, with one
+thread. Every side has a thread, and the threads take turns, one round each, so that load of the
+machine meets all sides alike: the ratio of a round is that of rounds which ran next to each other,
+and the median over the later half of the rounds counts. On a busy machine it still moves by a
+tenth.
 
 Not counted: building streams, the setup before the first round, consolidation and evaluation after
 the last, and the first half of the rounds. So most first visits of a client are left out, for which
@@ -32,11 +33,14 @@ copies of its model).
 """
 
 import argparse
+import asyncio
 import gc
 import importlib.util
 import statistics
+import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -56,7 +60,9 @@ from perdure.strategies import Naive
 from perdure.utils import flushed, store_rows
 
 Row = dict[str, object]
-Side = Callable[[], list[float]]
+Pause = Callable[[], None]
+"""Function that a side calls between two rounds, so that the other sides take a round."""
+Side = Callable[[Pause], list[float]]
 
 INPUT_SHAPE = (1, 28, 28)
 CLASSES = 10
@@ -113,24 +119,36 @@ def cohorts(clients: int, rounds: int) -> list[list[int]]:
 class Clock:
     """Callback of the server that measures the seconds of every round and of the consolidation."""
 
+    pause: Pause
     rounds: list[float] = field(default_factory=list)
     consolidation: float = 0.0
     _start: float = 0.0
 
     def __call__(self, point: str, server: Server) -> None:
         """Record the time of a point of the server's loop."""
-        now = time.process_time()
+        now = time.thread_time()
         if point == "round.begin":
             self._start = now
         elif point == "round.end":
             self.rounds.append(now - self._start)
-            self._start = now
+            self.pause()
+            self._start = time.thread_time()
         elif point == "experience.combined":
             # it began when the last round ended
             self.consolidation = now - self._start
 
 
-def ours(kind: str, clients: int, rounds: int, learners: list[Learner] | None = None) -> Clock:
+def no_pause() -> None:
+    """Go on at once, with the next round of the same side."""
+
+
+def ours(
+    kind: str,
+    clients: int,
+    rounds: int,
+    learners: list[Learner] | None = None,
+    pause: Pause = no_pause,
+) -> Clock:
     """Run a federation of one experience in this process; add its learners to `learners`."""
 
     def make(client: int) -> Learner:
@@ -145,7 +163,7 @@ def ours(kind: str, clients: int, rounds: int, learners: list[Learner] | None = 
             learners.append(learner)
         return learner
 
-    clock = Clock()
+    clock = Clock(pause)
     server = Server(
         learner=make(0),
         stream=STREAMS[0],
@@ -162,13 +180,13 @@ def ours(kind: str, clients: int, rounds: int, learners: list[Learner] | None = 
 
 
 @flushed()
-def bare(kind: str, clients: int, rounds: int) -> list[float]:
+def bare(kind: str, clients: int, rounds: int, pause: Pause = no_pause) -> list[float]:
     """Return the seconds of each round of a bare loop with one model."""
     model = model_for(kind)
     params = list(model.parameters())
     spent = []
     for cohort in cohorts(clients, rounds):
-        start = time.process_time()
+        start = time.thread_time()
         before = [param.detach().clone() for param in params]
         total = [torch.zeros_like(param) for param in params]
         for client in cohort:
@@ -182,7 +200,8 @@ def bare(kind: str, clients: int, rounds: int) -> list[float]:
         with torch.no_grad():
             for param, value in zip(params, total, strict=True):
                 param.copy_(value)
-        spent.append(time.process_time() - start)
+        spent.append(time.thread_time() - start)
+        pause()
     return spent
 
 
@@ -200,7 +219,7 @@ def train_by_hand(model: nn.Module, records: Records) -> None:
 
 
 @flushed()
-def pfl(kind: str, clients: int, rounds: int) -> list[float]:
+def pfl(kind: str, clients: int, rounds: int, pause: Pause = no_pause) -> list[float]:
     """Return the seconds of each round of pfl-research's federated averaging."""
     from pfl.aggregate.simulate import SimulatedBackend
     from pfl.aggregate.weighting import WeightByDatapoints
@@ -226,16 +245,20 @@ def pfl(kind: str, clients: int, rounds: int) -> list[float]:
     data = FederatedDataset(
         make_dataset_fn=lambda client: held[client % DISTINCT], user_sampler=lambda: next(drawn)
     )
+    starts: list[float] = []
     ends: list[float] = []
 
     class Ends(TrainingProcessCallback):  # type: ignore[misc, unused-ignore]
         """Callback that records the time after every round."""
 
         def after_central_iteration(self, *_: object, **__: object) -> tuple[bool, Metrics]:
-            ends.append(time.process_time())
+            ends.append(time.thread_time())
+            pause()
+            starts.append(time.thread_time())
             return False, Metrics()
 
-    start = time.process_time()
+    asyncio.set_event_loop(asyncio.new_event_loop())  # pfl-research uses the thread's own
+    starts.append(time.thread_time())
     FederatedAveraging().run(
         algorithm_params=NNAlgorithmParams(
             central_num_iterations=rounds,
@@ -253,33 +276,73 @@ def pfl(kind: str, clients: int, rounds: int) -> list[float]:
         callbacks=[Ends()],
         send_metrics_to_platform=False,
     )
-    return [end - begin for begin, end in zip([start, *ends], ends, strict=False)]
+    return [end - begin for begin, end in zip(starts, ends, strict=False)]
 
 
 # --------------------------------------------------------------------------- rows
 
 
+class Turns:
+    """Threads that run one at a time, each until its next pause.
+
+    Args:
+        sides: a function of every thread, which gets the function that it calls to pause.
+    """
+
+    def __init__(self, sides: dict[str, Side]) -> None:
+        self._sides = sides
+        self._waiting = {name: threading.Semaphore(0) for name in sides}
+        self._alive = list(sides)
+
+    def run(self) -> dict[str, list[float]]:
+        """Run all threads to their ends, and return their results by name."""
+        with ThreadPoolExecutor(len(self._sides)) as threads:
+            found = {name: threads.submit(self._run, name) for name in self._sides}
+            self._waiting[self._alive[0]].release()
+            return {name: each.result() for name, each in found.items()}
+
+    def _run(self, name: str) -> list[float]:
+        torch.set_num_threads(1)
+        self._waiting[name].acquire()
+        try:
+            return self._sides[name](partial(self._pause, name))
+        finally:
+            after = self._next(name)
+            self._alive.remove(name)
+            self._waiting[after].release()
+
+    def _pause(self, name: str) -> None:
+        self._waiting[self._next(name)].release()
+        self._waiting[name].acquire()
+
+    def _next(self, name: str) -> str:
+        return self._alive[(self._alive.index(name) + 1) % len(self._alive)]
+
+
 def side_by_side(kind: str, repeats: int, rounds: int) -> list[Row]:
-    """Time a round with all methods in turn; the first turn is not counted."""
+    """Time a round with all methods, round by round in turn."""
     clients = POPULATIONS[0]
     sides: dict[str, Side] = {
-        "perdure": lambda: ours(kind, clients, rounds).rounds,
-        "bare": lambda: bare(kind, clients, rounds),
+        "perdure": lambda pause: ours(kind, clients, rounds, pause=pause).rounds,
+        "bare": lambda pause: bare(kind, clients, rounds, pause),
     }
     if importlib.util.find_spec("pfl"):
-        sides["pfl"] = lambda: pfl(kind, clients, rounds)
-    turns: list[dict[str, float]] = []
-    for turn in range(repeats + 1):
-        order = list(sides.items())[:: (-1) ** turn]
-        turns.append({name: statistics.median(run()[rounds // 2 :]) for name, run in order})
+        sides["pfl"] = lambda pause: pfl(kind, clients, rounds, pause)
+    late: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(repeats):
+        for name, times in Turns(sides).run().items():
+            late[name] += times[rounds // 2 : rounds]
+    ratios = {
+        f"times_{name}": statistics.median(
+            mine / other for mine, other in zip(late["perdure"], late[name], strict=True)
+        )
+        for name in sides
+        if name != "perdure"
+    }
     return [
         {"benchmark": "rounds", "row": kind, "clients": clients, "repeats": repeats}
-        | {f"{name}_ms": 1e3 * statistics.median(t[name] for t in turns[1:]) for name in sides}
-        | {
-            f"times_{name}": statistics.median(t["perdure"] / t[name] for t in turns[1:])
-            for name in sides
-            if name != "perdure"
-        }
+        | {f"{name}_ms": 1e3 * statistics.median(times) for name, times in late.items()}
+        | ratios
     ]
 
 

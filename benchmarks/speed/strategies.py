@@ -136,7 +136,8 @@ def adapters() -> nn.Module:
     return adapted(tiny(INPUT), num_classes=CLASSES, experiences=EXPERIENCES, rank=2)
 
 
-# MIR: the virtual step of the new rows, two looks at the candidates, the new rows and the chosen.
+# MIR: the new rows, whose gradient also makes the virtual step, two looks at the candidates, and
+# the chosen rows.
 CANDIDATES = 50
 CHOSEN = 10
 CASES: dict[str, Case] = {
@@ -182,8 +183,8 @@ CASES: dict[str, Case] = {
     "mas": Case(strategy=MAS(strength=1.0)),
     "mir": Case(
         strategy=MIR(memory_size=MEMORY, candidates=CANDIDATES, batch_size=CHOSEN),
-        forward=2 + (2 * CANDIDATES + CHOSEN) / BATCH,
-        backward=2 + CHOSEN / BATCH,
+        forward=1 + (2 * CANDIDATES + CHOSEN) / BATCH,
+        backward=1 + CHOSEN / BATCH,
     ),
     "ogd": Case(strategy=OGD()),
     "ogd_first": Case(strategy=OGD(), experience=0),

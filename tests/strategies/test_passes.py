@@ -32,7 +32,7 @@ NEEDED = {
     "lwf": (LwF(), [(NEW, True), (NEW, False)]),
     "mir": (
         MIR(memory_size=20, candidates=CANDIDATES, batch_size=CHOSEN),
-        [(NEW, True), (CANDIDATES, False), (CANDIDATES, False), (NEW + CHOSEN, True)],
+        [(NEW, True), (CANDIDATES, False), (CANDIDATES, False), (CHOSEN, True)],
     ),
     "ogd": (OGD(directions=4), [(NEW, True)]),
     "packnet": (PackNet(), [(NEW, True)]),

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from perdure.utils.modules import begin_training, same_bits
+from perdure.utils.modules import begin_training, ignores_mode, same_bits
 
 NUMBERS = [torch.float16, torch.float32, torch.float64, torch.int64, torch.uint8, torch.bool]
 
@@ -54,3 +54,12 @@ def test_begin_training_sets_every_submodule_to_training_mode():
     model[1].eval()
     begin_training(model)
     assert all(part.training for part in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("part", "ignores"),
+    [(nn.ReLU(), True), (nn.Dropout(0.1), False), (nn.BatchNorm1d(2), False), (nn.RReLU(), False)],
+    ids=lambda value: type(value).__name__,
+)
+def test_ignores_mode_is_true_for_parts_without_a_mode(part, ignores):
+    assert ignores_mode(nn.Sequential(nn.Linear(2, 2), part)) is ignores
