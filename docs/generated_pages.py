@@ -34,6 +34,7 @@ PACKAGES = {
     "perdure.auditing": "Attacks on the privacy of a run",
     "perdure.avalanche": "From and to Avalanche",
     "perdure.export": "Trained models as files",
+    "perdure.doctor": "Examination of a training, findings and remedies",
     "perdure.experiment": "Configured runs and searches",
     "perdure.report": "Reports of runs",
     "perdure.testing": "Checks for extensions of your own",
@@ -55,6 +56,7 @@ EXIT_CODES = """
 |---|---|
 | 0 | done |
 | 1 | `run`: finished, but a training diverged. `audit`: a claim is refuted. \
+`doctor`: there are findings. \
 `ledger verify`: something is wrong. `ledger show` and `ledger project`: \
 a ledger of the run is missing |
 | 2 | the command cannot be carried out: wrong option, config, folder or data; one line says why |

@@ -55,7 +55,15 @@ class ClassImbalance(Rule):
             f"{int(counts.where(counts > 0, counts.max() + 1).argmin())}",
             measured=ratio,
             threshold=self.ratio,
-            remedy=Remedy(advice="a class-weighted loss, with weights from public counts"),
+            remedy=self._remedy(case, counts.tolist()),
             series=counts.tolist(),
             series_name="records of each class",
+        )
+
+    def _remedy(self, case: Case, counts: list[int]) -> Remedy:
+        """Return a loss that knows the counts: read without privacy, public ones under it."""
+        shown = [max(1, count) for count in counts]
+        loss = {"name": "balanced_softmax", "counts": shown if case.privacy else "balanced"}
+        return Remedy(
+            advice=f"BalancedSoftmax(counts={loss['counts']!r})", changes={"training.loss": loss}
         )

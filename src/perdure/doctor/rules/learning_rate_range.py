@@ -12,6 +12,8 @@ FACTORS = (0.01, 0.1, 1.0, 10.0, 100.0, 1000.0)
 """Factors for the learning rate that are tried."""
 LOWER = (0.0001, 0.001, 0.01, 0.1, 1.0)
 """Factors that are tried instead if the loss rises at the given rate."""
+MOST = 1e7
+"""Largest factor; higher ones are tried as long as the last one is the best."""
 ROWS = 512
 """Most records of the first experience that are used."""
 MEASURED = 256
@@ -92,6 +94,9 @@ class LearningRateRange(Rule):
         own = progress(1.0)
         factors = LOWER if own < -self.share else FACTORS
         found = {each: own if each == 1.0 else progress(each) for each in factors}
+        while 1.0 < max(found) < MOST and found[max(found)] == max(found.values()):
+            higher = 10.0 * max(found)
+            found[higher] = progress(higher)
         return self._judged(case, rate, found, steps)
 
     def _records(self, case: Case) -> Rows:
