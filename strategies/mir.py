@@ -125,7 +125,8 @@ class MIR(Strategy):
                 "choice; give more candidates, or a smaller batch_size"
             )
         current = batch.among(is_new)
-        own = {n: value for n, value in forward.module.named_parameters() if value.requires_grad}
+        named = forward.module.named_parameters()
+        own: Params = {name: value for name, value in named if value.requires_grad}
         slope, known = self._slope(forward, current, context, own)
         scores = self._scores(forward, batch.among(is_old), context, own, slope)
         chosen = old[scores.argsort(descending=True, stable=True)[:wanted]]
