@@ -32,6 +32,7 @@ PACKAGES = {
     "perdure.adversarial": "Attacks and adversarial training",
     "perdure.explain": "Explainers",
     "perdure.auditing": "Attacks on the privacy of a run",
+    "perdure.loggers": "Curves for TensorBoard, MLflow, Weights & Biases",
     "perdure.avalanche": "From and to Avalanche",
     "perdure.export": "Trained models as files",
     "perdure.doctor": "Examination of a training, findings and remedies",
@@ -230,12 +231,13 @@ def run_config() -> str:
 
 def _extensions() -> dict[str, tuple[str, ...]]:
     """Names of the extensions that come with the library, by the place where a config has them."""
-    from perdure import adversarial, explain, strategies
+    from perdure import adversarial, explain, loggers, strategies
     from perdure.data import datasets
 
     return {
         "`[data]`, `name`": datasets.names(),
         "`[attack]` and `adversary`, `name`": adversarial.names(),
         "`[explain]`, `method`": explain.names(),
+        "`[[loggers]]`, `name`": loggers.names(),
         "`[[arms]]`, `strategy`": strategies.names(),
     }

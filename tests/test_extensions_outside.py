@@ -25,6 +25,7 @@ MODULE = '''
     from perdure.adversarial import Attack
     from perdure.data.datasets import Dataset, from_stratified_split
     from perdure.explain import Attribution, Explainer
+    from perdure.loggers import Logger
     from perdure.privacy.clipping import ClippingRule, PrecomputedRows
     from perdure.tasks import Regression
     from perdure.tasks.losses import Loss
@@ -68,6 +69,17 @@ MODULE = '''
                 without = predict(changed.view_as(inputs))[rows, targets]
                 values[:, feature] = self.scale * (whole - without)
             return Attribution(values=values.view_as(inputs), base=whole, targets=targets)
+
+
+    @dataclass(frozen=True, kw_only=True)
+    class Silent(Logger):
+        """Write nothing."""
+
+        def open(self, run):
+            raise AssertionError("nothing is written")
+
+        def __call__(self, point, learner):
+            pass
 
 
     def stripes(seed: int = 0) -> Dataset:
@@ -132,6 +144,7 @@ KINDS = {
     "perdure.datasets": ("perdure.data.datasets", "stripes", "stripes"),
     "perdure.tasks": ("perdure.tasks", "levels", "Levels"),
     "perdure.losses": ("perdure.tasks.losses", "missed", "Missed"),
+    "perdure.loggers": ("perdure.loggers", "silent", "Silent"),
 }
 FINDING = """
 import importlib, json, sys
@@ -168,6 +181,8 @@ share = 0.5
 method = "occlusion"
 records = 2
 scale = 2.0
+[[loggers]]
+name = "silent"
 [[arms]]
 strategy = "shrink"
 strength = 0.001

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from perdure import explain as explain
     from perdure import export as export
     from perdure import federated as federated
+    from perdure import loggers as loggers
     from perdure import metrics as metrics
     from perdure import models as models
     from perdure import privacy as privacy

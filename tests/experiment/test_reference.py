@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.optim import lr_scheduler
 
-from perdure import adversarial, explain, models, strategies
+from perdure import adversarial, explain, loggers, models, strategies
 from perdure.data.augmentation import Views
 from perdure.errors import ConfigError
 from perdure.experiment import reference
@@ -40,6 +40,7 @@ CLASSES = {
     "[federation]": FederationConfig,
     "[privacy]": Privacy,
     **{f'[[arms]] strategy = "{name}"': strategies.find(name) for name in strategies.names()},
+    **{f'[[loggers]] name = "{name}"': loggers.find(name) for name in loggers.names()},
     **{f'[explain] method = "{name}"': explain.find(name) for name in explain.names()},
     **{
         f'[attack] and [training.adversary] name = "{name}"': adversarial.find(name)

@@ -31,6 +31,7 @@ from perdure.experiment.results import (
 from perdure.experiment.training_config import TrainingConfig
 from perdure.learner.learner import Callback, Learner
 from perdure.learner.progress import Watch
+from perdure.loggers import Logger
 from perdure.metrics import summarise
 from perdure.privacy.ledger.merged import Merged, merge
 from perdure.tasks import SingleLabel, refuse_other_tasks
@@ -297,7 +298,8 @@ class ArmRun:
     def _fit(self) -> Learner:
         if self.config.federation is None:
             learner = self.learner(self.stream, folder=self.folder)
-            learner.callbacks = [*learner.callbacks, Watch(partial(self.progress, self.name))]
+            watch = Watch(partial(self.progress, self.name))
+            learner.callbacks = [*learner.callbacks, *self._loggers(), watch]
             learner.fit(self.stream)
             return learner
         from perdure.experiment.federation_config import make_aggregator
@@ -317,24 +319,44 @@ class ArmRun:
         party = (
             self if chosen.engine == "inprocess" else replace(self, progress=silent, callbacks=())
         )
-        watch = ExchangeWatch(partial(self.progress, self.name))
-        server = run_federation(
-            partial(party.learner, self.stream),
-            client_streams(self.config, self.stream),
-            federation,
-            folder=self.folder,
-            engine=chosen.engine,
-            callbacks=[self._hear, watch],
-            progress=watch.replied,
-            show_progress=False,
-            listen=self.listen,
-        )
+        exchanges = ExchangeWatch(partial(self.progress, self.name))
+        loggers = self._loggers()
+        try:
+            server = run_federation(
+                partial(party.learner, self.stream),
+                client_streams(self.config, self.stream),
+                federation,
+                folder=self.folder,
+                engine=chosen.engine,
+                callbacks=[partial(self._hear, loggers), exchanges],
+                progress=exchanges.replied,
+                show_progress=False,
+                listen=self.listen,
+            )
+        finally:
+            for logger in loggers:
+                logger.close()
         return server.learner
+
+    def _loggers(self) -> list[Logger]:
+        """Make the loggers of this training."""
+        return [
+            each.of_trial(self.name, project=self.config.name, folder=self.run_folder)
+            for each in self.config.loggers
+        ]
 
     # -------------------------------------------------------------- what is watched while it trains
 
-    def _hear(self, point: str, server: "Server") -> None:
-        for callback in (self._listen, *self.callbacks):
+    def _hear(self, loggers: Sequence[Logger], point: str, server: "Server") -> None:
+        privacy = self.config.privacy
+        account = self._account() if point == "evaluated" and loggers else None
+        if account is not None and privacy is not None:
+            # the clients have the ledgers, and the server's learner has none
+            for logger in loggers:
+                statement = account.statement(privacy.delta)
+                raw = privacy.diagnostics == "raw"
+                logger.log_privacy(statement, server.learner, raw=raw)
+        for callback in (self._listen, *self.callbacks, *loggers):
             callback(point, server.learner)
 
     def _listen(self, point: str, learner: Learner) -> None:

@@ -45,6 +45,10 @@ epsilon = 0.1                  # and its own fields
 method = "kernel_shap"         # a file in explain/, and so on
 records = 6
 
+[[loggers]]                    # optional: curves of every training while it runs
+name = "tensorboard"           # or mlflow, wandb, a file in loggers/, and so on
+every = 50                     # and its own fields
+
 [[arms]]
 strategy = "ewc"               # a file in strategies/, and so on
 strength = 100.0               # and its own fields
@@ -83,6 +87,7 @@ from perdure.experiment.from_tables import (
     named_option,
     placed,
 )
+from perdure.experiment.logger_config import LoggerConfig
 from perdure.experiment.loss_config import LossConfig
 from perdure.experiment.model_config import BuiltModel
 from perdure.experiment.training_config import AttackConfig, TrainingConfig
@@ -279,6 +284,8 @@ class Config(CheckedFields):
         privacy: differential privacy of the private arms.
         attack: attack for robust accuracy.
         explain: explainer, and number of test records to explain.
+        loggers: programs that get the curves of every training while it runs; they may change when
+            a stopped run continues.
         arms: strategies to train, each with or without privacy.
     """
 
@@ -295,6 +302,7 @@ class Config(CheckedFields):
     privacy: Privacy | None = None
     attack: AttackConfig | None = None
     explain: ExplainConfig | None = None
+    loggers: tuple[LoggerConfig, ...] = ()
     arms: tuple[Arm, ...] = ()
 
     def __post_init__(self) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.optim import lr_scheduler
 
-from perdure import adversarial, explain, models, strategies
+from perdure import adversarial, explain, loggers, models, strategies
 from perdure.data import datasets
 from perdure.errors import ConfigError, PerdureError
 from perdure.experiment.averaging_config import AVERAGES
@@ -125,6 +125,8 @@ def tables() -> list[Table]:
         *_of_extensions("[attack] and [training.adversary] name = {!r}", adversarial),
         Table(title="[explain]", keys=_explain()),
         *_of_extensions("[explain] method = {!r}", explain),
+        Table(title="[[loggers]]", keys=(_named("name", loggers.names(), "name of the logger."),)),
+        *_of_extensions("[[loggers]] name = {!r}", loggers),
         Table(title="[[arms]]", keys=_arm()),
         *_of_extensions("[[arms]] strategy = {!r}", strategies),
     ]
@@ -303,7 +305,7 @@ def _of_torch(title: str, module: Any, names: tuple[str, ...]) -> Iterator[Table
 
 
 def _of_extensions(title: str, package: Any) -> Iterator[Table]:
-    """Yield a table for each attack, explainer or strategy of a package."""
+    """Yield a table for each attack, explainer, logger or strategy of a package."""
     for name in package.names():
         kind = package.find(name)
         keys = _plain_keys(_example(kind))

@@ -244,8 +244,12 @@ def keep_config(folder: Path, config: Config, text: str) -> None:
         raise RunError(f"{folder} has a run whose config cannot be read ({error}); {fix}") from None
     extended = _extends(config, stored)
     common = replace(config, seeds=stored.seeds, arms=stored.arms) if extended else config
-    asked = {"version": VERSION, **flat("config", common)}
-    refuse_other_run(asked, {"version": VERSION, **flat("config", stored)}, where=folder, fix=fix)
+    # loggers change no result, so a run continues with others
+    asked, known = (
+        {"version": VERSION, **flat("config", replace(each, loggers=()))}
+        for each in (common, stored)
+    )
+    refuse_other_run(asked, known, where=folder, fix=fix)
     if extended:
         # the result goes first: after a kill between the two, either config makes it again
         (folder / "result.json").unlink(missing_ok=True)

@@ -27,7 +27,7 @@ from perdure.learner.noise_digest import noise_digest
 from perdure.learner.optimizers import MakeOptimizer, made_optimizer, options_of, put_options
 from perdure.learner.party_settings import OWNER
 from perdure.learner.private_setup import refuse_optimizer
-from perdure.learner.progress import with_progress
+from perdure.learner.progress import watched
 from perdure.learner.run_folder import checkpoint_of, restore_checkpoint, write_checkpoint
 from perdure.learner.sanity_checks import refuse_second_ledger
 from perdure.learner.schedules import (
@@ -88,7 +88,8 @@ class Learner(SessionFront):
         precision: precision of the passes through the model in training; parameters, norms and sums
             stay in float32.
         reset_optimizer: start every experience with a new optimiser.
-        callbacks: functions, called as callback(point, learner) at every point in `POINTS`.
+        callbacks: functions, called as callback(point, learner) at every point in `POINTS`; one
+            with a method `close` is closed when `fit` ends.
         show_progress: None for a bar in a terminal; True also for lines elsewhere; False for none.
         client: number of the party; 0 if there is only one.
         owner: name of the party in the ledger; a federation uses client-N if there is none.
@@ -177,7 +178,7 @@ class Learner(SessionFront):
 
     # ------------------------------------------------------------------ a whole stream
 
-    @with_progress
+    @watched
     def fit(self, stream: Stream) -> Tensor:
         """Train on every experience in turn and return the accuracy matrix (T, T) in percent.
 

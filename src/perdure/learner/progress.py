@@ -159,24 +159,34 @@ def accuracy_text(learner: Trained) -> str:
     return f"{metric.name} {sum(known) / len(known):.4g} {metric.unit}".strip()
 
 
-def with_progress(fit: Callable[Concatenate[T, P], R]) -> Callable[Concatenate[T, P], R]:
-    """Decorate the method of a learner that trains, so that its progress is shown meanwhile."""
+def watched(fit: Callable[Concatenate[T, P], R]) -> Callable[Concatenate[T, P], R]:
+    """Decorate the method of a learner that trains: show progress, and close callbacks at the end.
+
+    A callback with a method `close`, such as a logger, is closed after an error, too.
+    """
 
     @wraps(fit)
     def shown(self: T, *args: P.args, **kwargs: P.kwargs) -> R:
         with shown_progress(self.show_progress) as show:
-            if show is None:
-                return fit(self, *args, **kwargs)
-            watch = Watch(partial(show, "training"))
-            self.callbacks = (*self.callbacks, watch)
+            watch = None if show is None else Watch(partial(show, "training"))
+            if watch is not None:
+                self.callbacks = (*self.callbacks, watch)
             try:
                 result = fit(self, *args, **kwargs)
             finally:
-                self.callbacks = [each for each in self.callbacks if each is not watch]
-            show("training", 1.0, accuracy_text(self))
+                if watch is not None:
+                    self.callbacks = [each for each in self.callbacks if each is not watch]
+                for callback in self.callbacks:
+                    getattr(callback, "close", _nothing)()
+            if show is not None:
+                show("training", 1.0, accuracy_text(self))
             return result
 
     return shown
+
+
+def _nothing() -> None:
+    """Do nothing, for a callback without `close`."""
 
 
 @contextmanager

@@ -149,11 +149,14 @@ class TrainingPlan:
         return self.steps_of(self.upto(index), excluded)
 
     def steps_before(self, index: int) -> int:
-        """Return the number of optimiser steps in all experiences before experience `index`."""
+        """Return the number of optimiser steps in all experiences before experience `index`.
+
+        An experience without steps counts as one step, so that the numbers rise.
+        """
         known, steps = self._counted
         if index < known:
             known = steps = 0
-        steps += sum(self.steps(each) for each in range(known, index))
+        steps += sum(max(1, self.steps(each)) for each in range(known, index))
         self._counted[:] = index, steps
         return steps
 

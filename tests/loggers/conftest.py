@@ -1,0 +1,3 @@
+"""Fixtures of this folder's tests."""
+
+from helpers.learners import learner_of  # noqa: F401
