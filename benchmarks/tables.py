@@ -197,6 +197,16 @@ TABLES: dict[str, Listing] = {
             "ms a step": "{milliseconds_per_step:.2f}",
         },
     ),
+    "watching": Listing(
+        file="watching",
+        columns={
+            "watched by": "{watched}",
+            "over silent steps": "{ratio:.3f}",
+            "lowest": "{lowest:.3f}",
+            "highest": "{highest:.3f}",
+            "ms a step": "{milliseconds_per_step:.2f}",
+        },
+    ),
     "versus_avalanche": Pivot(
         file="versus_avalanche",
         columns={"strategy": "{strategy}"},
