@@ -2,7 +2,7 @@
 
 Each row compares watched blocks of steps with silent ones, turn by turn in one process, in
 processor time of this process. A logger watches every second block of one training, and writes
-its values when it would in any training, every ten seconds. Weights & Biases writes in a process
+its values when it would in any training, twice a minute. Weights & Biases writes in a process
 of its own, whose time is not counted, and no row has the time to load a package.
 
     python benchmarks/speed/watching.py --repeats 7

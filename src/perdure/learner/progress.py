@@ -25,7 +25,11 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 PAUSE = 0.25
-"""Seconds between two drawings of a bar, and most seconds between two reports of a training."""
+"""Most seconds between two reports of a training."""
+BUSY = 100
+"""Processor time between two drawings of a bar, in multiples of the time that one takes."""
+LATEST = 2.0
+"""Seconds after which a bar is drawn, however little processor time was used."""
 SHARE = 0.01
 """Share of a training after which it is reported, however short the time is."""
 MOST = 0.99
@@ -248,19 +252,21 @@ def _bars(console: "Console") -> Iterator[Show]:
         TextColumn("{task.fields[state]}", table_column=Column(no_wrap=True, ratio=1)),
     )
     tasks: dict[str, TaskID] = {}
-    drawn = -math.inf
+    due = overdue = -math.inf
     # drawn by the training itself: a thread that draws would slow its steps down
     with Progress(*columns, console=console, auto_refresh=False, expand=True) as bars:
 
         def show(name: str, share: float, state: str) -> None:
-            nonlocal drawn
+            nonlocal due, overdue
             if name not in tasks:
                 tasks[name] = bars.add_task(name, total=1.0, state=state)
             bars.update(tasks[name], completed=share, state=state)
-            now = time.perf_counter()
-            if share >= 1 or now >= drawn + PAUSE:
+            start = time.process_time()
+            if share >= 1 or start >= due or time.perf_counter() >= overdue:
                 bars.refresh()
-                drawn = now
+                spent = time.process_time() - start
+                due = start + BUSY * spent
+                overdue = time.perf_counter() + LATEST
 
         yield show
 

@@ -49,7 +49,7 @@ class Logger(CheckedFields, ABC):
     Guarantee: under privacy only releases, functions of releases and public facts are written, and
     not before the block of their steps is closed.
 
-    Values wait in memory for up to 10 seconds, under privacy until the end of their block, and are
+    Values wait in memory for up to 30 seconds, under privacy until the end of their block, and are
     written before every checkpoint. A learner with a folder that is resumed continues its run, and
     repeats no value.
 
@@ -110,7 +110,7 @@ class Logger(CheckedFields, ABC):
         Guarantee: none; under privacy give functions of releases and public facts only.
 
         Args:
-            values: name of the curve to its value.
+            values: name of the curve to its value, a number or a scalar tensor.
             learner: learner that is logged.
         """
         self._log(learner).add(values, step_of(learner))

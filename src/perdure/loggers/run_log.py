@@ -16,7 +16,7 @@ from perdure.learner.fingerprint import refuse_other_run
 from perdure.learner.learner import Learner
 from perdure.utils.atomic_files import write_json
 
-PAUSE = 10.0
+PAUSE = 30.0
 """Most seconds that values of a training without privacy wait before they are written."""
 
 
@@ -65,7 +65,13 @@ class Writer(Protocol):
         """Write numbers, in the order of their steps, so that the files have them on return."""
 
     def describe(self, name: str, text: str, step: int) -> None:
-        """Write a text, such as the privacy statement; a later text replaces it."""
+        """Write a text, such as the privacy statement; a later text replaces it.
+
+        Args:
+            name: name of the text.
+            text: the text, in one line.
+            step: number of optimiser steps since the start of the stream.
+        """
 
     def close(self) -> None:
         """Close the files."""
@@ -159,7 +165,12 @@ class RunLog:
         return bool(self._waiting) and time.perf_counter() > self._flushed + PAUSE
 
     def add(self, values: Mapping[str, float | Tensor], step: int) -> None:
-        """Add the values of one step, without those that the run has already."""
+        """Add the values of one step, without those that the run has already.
+
+        Args:
+            values: name of the curve to its value, a number or a scalar tensor.
+            step: number of optimiser steps since the start of the stream.
+        """
         now = time.time()
         for name, value in values.items():
             if step > self._written.get(name, -1):
@@ -167,7 +178,7 @@ class RunLog:
                 self._waiting.append(Value(name=name, value=value, step=step, seconds=now))
 
     def describe(self, name: str, text: str, step: int) -> None:
-        """Add a text."""
+        """Add a text; see `Writer.describe`."""
         self._texts[name] = (text, step)
 
     def flush(self) -> None:
