@@ -106,6 +106,13 @@ def test_the_config_reference_has_the_options_of_each_model(tables):
         )
 
 
+def test_the_config_reference_names_the_streams_that_have_a_key(tables):
+    allowed = {key.name: key.allowed for key in tables["[data]"]}
+    assert allowed["blurry_share"] == 'with stream = "blurry"'
+    assert allowed["attribute"] == 'with stream = "by_time" or "by_domain"'
+    assert not any("only the keys" in text for text in allowed.values())
+
+
 def test_a_config_can_set_every_setting_of_a_learner():
     """Those that no config gives belong to the caller: files, callbacks, parties, audits."""
     caller = {"callbacks", "client", "owner", "folder", "warm_start", "make_private_sum"}

@@ -65,6 +65,15 @@ EXPERIENCES = 5
 """Default number of experiences, where no other key of `[data]` determines it."""
 
 
+def keys_of(stream: StreamName) -> list[str]:
+    """Return the keys of `[data]` that a stream has, among those in `OF_STREAMS`."""
+    known = inspect.signature(STREAMS[stream]).parameters
+    keys = [key for key, parameter in OF_STREAMS.items() if parameter in known]
+    if stream in OF_ALL_RECORDS:
+        keys.remove("declared_sizes")
+    return keys
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(CheckedFields):
     """Table `[data]` of a config: the data set, and its split into a stream of experiences.
@@ -145,10 +154,7 @@ class DataConfig(CheckedFields):
         self._refuse_keys_of_other_streams()
 
     def _refuse_keys_of_other_streams(self) -> None:
-        known = inspect.signature(STREAMS[self.stream]).parameters
-        keys = [key for key, parameter in OF_STREAMS.items() if parameter in known]
-        if self.stream in OF_ALL_RECORDS:
-            keys.remove("declared_sizes")
+        keys = keys_of(self.stream)
         for key in OF_STREAMS:
             value = getattr(self, key)
             if value is not None and key not in keys:

@@ -26,7 +26,7 @@ from perdure.experiment.config import (
     ExplainConfig,
     FederationConfig,
 )
-from perdure.experiment.data_config import OF_LOADERS, DataConfig
+from perdure.experiment.data_config import OF_LOADERS, STREAMS, DataConfig, keys_of
 from perdure.experiment.field_checks import COUNTS
 from perdure.experiment.from_tables import described, read_hints
 from perdure.experiment.loss_config import LossConfig
@@ -53,8 +53,11 @@ from perdure.tasks import losses
 
 WRONG: dict[type, tuple[Any, ...]] = {int: (-1, 0), float: (-1.0, 1e300), str: ("?",)}
 """Wrong values of each type, which are tried to read the allowed values from the error message."""
-OTHER_STREAM = "for stream ="
-"""Beginning of the error message for a key of another stream, which has no allowed values."""
+CONDITION = "with "
+"""Beginning of the allowed values in the error message for a key that another key excludes.
+
+It tells nothing about the values of the key itself.
+"""
 NEEDED = "required"
 LEFT_OUT = "left out"
 DERIVED = ("bounds_given",)
@@ -96,7 +99,7 @@ def tables() -> list[Table]:
     """Return all tables of a config, in the order of the reference."""
     return [
         Table(title="outside of tables", keys=_plain_keys(_SMALLEST)),
-        Table(title="[data]", keys=_plain_keys(DataConfig())),
+        Table(title="[data]", keys=_data()),
         *_of_functions("[data] name = {!r}: options", datasets, OF_LOADERS),
         Table(title="[model]", keys=_plain_keys(ModelConfig())),
         *(
@@ -245,7 +248,7 @@ def _refusal(example: Any, name: str, hint: Any) -> str:
                 replace(example, **{name: value})
             except PerdureError as error:
                 told = str(error).partition("allowed: ")[2].replace("|", "/")
-                return "" if told.startswith(OTHER_STREAM) else told
+                return "" if told.startswith(CONDITION) else told
             except Exception:  # the wrong value broke other code first, so no words are known
                 return ""
     return ""
@@ -321,6 +324,17 @@ def _example(kind: type[Any]) -> Any:
         f.name: 1.0 for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING
     }
     return kind(**needed)
+
+
+def _data() -> tuple[Key, ...]:
+    """Return the keys of `[data]`; one that some streams lack has the names of the others."""
+    found = []
+    for key in _plain_keys(DataConfig()):
+        having = [f'"{stream}"' for stream in STREAMS if key.name in keys_of(stream)]
+        some = 0 < len(having) < len(STREAMS)
+        condition = f"{CONDITION}stream = {' or '.join(having)}" if some else ""
+        found.append(replace(key, allowed=key.allowed or condition))
+    return tuple(found)
 
 
 def _views() -> tuple[Key, ...]:
