@@ -19,7 +19,7 @@ from perdure.experiment.run import load as load_model
 from perdure.learner import POINTS
 from perdure.privacy.ledger.merged import read as read_ledger
 from perdure.privacy.noise.key import NoiseKey
-from perdure.report import write_figures, write_report
+from perdure.report import write_report
 from perdure.report.wording import epsilon_number
 from perdure.utils.folder_lock import locked
 
@@ -81,8 +81,7 @@ def secret(tmp_path_factory):
     result, told = ran(
         folder, SMALL, callbacks=[lambda point, learner: points.append((learner.owner, point))]
     )
-    write_report(folder)
-    write_figures(folder)
+    write_report(folder, figures=True)
     return folder, result, told, points
 
 

@@ -79,7 +79,7 @@ def heal_run(
     from perdure.experiment.healing import RESTARTS, heal
     from perdure.experiment.result_schema import read_result
     from perdure.learner.progress import display
-    from perdure.report import findings_table, healing_table, write_figures, write_report
+    from perdure.report import findings_table, healing_table, write_report
     from perdure.report.table import table
 
     folder = out or Path("runs") / parse(text, source=source).name
@@ -95,8 +95,7 @@ def heal_run(
             told=lambda line: console.print(line, markup=False, highlight=False),
         )
     for each in outcome.folders:
-        write_report(each)
-        write_figures(each)
+        write_report(each, figures=True)
     last = read_result(outcome.folders[-1])
     console.print(table(last))
     found = {arm["name"]: arm.get("findings", []) for arm in last["arms"]}

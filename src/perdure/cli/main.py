@@ -303,7 +303,7 @@ def _run(source: str, text: str, out: Path | None) -> None:
     from perdure.experiment.config import parse
     from perdure.experiment.run import run as run_config
     from perdure.learner.progress import display
-    from perdure.report import write_figures, write_report
+    from perdure.report import write_report
     from perdure.report.table import table
 
     config = parse(text, source=source)
@@ -311,8 +311,7 @@ def _run(source: str, text: str, out: Path | None) -> None:
     console = wide_console()
     with display(console) as progress:
         result = run_config(config, text, folder, progress, examine="quick")
-    page = write_report(folder)
-    write_figures(folder)
+    page = write_report(folder, figures=True)
     console.print(table(result))
     print_findings(console, {arm["name"]: arm.get("findings", []) for arm in result["arms"]})
     console.print(f"report: {page}")

@@ -19,7 +19,7 @@ from perdure.report.wording import count, seeds_in_words
 from perdure.utils.atomic_files import write_atomically
 
 
-def write_report(run: Path) -> Path:
+def write_report(run: Path, *, figures: bool = False) -> Path:
     """Write `report.html` of a finished run and return its path.
 
     The same `result.json` gives the same bytes. The file is replaced as a whole, so nobody can read
@@ -30,6 +30,8 @@ def write_report(run: Path) -> Path:
 
     Args:
         run: folder of the run, with `result.json`; if it has a `config.toml`, the page shows it.
+        figures: True to write the pictures of the page as files, too, as `write_figures` does; each
+            is drawn once.
 
     Raises:
         RunError: if `result.json` is missing or has another schema, or if the explanations cannot
@@ -39,7 +41,10 @@ def write_report(run: Path) -> Path:
     config = run / "config.toml"
     quoted = config.read_text(encoding="utf-8") if config.is_file() else None
     page = run / "report.html"
-    write_atomically(page, html(result, pictures(result, run), quoted).encode())
+    drawn = pictures(result, run)
+    write_atomically(page, html(result, drawn, quoted).encode())
+    if figures:
+        _write_files(run, drawn)
     return page
 
 
@@ -53,8 +58,11 @@ def write_figures(run: Path) -> list[Path]:
         RunError: if `result.json` is missing or has another schema, or if the explanations cannot
             be read.
     """
+    return _write_files(run, pictures(read_result(run), run))
+
+
+def _write_files(run: Path, drawn: Sequence[Picture]) -> list[Path]:
     folder = run / "figures"
-    drawn = pictures(read_result(run), run)
     written = {}
     for picture in drawn:
         written[folder / f"{picture.name}.svg"] = picture.svg().encode()

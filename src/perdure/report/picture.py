@@ -3,6 +3,7 @@
 import io
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from html import escape
 from typing import TYPE_CHECKING, Any
 
@@ -60,6 +61,10 @@ class Picture:
 
     def svg(self) -> str:
         """Draw the picture as SVG text; the same result gives the same bytes."""
+        return self._svg
+
+    @cached_property
+    def _svg(self) -> str:
         content = io.StringIO()
         self._save(content, "svg", {"Date": None, "Creator": None})
         return re.sub(r"[ \t]+$", "", content.getvalue(), flags=re.MULTILINE)
@@ -88,6 +93,11 @@ class Picture:
         from matplotlib import rc_context
 
         with rc_context({**STYLE, "svg.hashsalt": self.name}):
+            # with an engine, matplotlib would lay out the figure twice for every file
+            engine = self.figure.get_layout_engine()
+            if engine is not None:
+                engine.execute(self.figure)
+                self.figure.set_layout_engine(None)
             self.figure.savefig(target, format=kind, metadata=metadata, dpi=160)
 
 
