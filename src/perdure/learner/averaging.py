@@ -47,7 +47,7 @@ class EMA(CheckedFields):
 
     def update(self) -> Update:
         """Return torch's function that adds parameters to an average."""
-        found: Update = get_ema_multi_avg_fn(self.decay)
+        found: Update = get_ema_multi_avg_fn(self.decay)  # type: ignore[no-untyped-call]
         return found
 
 
@@ -75,7 +75,7 @@ class SWA(CheckedFields):
 
     def update(self) -> Update:
         """Return torch's function that adds parameters to an average."""
-        found: Update = get_swa_multi_avg_fn()
+        found: Update = get_swa_multi_avg_fn()  # type: ignore[no-untyped-call]
         return found
 
 
