@@ -1,5 +1,6 @@
 """The learning-rate range test: a suggestion from public losses, refused under privacy."""
 
+import math
 from functools import partial
 from itertools import pairwise
 
@@ -58,6 +59,12 @@ def test_a_range_test_of_a_private_learner_is_refused(made, toy_stream):
 def test_a_range_test_where_no_loss_falls_is_refused(made, toy_stream):
     with pytest.raises(RunawayError, match="never falls below its first value"):
         lr_range_test(made, toy_stream(), lowest=1e6, highest=1e9, steps=10)
+
+
+def test_a_diverging_step_ends_the_range_test(made, toy_stream):
+    """The rate grows by a factor of 10^16 in one step, so its loss is infinite or NaN."""
+    found = lr_range_test(made, toy_stream(), lowest=1e-80, highest=1e80, steps=11)
+    assert len(found.rates) < 11 and all(map(math.isfinite, found.losses))
 
 
 @pytest.mark.parametrize(

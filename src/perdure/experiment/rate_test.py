@@ -115,7 +115,10 @@ def lr_range_test(
     learner.begin(0)
     smooth: list[float] = []
     for step in range(steps):
-        learner.train(range(step, step + 1))
+        try:
+            learner.train(range(step, step + 1))
+        except RunawayError:  # the rate is too high, which ends the test
+            break
         smooth.append(_smoothed(losses))
         if not smooth[-1] <= DIVERGED * min(smooth[0], *smooth):
             smooth.pop()
