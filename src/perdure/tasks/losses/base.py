@@ -107,7 +107,7 @@ def refuse_per_class(field: str, values: PerClass, num_classes: int) -> None:
     Raises:
         ConfigError: names the field, and the number of classes.
     """
-    if values != "balanced" and len(values) != num_classes:
+    if not isinstance(values, str) and len(values) != num_classes:
         raise ConfigError.of(
             field, f"{len(values)} numbers", f"one number for each of the {num_classes} classes"
         )
@@ -119,7 +119,9 @@ def check_per_class(field: str, values: PerClass) -> None:
     Raises:
         ConfigError: names the field.
     """
-    if values != "balanced" and not (values and all(0 < value < 1e12 for value in values)):
+    if isinstance(values, str):
+        return
+    if not (values and all(0 < value < 1e12 for value in values)):
         raise ConfigError.of(
             field, values, 'one declared number above 0 for each class, or "balanced"'
         )
@@ -131,7 +133,7 @@ def declared(values: PerClass, field: str, like: Tensor) -> Tensor:
     Raises:
         ConfigError: if they still have to be counted.
     """
-    if values == "balanced":
+    if isinstance(values, str):
         raise ConfigError(
             f'{field} = "balanced" needs a learner or session, which counts the labels of its '
             "stream; give declared numbers here"
