@@ -1,6 +1,9 @@
 """Digits, small images that come with scikit-learn."""
 
+from functools import cache
+
 import torch
+from torch import Tensor
 
 from perdure.data.datasets.base import Dataset, from_stratified_split
 from perdure.utils.checked_arguments import checked_arguments
@@ -20,11 +23,10 @@ def digits(*, seed: int = 0, test_share: float = 0.3, declared_size: int | None 
 
     Source: Alpaydin and Kaynak 1998, "Optical recognition of handwritten digits", UCI.
     """
-    from sklearn.datasets import load_digits
-
-    table = load_digits()
-    images = torch.from_numpy(table.images).float().div(16).unsqueeze(1)
-    labels = torch.from_numpy(table.target).long()
+    pixels, classes = _table()
+    # each data set has tensors of its own
+    images = pixels.float().div(16).unsqueeze(1)
+    labels = classes.clone()
     return from_stratified_split(
         "digits",
         images,
@@ -34,3 +36,12 @@ def digits(*, seed: int = 0, test_share: float = 0.3, declared_size: int | None 
         declared_size=declared_size,
         value_range=(0.0, 1.0),
     )
+
+
+@cache
+def _table() -> tuple[Tensor, Tensor]:
+    """Read pixels (1797, 8, 8) from 0 to 16 and classes (1797,); parsing their text takes long."""
+    from sklearn.datasets import load_digits
+
+    table = load_digits()
+    return torch.from_numpy(table.images), torch.from_numpy(table.target).long()
