@@ -18,6 +18,7 @@ from perdure.errors import GuardError
 from perdure.learner.known_verdicts import MOST, VERDICTS, UnknownKindError, described
 from perdure.learner.private_setup import reached
 from perdure.models import mlp
+from perdure.privacy import Adaptive
 from perdure.strategies import EWC, LUCIR, LwF, Naive, Replay
 from perdure.tasks import SingleLabel, single_label
 
@@ -109,6 +110,12 @@ OTHERS = {
 def test_the_guard_inspects_a_learner_with_another_setting(name, known):
     _, again, make, stream = known
     assert looks(make(**OTHERS[name]()), stream) > 10 * again
+
+
+def test_the_guard_inspects_once_for_fixed_and_adaptive_norms(known):
+    _, again, make, stream = known
+    privacy = replace(SIMULATED, clipping=Adaptive(count_noise=0.5))
+    assert looks(make(privacy=privacy), stream) == again
 
 
 def models(stream):

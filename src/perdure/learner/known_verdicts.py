@@ -152,7 +152,9 @@ def _facts(inspection: Inspection) -> Iterator[Hashable]:
     yield described((path.strategy, path.adversary, path.views, path.precision, path.task))
     privacy = training.privacy
     yield CODE.version()
-    yield described((privacy and privacy.custom_forward, privacy and privacy.clipping))
+    # the self test of clipping clips per layer or at once; the guard reads no other kind
+    per_layer = privacy is not None and privacy.clipping == "per-layer"
+    yield described((privacy and privacy.custom_forward, per_layer))
     yield described((stream.scenario, stream.num_classes, stream.input_shape, stream.task))
     for experience in stream:
         yield described((experience.index, experience.stage, experience.classes))
