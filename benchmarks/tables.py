@@ -201,6 +201,7 @@ TABLES: dict[str, Listing] = {
         file="watching",
         columns={
             "watched by": "{watched}",
+            "own share, %": "{own_percent:.2f}",
             "over silent steps": "{ratio:.3f}",
             "lowest": "{lowest:.3f}",
             "highest": "{highest:.3f}",

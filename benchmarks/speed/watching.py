@@ -2,8 +2,9 @@
 
 Each row compares watched blocks of steps with silent ones, turn by turn in one process, in
 processor time of this process. A logger watches every second block of one training, and writes
-its values when it would in any training, twice a minute. Weights & Biases writes in a process
-of its own, whose time is not counted, and no row has the time to load a package.
+its values when it would in any training, at most twice a minute; its own share is the processor
+time inside its calls, relative to the other time of the watched blocks. Weights & Biases writes in
+a process of its own, whose time is not counted, and no row has the time to load a package.
 
     python benchmarks/speed/watching.py --repeats 7
     python benchmarks/speed/watching.py tensorboard --repeats 7
@@ -73,6 +74,7 @@ class Turns:
     def __init__(self, logger: Logger | None) -> None:
         self.logger = logger
         self.times: list[float] = []
+        self.own: list[float] = []
         self._number = 0
         self._start = 0.0
 
@@ -85,8 +87,12 @@ class Turns:
         """Pass a point on to the logger if the block is watched."""
         if point == "block.begin":
             self._start = time.process_time()
+            self.own.append(0.0)
         if self.logger is not None and self.watched:
+            start = time.process_time()
             self.logger(point, learner)
+            if self.own:
+                self.own[-1] += time.process_time() - start
         if point == "block.end":
             self.times.append(time.process_time() - self._start)
             self._number += 1
@@ -95,6 +101,13 @@ class Turns:
         """Close the logger."""
         if self.logger is not None:
             self.logger.close()
+
+    @property
+    def own_share(self) -> float:
+        """Time inside the logger, relative to the other time of all watched blocks but one."""
+        watched = [(own, whole) for own, whole in zip(self.own, self.times, strict=True) if own]
+        own = sum(each for each, _ in watched[1:])
+        return own / (sum(whole for _, whole in watched[1:]) - own)
 
     def pairs(self) -> list[tuple[float, float]]:
         """Return the times of the watched and of the silent block of each pair but the first."""
@@ -154,21 +167,23 @@ def bar_pairs(stream: Stream, steps: int, repeats: int) -> list[tuple[float, flo
     return found[1:]
 
 
-def logger_pairs(name: str, stream: Stream, steps: int, repeats: int) -> list[tuple[float, float]]:
-    """Return the times of blocks with a logger and without, in one training."""
+def logger_pairs(
+    name: str, stream: Stream, steps: int, repeats: int
+) -> tuple[list[tuple[float, float]], float]:
+    """Return the times of blocks with a logger and without, and the share of its calls."""
     with tempfile.TemporaryDirectory() as folder:
         turns = Turns(find(name)(folder=folder))
         train(stream, steps, turns, blocks=2 * (repeats + 1))
-    return turns.pairs()
+    return turns.pairs(), turns.own_share
 
 
 def measure(name: str, stream: Stream, args: argparse.Namespace) -> Row:
     """Return the median of the ratios of pairs that are run one after the other."""
-    pairs = (
-        bar_pairs(stream, args.steps, args.repeats)
-        if name == BAR
-        else logger_pairs(name, stream, args.steps, args.repeats)
-    )
+    share: float | None = None
+    if name == BAR:
+        pairs = bar_pairs(stream, args.steps, args.repeats)
+    else:
+        pairs, share = logger_pairs(name, stream, args.steps, args.repeats)
     ratios = [mine / theirs for mine, theirs in pairs]
     return {
         "benchmark": "watching",
@@ -177,6 +192,7 @@ def measure(name: str, stream: Stream, args: argparse.Namespace) -> Row:
         "lowest": min(ratios),
         "highest": max(ratios),
         "milliseconds_per_step": 1e3 * statistics.median(t for _, t in pairs) / args.steps,
+        "own_percent": None if share is None else 100 * share,
         "steps": args.steps,
         "repeats": args.repeats,
     }
@@ -199,8 +215,8 @@ def main() -> None:
     for name in args.rows or (BAR, *names()):
         found.append(measure(name, stream, args))
         print(", ".join(f"{key} {shown(value)}" for key, value in found[-1].items()), flush=True)
-    if args.json:
-        store_rows(args.json, found, seed=0)
+        if args.json:
+            store_rows(args.json, found, seed=0)
 
 
 def shown(value: object) -> str:

@@ -49,9 +49,9 @@ class Logger(CheckedFields, ABC):
     Guarantee: under privacy only releases, functions of releases and public facts are written, and
     not before the block of their steps is closed.
 
-    Values wait in memory for up to 30 seconds, under privacy until the end of their block, and are
-    written before every checkpoint. A learner with a folder that is resumed continues its run, and
-    repeats no value.
+    Values wait in memory for half a minute or more, under privacy until the end of their block, and
+    are written before every checkpoint. A learner with a folder that is resumed continues its run,
+    and repeats no value.
 
     >>> Learner(..., callbacks=[TensorBoard(folder="runs/curves")])  # doctest: +SKIP
 

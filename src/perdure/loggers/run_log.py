@@ -17,7 +17,9 @@ from perdure.learner.learner import Learner
 from perdure.utils.atomic_files import write_json
 
 PAUSE = 30.0
-"""Most seconds that values of a training without privacy wait before they are written."""
+"""Seconds between two times at which waiting values are written."""
+BUSY = 100
+"""Processor time between two such times, in multiples of the time that the last one took."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +109,7 @@ class RunLog:
         self._waiting: list[Value] = []
         self._texts: dict[str, tuple[str, int]] = {}
         self._flushed = time.perf_counter()
+        self._due = 0.0
 
     @classmethod
     def of(
@@ -161,8 +164,9 @@ class RunLog:
 
     @property
     def overdue(self) -> bool:
-        """True if values have waited for `PAUSE` seconds."""
-        return bool(self._waiting) and time.perf_counter() > self._flushed + PAUSE
+        """True if it is time to write the waiting values."""
+        late = time.perf_counter() > self._flushed + PAUSE
+        return bool(self._waiting) and late and time.process_time() >= self._due
 
     def add(self, values: Mapping[str, float | Tensor], step: int) -> None:
         """Add the values of one step, without those that the run has already.
@@ -190,11 +194,14 @@ class RunLog:
         self._flushed = time.perf_counter()
         if not (waiting or texts):
             return
+        start = time.process_time()
         known = {"key": self._run.key, "settings": self._settings, "written": self._written}
         write_json(self._record, known)
         self._writer.write(waiting)
         for name, (text, step) in texts.items():
             self._writer.describe(name, text, step)
+        end = time.process_time()
+        self._due = end + BUSY * (end - start)
 
     def close(self) -> None:
         """Write what waits, and close the writer."""
