@@ -34,9 +34,9 @@ from perdure.federated import fit_federated
 
 GROUPS: dict[str, tuple[Setup, ...]] = {
     "fault": FAULTS,
+    "held out": HELD_OUT,
     "other fault": OTHER_FAULTS,
     "calibration": CALIBRATION,
-    "held out": HELD_OUT,
 }
 ALIASES = {
     "frozen parameters": {"unchanged parameters"},
@@ -152,8 +152,8 @@ def main() -> None:
     done = {(row["group"], row["setup"], row["seed"]) for row in rows}
     wanted = [
         (group, setup, seed)
-        for seed in range(args.seeds)
         for group, setups in GROUPS.items()
+        for seed in range(args.seeds)
         for setup in setups
         if (group, setup.name, seed) not in done
     ]

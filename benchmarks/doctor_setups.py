@@ -21,6 +21,8 @@ from perdure.strategies import EWC, Naive, Replay
 from perdure.utils import derive, generator, seeded
 
 CLASSES = 10
+DECLARED = 1_250
+"""Declared number of training records; there are 1,257."""
 SHAPE = (1, 8, 8)
 MakeOptimizer = Callable[..., Optimizer]
 ADAM: MakeOptimizer = partial(torch.optim.Adam, lr=3e-3)
@@ -69,7 +71,7 @@ class Setup:
 
 def whole(seed: int) -> Stream:
     """Return all digits as one experience."""
-    return joint(digits(seed=seed))
+    return joint(digits(seed=seed, declared_size=DECLARED))
 
 
 def as_sequences(seed: int) -> Stream:
@@ -90,7 +92,7 @@ def _changed(
     keep: Callable[[Tensor], Tensor] | None = None,
 ) -> Stream:
     """Return the digits with other inputs in both parts, and other training labels or records."""
-    data = digits(seed=seed)
+    data = digits(seed=seed, declared_size=DECLARED)
     parts = []
     for part in (data.train, data.test):
         fits = {"inputs": inputs(part.inputs), "domain": None}

@@ -1,6 +1,6 @@
 """Cost of the monitor: processor time of training steps with it, relative to those without it.
 
-The set-up is the one of the loop's benchmark: a perceptron with two layers of 400 units on split
+The set-up is the one of the loop's benchmark: a perceptron with two layers of 400 units on
 MNIST, batches of 128. Runs with and without the monitor take turns in one process. Rows of random
 numbers stand in for the images if there are none: the time does not depend on the values.
 
@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 
 from perdure import Learner, Records, Stream
-from perdure.data import Dataset, mnist, split
+from perdure.data import Dataset, joint, mnist
 from perdure.doctor import Monitor
 from perdure.learner import Callback
 from perdure.models import mlp
@@ -76,14 +76,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--iterations", type=int, default=200, help="per experience")
+    parser.add_argument("--iterations", type=int, default=200, help="number of steps")
     parser.add_argument("--data", type=Path, help="data root")
     parser.add_argument("--random", action="store_true", help="random images, not MNIST")
     parser.add_argument("--json", type=Path, help="store the row in this file")
     args = parser.parse_args()
     torch.set_num_threads(1)
     data = stand_in() if args.random else mnist(args.data)
-    stream = split(data, scenario="class", experiences=5)
+    stream = joint(data)
     ratios = []
     plain = []
     for turn in range(args.repeats + 1):

@@ -4,7 +4,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ import torch
 
 from perdure.adversarial import Attack, robust_accuracy
 from perdure.data.experience import Stream
-from perdure.doctor import Finding
+from perdure.doctor import Finding, Monitor, in_order
 from perdure.errors import ConfigError, NonFiniteError, RunawayError, RunError
 from perdure.experiment.config import Arm, Config
 from perdure.experiment.finding_rows import finding_row
@@ -131,6 +131,7 @@ class ArmRun:
     name: str = ""
     findings: Sequence[Finding] = ()
     """Findings of the doctor about this arm, for its row of the result."""
+    monitor: Monitor = field(default_factory=Monitor)
 
     def __post_init__(self) -> None:
         self.name = self.name or self.arm.name
@@ -188,7 +189,7 @@ class ArmRun:
             client=client,
             owner=f"{self.name}/client-{client}",
             folder=folder,
-            callbacks=[self._listen, *self.callbacks],
+            callbacks=[self._listen, self.monitor, *self.callbacks],
             averaging=training.averaging.averaging if training.averaging else None,
             sharpness=training.sharpness,
             l1=training.l1,
@@ -242,7 +243,7 @@ class ArmRun:
             "failure": failure,
             **numbers,
             "progress": progress,
-            "findings": [finding_row(each) for each in self.findings],
+            "findings": list(map(finding_row, in_order([*self.findings, *self.monitor.findings]))),
             **self._privacy(),
         }
 
@@ -356,7 +357,7 @@ class ArmRun:
                 statement = account.statement(privacy.delta)
                 raw = privacy.diagnostics == "raw"
                 logger.log_privacy(statement, server.learner, raw=raw)
-        for callback in (self._listen, *self.callbacks, *loggers):
+        for callback in (self._listen, self.monitor, *self.callbacks, *loggers):
             callback(point, server.learner)
 
     def _listen(self, point: str, learner: Learner) -> None:

@@ -1,0 +1,324 @@
+"""The monitor: what it finds in real short trainings, and what it leaves as it is."""
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from perdure import Learner, Privacy
+from perdure.data import digits, iid, joint, permuted, split
+from perdure.doctor import Finding, Monitor, Remedy, in_order
+from perdure.errors import ConfigError, PrivacyError
+from perdure.federated import Federation, fit_federated
+from perdure.models import Classifier, mlp
+from perdure.strategies import Naive, Replay
+
+DATA = digits(declared_size=1_250)
+STREAM = joint(DATA)
+PRIVACY = Privacy(noise_multiplier=1.0, delta=1e-4, seed=0)
+
+
+def small(activation="relu", hidden=(32, 32)):
+    return mlp(input_shape=(1, 8, 8), num_classes=10, seed=0, hidden=hidden, activation=activation)
+
+
+def watched(model=None, stream=STREAM, *, rate=3e-3, rules=None, **options):
+    """Train for a short time, and return the monitor and the learner."""
+    monitor = Monitor(every=2, rules=rules)
+    given = {"strategy": Naive(), "iterations": 60, "batch_size": 64}
+    learner = Learner(
+        model=small() if model is None else model,
+        optimizer=partial(torch.optim.Adam, lr=rate),
+        callbacks=[monitor],
+        **{**given, **options},
+    )
+    learner.fit(stream)
+    return monitor, learner
+
+
+def rules_of(monitor):
+    return [finding.rule for finding in monitor.findings]
+
+
+@pytest.fixture(scope="module")
+def healthy():
+    return watched()
+
+
+def with_bias(value):
+    model = small()
+    with torch.no_grad():
+        model.body[3].bias.fill_(value)
+    return model
+
+
+def scaled(factor, activation):
+    model = small(activation)
+    with torch.no_grad():
+        for layer in (model.body[1], model.body[3]):
+            layer.weight.mul_(factor)
+    return model
+
+
+def deep_sigmoid():
+    torch.manual_seed(0)
+    layers = [part for _ in range(6) for part in (nn.Linear(64, 64), nn.Sigmoid())]
+    return Classifier(nn.Sequential(nn.Flatten(), *layers), 64, 10)
+
+
+class Growing(nn.Module):
+    """Layers in which the gradient grows towards the input: tanh with large orthogonal weights."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Linear(64, 64)
+        self.again = nn.Linear(64, 64, bias=False)
+        nn.init.orthogonal_(self.again.weight, 3.0)
+
+    def forward(self, x):
+        state = self.first(x.flatten(1))
+        for _ in range(20):
+            state = torch.tanh(self.again(state))
+        return state
+
+
+class Unused(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.used = nn.Linear(64, 32)
+        self.unused = nn.Linear(64, 32)
+
+    def forward(self, x):
+        return torch.tanh(self.used(x.flatten(1)))
+
+
+FAULTS = {
+    "learning rate too high": lambda: watched(rate=1.0),
+    "learning rate too low": lambda: watched(rate=1e-6),
+    "vanishing gradient": lambda: watched(deep_sigmoid()),
+    "exploding gradient": lambda: watched(Classifier(Growing(), 64, 10)),
+    "dead units": lambda: watched(with_bias(-10.0)),
+    "saturated activation": lambda: watched(scaled(40.0, "tanh")),
+    "initial variance": lambda: watched(scaled(40.0, "relu")),
+    "unchanged parameters": lambda: watched(Classifier(Unused(), 32, 10)),
+}
+
+
+@pytest.mark.parametrize("rule", FAULTS)
+def test_a_monitor_names_a_seeded_fault_first(rule):
+    monitor, _ = FAULTS[rule]()
+    assert rules_of(monitor)[:1] == [rule]
+
+
+def test_a_monitor_finds_nothing_in_a_healthy_training(healthy):
+    monitor, learner = healthy
+    assert rules_of(monitor) == []
+    assert learner.matrix[0][0] > 80
+
+
+def changed(labels=None, rows=None):
+    """Return the stream with other training labels, or with the first rows only."""
+    train = DATA.train if rows is None else DATA.train.take(torch.arange(rows))
+    train = replace(train, labels=train.labels if labels is None else labels(train.labels))
+    return joint(replace(DATA, train=replace(train, declared_size=len(train))))
+
+
+def half_random(labels):
+    generator = torch.Generator().manual_seed(0)
+    other = torch.randint(10, labels.shape, generator=generator)
+    return torch.where(torch.rand(labels.shape, generator=generator) < 0.5, other, labels)
+
+
+def test_a_monitor_finds_noisy_labels():
+    monitor, _ = watched(stream=changed(half_random), iterations=120)
+    assert rules_of(monitor) == ["label noise"]
+
+
+def test_a_monitor_finds_overfitting():
+    monitor, _ = watched(stream=changed(rows=20), iterations=150, batch_size=20, rate=1e-2)
+    assert rules_of(monitor) == ["overfitting"]
+
+
+def test_a_monitor_finds_a_loss_that_stays_at_chance():
+    monitor, _ = watched(stream=changed(lambda labels: labels[torch.arange(len(labels)) - 7]))
+    assert rules_of(monitor) == ["loss plateau"]
+
+
+# --------------------------------------------------------------------------- streams
+
+
+def test_a_monitor_finds_a_forgotten_experience():
+    stream = permuted(DATA, experiences=2)
+    monitor, _ = watched(small(hidden=(16,)), stream, rate=2e-2)
+    assert rules_of(monitor) == ["forgotten experience"]
+
+
+def test_a_monitor_finds_new_classes_that_take_all():
+    monitor, _ = watched(stream=split(DATA, scenario="class", experiences=2))
+    assert rules_of(monitor) == ["bias to new classes"]
+
+
+def test_a_monitor_finds_a_memory_that_is_too_small():
+    stream = split(DATA, scenario="class", experiences=2)
+    monitor, _ = watched(stream=stream, strategy=Replay(memory_size=10))
+    assert rules_of(monitor) == ["dead memory"]
+
+
+def test_a_monitor_finds_nothing_in_a_healthy_stream():
+    stream = split(DATA, scenario="class", experiences=2)
+    monitor, _ = watched(stream=stream, strategy=Replay(memory_size=200))
+    assert rules_of(monitor) == []
+
+
+def test_a_monitor_finds_lost_plasticity():
+    """The second experience cannot be learnt, because the units have died in the first."""
+
+    def kill(point, learner):
+        if point == "experience.begin" and learner.position.experience == 1:
+            with torch.no_grad():
+                learner.model.body[3].bias.fill_(-20.0)
+
+    stream = permuted(DATA, experiences=2)
+    monitor = Monitor(every=2)
+    learner = Learner(
+        model=small(),
+        strategy=Naive(),
+        optimizer=partial(torch.optim.Adam, lr=3e-3),
+        iterations=40,
+        callbacks=[kill, monitor],
+    )
+    learner.fit(stream)
+    assert "lost plasticity" in rules_of(monitor)
+
+
+# --------------------------------------------------------------------------- federations
+
+
+def federated(clients):
+    monitor = Monitor(every=2)
+
+    def make(client):
+        return Learner(
+            model=small(),
+            strategy=Naive(),
+            optimizer=partial(torch.optim.Adam, lr=3e-3),
+            epochs=3,
+            batch_size=64,
+            blocks=3,
+            callbacks=[monitor],
+        )
+
+    federation = Federation(clients=len(clients), rounds=3)
+    fit_federated(make, clients, federation, callbacks=[monitor.server])
+    return monitor
+
+
+def of_client(stream, change):
+    only = stream[0]
+    return replace(stream, experiences=(replace(only, train=change(only.train)),))
+
+
+def test_a_monitor_finds_nothing_in_a_healthy_federation():
+    assert rules_of(federated(iid(STREAM, clients=4))) == []
+
+
+def test_a_monitor_finds_a_client_with_other_labels():
+    clients = iid(STREAM, clients=4)
+    clients[3] = of_client(clients[3], lambda train: replace(train, labels=9 - train.labels))
+    [finding] = federated(clients).findings
+    assert finding.rule == "drifted client"
+    assert "client 3" in finding.evidence
+
+
+def test_a_monitor_finds_a_client_with_few_records():
+    clients = iid(STREAM, clients=4)
+    clients[2] = of_client(
+        clients[2], lambda train: replace(train.take(torch.arange(8)), declared_size=8)
+    )
+    [finding] = federated(clients).findings
+    assert finding.rule == "starving client"
+    assert "client 2 has 8 records" in finding.evidence
+
+
+# --------------------------------------------------------------------------- privacy
+
+
+def test_a_monitor_finds_a_signal_below_the_noise():
+    noisy = Privacy(noise_multiplier=200.0, delta=1e-4, seed=0)
+    monitor, _ = watched(privacy=noisy, iterations=20, batch_size=128)
+    assert rules_of(monitor) == ["signal below noise"]
+
+
+def test_a_monitor_refuses_a_debug_rule_under_privacy():
+    with pytest.raises(PrivacyError, match="'label noise' reads raw values"):
+        watched(privacy=PRIVACY, iterations=2, rules=["label_noise"])
+
+
+@pytest.mark.parametrize("privacy", [None, PRIVACY])
+def test_a_monitor_does_not_change_the_training(privacy):
+    def parameters(callbacks):
+        learner = Learner(
+            model=small(hidden=(8,)),
+            strategy=Naive(),
+            optimizer=partial(torch.optim.Adam, lr=3e-3),
+            iterations=6,
+            privacy=privacy,
+            callbacks=callbacks,
+        )
+        learner.fit(STREAM)
+        return [value.detach() for value in learner.params.values()]
+
+    pairs = zip(parameters([]), parameters([Monitor(every=1)]), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
+
+
+# --------------------------------------------------------------------------- findings
+
+
+def test_a_finding_is_made_once_per_experience():
+    monitor, _ = watched(with_bias(-10.0), iterations=20)
+    assert len(monitor.findings) == len(monitor.findings) == 1
+    assert monitor.findings[0].experience == 0
+
+
+def test_a_monitor_uses_the_given_rules_only():
+    monitor, _ = watched(with_bias(-10.0), iterations=20, rules=["vanishing_gradient"])
+    assert rules_of(monitor) == []
+
+
+def test_a_monitor_refuses_an_unknown_rule():
+    with pytest.raises(ConfigError, match="rules"):
+        Monitor(rules=["no_such_rule"])
+
+
+def finding(rule, cause, experience=None, explained_by=()):
+    return Finding(
+        rule=rule,
+        cause=cause,
+        evidence="",
+        measured=1.0,
+        threshold=0.0,
+        source="",
+        remedy=Remedy(advice=""),
+        experience=experience,
+        explained_by=explained_by,
+    )
+
+
+def test_findings_are_in_the_order_of_repair():
+    late = finding("a", "fit", 0)
+    early = finding("b", "data", 0)
+    assert in_order([late, early]) == [early, late]
+
+
+def test_a_finding_that_another_explains_is_left_out():
+    cause = finding("b", "activation", 1)
+    explained = finding("a", "fit", 1, ("b",))
+    assert in_order([explained, cause]) == [cause]
+    elsewhere = finding("a", "fit", 2, ("b",))
+    assert in_order([elsewhere, cause]) == [cause, elsewhere]
+    before = finding("a", "wiring", None, ("b",))
+    assert in_order([before, cause]) == [cause]
