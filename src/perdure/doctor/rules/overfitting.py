@@ -29,7 +29,11 @@ class Overfitting(Rule):
     cause: ClassVar[Cause] = "fit"
     level: ClassVar[Level] = "debug"
     source: ClassVar[str] = "SageMaker Debugger, Overfit"
-    explained_by: ClassVar[tuple[str, ...]] = ("learning rate too high", "initial variance")
+    explained_by: ClassVar[tuple[str, ...]] = (
+        "dead memory",
+        "initial variance",
+        "learning rate too high",
+    )
 
     gap: float = 0.25
     rise: float = 0.1
