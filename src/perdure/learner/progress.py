@@ -26,9 +26,9 @@ R = TypeVar("R")
 
 PAUSE = 0.25
 """Most seconds between two reports of a training."""
-BUSY = 100
+BUSY = 200
 """Processor time between two drawings of a bar, in multiples of the time that one takes."""
-LATEST = 2.0
+LATEST = 10.0
 """Seconds after which a bar is drawn, however little processor time was used."""
 SHARE = 0.01
 """Share of a training after which it is reported, however short the time is."""
