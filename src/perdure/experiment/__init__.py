@@ -17,11 +17,11 @@ from perdure.experiment.data_frames import to_pandas
 from perdure.experiment.examinations import examine_run
 from perdure.experiment.exports import export_run
 from perdure.experiment.healing import Healing, heal
+from perdure.experiment.overrides import toml_text
 from perdure.experiment.paired_statistics import Estimate
 from perdure.experiment.rate_test import RateTest, lr_range_test
 from perdure.experiment.remedies import Healed, healed
 from perdure.experiment.result_schema import Result, read_result
-from perdure.experiment.overrides import toml_text
 from perdure.experiment.results import spending
 from perdure.experiment.run import load, run, untimed
 from perdure.experiment.strategy_catalogue import StrategyCard, cards
