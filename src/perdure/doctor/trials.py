@@ -72,7 +72,7 @@ def trial(
                 break
             optimizer.zero_grad()
             if loss.requires_grad:
-                loss.backward()
+                loss.backward()  # type: ignore[no-untyped-call]
             if private:
                 _make_private(params, case)
             optimizer.step()
@@ -115,5 +115,5 @@ def batches_of(inputs: Tensor, targets: Tensor, *, rows: int, seed: int) -> list
     """Split records into batches of `rows` in random order; a smaller rest is left out."""
     order = torch.randperm(len(inputs), generator=generator(seed, "doctor", "batches"))
     size = min(rows, len(inputs))
-    parts = order.split(size)
+    parts = order.split(size)  # type: ignore[no-untyped-call]
     return [(inputs[part], targets[part]) for part in parts if len(part) == size]

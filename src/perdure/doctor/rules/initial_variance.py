@@ -162,5 +162,5 @@ def _equal_units(model: nn.Module) -> str:
     for name, layer in layers[:-1]:
         rows = layer.weight.detach().flatten(1)
         if len(rows) > 1 and bool((rows == rows[0]).all()):
-            return name
+            return str(name)
     return ""

@@ -111,7 +111,7 @@ def _of_a_row(case: Case) -> float:
         drawing_from(case.seed),
         torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value),
     ):
-        outputs = model(case.some_inputs(ROWS))
+        outputs: Tensor = model(case.some_inputs(ROWS))
     return (sum(kept.values()) + outputs.nbytes) / max(1, len(outputs))
 
 

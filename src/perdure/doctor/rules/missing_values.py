@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from perdure.doctor.case import Case
@@ -58,7 +59,7 @@ class MissingValues(Rule):
 
 def _placeholders(rows: Tensor) -> Tensor:
     """(n, d) True for placeholders in features whose other values are far smaller."""
-    found = rows.new_zeros(rows.shape, dtype=bool)
+    found = torch.zeros(rows.shape, dtype=torch.bool)
     for number in PLACEHOLDERS:
         here = rows == number
         others = rows.where(rows.isfinite() & ~here, rows.new_zeros(())).abs().amax(0)

@@ -84,9 +84,13 @@ def _above_chance(records: Records, case: Case) -> float | None:
     labels = records.labels.cpu()
     kept = torch.bincount(labels, minlength=case.stream.num_classes) >= 10
     features, labels = features[kept[labels]], labels[kept[labels]]
-    classes = labels.unique()
+    classes = torch.bincount(labels).nonzero().flatten()
     half = len(labels) // 2
-    if len(classes) < 2 or len(labels) < FEWEST or len(labels[:half].unique()) < len(classes):
+    if (
+        len(classes) < 2
+        or len(labels) < FEWEST
+        or int((torch.bincount(labels[:half]) > 0).sum()) < len(classes)
+    ):
         return None
     learnt = features[:half], labels[:half]
     wanted = labels[half:]
@@ -116,7 +120,7 @@ def _features(inputs: Tensor, case: Case) -> Tensor:
 
 
 def _nearest_mean(features: Tensor, labels: Tensor, others: Tensor) -> Tensor:
-    classes = labels.unique()
+    classes = torch.bincount(labels).nonzero().flatten()
     means = torch.stack([features[labels == each].mean(0) for each in classes])
     return classes[torch.cdist(others, means).argmin(1)]
 
