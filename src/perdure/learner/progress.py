@@ -170,7 +170,7 @@ def watched(fit: Callable[Concatenate[T, P], R]) -> Callable[Concatenate[T, P], 
     """
 
     @wraps(fit)
-    def shown(self: T, *args: P.args, **kwargs: P.kwargs) -> R:
+    def shown(self: T, /, *args: P.args, **kwargs: P.kwargs) -> R:
         with shown_progress(self.show_progress) as show:
             watch = None if show is None else Watch(partial(show, "training"))
             if watch is not None:
