@@ -112,7 +112,7 @@ class Turns:
     def pairs(self) -> list[tuple[float, float]]:
         """Return the times of the watched and of the silent block of each pair but the first."""
         found = zip(self.times[2::2], self.times[3::2], strict=True)
-        return [pair[:: 1 if turn % 2 else -1] for turn, pair in enumerate(found)]
+        return [(one, two) if turn % 2 else (two, one) for turn, (one, two) in enumerate(found)]
 
 
 def train(stream: Stream, steps: int, turns: Turns, *, blocks: int = 1, show: bool = False) -> None:

@@ -357,7 +357,8 @@ class ArmRun:
                 statement = account.statement(privacy.delta)
                 raw = privacy.diagnostics == "raw"
                 logger.log_privacy(statement, server.learner, raw=raw)
-        for callback in (self._listen, self.monitor, *self.callbacks, *loggers):
+        own: Sequence[Callback] = (self._listen, self.monitor)
+        for callback in (*own, *self.callbacks, *loggers):
             callback(point, server.learner)
 
     def _listen(self, point: str, learner: Learner) -> None:
