@@ -22,7 +22,7 @@ from perdure.utils.modules import evaluating
 if TYPE_CHECKING:
     from perdure.federated.server import Server
 
-EVERY = 10
+EVERY = 20
 """Fewest steps between two measured steps, unless the user asks for fewer."""
 MEASURED = 40
 """Number of measured steps of an experience, if it has enough steps."""
@@ -57,7 +57,7 @@ class Monitor(CheckedFields):
     Args:
         rules: names or objects of the rules to use; None for all rules that watch.
         every: number of steps between two measured steps; None for 40 measured steps in an
-            experience, at least 10 steps apart.
+            experience, at least 20 steps apart.
 
     Raises:
         ConfigError: if there is no rule of a name.
