@@ -13,7 +13,7 @@ import torch
 
 from perdure.adversarial import Attack, robust_accuracy
 from perdure.data.experience import Stream
-from perdure.doctor import Finding, Monitor, in_order
+from perdure.doctor import Finding, Monitor
 from perdure.errors import ConfigError, NonFiniteError, RunawayError, RunError
 from perdure.experiment.config import Arm, Config
 from perdure.experiment.finding_rows import finding_row
@@ -132,6 +132,8 @@ class ArmRun:
     findings: Sequence[Finding] = ()
     """Findings of the doctor about this arm, for its row of the result."""
     monitor: Monitor = field(default_factory=Monitor)
+    """Monitor of all trainings of the arm. A resumed run has measured its last part only, so these
+    findings stand in no file that a resumed run must repeat."""
 
     def __post_init__(self) -> None:
         self.name = self.name or self.arm.name
@@ -243,7 +245,7 @@ class ArmRun:
             "failure": failure,
             **numbers,
             "progress": progress,
-            "findings": list(map(finding_row, in_order([*self.findings, *self.monitor.findings]))),
+            "findings": [finding_row(each) for each in self.findings],
             **self._privacy(),
         }
 
