@@ -190,7 +190,9 @@ def report(run: Path) -> None:
     from perdure.report.table import table
 
     console = wide_console()
-    console.print(table(read_result(run)))
+    result = read_result(run)
+    console.print(table(result))
+    print_findings(console, {arm["name"]: arm.get("findings", []) for arm in result["arms"]})
     console.print(f"report: {write_report(run)}")
 
 
