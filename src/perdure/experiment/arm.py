@@ -359,8 +359,8 @@ class ArmRun:
                 statement = account.statement(privacy.delta)
                 raw = privacy.diagnostics == "raw"
                 logger.log_privacy(statement, server.learner, raw=raw)
-        own: Sequence[Callback] = (self._listen, self.monitor)
-        for callback in (*own, *self.callbacks, *loggers):
+        heard: Sequence[Callback] = (self._listen, self.monitor, *self.callbacks, *loggers)
+        for callback in heard:
             callback(point, server.learner)
 
     def _listen(self, point: str, learner: Learner) -> None:
