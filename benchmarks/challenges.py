@@ -326,7 +326,7 @@ def measured(tables: Mapping[str, Any], measure: str, seed: int) -> tuple[float,
         with count.counting() if measure == "step_bytes" else nullcontext():
             result = run(parse(text), text, folder, examine="full")
         seconds = time.process_time() - began
-        trial = result["arms"][0]["seeds"][0]
+        trial: Row = dict(result["arms"][0]["seeds"][0])
         if trial["failure"] is not None:
             # a training that diverged answers by chance
             value = 100.0 / 10 if MEASURES[measure][1] else float("nan")

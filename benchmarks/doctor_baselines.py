@@ -104,7 +104,7 @@ class Published:
         self._validation.append(loss)
         right = outputs.argmax(-1) == test.labels
         self._accuracy.append(float(right.float().mean()))
-        for label in test.labels.unique():
+        for label in sorted(set(test.labels.tolist())):
             error = 1 - float(right[test.labels == label].float().mean())
             if error > 0.7 and learner.position.step >= self._epoch * 2:
                 self.sagemaker.add("class imbalance")

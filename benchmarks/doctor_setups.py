@@ -55,7 +55,7 @@ class Setup:
     privacy: dict[str, Any] | None = None
     federation: dict[str, Any] | None = None
     clients: Callable[[Stream, int], list[Stream]] | None = None
-    length: dict[str, int] = field(default_factory=lambda: {"epochs": 15, "batch_size": 64})
+    length: dict[str, Any] = field(default_factory=lambda: {"epochs": 15, "batch_size": 64})
 
     def privacy_of(self, seed: int) -> Privacy | None:
         """Return the privacy settings, with simulated noise of the seed."""
@@ -95,7 +95,7 @@ def _changed(
     data = digits(seed=seed, declared_size=DECLARED)
     parts = []
     for part in (data.train, data.test):
-        fits = {"inputs": inputs(part.inputs), "domain": None}
+        fits: dict[str, Any] = {"inputs": inputs(part.inputs), "domain": None}
         if part is data.train:
             fits["labels"] = labels(part.labels)
         changed = replace(part, **fits)
@@ -235,7 +235,7 @@ def dead(seed: int) -> Classifier:
     """Make a perceptron whose second layer has large negative biases, so its units are dead."""
     model = small_mlp(seed)
     with torch.no_grad():
-        model.body[3].bias.fill_(-10.0)
+        dict(model.named_parameters())["body.3.bias"].fill_(-10.0)
     return model
 
 
@@ -243,8 +243,8 @@ def saturated(seed: int) -> Classifier:
     """Make a perceptron with tanh whose weights are 40 times too large."""
     model = small_mlp(seed, activation="tanh")
     with torch.no_grad():
-        for layer in (model.body[1], model.body[3]):
-            layer.weight.mul_(40.0)
+        for name in ("body.1.weight", "body.3.weight"):
+            dict(model.named_parameters())[name].mul_(40.0)
     return model
 
 

@@ -204,7 +204,7 @@ def test_no_rule_has_a_finding_for_a_sound_training(name):
     assert [str(each) for each in examined(case(**HEALTHY[name]), names=names)] == []
 
 
-def test_every_rule_of_the_examination_has_a_fault_and_a_docstring():
+def test_every_examining_rule_has_a_fault_and_a_docstring():
     examining = {
         name for name in rules.names() if rules.find(name).examine is not rules.Rule.examine
     }
@@ -244,7 +244,7 @@ def test_the_case_of_a_private_training_holds_no_training_record():
     assert made.origin == "public test records"
 
 
-def test_findings_under_privacy_do_not_depend_on_training_records():
+def test_private_findings_do_not_depend_on_training_records():
     """Training inputs are NaN and training labels are equal, which a rule that read them tells."""
     wrong = stream_of(INPUTS, LABELS)
     train = wrong[0].train

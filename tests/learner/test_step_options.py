@@ -314,7 +314,7 @@ def test_noise_differs_by_step_seed_and_client(learner_of, toy_stream):
         learner = learner_of(weight_noise=0.1, optimizer=sgd, **given)
         learner.prepare(toy_stream())
         session = learner.session
-        ends.append(session._place("weight noise", 0))
+        ends.append(session.seed_of("weight noise", 0))
     assert ends[0] == ends[1] and len(set(ends)) == 3
     one, same, other = (normal_like({"w": torch.zeros(9)}, 1.0, seed)["w"] for seed in (1, 1, 2))
     assert one.equal(same) and not one.equal(other)

@@ -33,7 +33,7 @@ def fitted(learner_of, toy_stream):
 def test_all_copies_of_a_record_are_on_one_side(toy_data):
     stream = permuted(toy_data, experiences=3)
     validator = Validator(Validation(share=0.25), stream, 0, private=False)
-    held = [set(records.ids.tolist()) for records in validator._records]
+    held = [set(records.ids.tolist()) for records in validator.records]
     trained = [set(each.train.ids.tolist()) for each in validator.stream]
     assert held[0] == held[1] == held[2] and not held[0] & trained[0]
     assert len(held[0]) == round(0.25 * len(stream[0].train))
@@ -41,7 +41,7 @@ def test_all_copies_of_a_record_are_on_one_side(toy_data):
     assert sizes == [len(each.train) for each in validator.stream]
 
 
-def test_validation_records_are_not_trained_on(fitted):
+def test_validation_records_are_not_trained_on(fitted, toy_stream):
     seen = set()
     learner = fitted(
         Validation(share=0.25),
@@ -51,7 +51,8 @@ def test_validation_records_are_not_trained_on(fitted):
             )
         ],
     )
-    held = {each for records in learner._validator._records for each in records.ids.tolist()}
+    again = Validator(Validation(share=0.25), toy_stream(), learner.seed, private=False)
+    held = {each for records in again.records for each in records.ids.tolist()}
     assert held and not held & seen
 
 

@@ -150,9 +150,8 @@ def audit(
         )
     if privacy.bands is not None or isinstance(privacy.clipping, Adaptive):
         given = f"bands={privacy.bands}, clipping={privacy.clipping}"
-        raise ConfigError.of(
-            "learner.privacy", given, "independent noise (bands=None) and a fixed clip norm"
-        )
+        allowed = "independent noise (bands=None) and a fixed clip norm"
+        raise ConfigError.of("learner.privacy", given, allowed)
     if canaries < 10:
         raise ConfigError.of("canaries", canaries, "10 or more; use 1000 for a useful bound")
     if not 0 <= experience < len(stream):

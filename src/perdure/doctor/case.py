@@ -147,13 +147,13 @@ class Case:
         return self.domain.random(rows, generator(self.seed, "doctor", "inputs"))
 
     def random_targets(self, rows: int) -> Tensor:
-        """Make synthetic targets of `rows` records, with the classes of the first experience."""
+        """Make synthetic targets (rows, ...), with the classes of the first experience."""
         first = self.stream[0]
         numbers = torch.arange(rows)
         return self.task.synthetic(first.train.labels.cpu(), first.classes, numbers)
 
     def some_inputs(self, rows: int) -> Tensor:
-        """Return inputs of the sample, at most `rows`, or random ones if there is no sample."""
+        """Return at most `rows` inputs (n, ...) of the sample; random ones without a sample."""
         if self.sample is None:
             return self.random_inputs(rows)
         return _evenly(self.sample, rows).inputs

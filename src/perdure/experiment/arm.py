@@ -13,10 +13,10 @@ import torch
 
 from perdure.adversarial import Attack, robust_accuracy
 from perdure.data.experience import Stream
-from perdure.doctor import Finding, Monitor
+from perdure.doctor import Finding, Monitor, in_order
 from perdure.errors import ConfigError, NonFiniteError, RunawayError, RunError
 from perdure.experiment.config import Arm, Config
-from perdure.experiment.finding_rows import finding_row
+from perdure.experiment.finding_rows import finding_of, finding_row
 from perdure.experiment.model_config import make_model
 from perdure.experiment.result_schema import Numbers, PrivacyResult, TrialResult
 from perdure.experiment.results import (
@@ -132,13 +132,13 @@ class ArmRun:
     findings: Sequence[Finding] = ()
     """Findings of the doctor about this arm, for its row of the result."""
     monitor: Monitor = field(default_factory=Monitor)
-    """Monitor of all trainings of the arm. A resumed run has measured its last part only, so these
-    findings stand in no file that a resumed run must repeat."""
+    """Monitor of all trainings of the arm."""
 
     def __post_init__(self) -> None:
         self.name = self.name or self.arm.name
         self.folder = self.run_folder / "arms" / self.name
         self._clock = self.folder / "seconds.json"
+        self._watched = self.folder / "findings.json"
         before = float(json.loads(self._clock.read_text())) if self._clock.exists() else 0.0
         self._began = time.perf_counter() - before
 
@@ -245,7 +245,9 @@ class ArmRun:
             "failure": failure,
             **numbers,
             "progress": progress,
-            "findings": [finding_row(each) for each in self.findings],
+            "findings": list(
+                map(finding_row, in_order([*self.findings, *self._watched_findings()]))
+            ),
             **self._privacy(),
         }
 
@@ -378,6 +380,18 @@ class ArmRun:
                 }
             )
             write_json(self._clock, self._seconds())
+            write_json(self._watched, list(map(finding_row, self._watched_findings())))
+
+    def _watched_findings(self) -> list[Finding]:
+        """Return the monitor's findings of this process, after those of earlier ones of the run.
+
+        A monitor keeps no measurements over a stop, so a resumed run may find less.
+        """
+        stored = json.loads(self._watched.read_text()) if self._watched.exists() else []
+        before = list(map(finding_of, stored))
+        known = {(each.rule, each.experience) for each in before}
+        now = [each for each in self.monitor.findings if (each.rule, each.experience) not in known]
+        return [*before, *now]
 
     def _seconds(self) -> float:
         """Return the seconds spent on the arm: by this process, and by earlier ones of the run.

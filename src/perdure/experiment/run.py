@@ -44,9 +44,9 @@ from perdure.privacy.ledger.merged import read as read_ledger
 from perdure.utils.atomic_files import write_atomically, write_json
 from perdure.utils.folder_lock import locked
 
-TIMINGS = frozenset({"seconds"})
-"""Keys of the result that contain times, and so may differ between two runs of one config on one
-machine.
+TIMINGS = frozenset({"seconds", "findings"})
+"""Keys of the result that may differ between two runs of one config on one machine: times, and
+findings, because the monitor of a resumed run has no measurements of the part before the stop.
 """
 
 

@@ -98,18 +98,18 @@ class Validator:
         self._private = private
         self.stream = stream
         """Stream without the held-out records."""
-        self._records = list(validation.records)
+        self.records = list(validation.records)
         if private:
             validation.refuse_private()
-        if not self._records:
+        if not self.records:
             parts = list(hold_out(stream.experiences, validation.share, seed, "validation"))
-            self._records = [held for _, held in parts]
+            self.records = [held for _, held in parts]
             cut = zip(stream.experiences, parts, strict=True)
             self.stream = replace(
                 stream, experiences=tuple(replace(each, train=train) for each, (train, _) in cut)
             )
-        elif len(self._records) != len(stream):
-            given = f"{len(self._records)} sets of records"
+        elif len(self.records) != len(stream):
+            given = f"{len(self.records)} sets of records"
             raise ConfigError.of("validation.records", given, f"one for each of {len(stream)}")
         self.history: list[tuple[int, int, float]] = []
         self.begin()
@@ -149,7 +149,7 @@ class Validator:
     def _measure(self, party: Party, step: int) -> None:
         index = party.position.experience
         by_task = party.stream.scenario == "task"
-        score = score_of(party, self._records[index], index if by_task else None)
+        score = score_of(party, self.records[index], index if by_task else None)
         self.history.append((index, step, score))
         sign = 1 if party.stream.task.metric.higher_is_better else -1
         if self._best is None or sign * score > sign * self._best:

@@ -56,7 +56,18 @@ class Rule(CheckedFields, ABC):
         experience: int | None = None,
         step: int | None = None,
     ) -> Finding:
-        """Make a finding of this rule; the arguments are those of `Finding`."""
+        """Make a finding of this rule.
+
+        Args:
+            evidence: measurement in words, with its numbers and the layer or data that it is about.
+            measured: measured number.
+            threshold: number above or below which the rule makes a finding.
+            remedy: proposed remedy.
+            series: recent measurements, oldest first, for a picture.
+            series_name: quantity of the series, for the label of the picture.
+            experience: index of the experience; None before training.
+            step: step of the experience; None before training, and at the end of an experience.
+        """
         return Finding(
             rule=self.name,
             cause=self.cause,
