@@ -98,7 +98,7 @@ def test_replaying_without_one_record_finds_each_planted_fault(tool, name, parts
 @pytest.mark.parametrize(("tool", "name"), [("replay", "coupling only above 20 rows")])
 def test_replaying_without_the_guard_finds_planted_faults(tool, name, parts, monkeypatch):
     unguarded = Verdict(independence="tested", alone=False)
-    monkeypatch.setattr("perdure.learner.party.inspect", lambda *args, **options: unguarded)
+    monkeypatch.setattr("perdure.learner.guarded_party.inspect", lambda *args, **options: unguarded)
     again = "perdure.learner.inspected_path.InspectedPath.look_again"
     monkeypatch.setattr(again, lambda *args, **options: None)
     fault = GUARD[name]

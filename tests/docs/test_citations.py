@@ -12,7 +12,10 @@ GENERATED = {
     f"{folder}{page}.md"
     for folder, pages in (
         ("", ("changelog", "strategies", "command-line", "config")),
-        ("reference/", ("index", "command-line", "config", "perdure.contract")),
+        (
+            "reference/",
+            ("index", "command-line", "config", "perdure.contract", "perdure.tasks.losses"),
+        ),
     )
     for page in pages
 }

@@ -82,6 +82,7 @@ WRONG = {
     ("", "data"): ('"digits"', "3", "[]"),
     ("", "training"): ("true", "[]"),
     ("", "federation"): ("true", '"yes"'),
+    ("", "loggers"): ("true", '"tensorboard"', "{}", "[1]", "[{}]", '[{name = "paper"}]'),
     ("data", "name"): CHOICES,
     ("data", "root"): ("3", "true", "[]"),
     ("data", "options"): ("3", "true", "[]", "{length = 3}", '{test_share = "x"}'),

@@ -115,7 +115,7 @@ def test_a_training_that_diverges_is_reported_and_others_run(finished):
     folder, result = finished
     wild = result["arms"][1]
     assert [each["trial"] for each in wild["failures"]] == ["wild-seed-3", "wild-seed-1"]
-    assert "is NaN or infinite at the end of experience 1" in wild["failures"][0]["failure"]
+    assert "the loss is NaN or infinite in step 1 of experience 1" in wild["failures"][0]["failure"]
     assert wild["average_accuracy"] is None and wild["accuracy_matrix"] == []
     assert result["arms"][2]["average_accuracy"] > 0
     assert "wild-seed-3: EWC: " in answer(result)

@@ -281,7 +281,7 @@ def test_the_sensitivity_test_finds_a_loss_that_couples_records(pair, monkeypatc
     it.
     """
     unguarded = Verdict(independence="tested", alone=False)
-    monkeypatch.setattr("perdure.learner.party.inspect", lambda *args, **options: unguarded)
+    monkeypatch.setattr("perdure.learner.guarded_party.inspect", lambda *args, **options: unguarded)
     whole, fewer = pair(Masked())
     records = whole.stream[0].train
     first, second = (torch.nonzero(records.labels == label).flatten() for label in (0, 1))
