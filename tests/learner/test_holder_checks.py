@@ -47,7 +47,7 @@ def test_training_that_fails_without_privacy_names_the_nan_row(learner_of, toy_s
     learner = learner_of(iterations=40)
     with pytest.raises(DataError, match=r"experience 0 .* has nan in row 5 .*, column 2 of"):
         learner.fit(spoilt(toy_stream(), float("nan"), index=0))
-    assert learner.position.step == 40
+    assert learner.position.step < 40
 
 
 @pytest.mark.parametrize("privacy", [None, SIMULATED])

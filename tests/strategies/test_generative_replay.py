@@ -410,7 +410,7 @@ def test_a_config_can_use_generative_replay(tmp_path):
     strategy = "generative_replay"
     temperature = 2.0
     """
-    result = run(parse(text), text, tmp_path / "run", lambda arm, share: None)
+    result = run(parse(text), text, tmp_path / "run", lambda arm, share, state: None)
     assert [row["strategy"] for row in result["arms"]] == ["generative_replay"]
 
 
