@@ -71,8 +71,8 @@ class Challenge:
     note: str = ""
 
 
-DEEP = {"model.hidden": [32] * 10, "model.activation": "tanh"}
-CNN = {"model.name": "cnn", "model.width": 8}
+DEEP = {"model.hidden": [32] * 16, "model.activation": "tanh"}
+CNN = {"model.name": "cnn", "model.hidden": None, "model.width": 8}
 CLASSES = {"data.stream": "split", "data.scenario": "class", "data.experiences": 5}
 CHALLENGES = (
     Challenge(
@@ -106,9 +106,9 @@ CHALLENGES = (
     Challenge(
         name="augmentation",
         challenge="data augmentation and preprocessing",
-        healthy=CNN,
+        healthy={**CNN, "model.width": 16, "training.epochs": 30},
         fault={"data.name": "challenge_data:shifted"},
-        remedy={"training.views": {"count": 2, "change": "shift_and_flip", "pixels": 1}},
+        remedy={"training.views": {"count": 1, "change": "shift_and_flip", "pixels": 1}},
         rules=("overfitting",),
     ),
     Challenge(
@@ -129,7 +129,7 @@ CHALLENGES = (
     Challenge(
         name="imbalance",
         challenge="imbalanced data sets",
-        fault={"data.name": "challenge_data:imbalanced"},
+        fault={"data.name": "challenge_data:imbalanced", "data.options": {"ratio": 30.0}},
         remedy={"training.loss": {"name": "balanced_softmax"}},
         rules=("class imbalance",),
     ),
@@ -182,7 +182,7 @@ CHALLENGES = (
         name="adversarial",
         challenge="adversarial attacks",
         measure="robust_accuracy",
-        healthy={"training.epochs": 20},
+        healthy={"model.hidden": [256], "training.epochs": 20},
         fault={"attack": {"name": "pgd", "epsilon": 0.1, "steps": 10, "step_size": 0.025}},
         remedy={
             "training.adversary": {"name": "pgd", "epsilon": 0.1, "steps": 5, "step_size": 0.04}
@@ -219,7 +219,7 @@ CHALLENGES = (
     Challenge(
         name="schedule",
         challenge="learning rate scheduling",
-        healthy={"training.learning_rate": 0.1},
+        healthy={"model.activation": "gelu", "training.learning_rate": 0.1},
         fault={"training.learning_rate": 0.5},
         remedy={"training.schedule": {"name": "CosineAnnealingLR"}},
         rules=("learning rate too high", "unstable loss"),
@@ -235,7 +235,7 @@ CHALLENGES = (
     Challenge(
         name="unstable",
         challenge="unstable loss surfaces",
-        healthy={},
+        healthy={"model.activation": "tanh"},
         fault={"training.batch_size": 4, "training.learning_rate": 0.06},
         remedy={"training.averaging": {"name": "swa", "start": 0.5}},
         rules=("unstable loss", "learning rate too high"),
