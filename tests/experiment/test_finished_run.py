@@ -126,7 +126,7 @@ def test_a_loaded_private_model_refuses_its_training_records(folder):
 @pytest.mark.parametrize(
     ("arm", "seed", "message"),
     [
-        (None, None, "has 4 models for arm None; give one of icarl-plain-seed-3, naive-"),
+        (None, None, "has 4 models; give one of icarl-plain-seed-3, naive-"),
         ("naive-private", None, "has 2 models for arm 'naive-private'; give one of naive-private-"),
         ("ewc-plain", 3, "has no arm 'ewc-plain' with seed 3; give one of icarl-plain-seed-3"),
         ("naive-private", 4, "has no arm 'naive-private' with seed 4"),

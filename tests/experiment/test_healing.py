@@ -1,5 +1,7 @@
 """Findings and remedies of a configured run: examination, healed configs, restarts, refusals."""
 
+import ast
+import contextlib
 import importlib
 import inspect
 import json
@@ -13,6 +15,7 @@ from perdure.doctor import Finding, Remedy, rules
 from perdure.errors import ConfigError
 from perdure.experiment import examine_run, heal, healed, parse, read_result, run
 from perdure.experiment.calls import parameters
+from perdure.experiment.config import FederationConfig
 from perdure.experiment.data_config import DataConfig
 from perdure.experiment.finding_rows import finding_of, finding_row
 from perdure.experiment.training_config import TrainingConfig
@@ -115,25 +118,46 @@ def test_findings_survive_the_result_file():
 
 KEYS = {
     "training": {field.name for field in fields(TrainingConfig)},
+    "federation": {field.name for field in fields(FederationConfig)},
     "privacy": {field.name for field in fields(Privacy)},
     "data": {field.name for field in fields(DataConfig)},
     "model": {field.name for field in fields(ModelConfig)} | {*parameters(models.decoder)},
 }
 
 
+SOURCES = [
+    inspect.getsource(importlib.import_module(rules.find(name).__module__))
+    for name in rules.names()
+]
+
+
 def test_every_path_that_a_rule_proposes_is_a_key_of_the_config():
-    """Paths are read from the files of the rules that examine."""
-    kinds = [rules.find(name) for name in rules.names()]
-    texts = [
-        inspect.getsource(importlib.import_module(kind.__module__))
-        for kind in kinds
-        if kind.examine is not rules.Rule.examine
-    ]
-    proposed = {path for text in texts for path in re.findall(r'"(\w+\.[\w.]+)": ', text)}
-    assert len(proposed) > 6
+    """Paths are read from the files of the rules."""
+    proposed = {path for text in SOURCES for path in re.findall(r'"(\w+\.[\w.]+)": ', text)}
+    assert len(proposed) > 12
     for path in proposed:
         table, key, *_ = path.split(".")
         assert key in KEYS[table], path
+
+
+def constant_changes():
+    """Yield every change without variables that a rule proposes, as path and value."""
+    for node in (node for text in SOURCES for node in ast.walk(ast.parse(text))):
+        if isinstance(node, ast.keyword) and isinstance(node.value, ast.Dict):
+            for path, value in zip(node.value.keys, node.value.values, strict=True):
+                with contextlib.suppress(ValueError):
+                    yield ast.literal_eval(path), ast.literal_eval(value)
+
+
+def test_every_constant_change_of_a_rule_is_accepted():
+    tables = CONFIG.replace("[training]", "[federation]\nclients = 2\n[training]") + PRIVATE
+    tables = tables.replace("hidden = [16]", "hidden = [16, 16]")
+    text = tables.replace("seed = 0\n", 'seed = 0\ndiagnostics = "raw"\n')
+    # options of a data set are arguments of its function, so a config may lack them
+    tried = [each for each in constant_changes() if not each[0].startswith("data.options")]
+    assert len(tried) > 8
+    for path, value in tried:
+        assert healed(text, [of(path, value)]).refused == {}, path
 
 
 @pytest.fixture(scope="module")
@@ -170,8 +194,17 @@ def test_the_report_shows_findings_with_pictures_and_restarts(outcome):
     page = write_report(outcome.folders[1]).read_text()
     assert "Restarts with remedies" in page
     assert healing_table(outcome.restarts).row_count == len(outcome.restarts)
-    row = finding_row(RATE)
-    assert findings_table({"a": [row, row], "b": []}).row_count == 2
+
+
+def test_the_table_of_findings_has_one_line_a_rule():
+    first, second, other = (
+        {**finding_row(of("training.reset_optimizer", True, rule=rule)), "experience": index}
+        for index, rule in ((0, "r"), (2, "r"), (0, "s"))
+    )
+    drawn = findings_table({"a": [first, second, other], "b": [first]})
+    assert drawn.row_count == 3
+    assert list(drawn.columns[3].cells) == ["e; also in experience 3", "e", "e"]
+    assert next(iter(drawn.columns[4].cells)) == "a (training.reset_optimizer = true)"
 
 
 def test_findings_of_a_run_stand_in_its_result(tmp_path):

@@ -46,7 +46,8 @@ def doctor(
     elif any(found.values()):
         print_findings(wide_console(), found)
     else:
-        wide_console().print("no findings")
+        left_out = " of the rules that train nothing; leave out --quick for all rules"
+        wide_console().print(f"no findings{left_out if quick else ''}")
     raise typer.Exit(FOUND if any(found.values()) else 0)
 
 

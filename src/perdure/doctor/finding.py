@@ -59,7 +59,7 @@ class Finding(CheckedFields):
         source: publication or measurement that the threshold comes from.
         remedy: proposed remedy.
         level: reading that the rule needed.
-        experience: index of the experience; None before training.
+        experience: index of the experience, from 0 (texts count from 1); None before training.
         step: step of the experience; None before training, and at the end of an experience.
         series: recent measurements, oldest first, for a picture; may be empty.
         series_name: meaning of the numbers in `series`, such as "loss of each step".

@@ -11,7 +11,7 @@ from perdure.experiment.arm import Progress, silent
 from perdure.experiment.config import Config, parse, table_of
 from perdure.experiment.examinations import examine_run
 from perdure.experiment.finding_rows import finding_of
-from perdure.experiment.overrides import toml_text
+from perdure.experiment.overrides import changes_in_words, toml_text
 from perdure.experiment.remedies import Healed, healed
 from perdure.experiment.result_schema import Restart, Result, read_result
 from perdure.experiment.results import ledger_files
@@ -100,11 +100,6 @@ def heal(
         result = read_result(folders[-1])
         plan = _next(text, result, name)
     return Healing(folders=tuple(folders), restarts=tuple(done), refused=plan.refused)
-
-
-def changes_in_words(changes: Mapping[str, object]) -> str:
-    """Write changed settings as `path = value`, with commas."""
-    return ", ".join(f"{path} = {value}" for path, value in changes.items())
 
 
 def _check(config: Config, restarts: int, total_epsilon: float | None) -> None:

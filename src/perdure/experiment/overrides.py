@@ -68,6 +68,11 @@ def toml_text(table: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def changes_in_words(changes: Mapping[str, object]) -> str:
+    """Write changed settings as `path = value`, with values of TOML and commas between."""
+    return ", ".join(f"{path} = {toml_value(value)}" for path, value in changes.items())
+
+
 def _is_plain(value: object) -> bool:
     tables = isinstance(value, list) and value and all(isinstance(each, dict) for each in value)
     return not (isinstance(value, dict) or tables)

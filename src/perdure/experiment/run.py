@@ -187,9 +187,11 @@ def chosen_trial(
         if arm in (None, each.name, trial) and seed in (None, its_seed)
     ]
     if len(found) != 1:
-        asked = f"arm {arm!r}" if seed is None else f"arm {arm!r} with seed {seed}"
-        problem = "has no" if not found else f"has {len(found)} models for"
-        raise RunError(f"{folder} {problem} {asked}; give one of {', '.join(found or known)}")
+        asked = "model" if arm is None else f"arm {arm!r}"
+        several = "models" if arm is None else f"models for arm {arm!r}"
+        problem = f"has {len(found)} {several}" if found else f"has no {asked}"
+        place = "" if seed is None else f" with seed {seed}"
+        raise RunError(f"{folder} {problem}{place}; give one of {', '.join(found or known)}")
     return found[0]
 
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
+from perdure.experiment.overrides import changes_in_words
 from perdure.experiment.result_schema import FindingResult, Restart, Result
 from perdure.report.picture import Picture
 from perdure.report.wording import MISSING
@@ -20,16 +21,33 @@ NAME = "finding"
 def findings_table(found: Mapping[str, Sequence[FindingResult]]) -> "Table":
     """Draw the findings of every arm for the terminal, in the order of repair.
 
+    A rule has one line in an arm: its first finding, and the other experiences that have one.
+
     Args:
         found: findings by the name of the arm.
     """
     drawn = _terminal_table("arm", "cause", "finding", "evidence", "remedy")
     for arm, rows in found.items():
-        for number, row in enumerate(rows):
-            cells = (row["cause"], row["rule"], row["evidence"], remedy_in_words(row))
+        alike = [[row for row in rows if row["rule"] == rule] for rule in _rules(rows)]
+        for number, (row, *others) in enumerate(alike):
+            evidence = row["evidence"] + _also(others)
+            cells = (row["cause"], row["rule"], evidence, remedy_in_words(row))
             drawn.add_row(*map(_plain, ("" if number else arm, *cells)))
         drawn.add_section()
     return drawn
+
+
+def _rules(rows: Sequence[FindingResult]) -> list[str]:
+    return list(dict.fromkeys(row["rule"] for row in rows))
+
+
+def _also(others: Sequence[FindingResult]) -> str:
+    """Return the experiences, counted from 1, of further findings of a rule."""
+    places = sorted({row["experience"] + 1 for row in others if row["experience"] is not None})
+    if not places:
+        return ""
+    noun = "experience" if len(places) == 1 else "experiences"
+    return f"; also in {noun} {', '.join(map(str, places))}"
 
 
 def healing_table(restarts: Sequence[Restart]) -> "Table":
@@ -40,7 +58,7 @@ def healing_table(restarts: Sequence[Restart]) -> "Table":
     """
     drawn = _terminal_table("run", "cause", "changes", "arm", "before", "after")
     for restart in restarts:
-        head = [restart["run"], restart["cause"], _changes(restart["changes"])]
+        head = [restart["run"], restart["cause"], changes_in_words(restart["changes"])]
         for arm, values in restart["arms"].items():
             cells = (*head, arm, _number(values["before"]), _number(values["after"]))
             drawn.add_row(*map(_plain, cells))
@@ -66,12 +84,13 @@ def _plain(text: str) -> str:
 
 
 def remedy_in_words(row: FindingResult) -> str:
-    """Return the advice of a finding with the settings that apply it."""
-    return f"{row['remedy']} ({_changes(row['changes'])})" if row["changes"] else row["remedy"]
-
-
-def _changes(changes: Mapping[str, object]) -> str:
-    return ", ".join(f"{path} = {value}" for path, value in changes.items())
+    """Return the advice of a finding, with those settings that it does not name."""
+    unnamed = {
+        path: value
+        for path, value in row["changes"].items()
+        if f"{path.rpartition('.')[2]} = " not in row["remedy"]
+    }
+    return f"{row['remedy']} ({changes_in_words(unnamed)})" if unnamed else row["remedy"]
 
 
 def _number(value: float | None) -> str:
@@ -121,7 +140,7 @@ def _article(arm: str, row: FindingResult, picture: Picture | None) -> str:
 def _healing(result: Result) -> str:
     rows = "".join(
         f"<tr><th scope='row'>{escape(restart['run'])}</th><td>{escape(restart['cause'])}</td>"
-        f"<td>{escape(_changes(restart['changes']))}</td><td>{escape(arm)}</td>"
+        f"<td>{escape(changes_in_words(restart['changes']))}</td><td>{escape(arm)}</td>"
         f"<td class='number'>{_number(values['before'])}</td>"
         f"<td class='number'>{_number(values['after'])}</td></tr>"
         for restart in result.get("healing", ())

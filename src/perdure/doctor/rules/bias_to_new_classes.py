@@ -39,8 +39,7 @@ class BiasToNewClasses(Rule):
             f"{share:.0%} of the test records of earlier classes are classified as new ones",
             measured=share,
             threshold=self.share,
-            remedy=Remedy(
-                advice="strategy = 'bic' or 'replay'", changes={"arms.strategy": "replay"}
-            ),
+            # an arm stands for its strategy, so no setting replaces it
+            remedy=Remedy(advice="strategy 'bic' or 'replay', or a larger memory_size"),
             experience=trace.experience,
         )

@@ -51,14 +51,12 @@ class ForgottenExperience(Rule):
             return None
         best = max(row[worst] for row in trace.matrix[worst:-1])
         return self.finding(
-            f"accuracy on experience {worst} fell from {best:.0f} to {last[worst]:.0f} %",
+            f"accuracy on experience {worst + 1} fell from {best:.0f} to {last[worst]:.0f} %",
             measured=falls[worst],
             threshold=self.drop,
-            remedy=Remedy(
-                advice="strategy = 'replay', or a larger memory_size",
-                changes={"arms.strategy": "replay"},
-            ),
+            # an arm stands for its strategy, so no setting replaces it
+            remedy=Remedy(advice="strategy 'replay', or a larger memory_size"),
             series=tuple(row[worst] for row in trace.matrix[worst:]),
-            series_name=f"accuracy on experience {worst} in percent",
+            series_name=f"accuracy on experience {worst + 1} in percent",
             experience=trace.experience,
         )

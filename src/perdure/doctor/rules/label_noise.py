@@ -51,8 +51,8 @@ class LabelNoise(Rule):
             measured=gap,
             threshold=self.gap,
             remedy=Remedy(
-                advice="training.loss = 'generalised_cross_entropy'",
-                changes={"training.loss": "generalised_cross_entropy"},
+                advice="a loss for wrong labels, such as GeneralisedCrossEntropy()",
+                changes={"training.loss": {"name": "generalised_cross_entropy"}},
             ),
             series=trace.smoothed_losses(50),
             series_name="training loss",

@@ -42,7 +42,7 @@ class LostPlasticity(Rule):
             return None
         newest = len(learnt) - 1
         return self.finding(
-            f"experience {newest} reached {trace.matrix[-1][newest]:.0f} %, the first "
+            f"experience {newest + 1} reached {trace.matrix[-1][newest]:.0f} %, the first "
             f"{trace.matrix[0][0]:.0f} %",
             measured=share,
             threshold=self.share,

@@ -47,8 +47,8 @@ class SaturatedActivation(Rule):
             measured=saturated[worst],
             threshold=self.share,
             remedy=Remedy(
-                advice="model.activation = 'relu', model.initialisation = 'xavier'",
-                changes={"model.activation": "relu", "model.initialisation": "xavier"},
+                advice="another activation and initialisation",
+                changes={"model.activation": "relu", "model.init": "xavier"},
             ),
             series=tuple(probe.layers.saturated.get(worst, 0.0) for probe in trace.probes),
             series_name=f"share of saturated values of {worst}",

@@ -45,7 +45,7 @@ class UnstableLoss(Rule):
             measured=rise,
             threshold=self.rise,
             remedy=Remedy(
-                advice="training.averaging = 'ema'", changes={"training.averaging": "ema"}
+                advice="averaging=EMA()", changes={"training.averaging": {"name": "ema"}}
             ),
             experience=trace.experience,
             step=trace.done,
