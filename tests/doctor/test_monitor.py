@@ -317,3 +317,13 @@ def test_a_finding_that_another_explains_is_left_out():
     assert in_order([elsewhere, cause]) == [cause, elsewhere]
     before = finding("a", "wiring", None, ("b",))
     assert in_order([before, cause]) == [cause]
+
+
+def test_of_findings_in_a_circle_the_first_is_kept():
+    a = finding("a", "initialisation", 0, ("b",))
+    b = finding("b", "initialisation", 0, ("c",))
+    c = finding("c", "learning rate", 0, ("a",))
+    assert in_order([b, c, a]) == [c]
+    assert in_order([a, c]) == [a]
+    pair = finding("e", "initialisation", 0, ("f",)), finding("f", "activation", 0, ("e",))
+    assert in_order(pair[::-1]) == [pair[0]]

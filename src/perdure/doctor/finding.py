@@ -91,14 +91,34 @@ class Finding(CheckedFields):
 def in_order(findings: Sequence[Finding]) -> list[Finding]:
     """Sort findings by cause, in the order of repair, and leave out those that others explain.
 
-    Equal causes stay in their order. A finding before training can explain findings of every
+    Equal causes stay in their order. Of findings that explain each other in a circle, the first
+    in this order stays. A finding before training can explain findings of every
     experience, and can be explained by them.
 
     Args:
         findings: findings of `examine`, of a `Monitor`, or of both.
     """
-    left = [each for each in findings if not any(_explains(other, each) for other in findings)]
-    return sorted(left, key=lambda finding: CAUSES.index(finding.cause))
+    ordered = sorted(findings, key=lambda finding: CAUSES.index(finding.cause))
+    explaining = [_all_explaining(finding, ordered) for finding in ordered]
+
+    def is_explained(place: int) -> bool:
+        # of findings that explain each other in a circle the first stays, or all would be left out
+        return any(at < place or place not in explaining[at] for at in explaining[place])
+
+    return [each for place, each in enumerate(ordered) if not is_explained(place)]
+
+
+def _all_explaining(finding: Finding, findings: Sequence[Finding]) -> set[int]:
+    """Return the places of the findings that explain one, directly or through others."""
+    found: set[int] = set()
+    following = [finding]
+    while following:
+        explained = following.pop()
+        for place, other in enumerate(findings):
+            if place not in found and _explains(other, explained):
+                found.add(place)
+                following.append(other)
+    return found
 
 
 def _explains(other: Finding, finding: Finding) -> bool:
