@@ -96,6 +96,22 @@ class Detached(nn.Module):
         return self.bias.expand(len(x), -1)
 
 
+class Recurrent(nn.Module):
+    """Plain recurrent model, whose state is the same for all records at first."""
+
+    def __init__(self):
+        super().__init__()
+        self.inputs = nn.Linear(1, 8)
+        self.state = nn.Linear(8, 8, bias=False)
+        self.head = nn.Linear(8, CLASSES)
+
+    def forward(self, x):
+        state = x.new_zeros(len(x), 8)
+        for now in self.inputs(x.unsqueeze(-1)).unbind(1):
+            state = torch.tanh(now + self.state(state))
+        return self.head(state)
+
+
 TOKENS = InputDomain(shape=(4,), dtype=torch.int64, vocabulary=9)
 OF_TOKENS = stream_of(torch.arange(ROWS * 4).view(ROWS, 4) % 9, LABELS, domain=TOKENS)
 UNIT = InputDomain(shape=(8,), range=(0.0, 1.0))
@@ -173,6 +189,7 @@ HEALTHY = {
     "tiny": {"model": model(hidden=(3,))},
     "tanh": {"model": model(hidden=(16, 16, 16), activation="tanh")},
     "tokens": {"stream": OF_TOKENS, "model": embedded(9)},
+    "recurrent": {"model": Recurrent()},
     "regression": of_numbers(0.3) | {"model": model(num_classes=1)},
     "tags": {"stream": of_tags()},
     "untested": {"stream": BLOBS.with_test(0, BLOBS[0].test.take(slice(0, 0))), "privacy": PRIVATE},
