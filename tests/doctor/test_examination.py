@@ -9,9 +9,10 @@ from torch import nn
 
 from perdure.data import Experience, InputDomain, Records, Stream
 from perdure.doctor import Case, examine, rules
+from perdure.doctor.case import public_part
 from perdure.doctor.examination import examined
 from perdure.doctor.finding import CAUSES
-from perdure.errors import ConfigError
+from perdure.errors import ConfigError, PrivacyError
 from perdure.models import mlp
 from perdure.privacy import Privacy
 from perdure.tasks import MultiLabel, Regression
@@ -292,3 +293,38 @@ def test_the_examination_does_not_change_model_or_generator():
 def test_a_case_of_something_else_is_refused(changes):
     with pytest.raises(ConfigError, match="is not allowed"):
         case(**changes)
+
+
+def learnt_test():
+    """A stream whose test records are its training records."""
+    return replace(BLOBS, experiences=(replace(BLOBS[0], test=BLOBS[0].train),))
+
+
+def test_private_records_are_not_read_as_test_records():
+    with pytest.raises(PrivacyError, match="test records of stage 0 are training records"):
+        examine(model(), learnt_test(), privacy=PRIVATE)
+    with pytest.raises(PrivacyError, match="test records of stage 0 are training records"):
+        public_part(learnt_test())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"loss": "mse"},
+        {"optimizer": "sgd"},
+        {"privacy": "strict"},
+        {"strategy": "ewc"},
+        {"batch_size": 0},
+        {"batch_size": "32"},
+        {"epochs": -1},
+        {"epochs": 1, "iterations": 3},
+        {"loss": lambda outputs, targets: None},
+        {"loss": lambda outputs, targets: 1 / 0},
+        {"model": nn.Linear(3, 3)},
+    ],
+)
+def test_the_examination_refuses_what_it_cannot_use(changes):
+    given = {"model": model(), "stream": BLOBS, "optimizer": SGD} | changes
+    with pytest.raises(ConfigError, match=r"not allowed|cannot be applied") as caught:
+        examine(**given)
+    assert "\n" not in str(caught.value)

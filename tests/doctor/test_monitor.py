@@ -327,3 +327,27 @@ def test_of_findings_in_a_circle_the_first_is_kept():
     assert in_order([a, c]) == [a]
     pair = finding("e", "initialisation", 0, ("f",)), finding("f", "activation", 0, ("e",))
     assert in_order(pair[::-1]) == [pair[0]]
+
+
+def test_a_monitor_checks_the_test_records_of_every_stream():
+    monitor = Monitor()
+    learner = Learner(
+        model=small(),
+        strategy=Naive(),
+        optimizer=partial(torch.optim.Adam, lr=3e-3),
+        iterations=2,
+        privacy=PRIVACY,
+        warm_start=True,
+        callbacks=[monitor],
+    )
+    learner.prepare(STREAM)
+    learner.begin(0)
+    learnt = replace(STREAM, experiences=(replace(STREAM[0], test=STREAM[0].train),))
+    learner.prepare(learnt)
+    with pytest.raises(PrivacyError, match="training records of a model with privacy"):
+        learner.begin(0)
+
+
+def test_rules_of_something_else_are_refused():
+    with pytest.raises(ConfigError, match="rules = "):
+        Monitor(rules=[1])

@@ -12,9 +12,10 @@ from torch.optim import Optimizer
 from perdure.contract.strategy import Strategy
 from perdure.data.domain import InputDomain
 from perdure.data.experience import Experience, Stream
+from perdure.data.record_identity import ComparedRecords
 from perdure.data.records import Records
 from perdure.data.row_view import rows_at
-from perdure.errors import ConfigError, PerdureError
+from perdure.errors import ConfigError, PerdureError, PrivacyError
 from perdure.learner.optimizers import MakeOptimizer
 from perdure.planning.budget import scheduled
 from perdure.planning.training_plan import TrainingPlan
@@ -22,6 +23,7 @@ from perdure.privacy.guard.probes import domain_of
 from perdure.privacy.settings import Privacy
 from perdure.strategies import find as find_strategy
 from perdure.tasks import Task
+from perdure.utils.checked_fields import check_fields
 from perdure.utils.modules import evaluating, trainable_parameters
 from perdure.utils.seeding import drawing_from, generator
 
@@ -76,6 +78,14 @@ class Case:
             raise ConfigError.of("model", self.model, "a torch.nn.Module")
         if not isinstance(self.stream, Stream):
             raise ConfigError.of("stream", self.stream, "a perdure.data.Stream")
+        check_fields(self, prefix="")
+        for name in ("batch_size", "epochs", "iterations", "micro_batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError.of(name, value, "a whole number, 1 or more")
+        if self.epochs is not None and self.iterations is not None:
+            given = f"{self.epochs}, with iterations={self.iterations}"
+            raise ConfigError.of("epochs", given, "one of epochs and iterations")
         counted = tuple(each.index for each in self.stream if each.train.size_counted)
         object.__setattr__(self, "counted_sizes", counted)
         if self.privacy is not None:
@@ -236,7 +246,18 @@ class Case:
 
 
 def public_part(stream: Stream) -> Stream:
-    """Return the stream without training records; declared facts and test records remain."""
+    """Return the stream without training records; declared facts and test records remain.
+
+    Raises:
+        PrivacyError: if a test record is a training record, so that it is not public.
+    """
+    found = ComparedRecords().find_learnt((stream,), [stage.test for stage in stream.stages])
+    if found is not None:
+        number = next(stage.number for stage in stream.stages if stage.test is found)
+        raise PrivacyError(
+            f"test records of stage {number} are training records, which an examination under "
+            "privacy does not read; use public test records, or ids that no training record has"
+        )
     return replace(stream, experiences=tuple(map(Experience.without_records, stream)))
 
 

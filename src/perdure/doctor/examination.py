@@ -11,7 +11,9 @@ from perdure.data.experience import Stream
 from perdure.doctor import rules
 from perdure.doctor.case import Case, Loss
 from perdure.doctor.finding import Finding, in_order
-from perdure.learner.optimizers import MakeOptimizer
+from perdure.doctor.rules import Rule
+from perdure.errors import ConfigError, PerdureError
+from perdure.learner.optimizers import MakeOptimizer, first_line
 from perdure.privacy.settings import Privacy
 
 
@@ -61,7 +63,9 @@ def examine(
         Findings in the order of repair, because a fault of one kind often causes those after it.
 
     Raises:
-        ConfigError: if an argument is not allowed, or a rule cannot be imported.
+        ConfigError: if an argument is not allowed, if a rule cannot be imported, or if the model
+            or the loss fails on the records.
+        PrivacyError: under privacy, if a test record is a training record.
     """
     case = Case(
         model=model,
@@ -94,5 +98,19 @@ def examined(
         Findings in the order of repair, without those that another finding explains.
     """
     kinds = [rules.find(name) for name in (rules.names() if names is None else names)]
-    found = [kind().examine(case) for kind in kinds if trials or not kind.trains]
+    found = [_applied(kind, case) for kind in kinds if trials or not kind.trains]
     return tuple(in_order([finding for finding in found if finding is not None]))
+
+
+def _applied(kind: type[Rule], case: Case) -> Finding | None:
+    """Apply one rule; code of the user that fails in it, such as the loss, is refused by name."""
+    try:
+        return kind().examine(case)
+    except PerdureError:
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"the rule {kind.name!r} cannot be applied, because model, loss or optimiser fail on "
+            f"the stream's records ({type(error).__name__}: {first_line(error)}); correct them, or "
+            "the records"
+        ) from error

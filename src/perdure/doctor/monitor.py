@@ -71,7 +71,6 @@ class Monitor(CheckedFields):
     _recorders: dict[int, Recorder] = field(default_factory=dict, init=False, repr=False)
     _traces: dict[int, Trace] = field(default_factory=dict, init=False, repr=False)
     _rounds: RoundRecorder | None = field(default=None, init=False, repr=False)
-    _allowed: set[int] = field(default_factory=set, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.every is not None and self.every < 1:
@@ -127,7 +126,7 @@ class Monitor(CheckedFields):
 
     def _refuse(self, learner: Learner) -> None:
         """Refuse rules and rows that a private learner may not show."""
-        if learner.privacy is None or id(learner) in self._allowed:
+        if learner.privacy is None:
             return
         refuse_learnt(learner.session, learner.stream)
         debug = [rule.name for rule in self._rules if rule.level == "debug"]
@@ -136,7 +135,6 @@ class Monitor(CheckedFields):
                 f"the rule {debug[0]!r} reads raw values of private records; leave it out, or use "
                 "Privacy(diagnostics='raw'), which labels the run as not private"
             )
-        self._allowed.add(id(learner))
 
     def _step(self, learner: Learner) -> None:
         recorder = self._recorders[learner.client]
