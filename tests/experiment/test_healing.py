@@ -6,13 +6,14 @@ import importlib
 import inspect
 import json
 import re
+import shutil
 from dataclasses import fields, replace
 
 import pytest
 
 from perdure import models
 from perdure.doctor import Finding, Remedy, rules
-from perdure.errors import ConfigError
+from perdure.errors import ConfigError, LedgerError
 from perdure.experiment import examine_run, heal, healed, parse, read_result, run
 from perdure.experiment.calls import parameters
 from perdure.experiment.config import FederationConfig
@@ -235,6 +236,12 @@ def test_a_private_restart_is_charged_after_the_first_run(tmp_path):
     assert spent["spent elsewhere"] == sum(row["steps"] for row in first["spending"])
     config = parse((done.folders[1] / "config.toml").read_text())
     assert config.privacy.epsilon == 100.0
+    # without the first ledger, a further restart would forget its charges
+    shutil.rmtree(done.folders[1])
+    shutil.rmtree(done.folders[0] / "arms")
+    with pytest.raises(LedgerError, match="has no ledger"):
+        heal(text, tmp_path / "run", restarts=1, total_epsilon=100.0)
+    assert not done.folders[1].exists()
 
 
 def test_a_config_is_examined_arm_by_arm():
@@ -246,3 +253,24 @@ def test_a_config_is_examined_arm_by_arm():
         for each in found["naive-private"]
         for path in each.remedy.changes
     )
+
+
+ALONE = SLOW.split("[[arms]]")[0] + PRIVATE
+
+
+@pytest.mark.parametrize(
+    ("text", "changes", "told"),
+    [
+        (ALONE, {"total_epsilon": -1.0}, "privacy.epsilon = -1.0"),
+        (ALONE, {"total_epsilon": float("nan")}, "privacy.epsilon = nan"),
+        (ALONE, {"total_epsilon": "3"}, "total_epsilon = '3'"),
+        (ALONE, {"restarts": "3"}, "restarts = '3'"),
+        (ALONE, {"restarts": float("nan")}, "restarts = nan"),
+        (ALONE.replace("noise_multiplier = 2.0", "epsilon = 8.0"), {}, "or more"),
+        ("seeds = [0, 1]" + ALONE, {}, "2 private models"),
+    ],
+)
+def test_a_private_healing_is_refused_before_its_first_run(tmp_path, text, changes, told):
+    with pytest.raises(ConfigError, match=re.escape(told)):
+        heal(text, tmp_path / "run", **{"total_epsilon": 3.0, **changes})
+    assert not (tmp_path / "run").exists()

@@ -1,12 +1,12 @@
 """Restarts of a run with the remedies of its findings, one cause at a time."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from perdure.doctor import Finding
-from perdure.errors import ConfigError
+from perdure.errors import ConfigError, LedgerError
 from perdure.experiment.arm import Progress, silent
 from perdure.experiment.config import Config, parse, table_of
 from perdure.experiment.examinations import examine_run
@@ -21,6 +21,7 @@ from perdure.privacy.accounting.charges import Charge, History, bounding, merged
 from perdure.privacy.ledger.account import Account
 from perdure.privacy.ledger.merged import merge
 from perdure.utils.atomic_files import write_json
+from perdure.utils.checked_arguments import checked_arguments
 from perdure.utils.checked_fields import CheckedFields
 
 RESTARTS = 3
@@ -44,6 +45,7 @@ class Healing(CheckedFields):
     refused: Mapping[str, str] = field(default_factory=dict)
 
 
+@checked_arguments
 def heal(
     text: str,
     folder: Path | str,
@@ -76,7 +78,9 @@ def heal(
 
     Raises:
         BudgetError: if a restart does not fit into `total_epsilon`.
-        ConfigError: if the config is not valid, or has a private arm without `total_epsilon`.
+        ConfigError: if the config is not valid, if it has a private arm without `total_epsilon`, or
+            more than one private model, or if the first run may exceed `total_epsilon`.
+        LedgerError: if the ledger of an earlier run is missing.
         RunError: if a folder has a run of another config.
     """
     config = parse(text, source=source)
@@ -114,9 +118,31 @@ def _check(config: Config, restarts: int, total_epsilon: float | None) -> None:
             "to their ledger; allowed: a budget of all runs together; give --total-epsilon E, or "
             "leave out --heal"
         )
-    if private and config.federation is not None:
+    if config.privacy is None or not private:
+        return
+    _check_budget(config, total_epsilon)
+    if config.federation is not None:
         raise ConfigError.of(
             "--heal", "a federation with privacy", "one learner, whose ledger counts all its runs"
+        )
+
+
+def _check_budget(config: Config, total_epsilon: float | None) -> None:
+    """Refuse a total budget that the first run or the models of one restart can exceed."""
+    assert config.privacy is not None
+    # refuse a number out of range before the first run spends anything
+    own = config.privacy.epsilons
+    replace(config.privacy, epsilon=total_epsilon)
+    if own and total_epsilon is not None and max(own) > total_epsilon:
+        allowed = f"privacy.epsilon = {max(own):g} of the first run, or more"
+        raise ConfigError.of("total_epsilon", total_epsilon, allowed)
+    models = [name for name, (arm, _) in trials(config).items() if arm.private]
+    if len(models) > 1:
+        raise ConfigError.of(
+            "--heal",
+            f"{len(models)} private models ({', '.join(models[:3])})",
+            "one private arm with one seed, because each model of a restart has a ledger of its "
+            "own, and together they would exceed the total budget",
         )
 
 
@@ -164,12 +190,23 @@ def _charges(config: Config, folders: Sequence[Path]) -> History:
     """Return the charges of the worst record in all private models of all runs.
 
     The remedies depend on the findings of all arms, so the charges of all of them count.
+
+    Raises:
+        LedgerError: if the ledger of an earlier run is missing.
     """
     found: list[Charge] = []
     for folder in folders:
         for trial, (arm, _) in trials(config).items():
-            for path in ledger_files(folder / "arms" / trial) if arm.private else ():
-                found += bounding(_own_charges(merge([path]).parts[0].account))
+            if not arm.private:
+                continue
+            paths = ledger_files(folder / "arms" / trial)
+            if not paths:
+                raise LedgerError(
+                    f"{folder / 'arms' / trial} has no ledger, so its charges are not known and a "
+                    "restart would forget them; restore the folder, or run without --heal"
+                )
+            for part in merge(paths).parts:
+                found += bounding(_own_charges(part.account))
     return merged(found)
 
 
