@@ -80,3 +80,9 @@ def test_a_trained_learner_is_refused_by_the_range_test(made, toy_stream):
     learner.fit(toy_stream())
     with pytest.raises(ConfigError, match="a new learner with a new"):
         lr_range_test(lambda: learner, toy_stream())
+
+
+@pytest.mark.parametrize("changes", [{"lowest": "a"}, {"highest": "b"}, {"make": lambda: None}])
+def test_the_range_test_refuses_other_values_by_name(made, toy_stream, changes):
+    with pytest.raises(ConfigError, match=next(iter(changes))):
+        lr_range_test(**{"make": made, "stream": toy_stream(), **changes})

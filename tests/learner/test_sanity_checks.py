@@ -3,8 +3,10 @@ divergence.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 import pytest
 import torch
@@ -14,6 +16,8 @@ from helpers.learners import SIMULATED
 from perdure.contract.plan import MemoryPlan, Plan
 from perdure.contract.strategy import Strategy
 from perdure.errors import ConfigError, PrivacyError, RunawayError, StrategyError
+from perdure.learner import EMA, SAM
+from perdure.models import Classifier
 from perdure.strategies import (
     AGEM,
     DER,
@@ -29,6 +33,7 @@ from perdure.strategies import (
     Naive,
     Replay,
 )
+from perdure.tasks.losses import Loss
 
 
 @pytest.mark.parametrize("scenario", ["task", "domain", "class"])
@@ -150,3 +155,50 @@ def test_strategies_refuse_an_invalid_memory_size(kind, size):
 
 def test_a_model_with_one_output_per_class_is_trained(learner_of, toy_stream):
     assert learner_of(Naive(), model=nn.Linear(5, 4)).fit(toy_stream()).isfinite().all()
+
+
+@pytest.mark.parametrize("averaging", [None, EMA()])
+def test_a_step_of_one_record_is_refused_for_batchnorm(learner_of, toy_stream, averaging):
+    stream = toy_stream()
+    model = Classifier(nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6)), 6, 4)
+    learner = learner_of(
+        stream=stream, model=model, batch_size=23, averaging=averaging, iterations=2
+    )
+    with pytest.raises(ConfigError, match="a step has one record, of which BatchNorm"):
+        learner.fit(stream)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Own(Loss):
+    """A loss of a user: cross entropy, changed by a function."""
+
+    name: ClassVar[str] = "own"
+    change: Callable = torch.Tensor.clone
+
+    def losses(self, logits, labels, allowed):
+        return self.change(nn.functional.cross_entropy(logits, labels, reduction="none"))
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (torch.mean, r"result of the loss Own = \(\)"),
+        (lambda each: each[:, None], r"result of the loss Own = \(3, 1\)"),
+        (lambda each: None, "result of the loss Own = 'NoneType'"),
+        (torch.Tensor.detach, "without gradient"),
+        (lambda each: [][0], "the loss Own fails on 3 synthetic records"),
+    ],
+)
+def test_a_loss_that_breaks_its_contract_is_refused(learner_of, toy_stream, change, told):
+    with pytest.raises(ConfigError, match=told):
+        learner_of(loss=Own(change=change)).prepare(toy_stream())
+    learner_of(loss=Own()).prepare(toy_stream())
+
+
+@pytest.mark.parametrize(
+    "name", ["l1", "l2", "gradient_noise", "weight_noise", "max_grad_norm", "sharpness"]
+)
+def test_numbers_that_no_float_can_hold_are_refused(learner_of, toy_stream, name):
+    huge = 10**400
+    with pytest.raises(ConfigError, match=f"{name}|rho"):
+        learner_of(**{name: SAM(rho=huge) if name == "sharpness" else huge})

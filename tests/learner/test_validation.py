@@ -218,3 +218,17 @@ def test_a_config_refuses_validation_where_it_cannot_be_used(rest, reason):
 def test_wrong_validation_settings_are_refused(name, wrong):
     with pytest.raises(ConfigError, match=f"{name} = .* is not allowed"):
         replace(Validation(), **{name: wrong})
+
+
+@pytest.mark.parametrize("records", ["x", [1], 3])
+def test_validation_records_of_something_else_are_refused(records):
+    with pytest.raises(ConfigError, match=r"validation.records = .* is not allowed"):
+        Validation(records=records)
+
+
+def test_a_run_refuses_to_resume_with_other_validation_records(fitted, toy_stream, tmp_path):
+    stream = toy_stream()
+    fitted(Validation(records=[each.test for each in stream], every=20), folder=tmp_path)
+    other = [replace(each.test, inputs=each.test.inputs + 1) for each in stream]
+    with pytest.raises(RunError, match=r"validation\.records"):
+        fitted(Validation(records=other, every=20), folder=tmp_path)

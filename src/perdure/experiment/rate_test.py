@@ -11,6 +11,7 @@ from torch.optim.lr_scheduler import ExponentialLR, LRScheduler
 from perdure.data.experience import Stream
 from perdure.errors import ConfigError, PrivacyError, RunawayError
 from perdure.learner.learner import Learner
+from perdure.utils.checked_arguments import checked_arguments
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -55,6 +56,7 @@ class RateTest:
         return figure
 
 
+@checked_arguments
 def lr_range_test(
     make: Callable[[], Learner],
     stream: Stream,
@@ -152,7 +154,9 @@ def _check(lowest: float, highest: float, steps: int) -> None:
         raise ConfigError.of("steps", steps, f"a whole number, {FEWEST_STEPS} or more")
 
 
-def _refuse_used(learner: Learner) -> None:
+def _refuse_used(learner: object) -> None:
+    if not isinstance(learner, Learner):
+        raise ConfigError.of("result of make", type(learner).__name__, "a perdure.Learner")
     if learner.privacy is not None:
         raise PrivacyError(
             "a learning-rate range test reads the losses of private records; run it on public "

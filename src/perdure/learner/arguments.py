@@ -1,6 +1,5 @@
 """Checks of the arguments of a `Learner`, before anything is built from them."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from typing import Any
@@ -45,6 +44,8 @@ PLAIN = (
     "validation",
 )
 """Arguments that are checked by their annotations alone; the folder may also be text."""
+LARGEST = 1e9
+"""Largest factor, deviation and norm; above it, float32 overflows in training."""
 NOT_NEGATIVE = ("l1", "l2", "gradient_noise", "weight_noise")
 COUNTS = ("epochs", "iterations", "blocks", "evaluate_every", "batch_size", "micro_batch_size")
 
@@ -90,8 +91,8 @@ def check_arguments(given: Mapping[str, Any]) -> None:
             raise ConfigError.of(name, value, "a whole number, 1 or more")
     for name in NOT_NEGATIVE:
         value = given.get(name, 0.0)
-        if isinstance(value, int | float) and not 0 <= value < math.inf:
-            raise ConfigError.of(name, value, "0, or a number above 0")
+        if isinstance(value, int | float) and not 0 <= value <= LARGEST:
+            raise ConfigError.of(name, value, f"a number from 0 to {LARGEST:g}")
     _check_norm(given.get("max_grad_norm"))
     if given["precision"] not in ("float32", "bfloat16"):
         raise ConfigError.of("precision", given["precision"], ("float32", "bfloat16"))
@@ -102,8 +103,10 @@ def check_arguments(given: Mapping[str, Any]) -> None:
 
 def _check_norm(value: object) -> None:
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if value is not None and not (number and 0 < value < math.inf):  # type: ignore[operator]
-        raise ConfigError.of("max_grad_norm", value, "None, or a finite number above 0")
+    if value is not None and not (number and 0 < value <= LARGEST):  # type: ignore[operator]
+        raise ConfigError.of(
+            "max_grad_norm", value, f"None, or a finite number above 0, at most {LARGEST:g}"
+        )
 
 
 def _check_strategy(strategy: object) -> None:

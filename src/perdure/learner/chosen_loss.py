@@ -1,5 +1,6 @@
 """Task of a run: the task of the records, with the loss that the user chose."""
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -7,10 +8,15 @@ from functools import cache
 import torch
 
 from perdure.data.experience import Stream
-from perdure.errors import ConfigError, PrivacyError
+from perdure.errors import ConfigError, PerdureError, PrivacyError
+from perdure.learner.loss_path import is_own_loss
+from perdure.learner.optimizers import first_line
 from perdure.planning.training_plan import TrainingPlan
 from perdure.tasks import Task
 from perdure.tasks.losses import Loss
+
+ROWS = 3
+"""Number of synthetic records on which a loss of the user is tried."""
 
 
 def task_of_run(training: TrainingPlan, loss: Loss | None) -> Task:
@@ -21,7 +27,8 @@ def task_of_run(training: TrainingPlan, loss: Loss | None) -> Task:
         loss: chosen loss; None for the loss of the records' task.
 
     Raises:
-        ConfigError: if task, strategy or number of classes do not fit the loss.
+        ConfigError: if task, strategy or number of classes do not fit the loss, or if a loss of the
+            user does not give one number for each record, with a gradient.
         PrivacyError: under privacy, if the loss counts labels.
     """
     stream = training.stream
@@ -36,12 +43,45 @@ def task_of_run(training: TrainingPlan, loss: Loss | None) -> Task:
     if own:
         raise ConfigError.of("loss", chosen.name, f"None with {strategy.name}, because {own}")
     chosen.refuse_classes(stream.num_classes)
+    if not is_own_loss(chosen):
+        _refuse_broken(task, chosen, stream)
     if chosen.counts_labels and training.privacy:
         raise PrivacyError(
             f'the loss {chosen.name} with "balanced" counts private labels, which no ledger entry '
             "covers; give declared numbers, or numbers from counts that you released"
         )
     return task
+
+
+def _refuse_broken(task: Task, chosen: Loss, stream: Stream) -> None:
+    """Refuse a loss of the user that fails on synthetic records, or has no number for each."""
+    width = task.head_width(stream.num_classes)
+    first = stream[0]
+    targets = task.synthetic(first.train.labels, first.classes, torch.arange(ROWS))
+    shape = task.output_shape(targets, width)
+    outputs = torch.linspace(-1.0, 1.0, math.prod(shape), device=targets.device).view(shape)
+    counted = chosen.with_counts([1.0] * width) if chosen.counts_labels else chosen
+    name = f"loss {type(chosen).__name__}"
+    needed = f"a tensor of one number for each record, ({ROWS},) for {ROWS} records"
+    mask = torch.ones(width, dtype=torch.bool, device=targets.device)
+    try:
+        with torch.enable_grad():
+            found: object = replace(task, loss=counted).losses(
+                outputs.requires_grad_(), targets, mask
+            )
+    except PerdureError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise ConfigError(
+            f"the {name} fails on {ROWS} synthetic records ({reason}); allowed: {needed}"
+        ) from error
+    if not isinstance(found, torch.Tensor) or found.shape != (ROWS,):
+        given = tuple(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
+        raise ConfigError.of(f"result of the {name}", given, f"{needed}, with reduction='none'")
+    if not found.requires_grad:
+        given = "a tensor without gradient"
+        raise ConfigError.of(f"result of the {name}", given, "a differentiable tensor, no detach()")
 
 
 def tasks_by_experience(stream: Stream, task: Task) -> Callable[[int], Task]:

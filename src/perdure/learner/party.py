@@ -27,7 +27,7 @@ from perdure.learner.guarded_party import GuardedParty
 from perdure.learner.inspected_path import InspectedPath
 from perdure.learner.model_mark import ModelMark
 from perdure.learner.runaway import bounded, refuse_runaway, refuse_runaway_step
-from perdure.learner.sanity_checks import refuse_misfits, require_state
+from perdure.learner.sanity_checks import refuse_misfits, require_state, single_rows_refused
 from perdure.learner.step_changes import (
     MovedGradients,
     add_weight_penalties,
@@ -223,6 +223,7 @@ class Party(GuardedParty):
         self.position.step = step
         return self.held.sample(step)
 
+    @single_rows_refused()
     def fill_gradients(self, batch: Batch) -> None:
         """Fill `.grad` of the trained parameters with gradient and penalty, after the projection.
 
@@ -341,6 +342,7 @@ class Party(GuardedParty):
         self.average.follow(self.trained, self.position.step, self._steps)
         self.position.step += 1
 
+    @single_rows_refused()
     def adopt_average(self) -> None:
         """Give the model its averaged parameters, if there are any, and end the average.
 

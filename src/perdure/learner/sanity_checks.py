@@ -3,6 +3,9 @@
 They refuse outputs that do not fit, a second ledger, a missing state, and values that are NaN.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 
@@ -18,6 +21,9 @@ from perdure.models.wrapped import outputs_in
 from perdure.planning.training_plan import TrainingPlan
 from perdure.tasks import SingleLabel
 from perdure.utils.modules import evaluating
+
+ONE_ROW = "Expected more than 1 value per channel"
+"""Beginning of the message of torch if BatchNorm gets one value for each channel."""
 
 
 def refuse_misfits(
@@ -169,6 +175,25 @@ def refuse_second_ledger(position: Position) -> None:
             "forget that cost; make a new Learner and a new model, give the Learner a folder, or "
             "use warm_start=True, which keeps the earlier cost"
         )
+
+
+@contextmanager
+def single_rows_refused() -> Iterator[None]:
+    """Context manager that names the cause if BatchNorm gets one row, for example a last batch.
+
+    Raises:
+        ConfigError: instead of the `ValueError` of torch.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if ONE_ROW not in str(error):
+            raise
+        raise ConfigError(
+            "a step has one record, of which BatchNorm cannot compute a variance; allowed: two "
+            "records or more; give a batch_size that does not leave one record over, or use "
+            "another normalisation, such as GroupNorm or LayerNorm"
+        ) from error
 
 
 def require_state(hook: str, strategy: Strategy, answer: object) -> State:

@@ -15,6 +15,7 @@ from perdure.learner.evaluation import score_of
 from perdure.learner.party import Party
 from perdure.learner.share_of_steps import STEPS_OR_SHARE, are_steps, steps_of
 from perdure.utils.checked_fields import CheckedFields
+from perdure.utils.hashing import digest
 
 FACTS = "validation"
 """Key, in the facts of a checkpoint, of the measurements on validation records."""
@@ -61,9 +62,13 @@ class Validation(CheckedFields):
             raise ConfigError.of("patience", self.patience, "a whole number, 1 or more, or None")
 
     def settings(self) -> dict[str, object]:
-        """Settings for the fingerprint of a run; given records by their number."""
+        """Settings for the fingerprint of a run; given records by number and digest."""
         own = {name: getattr(self, name) for name in ("share", "every", "patience", "keep_best")}
-        return {**own, "records": [len(each) for each in self.records]}
+        seen = [
+            f"{len(each)} records, {digest({'inputs': each.inputs, 'labels': each.labels}).hex()}"
+            for each in self.records
+        ]
+        return {**own, "records": seen}
 
     def refuse_private(self) -> None:
         """Refuse settings that break the privacy of training records.

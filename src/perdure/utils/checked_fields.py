@@ -183,13 +183,12 @@ def _fit_of_one(hint: Any) -> Fit:
     kinds = typing.get_args(hint)
     if origin is tuple:
         return _tuple_fit(kinds)
-    if hint is Path:
-        return lambda value: Path(value) if isinstance(value, str) else _instance(value, Path)
+    if origin is Sequence and kinds:
+        return _sequence_fit(_fit_of(kinds[0]))
+    if hint in SINGLE:
+        return SINGLE[hint]
     if origin is Literal:
         return lambda value: value if _is_one_of(value, kinds) else MISFIT
-    if hint in (int, float):
-        number = Integral if hint is int else Real
-        return lambda value: MISFIT if isinstance(value, bool) else _instance(value, number)
     if Callable in (hint, origin):
         return lambda value: value if callable(value) else MISFIT
     return lambda value: _instance(value, origin or hint)
@@ -201,6 +200,43 @@ def _instance(value: object, kind: Any) -> object:
         return value if not isinstance(kind, type) or isinstance(value, kind) else MISFIT
     except TypeError:  # a protocol that does not support isinstance
         return value
+
+
+def _path(value: object) -> object:
+    return Path(value) if isinstance(value, str) else _instance(value, Path)
+
+
+def _whole(value: object) -> object:
+    return MISFIT if isinstance(value, bool) else _instance(value, Integral)
+
+
+def _real(value: object) -> object:
+    """Return the value if it is a number that a float can hold, else `MISFIT`."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return MISFIT
+    # Python compares whole numbers of any size with infinity, and fails later to convert them
+    too_large = isinstance(value, int) and abs(value) > sys.float_info.max
+    return MISFIT if too_large else value
+
+
+SINGLE: dict[Any, Fit] = {Path: _path, int: _whole, float: _real}
+"""Functions that check and convert values of types without items."""
+
+
+def _sequence_fit(each: Fit) -> Fit:
+    """Return a function that checks the items of a list or tuple, which stays as it is.
+
+    Args:
+        each: check of one item.
+    """
+
+    def fit(value: object) -> object:
+        if isinstance(value, str | bytes) or not isinstance(value, Sequence):
+            return MISFIT
+        listed = isinstance(value, list | tuple)
+        return MISFIT if listed and any(each(item) is MISFIT for item in value) else value
+
+    return fit
 
 
 def _is_one_of(value: object, allowed: tuple[object, ...]) -> bool:
