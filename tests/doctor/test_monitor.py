@@ -12,6 +12,7 @@ from perdure.data import digits, iid, joint, permuted, split
 from perdure.doctor import Finding, Monitor, Remedy, in_order
 from perdure.errors import ConfigError, PrivacyError
 from perdure.federated import Federation, fit_federated
+from perdure.learner import Validation
 from perdure.models import Classifier, mlp
 from perdure.strategies import Naive, Replay
 
@@ -27,11 +28,15 @@ def small(activation="relu", hidden=(32, 32)):
 def watched(model=None, stream=STREAM, *, rate=3e-3, rules=None, **options):
     """Train for a short time, and return the monitor and the learner."""
     monitor = Monitor(every=2, rules=rules)
-    given = {"strategy": Naive(), "iterations": 40, "batch_size": 64}
+    given = {
+        "strategy": Naive(),
+        "iterations": 40,
+        "batch_size": 64,
+        "callbacks": [monitor],
+    }
     learner = Learner(
         model=small() if model is None else model,
         optimizer=partial(torch.optim.Adam, lr=rate),
-        callbacks=[monitor],
         **{**given, **options},
     )
     learner.fit(stream)
@@ -351,3 +356,23 @@ def test_a_monitor_checks_the_test_records_of_every_stream():
 def test_rules_of_something_else_are_refused():
     with pytest.raises(ConfigError, match="rules = "):
         Monitor(rules=[1])
+
+
+def test_a_monitor_that_is_added_in_a_step_watches_from_there():
+    monitor = Monitor(every=2)
+
+    def late(point, learner):
+        if point == "step.done" and monitor not in learner.callbacks:
+            learner.callbacks = [*learner.callbacks, monitor]
+
+    found, _ = watched(with_bias(-50.0), callbacks=[late], iterations=8)
+    assert found.findings == []
+    assert "dead units" in rules_of(monitor)
+
+
+def test_findings_of_an_experience_that_ended_early_are_kept():
+    monitor = Monitor(every=1)
+    early = Validation(share=0.2, every=1, patience=1)
+    stream = split(DATA, scenario="class", experiences=2)
+    watched(with_bias(-50.0), stream, callbacks=[monitor], validation=early, iterations=40)
+    assert 0 in {finding.experience for finding in monitor.findings}

@@ -89,7 +89,7 @@ class Monitor(CheckedFields):
     def __call__(self, point: str, learner: Learner) -> None:
         """Measure what a point of the loop shows."""
         if point == "step.sampled":
-            self._recorders[learner.client].before_step()
+            self._recorder(learner).before_step()
         elif point == "step.done":
             self._step(learner)
         elif point == "experience.begin":
@@ -115,6 +115,8 @@ class Monitor(CheckedFields):
         index = learner.position.experience
         if now is not None and now.experience == index and now.learner is learner:
             return
+        if now is not None:  # an experience that ended early, by validation
+            self._check(now.trace(), client=learner.client)
         steps = learner.training.steps(index)
         every = self.every or max(EVERY, steps // MEASURED)
         self._recorders[learner.client] = Recorder(
@@ -123,6 +125,13 @@ class Monitor(CheckedFields):
             probe_every=PROBE_EVERY * every,
             loss_shown=_shows_losses(learner),
         )
+
+    def _recorder(self, learner: Learner) -> Recorder:
+        """Return the recorder of a learner; a monitor that was added late begins in a step."""
+        now = self._recorders.get(learner.client)
+        if now is None or now.learner is not learner:
+            self._begin(learner)
+        return self._recorders[learner.client]
 
     def _refuse(self, learner: Learner) -> None:
         """Refuse rules and rows that a private learner may not show."""
@@ -137,7 +146,7 @@ class Monitor(CheckedFields):
             )
 
     def _step(self, learner: Learner) -> None:
-        recorder = self._recorders[learner.client]
+        recorder = self._recorder(learner)
         recorder.after_step()
         if learner.position.step in (int(share * recorder.steps) for share in CHECKS):
             self._check(recorder.trace(), client=learner.client)
@@ -145,7 +154,7 @@ class Monitor(CheckedFields):
     def _block(self, learner: Learner) -> None:
         if self._rounds is not None and self._rounds.is_open:
             self._rounds.trained(learner)
-        recorder = self._recorders[learner.client]
+        recorder = self._recorder(learner)
         if learner.position.step < recorder.steps:
             return
         recorder.end()
