@@ -215,7 +215,7 @@ def _real(value: object) -> object:
     if isinstance(value, bool) or not isinstance(value, Real):
         return MISFIT
     # Python compares whole numbers of any size with infinity, and fails later to convert them
-    too_large = isinstance(value, int) and abs(value) > sys.float_info.max
+    too_large = isinstance(value, Integral) and abs(int(value)) > sys.float_info.max
     return MISFIT if too_large else value
 
 
