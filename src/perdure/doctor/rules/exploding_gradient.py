@@ -44,11 +44,12 @@ class ExplodingGradient(Rule):
             largest = float("inf")
             problem = "the first gradient is NaN or infinite"
         else:
-            ratios = early.median(0).values
+            early = early[early[:, -1] > 0]
             # a head without gradient is another symptom
-            if not float(ratios[-1]) > 0:
+            if not len(early):
                 return None
-            ratios = ratios / ratios[-1]
+            # one explosion is enough: it can move the weights to where gradients are small
+            ratios = (early / early[:, -1:]).amax(0)
             largest = float(ratios.max())
             worst = trace.layer_names[int(ratios.argmax())]
             problem = f"the gradient of {worst} is {largest:.2g} times the head's"

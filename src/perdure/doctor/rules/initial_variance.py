@@ -64,6 +64,8 @@ class InitialVariance(Rule):
         same = _equal_units(case.model)
         if same or not variances:
             return self._symmetric(same) if same else None
+        # outputs that are all equal come from dead units before them, which have a rule
+        variances = {name: value for name, value in variances.items() if value > 0} or variances
         least = min(variances, key=variances.__getitem__)
         most = max(variances, key=variances.__getitem__)
         ratio = variances[most] / variances[least] if variances[least] else math.inf
