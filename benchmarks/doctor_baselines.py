@@ -92,7 +92,9 @@ class Published:
     def _imbalance(self, learner: Learner) -> None:
         experience = learner.stream[learner.position.experience]
         if learner.privacy is None:
-            counts = torch.bincount(experience.train.labels)[list(experience.classes)]
+            counts = torch.bincount(experience.train.labels, minlength=learner.stream.num_classes)[
+                list(experience.classes)
+            ]
             if float(counts.max()) > 10 * float(counts.min()):
                 self.sagemaker.add("class imbalance")
 

@@ -366,6 +366,19 @@ TABLES: dict[str, Listing] = {
             "charged too much": "{overcharged}",
         },
     ),
+    "challenges": Listing(
+        file="challenges",
+        columns={
+            "challenge": "{title}",
+            "measure": "{measure}",
+            "healthy": "{healthy:,.1f}",
+            "with the fault": "{faulty:,.1f}",
+            "with the remedy": "{remedied:,.1f}",
+            "won back": "{recovered:.0%}",
+            "named": "{named} of {seeds}",
+            "remedy": "`{remedy}`",
+        },
+    ),
     "entered": Listing(
         file="entered",
         columns={
