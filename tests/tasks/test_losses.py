@@ -385,3 +385,17 @@ def test_another_loss_is_refused_on_resume(stream, tmp_path):
         learner_of(Naive(), loss=Focal(gamma=2.0), folder=tmp_path).fit(stream)
     with pytest.raises(RunError, match="loss"):
         learner_of(Naive(), folder=tmp_path).fit(stream)
+
+
+def test_a_loss_without_the_method_for_labels_is_refused_by_name():
+    @dataclass(frozen=True, kw_only=True)
+    class Half(Loss):
+        name = "half"
+        tasks = ("single-label", "multi-label")
+
+        def losses(self, logits, labels, allowed):
+            return logits.sum(1) / 2
+
+    task = MultiLabel(loss=Half())
+    with pytest.raises(ConfigError, match="the loss half has no method label_losses"):
+        task.losses(torch.zeros(2, 3), torch.zeros(2, 3))

@@ -53,8 +53,14 @@ class Loss(CheckedFields, ABC):
         Args:
             logits: (m, C) logits.
             targets: (m, C) float of 0 and 1.
+
+        Raises:
+            ConfigError: if the loss does not implement the method.
         """
-        raise NotImplementedError
+        raise ConfigError(
+            f"the loss {self.name} has no method label_losses; allowed: one, because its `tasks` "
+            "contain multi-label; implement it, or leave multi-label out of `tasks`"
+        )
 
     def refuse_task(self, name: str) -> None:
         """Refuse a task that cannot use the loss.
