@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from perdure.adversarial.base import Attack, InputLosses, uniform_in_ball
+from perdure.adversarial.balls import uniform_in_ball
+from perdure.adversarial.base import Attack, InputLosses
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +28,8 @@ class RandomPoint(Attack):
         limits = self._limits(origin)
         best = origin
         for _ in range(self.points):
-            change = uniform_in_ball(origin, self.epsilon, self.norm, generator)
-            moved = self._feasible(origin, origin + change, limits)
+            change = uniform_in_ball(origin, self.norm, generator)
+            moved = self._feasible(origin, origin + self._radius(origin) * change, limits)
             better = losses(moved) > losses(best)
             best = torch.where(better.view(-1, *[1] * (origin.ndim - 1)), moved, best)
         return best

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from perdure.adversarial import FGSM, PGD, robust_accuracy
+from perdure.adversarial import FGSM, PGD, RSFGSM, robust_accuracy
 from perdure.errors import ConfigError
 
 SLACK = 1e-5
@@ -56,8 +56,8 @@ class Noise(FGSM):
 @pytest.mark.property
 @settings(deadline=None, max_examples=60)
 @given(
-    attack=st.sampled_from([FGSM, PGD]),
-    norm=st.sampled_from(["linf", "l2"]),
+    attack=st.sampled_from([FGSM, PGD, RSFGSM]),
+    norm=st.sampled_from(["linf", "l2", "l1"]),
     epsilon=st.floats(0, 2, width=32),
     bounds=st.sampled_from([None, (0.0, 1.0), (-0.5, 2.0)]),
     value=st.integers(0, 2**31),
@@ -69,7 +69,7 @@ def test_perturbed_inputs_stay_in_the_epsilon_ball_and_bounds(attack, norm, epsi
         losses, inputs, generator=seed(value)
     )
     change = (moved - inputs).flatten(1)
-    order = float("inf") if norm == "linf" else 2
+    order = {"linf": float("inf"), "l2": 2, "l1": 1}[norm]
     assert (torch.linalg.vector_norm(change, ord=order, dim=1) <= epsilon + SLACK).all()
     if bounds is not None:
         assert moved.min() >= bounds[0] and moved.max() <= bounds[1]
@@ -85,20 +85,25 @@ def test_fgsm_moves_entries_outside_the_bounds_only_inwards():
     assert torch.equal(back, torch.tensor([[-0.75, 2.75, 0.75]]))
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 def test_fgsm_on_a_linear_model_equals_the_closed_form(norm):
     weight = torch.tensor([[1.0, -2.0, 0.5], [0.0, 1.0, -1.0]])
     inputs = torch.randn(6, 3, generator=seed())
     labels = torch.tensor([0, 1, 0, 1, 1, 0])
     # With two classes the loss rises along w_other - w_label, whatever the point.
     uphill = weight[1 - labels] - weight[labels]
-    direction = uphill.sign() if norm == "linf" else uphill / uphill.norm(dim=1, keepdim=True)
+    largest = F.one_hot(uphill.abs().argmax(1), 3)
+    direction = {
+        "linf": uphill.sign(),
+        "l2": uphill / uphill.norm(dim=1, keepdim=True),
+        "l1": largest * uphill.sign(),
+    }[norm]
     attack = FGSM(epsilon=0.3, norm=norm, bounds=None)
     moved = attack.perturb(cross_entropy_of(lambda x: x @ weight.T, labels), inputs)
     assert torch.allclose(moved, inputs + 0.3 * direction, atol=1e-6)
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 @pytest.mark.parametrize("random_start", [True, False])
 def test_pgd_on_a_linear_loss_reaches_the_maximum_in_the_ball(norm, random_start):
     weight = torch.tensor([3.0, -1.0, 0.5, 2.0])
@@ -108,7 +113,7 @@ def test_pgd_on_a_linear_loss_reaches_the_maximum_in_the_ball(norm, random_start
     )
     gain = (attack.perturb(lambda x: x @ weight, inputs, generator=seed(1)) - inputs) @ weight
     # Hölder: the greatest gain is epsilon times the dual norm of the weights.
-    dual = weight.abs().sum() if norm == "linf" else weight.norm()
+    dual = {"linf": weight.abs().sum(), "l2": weight.norm(), "l1": weight.abs().max()}[norm]
     assert torch.allclose(gain, 0.5 * dual.expand(5), rtol=1e-3)
 
 
@@ -171,6 +176,92 @@ def test_the_random_start_comes_from_the_generator_alone():
         attack.perturb(losses, inputs)
 
 
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+@pytest.mark.parametrize("attack", [PGD, RSFGSM])
+def test_a_random_start_is_not_cut_at_the_bounds(attack, norm):
+    seen = []
+
+    def losses(rows):
+        seen.append(rows.detach().clone())
+        return rows.sum(1)
+
+    # all pixels are black, so half of the start's entries lie below the lower bound
+    moved = attack(epsilon=0.5, norm=norm).perturb(losses, torch.zeros(8, 6), generator=seed())
+    assert (seen[0] < 0).float().mean() > 0.3
+    assert moved.min() >= 0
+    assert all(rows.min() >= 0 for rows in seen[1:])
+
+
+@pytest.mark.parametrize("norm", ["l2", "l1"])
+def test_a_long_step_is_cut_at_the_bounds_before_the_ball(norm):
+    # The first pixel is white already and has the largest gradient: a projection before the cut
+    # would spend nearly the whole radius on it.
+    attack = PGD(epsilon=0.5, norm=norm, steps=2, step_size=10.0, random_start=False)
+    weight = torch.tensor([4.0, 3.0])
+    moved = attack.perturb(lambda x: x @ weight, torch.tensor([[1.0, 0.2]]))
+    best = torch.tensor([[1.0, 0.7]] if norm == "l2" else [[1.0, 0.2]])
+    assert torch.allclose(moved, best)
+
+
+def test_epsilon_and_bounds_may_differ_by_feature():
+    attack = PGD(
+        epsilon=(0.0, 0.2, 3.0), bounds=((0.0, 0.0, -9.0), 1.0), steps=20, random_start=False
+    )
+    moved = attack.perturb(lambda x: x.sum(1) - 2 * x[:, 2], torch.tensor([[0.5, 0.9, 0.0]]))
+    assert torch.allclose(moved, torch.tensor([[0.5, 1.0, -3.0]]))
+    with pytest.raises(ConfigError, match="length of epsilon = 3"):
+        attack.perturb(lambda x: x.sum(1), torch.zeros(1, 4))
+
+
+def test_more_restarts_never_lower_the_loss_of_a_record():
+    losses = cross_entropy_of(mlp(), torch.tensor([0, 1, 2, 0]))
+    inputs = torch.rand(4, 12, generator=seed())
+    one, five = (
+        losses(
+            PGD(epsilon=0.2, steps=1, step_size=0.01, restarts=n).perturb(
+                losses, inputs, generator=seed(1)
+            )
+        )
+        for n in (1, 5)
+    )
+    assert (five >= one).all()
+    assert (five > one).any()
+
+
+def test_a_random_model_is_attacked_through_averaged_gradients():
+    # One pass sees a gradient whose sign is right in 70 of 100 cases, the mean of 40 in nearly all.
+    draws = seed(3)
+
+    def losses(rows):
+        return rows.sum(1) * (0.5 + torch.randn(len(rows), generator=draws))
+
+    share = [
+        (
+            PGD(epsilon=0.1, bounds=None, steps=1, samples=n, random_start=False).perturb(
+                losses, torch.zeros(300, 2)
+            )
+            > 0
+        )
+        .float()
+        .mean()
+        for n in (1, 40)
+    ]
+    assert share[0] < 0.8
+    assert share[1] > 0.98
+
+
+@pytest.mark.statistical
+def test_the_l1_random_start_is_uniform_in_the_ball():
+    # As for l2: the share of the volume within radius r is r^3.
+    attack = PGD(epsilon=1.0, norm="l1", bounds=None, steps=1, step_size=1e-9)
+    points = attack.perturb(lambda x: x.sum(1), torch.zeros(4000, 3), generator=seed())
+    radius = points.abs().sum(1)
+    for edge in (0.3, 0.5, 0.8):
+        share = (radius < edge).float().mean().item()
+        assert abs(share - edge**3) < 6 * (edge**3 * (1 - edge**3) / 4000) ** 0.5
+    assert points.mean(0).abs().max() < 0.04
+
+
 @pytest.mark.statistical
 def test_the_l2_random_start_is_uniform_in_the_ball():
     # The share of a 3-ball's volume within radius r is r^3; 4,000 draws, tolerance of six standard
@@ -183,7 +274,7 @@ def test_the_l2_random_start_is_uniform_in_the_ball():
 
 
 def test_an_attack_returns_an_empty_batch_unchanged():
-    for attack in (FGSM(epsilon=0.1), PGD(epsilon=0.1, norm="l2")):
+    for attack in (FGSM(epsilon=0.1), PGD(epsilon=0.1, norm="l2"), PGD(epsilon=1.0, norm="l1")):
         moved = attack.perturb(lambda x: x.sum(1), torch.zeros(0, 3), generator=seed())
         assert moved.shape == (0, 3)
 
@@ -257,7 +348,13 @@ def test_masked_logits_do_not_change_robust_accuracy(digits, masked):
     [
         ({"epsilon": -0.1}, "epsilon"),
         ({"epsilon": float("nan")}, "epsilon"),
-        ({"epsilon": 0.1, "norm": "l1"}, "norm"),
+        ({"epsilon": 0.1, "norm": "l3"}, "norm"),
+        ({"epsilon": (0.1, 0.2), "norm": "l2"}, "epsilon"),
+        ({"epsilon": 0.1, "bounds": ((0.0, 1.0), 0.5)}, "bounds"),
+        ({"epsilon": 0.1, "steps": 1.5}, r"pgd\.steps"),
+        ({"epsilon": 0.1, "steps": "10"}, r"pgd\.steps"),
+        ({"epsilon": 0.1, "restarts": 0}, "restarts"),
+        ({"epsilon": 0.1, "restarts": 2, "random_start": False}, "restarts"),
         ({"epsilon": 0.1, "bounds": (1.0, 0.0)}, "bounds"),
         ({"epsilon": 0.1, "steps": 0}, "steps"),
         ({"epsilon": 0.1, "step_size": 0.0}, "step_size"),

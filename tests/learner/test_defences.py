@@ -1,10 +1,13 @@
 """Training with an adversary and within a budget: moved inputs, charges, and noise."""
 
+import math
 from dataclasses import dataclass, replace
 from functools import partial
 
 import pytest
 import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import LambdaLR
 
 from helpers.learners import SIMULATED, bits
@@ -13,8 +16,9 @@ from perdure.contract.combine import Combine
 from perdure.contract.strategy import Strategy
 from perdure.data.augmentation import Views
 from perdure.data.records import Batch
-from perdure.errors import PrivacyError
+from perdure.errors import ConfigError, PrivacyError
 from perdure.learner.learner import Learner
+from perdure.learner.loss_path import LossPath
 from perdure.models.classifiers import mlp
 from perdure.privacy.adaptive_clipping import Adaptive
 from perdure.privacy.settings import Privacy
@@ -105,6 +109,79 @@ def test_adversarial_training_raises_robust_accuracy_on_digits():
             predict, test.inputs, test.labels, attack, generator=place
         )
     assert robust[attack] > robust[None] + 5
+
+
+def test_an_adversary_moves_no_statistics_and_keeps_rows_apart(toy_stream):
+    stream = toy_stream()
+    shape = stream.input_shape
+    model = nn.Sequential(
+        nn.Flatten(), nn.Linear(math.prod(shape), 8), nn.BatchNorm1d(8), nn.Dropout(0.5)
+    )
+    model.append(nn.Linear(8, stream.num_classes))
+    SEEN.clear()
+    learner = Learner(
+        model=model,
+        strategy=Naive(),
+        optimizer=partial(torch.optim.SGD, lr=0.01),
+        iterations=3,
+        batch_size=8,
+        adversary=Watched(epsilon=0.05),
+    )
+    learner.fit(stream)
+    # one update in each step, none for the two passes of the attack
+    assert int(model[2].num_batches_tracked) == 3 * len(stream)
+    model.train()
+    records = stream[0].train.take(torch.arange(4))
+    zeros = torch.zeros(4, dtype=torch.int64)
+    batch = Batch(
+        inputs=records.inputs,
+        labels=records.labels,
+        ids=records.ids,
+        tasks=zeros,
+        from_memory=zeros > 0,
+        valid=zeros == 0,
+    )
+
+    def losses(forward, part):
+        return cross_entropy(forward(part.inputs), part.labels, reduction="none")
+
+    path = LossPath(strategy=Naive(), adversary=FGSM(epsilon=0.05))
+    params = dict(model.named_parameters())
+    alone, together = (
+        path.perturbed(
+            lambda forward, part: cross_entropy(
+                forward(part.inputs), part.labels, reduction="none"
+            ),
+            model,
+            params,
+            rows,
+            torch.Generator(),
+        ).inputs
+        for rows in (batch.take(slice(0, 1)), batch)
+    )
+    assert torch.allclose(alone, together[:1], atol=1e-6)
+    assert all(part.training for part in model.modules())
+
+
+@pytest.mark.parametrize("privacy", [None, SIMULATED])
+def test_inputs_outside_the_bounds_of_an_adversary_are_refused(learner_of, toy_stream, privacy):
+    stream = toy_stream()
+    stream = replace(
+        stream,
+        experiences=tuple(
+            replace(
+                e,
+                train=replace(e.train, inputs=3 * e.train.inputs, domain=None),
+                test=replace(e.test, inputs=3 * e.test.inputs, domain=None),
+            )
+            for e in stream
+        ),
+    )
+    learner = learner_of(Naive(), adversary=FGSM(epsilon=0.1), privacy=privacy)
+    with pytest.raises(ConfigError, match=r"^adversary\.bounds = .* % of their entries"):
+        learner.fit(stream)
+    free = FGSM(epsilon=0.1, bounds=None)
+    learner_of(Naive(), adversary=free, privacy=privacy).prepare(stream)
 
 
 # --------------------------------------------------------------------------- budgets

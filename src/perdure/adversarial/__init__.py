@@ -7,21 +7,38 @@ To add an attack, add a file `my_attack.py` with one class `MyAttack(Attack)`.
 
 from typing import TYPE_CHECKING, TypeGuard
 
-from perdure.adversarial.base import Attack, InputLosses, Norm
+from perdure.adversarial.auto_attack import AutoAttack
+from perdure.adversarial.balls import Norm
+from perdure.adversarial.base import Attack, InputLosses, Logits
 from perdure.adversarial.fgsm import FGSM
+from perdure.adversarial.objectives import Objective, margin, rescaled_cross_entropy, towards
 from perdure.adversarial.pgd import PGD
-from perdure.adversarial.robust_accuracy import robust_accuracy
+from perdure.adversarial.robust_accuracy import (
+    ThreatModelCard,
+    measure_robustness,
+    robust_accuracy,
+)
+from perdure.adversarial.rs_fgsm import RSFGSM
 from perdure.utils.extensions import Extensions, is_proper_subclass
 
 __all__ = [
     "FGSM",
     "PGD",
+    "RSFGSM",
     "Attack",
+    "AutoAttack",
     "InputLosses",
+    "Logits",
     "Norm",
+    "Objective",
+    "ThreatModelCard",
     "find",
+    "margin",
+    "measure_robustness",
     "names",
+    "rescaled_cross_entropy",
     "robust_accuracy",
+    "towards",
 ]
 
 
@@ -35,7 +52,7 @@ _EXTENSIONS = Extensions(
     group="perdure.attacks",
     fits=_is_attack,
     wanted="a subclass of perdure.adversarial.Attack",
-    helpers=("base", "robust_accuracy"),
+    helpers=("balls", "base", "objectives", "robust_accuracy"),
 )
 
 

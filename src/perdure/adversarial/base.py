@@ -1,4 +1,4 @@
-"""Base class of attacks, and helper functions for gradients on plain tensors.
+"""Base class of attacks, and the gradient of losses with respect to inputs.
 
 An attack gets a function `inputs (n, ...) -> losses (n,)` and changes every row to increase its own
 loss. Because row i of the gradient of the summed losses depends on row i only, the change of a
@@ -8,13 +8,15 @@ private sum stays the same.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import ClassVar, get_args
 
 import torch
 from torch import Tensor
 
+from perdure.adversarial.balls import Norm, project
+from perdure.adversarial.objectives import Objective, losses_of
 from perdure.errors import ConfigError
 from perdure.utils.checked_fields import CheckedFields
 
@@ -22,8 +24,14 @@ InputLosses = Callable[[Tensor], Tensor]
 """Function from inputs (n, ...) to losses (n,), one per record; row i depends on input i only.
 """
 
-Norm = Literal["linf", "l2"]
-"""Norm that limits a perturbation."""
+Logits = Callable[[Tensor], Tensor]
+"""Differentiable function from inputs (n, ...) to logits (n, classes)."""
+
+PerFeature = float | tuple[float, ...]
+"""One number for all features of an input, or one number for each of them."""
+
+Limits = tuple[Tensor, Tensor]
+"""Smallest and largest allowed value of each entry of perturbed inputs."""
 
 
 def input_gradient(losses: InputLosses, inputs: Tensor) -> Tensor:
@@ -50,69 +58,38 @@ def input_gradient(losses: InputLosses, inputs: Tensor) -> Tensor:
     return gradient
 
 
-def steepest_direction(gradient: Tensor, norm: Norm) -> Tensor:
-    """Return, for each row, the step of norm 1 that increases the loss most to first order.
-
-    It is the sign of the gradient (linf) or its unit vector (l2).
-
-    For a row whose gradient is 0, the step is 0.
-    """
-    if norm == "linf":
-        return gradient.sign()
-    dims = tuple(range(1, gradient.ndim))
-    # Divide by the largest entry first, because the squares of a small gradient underflow in
-    # float32.
-    largest = gradient.abs().amax(dims, keepdim=True).clamp_min(torch.finfo(gradient.dtype).tiny)
-    scaled = gradient / largest
-    length: Tensor = torch.linalg.vector_norm(scaled, dim=dims, keepdim=True)
-    return scaled / length.clamp_min(1.0)
-
-
-def project_l2(change: Tensor, epsilon: float) -> Tensor:
-    """Shorten every row to an L2 norm of at most `epsilon`; shorter rows do not change."""
-    length = torch.linalg.vector_norm(change, dim=tuple(range(1, change.ndim)), keepdim=True)
-    return torch.where(length > epsilon, change * (epsilon / length), change)
-
-
-def uniform_in_ball(like: Tensor, epsilon: float, norm: Norm, generator: torch.Generator) -> Tensor:
-    """Draw one uniform point in a ball for each row of `like`.
-
-    The points are drawn on the CPU and moved to the device of `like`.
-    """
-    if norm == "linf":
-        draw = epsilon * (2 * torch.rand(like.shape, dtype=like.dtype, generator=generator) - 1)
-    else:
-        normal = torch.randn(like.shape, dtype=like.dtype, generator=generator)
-        share = torch.rand(len(like), *[1] * (like.ndim - 1), dtype=like.dtype, generator=generator)
-        # Volume grows with radius ** dimension, so the radius is this root of a uniform number.
-        draw = epsilon * share ** (1 / like.shape[1:].numel()) * steepest_direction(normal, "l2")
-    return draw.to(like.device)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Attack(CheckedFields, ABC):
     """Base class of attacks, with the allowed change of an input and the bounds of inputs.
 
     Args:
         epsilon: radius of the ball around each record, in units of the inputs; 0 for no change.
-        norm: "linf" (largest change of any entry) or "l2" (Euclidean length of a record's change).
-        bounds: smallest and largest value of an input; None for inputs without bounds. An entry
-            outside the bounds is never moved further out.
+            With norm "linf" it may be a list with one radius per feature.
+        norm: "linf" (largest change of any entry), "l2" (Euclidean length of a record's change) or
+            "l1" (sum of the absolute changes of a record's entries).
+        bounds: smallest and largest value of an input, each for all features or as a list with one
+            number per feature; None for inputs without bounds. An entry outside the bounds is never
+            moved further out.
 
     Raises:
         ConfigError: if a value is not allowed.
     """
 
-    epsilon: float
+    epsilon: PerFeature
     norm: Norm = "linf"
-    bounds: tuple[float, float] | None = (0.0, 1.0)
+    bounds: tuple[PerFeature, PerFeature] | None = (0.0, 1.0)
+
+    OWN_LOSSES: ClassVar[bool] = False
+    """True for an attack that works on logits alone, for evaluations only."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.epsilon < math.inf:
+        if not all(0 <= radius < math.inf for radius in _numbers(self.epsilon)):
             raise ConfigError.of("epsilon", self.epsilon, "a finite number, 0 or more")
         if self.norm not in get_args(Norm):
             raise ConfigError.of("norm", self.norm, get_args(Norm))
-        if self.bounds is not None and not self.bounds[0] < self.bounds[1]:
+        if isinstance(self.epsilon, Sequence) and self.norm != "linf":
+            raise ConfigError.of("epsilon", self.epsilon, f'one number for norm "{self.norm}"')
+        if self.bounds is not None and not _in_order(*self.bounds):
             raise ConfigError.of("bounds", self.bounds, "(low, high) with low < high, or None")
 
     @abstractmethod
@@ -124,7 +101,7 @@ class Attack(CheckedFields, ABC):
         Guarantee: the result is within the ball and the bounds up to rounding, `inputs` and
         gradients of parameters do not change, and the change of a row depends only on that row and
         its own random numbers. The caller freezes the parameters, which saves a quarter of the
-        time.
+        time, and puts the model into evaluation mode.
 
         Args:
             losses: function (n, ...) -> (n,), one loss per record, to be increased.
@@ -132,22 +109,115 @@ class Attack(CheckedFields, ABC):
             generator: CPU generator for the random numbers of the attack.
         """
 
-    def _limits(self, origin: Tensor) -> tuple[Tensor, Tensor]:
+    def against(
+        self,
+        predict: Logits,
+        inputs: Tensor,
+        labels: Tensor,
+        *,
+        objectives: Sequence[Objective],
+        generator: torch.Generator | None,
+    ) -> Tensor:
+        """Return inputs (n, ...), each changed so that a model errs, if one objective can do it.
+
+        The objectives are tried one after another, each on the records that no earlier one has
+        brought to an error.
+
+        Args:
+            predict: function from inputs to logits (n, classes).
+            inputs: (n, ...) floating-point inputs.
+            labels: (n,) int64 labels.
+            objectives: names of the losses to raise.
+            generator: CPU generator for the random numbers of the attack.
+        """
+        moved = inputs.clone()
+        left = torch.arange(len(inputs), device=inputs.device)
+        for objective in objectives:
+            if not len(left):
+                break
+            own = labels[left]
+            tried = self.perturb(
+                lambda rows, name=objective, own=own: losses_of(name, predict(rows), own),  # type: ignore[misc]
+                inputs[left],
+                generator=generator,
+            )
+            moved[left] = tried
+            with torch.no_grad():
+                left = left[predict(tried).argmax(1) == own]
+        return moved
+
+    def outside(self, inputs: Tensor) -> int:
+        """Return the number of entries of inputs (n, ...) that are outside the bounds."""
+        if self.bounds is None:
+            return 0
+        low, high = (_of_entries("bounds", bound, inputs) for bound in self.bounds)
+        return int(((inputs < low) | (inputs > high)).sum())
+
+    def _radius(self, origin: Tensor) -> float | Tensor:
+        """Return epsilon, as a tensor of the shape of one record if it differs by feature."""
+        return _of_entries("epsilon", self.epsilon, origin)
+
+    def _limits(self, origin: Tensor) -> Limits | None:
         """Return the smallest and the largest allowed value of each entry of perturbed inputs.
 
-        They follow from the bounds and from the linf ball, which also contains the L2 ball.
+        They follow from the bounds and, for norm "linf", from the ball; None without limits.
         """
-        lower = origin - self.epsilon
-        upper = origin + self.epsilon
-        if self.bounds is not None:
-            low, high = self.bounds
-            lower = torch.maximum(lower, origin.clamp(max=low))
-            upper = torch.minimum(upper, origin.clamp(min=high))
-        return lower, upper
+        if self.norm == "linf":
+            radius = self._radius(origin)
+            lower = origin - radius
+            upper = origin + radius
+        if self.bounds is None:
+            return (lower, upper) if self.norm == "linf" else None
+        low, high = (_of_entries("bounds", bound, origin) for bound in self.bounds)
+        # an entry outside the bounds may stay where it is
+        lowest = origin.clamp(max=low)  # type: ignore[call-overload]
+        highest = origin.clamp(min=high)  # type: ignore[call-overload]
+        if self.norm != "linf":
+            return lowest, highest
+        return torch.maximum(lower, lowest), torch.minimum(upper, highest)
 
-    def _feasible(self, origin: Tensor, moved: Tensor, limits: tuple[Tensor, Tensor]) -> Tensor:
-        """Move `moved` back into the ball around `origin` and into the bounds."""
-        if self.norm == "l2":
-            moved = origin + project_l2(moved - origin, self.epsilon)
-        # Clamping only moves entries towards the origin, so the result stays in the ball.
-        return moved.clamp(*limits)
+    def _feasible(self, origin: Tensor, moved: Tensor, limits: Limits | None) -> Tensor:
+        """Move `moved` back into the bounds and into the ball around `origin`.
+
+        The order matters: a point that is projected first, and cut at the bounds then, lies deep
+        inside the ball, and the attack is too weak. A projection keeps a point inside the bounds.
+        """
+        if limits is not None:
+            moved = moved.clamp(*limits)
+        if self.norm == "linf":
+            return moved
+        assert isinstance(self.epsilon, int | float)
+        moved = origin + project(moved - origin, self.epsilon, self.norm)
+        return moved if limits is None else moved.clamp(*limits)  # rounding of the sum
+
+
+def _numbers(value: PerFeature) -> tuple[float, ...]:
+    return tuple(value) if isinstance(value, Sequence) else (value,)
+
+
+def _in_order(low: PerFeature, high: PerFeature) -> bool:
+    """Return True if every lower bound is below its upper bound."""
+    lows = _numbers(low)
+    highs = _numbers(high)
+    size = max(len(lows), len(highs))
+    if {len(lows), len(highs)} - {1, size}:
+        return False
+    lows *= size // len(lows)
+    highs *= size // len(highs)
+    return all(a < b for a, b in zip(lows, highs, strict=True))
+
+
+def _of_entries(name: str, value: PerFeature, origin: Tensor) -> float | Tensor:
+    """Return a number as it is, and a list of numbers as a tensor of the shape of one record.
+
+    Raises:
+        ConfigError: if a list does not have one number per feature.
+    """
+    if not isinstance(value, Sequence):
+        return value
+    shape = origin.shape[1:]
+    if len(value) != shape.numel():
+        raise ConfigError.of(
+            f"length of {name}", len(value), f"{shape.numel()}, one number per feature"
+        )
+    return torch.tensor(value, dtype=origin.dtype, device=origin.device).view(shape)

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from perdure.adversarial.base import Attack, InputLosses, input_gradient, steepest_direction
+from perdure.adversarial.balls import steepest_direction
+from perdure.adversarial.base import Attack, InputLosses, input_gradient
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,5 +31,6 @@ class FGSM(Attack):
     ) -> Tensor:
         """Take one step along the gradient; deterministic, so `generator` is not used."""
         origin = inputs.detach()
-        step = self.epsilon * steepest_direction(input_gradient(losses, origin), self.norm)
-        return self._feasible(origin, origin + step, self._limits(origin))
+        direction = steepest_direction(input_gradient(losses, origin), self.norm)
+        moved = origin + self._radius(origin) * direction
+        return self._feasible(origin, moved, self._limits(origin))

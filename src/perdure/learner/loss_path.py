@@ -26,6 +26,7 @@ from perdure.data.records import Batch, filled_batch
 from perdure.privacy.guard.independence import is_own, keeps_methods
 from perdure.tasks import SingleLabel, Task
 from perdure.tasks.losses import Loss
+from perdure.utils.modules import evaluating_with_gradients
 from perdure.utils.seeding import Seed, generator_from
 
 STRATEGIES = ("perdure.strategies.", "perdure.contract.")
@@ -86,7 +87,8 @@ class LossPath:
     ) -> Batch:
         """Return the inputs of the batch after the attack, each changed to raise its own loss.
 
-        The attack runs on an unhooked copy of the model.
+        The attack runs without hooks, and in evaluation mode: it moves no running statistics, and
+        the change of a row does not depend on the other rows of its batch.
 
         Args:
             losses: function from (forward, batch) to one loss per row.
@@ -101,7 +103,8 @@ class LossPath:
         def of_inputs(inputs: Tensor) -> Tensor:
             return losses(fixed, replace(batch, inputs=inputs))
 
-        inputs = self.adversary.perturb(of_inputs, batch.inputs, generator=generator)
+        with evaluating_with_gradients(model):
+            inputs = self.adversary.perturb(of_inputs, batch.inputs, generator=generator)
         return replace(batch, inputs=inputs)
 
     def changed(

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from perdure.adversarial.base import Attack
+from perdure.adversarial.robust_accuracy import refuse_outside
 from perdure.contract.state import State
 from perdure.contract.strategy import Strategy
 from perdure.data.augmentation import Views
@@ -47,7 +48,7 @@ def refuse_misfits(
             if an experience has nothing to learn.
         StrategyError: if the strategy refuses an experience.
     """
-    refuse_attack(adversary, stream)
+    refuse_attack(adversary, stream, private=training.privacy is not None)
     refuse_trivial(training)
     refuse_outputs(model, stream, trained=training.of(stream[0]).train)
     if views is not None:
@@ -159,12 +160,35 @@ def refuse_trivial(training: TrainingPlan) -> None:
             )
 
 
-def refuse_attack(adversary: Attack | None, stream: Stream) -> None:
-    """Refuse an attack on inputs that cannot change by a small amount, such as tokens."""
+def refuse_attack(adversary: Attack | None, stream: Stream, *, private: bool) -> None:
+    """Refuse an attack that does not fit the inputs, before training.
+
+    The declared domain decides, or else training records, which under privacy are not looked at:
+    there the public test records do.
+
+    Args:
+        adversary: attack on every batch, or None.
+        stream: stream of the training.
+        private: True if training records are private.
+
+    Raises:
+        ConfigError: if inputs cannot change by a small amount, as tokens, or if they are outside
+            the bounds of the attack, which would then hardly change them.
+    """
+    if adversary is None:
+        return
     dtype = stream[0].train.inputs.dtype
-    if adversary is not None and not dtype.is_floating_point:
+    if not dtype.is_floating_point:
         allowed = f"None: inputs are {dtype}, but an attack needs floating-point inputs"
         raise ConfigError.of("adversary", adversary, allowed)
+    for experience in stream:
+        domain = experience.train.domain
+        if domain is not None and domain.range is not None:
+            corners = torch.tensor(domain.range, dtype=dtype).view(2, *[1] * len(domain.shape))
+            refuse_outside(corners.expand(2, *domain.shape), adversary, "adversary.bounds")
+        else:
+            rows = experience.test if private else experience.train
+            refuse_outside(rows.inputs, adversary, "adversary.bounds")
 
 
 def refuse_second_ledger(position: Position) -> None:

@@ -1,7 +1,7 @@
 """Functions for the modes, buffers and running statistics of modules."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +63,18 @@ def evaluating(module: nn.Module) -> Iterator[None]:
         for part, training in modes.items():
             if part.training is not training:
                 part.training = training
+
+
+@contextmanager
+def evaluating_with_gradients(module: nn.Module) -> Iterator[None]:
+    """Put a module into evaluation mode, also where gradients of its outputs are needed.
+
+    cuDNN has no gradients of recurrent layers in evaluation mode; torch's own kernels have.
+    """
+    recurrent = any(isinstance(part, nn.RNNBase) for part in module.modules())
+    own = torch.backends.cudnn.flags(enabled=False) if recurrent else nullcontext()
+    with evaluating(module), own:
+        yield
 
 
 def statistics_of(module: nn.Module) -> Params:
