@@ -539,7 +539,12 @@ def test_adversary_attack_and_explainer_are_chosen_by_name(tmp_path):
     result, _ = ran(tmp_path / "run", OTHERS)
     name = "perdure.strategies.naive.Naive-plain"
     assert (tmp_path / "run" / "checkpoint" / name / "model.safetensors").exists()
-    assert result["attack"] == {"name": "fgsm", "epsilon": 0.1, "norm": "linf"}
+    assert result["attack"] == {
+        "name": "fgsm",
+        "epsilon": 0.1,
+        "norm": "linf",
+        "objectives": ["rescaled_cross_entropy", "margin"],
+    }
     assert result["arms"][0]["strategy"] == "perdure.strategies.naive:Naive"
     assert result["explanations"]["method"] == "lime"
     values = load_file(tmp_path / "run" / "explanations.safetensors")["values"]

@@ -11,7 +11,13 @@ from perdure.adversarial.auto_attack import AutoAttack
 from perdure.adversarial.balls import Norm
 from perdure.adversarial.base import Attack, InputLosses, Logits
 from perdure.adversarial.fgsm import FGSM
-from perdure.adversarial.objectives import Objective, margin, rescaled_cross_entropy, towards
+from perdure.adversarial.objectives import (
+    OBJECTIVES,
+    Objective,
+    margin,
+    rescaled_cross_entropy,
+    towards,
+)
 from perdure.adversarial.pgd import PGD
 from perdure.adversarial.robust_accuracy import (
     ThreatModelCard,
@@ -23,6 +29,7 @@ from perdure.utils.extensions import Extensions, is_proper_subclass
 
 __all__ = [
     "FGSM",
+    "OBJECTIVES",
     "PGD",
     "RSFGSM",
     "Attack",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from perdure.adversarial import Attack, robust_accuracy
+from perdure.adversarial import Attack
 from perdure.data.experience import Stream
 from perdure.doctor import Finding, Monitor, in_order
 from perdure.errors import ConfigError, NonFiniteError, RunawayError, RunError
@@ -27,6 +27,12 @@ from perdure.experiment.results import (
     explained_arm,
     ledger_files,
     spending,
+)
+from perdure.experiment.robustness import (
+    RobustnessRow,
+    robust_numbers,
+    robustness_after,
+    without_robustness,
 )
 from perdure.experiment.training_config import TrainingConfig
 from perdure.learner.learner import Callback, Learner
@@ -279,7 +285,7 @@ class ArmRun:
             "calibration_error": [each.calibration_error for each in classes] if classes else None,
             "by_class": [class_row(each) for each in classes] if classes else None,
             "state_bytes": sum(value.nbytes for value in learner.state.values()),
-            "robust_accuracy": self._robust(learner),
+            **robust_numbers(self._robustness()),
             "seconds": self._seconds(),
         }
 
@@ -296,7 +302,7 @@ class ArmRun:
             "area_under_accuracy": None,
             "calibration_error": None,
             "state_bytes": 0,
-            "robust_accuracy": None,
+            **without_robustness(),
             "seconds": self._seconds(),
         }
 
@@ -369,18 +375,32 @@ class ArmRun:
         if point == "evaluated" and learner.matrix:
             index = len(learner.matrix) - 1
             self._explain(learner, index)
-            self.log.append(
-                {
-                    "arm": self.arm.name,
-                    "seed": self.config.seed,
-                    "trial": self.name,
-                    "experience": index,
-                    "accuracy": learner.matrix[index],
-                    "epsilon": self._spent(),
-                }
-            )
+            self._log(learner, index)
             write_json(self._clock, self._seconds())
             write_json(self._watched, list(map(finding_row, self._watched_findings())))
+
+    def _log(self, learner: Learner, index: int) -> None:
+        """Append the measurements after a stage to `metrics.jsonl`, unless it has them."""
+        if (self.name, index) in self.log.rows:
+            return
+        row = {
+            "arm": self.arm.name,
+            "seed": self.config.seed,
+            "trial": self.name,
+            "experience": index,
+            "accuracy": learner.matrix[index],
+            "epsilon": self._spent(),
+        }
+        if self._attack is not None:
+            row["robustness"] = robustness_after(
+                learner, self.stream, self._attack, index, self.config.seed
+            )
+        self.log.append(row)
+
+    @cached_property
+    def _attack(self) -> Attack | None:
+        """Attack for robust accuracy, with bounds that fit the stream."""
+        return self.config.attack.on(self.stream) if self.config.attack else None
 
     def _watched_findings(self) -> list[Finding]:
         """Return the monitor's findings of this process, after those of earlier ones of the run.
@@ -433,22 +453,10 @@ class ArmRun:
 
     # ------------------------------------------------------------------ what is measured at the end
 
-    def _robust(self, learner: Learner) -> float | None:
-        if self.config.attack is None:
-            return None
-        attack = self.config.attack.on(self.stream)
-        last = len(self.stream) - 1
-        shares = [
-            robust_accuracy(
-                learner.predictor(stage.last, after=last),
-                stage.test.inputs,
-                stage.test.labels,
-                attack,
-                generator=generator(self.config.seed, "attack", stage.number),
-            )
-            for stage in self.stream.to(learner.device).stages
-        ]
-        return sum(shares) / len(shares)
+    def _robustness(self) -> list[RobustnessRow]:
+        """Return the rows of robustness after each stage; [] without an attack."""
+        lines = [self.log.rows.get((self.name, stage.number), {}) for stage in self.stream.stages]
+        return [line["robustness"] for line in lines if "robustness" in line]
 
     def _privacy(self) -> PrivacyResult:
         account = self._account()

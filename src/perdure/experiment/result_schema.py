@@ -74,7 +74,8 @@ class Numbers(TypedDict):
 
     Accuracies are in the unit of the task's metric, which is percent for single-label records, and
     differences in its points. A measure that does not exist for the task is null. `by_class` has an
-    entry for each experience of a trial, and no mean over seeds.
+    entry for each experience of a trial, and no mean over seeds. Robust measures, and the
+    percentage of test records whose cross entropy has no gradient, are null without an attack.
     """
 
     accuracy_matrix: Sequence[Sequence[float | None]]
@@ -89,6 +90,10 @@ class Numbers(TypedDict):
     by_class: NotRequired[list[ClassResult] | None]
     state_bytes: int
     robust_accuracy: float | None
+    robust_matrix: NotRequired[Sequence[Sequence[float | None]] | None]
+    robust_forgetting: NotRequired[float | None]
+    robust_backward_transfer: NotRequired[float | None]
+    zero_gradients: NotRequired[float | None]
     seconds: float
 
 
@@ -177,12 +182,16 @@ class StreamResult(TypedDict):
 
 
 class AttackResult(TypedDict):
-    """Attack that was used for robust accuracy; `steps` only if it takes several steps."""
+    """Attack that was used for robust accuracy; `steps` only if it takes several steps.
+
+    `objectives` are the losses of which a record had to survive each.
+    """
 
     name: str
-    epsilon: float
+    epsilon: float | Sequence[float]
     steps: NotRequired[int]
     norm: str
+    objectives: NotRequired[list[str]]
 
 
 class Explanations(TypedDict):

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from perdure.adversarial import OBJECTIVES
 from perdure.data.experience import Stream, declared_size_of
 from perdure.experiment.config import Arm, Config
 from perdure.experiment.result_schema import (
@@ -249,6 +250,8 @@ def attack_row(chosen: AttackConfig | None) -> AttackResult | None:
     row: AttackResult = {"name": chosen.name, "epsilon": attack.epsilon, "norm": attack.norm}
     if hasattr(attack, "steps"):
         row["steps"] = attack.steps
+    if not attack.OWN_LOSSES:
+        row["objectives"] = list(OBJECTIVES)
     return row
 
 

@@ -9,7 +9,10 @@ from perdure.experiment.config import Arm
 from perdure.experiment.finding_rows import each_once
 from perdure.experiment.result_schema import MEASURES, ArmResult, TrialResult
 
-AVERAGED = (*MEASURES, "robust_accuracy")
+ROBUST = ("robust_forgetting", "robust_backward_transfer", "zero_gradients")
+"""Keys of a trial's result that it has only since robustness is measured over time."""
+
+AVERAGED = (*MEASURES, "robust_accuracy", *ROBUST)
 """Keys of a trial's result that are averaged over seeds, with a standard error."""
 
 
@@ -31,6 +34,7 @@ def arm_result(arm: Arm, trials: Sequence[TrialResult]) -> ArmResult:
         "options": repr(arm.strategy),
         "private": arm.private,
         "accuracy_matrix": _mean_matrix([trial["accuracy_matrix"] for trial in done]),
+        "robust_matrix": _robust_matrix(done),
         **{name: mean(values) for name, values in columns.items()},
         "calibration_error": _mean_rows(calibrated) if calibrated else None,
         "state_bytes": max(trial["state_bytes"] for trial in trials),
@@ -50,6 +54,12 @@ def arm_result(arm: Arm, trials: Sequence[TrialResult]) -> ArmResult:
     return cast(ArmResult, row)
 
 
+def _robust_matrix(trials: Sequence[TrialResult]) -> list[list[float | None]] | None:
+    """Average the matrices of robust accuracy over seeds; None without an attack."""
+    known = [matrix for trial in trials if (matrix := trial.get("robust_matrix"))]
+    return _mean_matrix(known) if known else None
+
+
 def mean(values: Sequence[float]) -> float | None:
     """Mean of some numbers, or None where there is none; one number is returned as it is."""
     if len(values) < 2:
@@ -64,7 +74,7 @@ def standard_error(values: Sequence[float]) -> float | None:
 
 def _known(trials: Sequence[TrialResult], name: str) -> list[float]:
     """Return the values of one number from all trials in which it was measured."""
-    values = [cast(Any, trial)[name] for trial in trials]
+    values = [cast(Any, trial).get(name) for trial in trials]
     if len(values) == 1:  # as it is, not-a-number included
         return [value for value in values if value is not None]
     return [value for value in values if value is not None and not math.isnan(value)]

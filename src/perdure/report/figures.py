@@ -13,6 +13,7 @@ from perdure.report.findings import finding_pictures
 from perdure.report.picture import INK, MUTED, STYLE, Picture
 from perdure.report.wording import (
     SIMULATION,
+    attack_name,
     axis_name,
     by_privacy,
     decimal,
@@ -64,6 +65,7 @@ def pictures(result: Result, run: Path) -> list[Picture]:
             _stream(result),
             _matrices(result) if _measured(result) else None,
             _curves(result) if _measured(result) else None,
+            _robust_matrices(result) if _attacked(result) else None,
             _epsilons(result),
             _explanations(result, run),
             *finding_pictures(result),
@@ -96,15 +98,9 @@ def _matrices(result: Result) -> Picture:
     span = _span(result)
     figure, panels = _panels(result, 2.45)
     for arm, _, axes in panels:
-        shaded = _matrix(axes, arm, span, task)
-    bar = figure.colorbar(
-        shaded, ax=[axes for *_, axes in panels], aspect=50, fraction=0.015, pad=0.015
-    )
-    bar.outline.set_visible(False)
-    bar.ax.tick_params(length=0)
-    bar.set_label(axis_name(task))
+        shaded = _matrix(axes, array(arm["accuracy_matrix"]), span, task)
+    _label_matrices(figure, [axes for *_, axes in panels], shaded, axis_name(task))
     figure.supxlabel(f"{task['metric']} on experience", fontsize=8.5, color=MUTED)
-    figure.supylabel("after training on experience", fontsize=8.5, color=MUTED)
     return Picture(
         name="accuracy_matrix",
         title=f"{sentence_start(task['metric'])} kept and lost over time",
@@ -116,6 +112,45 @@ def _matrices(result: Result) -> Picture:
         + _last_accuracies(result),
         figure=figure,
     )
+
+
+def _label_matrices(figure: "Figure", axes: "list[Axes]", shaded: Any, name: str) -> None:
+    """Add the bar of shades with the name of the measure, and the label of the rows."""
+    bar = figure.colorbar(shaded, ax=axes, aspect=50, fraction=0.015, pad=0.015)
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(length=0)
+    bar.set_label(name)
+    figure.supylabel("after training on experience", fontsize=8.5, color=MUTED)
+
+
+def _robust_matrices(result: Result) -> Picture:
+    figure, panels = _panels(result, 2.45)
+    for arm, _, axes in panels:
+        rows = arm.get("robust_matrix") or []
+        shaded = _matrix(axes, array(rows), (0.0, 100.0), result["task"])
+    _label_matrices(figure, [axes for *_, axes in panels], shaded, "robust accuracy (%)")
+    figure.supxlabel("robust accuracy on experience", fontsize=8.5, color=MUTED)
+    named = attack_name(result["attack"])
+    told = [
+        f"{label} {decimal(arm['robust_accuracy'], 1)} %"
+        for arm, label in by_privacy(_measured(result))
+    ]
+    return Picture(
+        name="robust_matrix",
+        title="Robustness kept and lost over time",
+        caption=f"Accuracy on the test records of each experience so far under attack ({named}), "
+        "one matrix per arm, as above. It is an upper bound: a stronger attack may find more.",
+        alternative="Heat maps of robust accuracy per experience, one per arm. Mean at the end: "
+        + ", ".join(told)
+        + ".",
+        figure=figure,
+    )
+
+
+def _attacked(result: Result) -> bool:
+    """Return True if all trained arms have robust accuracies over time."""
+    arms = _measured(result)
+    return bool(arms) and all(arm.get("robust_matrix") for arm in arms)
 
 
 def _span(result: Result) -> tuple[float, float]:
@@ -130,12 +165,13 @@ def _span(result: Result) -> tuple[float, float]:
     return 0.0, most or 1.0
 
 
-def _matrix(axes: "Axes", arm: ArmResult, span: tuple[float, float], task: TaskResult) -> Any:
+def _matrix(
+    axes: "Axes", values: "np.ndarray[Any, Any]", span: tuple[float, float], task: TaskResult
+) -> Any:
     import numpy as np
     from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.patches import Rectangle
 
-    values = array(arm["accuracy_matrix"])
     moments, experiences = values.shape
     # dark is good
     ordered = SHADES if task["higher_is_better"] else SHADES[::-1]

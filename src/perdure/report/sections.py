@@ -329,7 +329,7 @@ def facts(result: Result, config: str | None) -> str:
         "classes of each experience": order,
         "model": _listed(result["model"]),
         "federation": shared,
-        "attack behind robust accuracy": attack_name(result["attack"]),
+        "attack behind robust accuracy": _threat_model(result),
         "strategies": "; ".join(dict.fromkeys(arm["options"] for arm in result["arms"])),
         "versions": _listed(result["environment"]),
     }
@@ -337,6 +337,22 @@ def facts(result: Result, config: str | None) -> str:
         f"<dt>{escape(key)}</dt><dd>{escape(str(value))}</dd>" for key, value in told.items()
     )
     return f'<dl class="facts">{rows}</dl>{_declared_sizes(federation)}{_again(result, config)}'
+
+
+def _threat_model(result: Result) -> str:
+    """Return the attack, its losses, and the share of records that hide their gradient from it."""
+    attack = result["attack"]
+    if attack is None:
+        return attack_name(None)
+    shares = [
+        f"{label} {decimal(share, 1)} %"
+        for arm, label in by_privacy(result["arms"])
+        if (share := arm.get("zero_gradients")) is not None
+    ]
+    blind = f"; test records without a gradient: {', '.join(shares)}" if shares else ""
+    losses = attack.get("objectives")
+    worst = f"; a record must survive {' and '.join(losses)}" if losses else ""
+    return f"{attack_name(attack)}{worst}{blind}"
 
 
 def _declared_sizes(federation: Mapping[str, Any] | None) -> str:

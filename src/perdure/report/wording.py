@@ -150,7 +150,9 @@ def attack_name(attack: AttackResult | None) -> str:
     steps = attack.get("steps", 1)
     repeated = f"-{steps}" if steps > 1 else ""
     norm = {"linf": "L∞", "l2": "L2", "l1": "L1"}.get(attack["norm"], attack["norm"])
-    return f"{attack['name']}{repeated}, {norm} {attack['epsilon']:g}"
+    epsilon = attack["epsilon"]
+    radius = f"{epsilon:g}" if isinstance(epsilon, int | float) else "by feature"
+    return f"{attack['name']}{repeated}, {norm} {radius}"
 
 
 def explainer_name(method: str) -> str:

@@ -1,0 +1,67 @@
+"""Robust accuracy over time: the twin of the accuracy matrix in result, log and report."""
+
+import json
+
+import pytest
+
+from perdure.experiment import parse, run
+from perdure.report import write_report
+
+TEXT = """
+name = "attacked"
+seeds = [0, 1]
+[data]
+name = "digits"
+experiences = 5
+[model]
+hidden = [16]
+[training]
+iterations = 25
+[attack]
+name = "pgd"
+epsilon = 0.05
+steps = 3
+[[arms]]
+strategy = "naive"
+"""
+
+
+@pytest.fixture(scope="module")
+def attacked(tmp_path_factory):
+    """Return the result and the folder of a finished run."""
+    folder = tmp_path_factory.mktemp("attacked")
+    return run(parse(TEXT), TEXT, folder), folder
+
+
+def test_the_robust_matrix_lies_below_the_accuracy_matrix(attacked):
+    result, _ = attacked
+    [arm] = result["arms"]
+    for each in (arm, *arm["seeds"]):
+        robust = each["robust_matrix"]
+        for i, (row, plain) in enumerate(zip(robust, each["accuracy_matrix"], strict=True)):
+            assert all(0 <= row[j] <= plain[j] + 1e-9 for j in range(i + 1))
+            assert all(value is None or value != value for value in row[i + 1 :])
+        assert robust[0][0] > 0
+    for each in arm["seeds"]:
+        robust = each["robust_matrix"]
+        assert each["robust_accuracy"] == pytest.approx(sum(robust[-1]) / 5)
+        changes = [robust[4][j] - robust[j][j] for j in range(4)]
+        assert each["robust_backward_transfer"] == pytest.approx(sum(changes) / 4)
+    assert arm["robust_forgetting"] > 0
+    assert arm["standard_error"]["robust_forgetting"] >= 0
+
+
+def test_the_log_and_the_report_have_the_robust_rows(attacked):
+    result, folder = attacked
+    [arm] = result["arms"]
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    first = [row["robustness"] for row in rows if row["seed"] == 0]
+    robust = arm["seeds"][0]["robust_matrix"]
+    assert [row["robust"] for row in first] == [line[: i + 1] for i, line in enumerate(robust)]
+    assert all(
+        low <= high for row in first for low, high in zip(row["robust"], row["clean"], strict=True)
+    )
+    page = write_report(folder).read_text()
+    assert "Robustness kept and lost over time" in page
+    assert "rescaled_cross_entropy and margin" in page
+    assert "test records without a gradient" in page
