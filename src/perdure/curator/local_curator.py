@@ -25,7 +25,7 @@ from perdure.privacy.guard.neighbour_checks import check_neighbours, explained
 from perdure.privacy.guard.probes import neighbours
 from perdure.privacy.noise.discrete import Frequency, Quantile, best, counted
 from perdure.privacy.private_sum import ChangedSumError, PrivateSum, ReleaseKey
-from perdure.queries.batch_gradients import clipped_gradient, mean_gradient
+from perdure.queries.batch_gradients import clipped_gradient, divided, mean_gradient
 from perdure.queries.evaluation import (
     bounded_sum,
     evaluate_on_synthetic,
@@ -202,7 +202,7 @@ class LocalCurator:
         if self._held.private_sum:
             clipped = partial(self._clipped, losses, params, batch)
             total = self._held.private_sum.gradient(clipped, params, step=step)
-            return {name: value / self.exposure.expected for name, value in total.items()}
+            return divided(total, self.exposure.expected, params)
         mean, loss = self._mean(losses, params, batch)
         self._last_step = Diagnostics(rows=len(batch), loss=loss)
         return mean
@@ -244,7 +244,7 @@ class LocalCurator:
             # If the step was charged again, its rows are drawn again.
             with suppress(ChangedSumError):
                 total = self._held.private_sum.reference(clipped, params, step=step, purpose=name)
-        return {key: value / sampler.exposure.expected for key, value in total.items()}
+        return divided(total, sampler.exposure.expected, params)
 
     def release(
         self, query: Query, *, clip_norm: float, purpose: str, over: Over = "experience"

@@ -47,7 +47,15 @@ PLAIN = (
 LARGEST = 1e9
 """Largest factor, deviation and norm; above it, float32 overflows in training."""
 NOT_NEGATIVE = ("l1", "l2", "gradient_noise", "weight_noise")
-COUNTS = ("epochs", "iterations", "blocks", "evaluate_every", "batch_size", "micro_batch_size")
+COUNTS = (
+    "epochs",
+    "iterations",
+    "blocks",
+    "evaluate_every",
+    "batch_size",
+    "micro_batch_size",
+    "processes",
+)
 
 
 def check_arguments(given: Mapping[str, Any]) -> None:

@@ -15,6 +15,7 @@ from perdure.learner.model_history import history_of
 from perdure.learner.model_mark import ModelMark
 from perdure.learner.party_settings import PartySettings
 from perdure.learner.private_setup import inspect, lasting_rule_of, open_private_sum
+from perdure.learner.several_processes import shared_sum
 from perdure.learner.synthetic_rows import SyntheticRows
 from perdure.planning.training_plan import TrainingPlan
 from perdure.privacy.guard.writes import WriteWatch
@@ -95,7 +96,7 @@ class GuardedParty(PartySettings):
             independence=verdict.independence,
             lock=self.lock,
             history=history,
-            make=self.make_private_sum,
+            make=shared_sum(self.group, self.make_private_sum),
         )
         self.training = replace(self.training, schedule=private_sum.schedule)
         return private_sum

@@ -40,6 +40,12 @@ from perdure.learner.schedules import (
 )
 from perdure.learner.session import Session
 from perdure.learner.session_front import SessionFront
+from perdure.learner.several_processes import (
+    joined,
+    refuse_different,
+    refuse_diverged,
+    snapshot_of_first,
+)
 from perdure.learner.snapshots import restore_snapshot, take_snapshot
 from perdure.learner.step_changes import SAM
 from perdure.learner.validation import Validation, Validator
@@ -50,6 +56,7 @@ from perdure.types import Params
 from perdure.utils.checked_fields import check_fields
 from perdure.utils.denormals import flushed
 from perdure.utils.modules import same_bits, trainable_parameters
+from perdure.utils.processes import Processes
 
 Callback = Callable[[str, "Learner"], None]
 """Function that is called at every named point of the loop; see `perdure.learner.POINTS`."""
@@ -115,6 +122,8 @@ class Learner(SessionFront):
             Evaluation does not change.
         max_grad_norm: largest L2 norm of the whole gradient, after penalty and projection, as
             `torch.nn.utils.clip_grad_norm_`; None for no bound. Under privacy it costs nothing.
+        processes: number of processes that divide every batch, started by `torchrun` with the same
+            script; process 0 alone has callbacks, folder and ledger. 1 for this process only.
     """
 
     model: nn.Module
@@ -153,7 +162,9 @@ class Learner(SessionFront):
     validation: Validation | None = None
     loss: Loss | None = None
     max_grad_norm: float | None = None
+    processes: int = 1
     _session: Session | None = field(default=None, init=False, repr=False)
+    _group: Processes | None = field(default=None, init=False, repr=False)
     _validator: Validator | None = field(default=None, init=False, repr=False)
     _rates: ReplayedRates | None = field(default=None, init=False, repr=False)
     _scheduler: LRScheduler | None = field(default=None, init=False, repr=False)
@@ -257,6 +268,7 @@ class Learner(SessionFront):
             private = self.privacy is not None
             self._validator = Validator(self.validation, stream, self.seed, private=private)
             stream = self._validator.stream
+        first = self._group is None or self._group.first
         self._session = Session(
             model=self.model,
             strategy=self.strategy,
@@ -287,8 +299,10 @@ class Learner(SessionFront):
             weight_noise=self.weight_noise,
             loss=self.loss,
             max_grad_norm=self.max_grad_norm,
+            group=self._group,
+            trained_by="" if first else "process 0, which has the ledger",
         )
-        if self.folder or self.driven_by:
+        if self.folder or self.driven_by or self._group:
             validated = {"validation": self.validation.settings()} if self.validation else {}
             self.fingerprint = fingerprint_of(
                 self._session,
@@ -296,6 +310,9 @@ class Learner(SessionFront):
                 scheduler=self.scheduler,
                 extra={"reset_optimizer": self.reset_optimizer, **validated, **self.driven_by},
             )
+        if self._group:
+            self.fingerprint["processes"] = self.processes
+            refuse_different(self._group, self.fingerprint, private=self.privacy is not None)
 
     def close(self) -> None:
         """Release the lock of the folder; a later use of the learner takes it again."""
@@ -324,6 +341,7 @@ class Learner(SessionFront):
         """
         if self._validator:
             self._validator.finish(self.session)
+        refuse_diverged(self._group, self.model)
         self.session.consolidate()
         self._scheduler = None
         self._notify("experience.end")
@@ -407,6 +425,10 @@ class Learner(SessionFront):
         snapshot = Store(self.folder).load() if self.folder else None
         if snapshot:
             self.restore_checkpoint(snapshot)
+        if self._group:
+            snapshot = snapshot_of_first(self._group, snapshot)
+            if snapshot and not self._group.first:
+                self.restore(snapshot)
         return snapshot is not None
 
     # ------------------------------------------------------------------ what it stands on
@@ -432,7 +454,23 @@ class Learner(SessionFront):
         if self.validation and self.privacy:
             self.validation.refuse_private()
         self.model = plain_model(self.model, self.privacy, self.device)
+        if self.processes > 1:
+            self._join()
         self._initial = {name: value.clone() for name, value in self.model.state_dict().items()}
+
+    def _join(self) -> None:
+        """Join the other processes; only process 0 writes files and calls callbacks."""
+        self._group = joined(
+            self.processes,
+            model=self.model,
+            strategy=self.strategy,
+            privacy=self.privacy,
+            make_private_sum=self.make_private_sum,
+        )
+        if not self._group.first:
+            self.folder = None
+            self.callbacks = ()
+            self.show_progress = False
 
     def share_initial(self, other: "Learner") -> None:
         """Use the other learner's tensors for equal initial values, to save memory."""

@@ -16,6 +16,7 @@ from perdure.contract.state import State
 from perdure.curator.held_records import HeldRecords
 from perdure.curator.hook_curator import for_hooks
 from perdure.curator.local_curator import LocalCurator, unwatched
+from perdure.curator.shared_curator import SharedCurator
 from perdure.data.record_identity import ComparedRecords
 from perdure.data.records import Batch
 from perdure.errors import StrategyError
@@ -125,7 +126,8 @@ class Party(GuardedParty):
             private_sum=self._open_private_sum() if private else None,
         )
         self._opened = self.held.private_sum
-        self.curator = LocalCurator(
+        make = partial(SharedCurator, processes=self.group) if self.group else LocalCurator
+        self.curator = make(
             self.held,
             micro_batch_size=self.micro_batch_size,
             alone=self._goes_alone,

@@ -18,6 +18,7 @@ from perdure.learner.step_changes import SAM
 from perdure.privacy.private_sum import MakePrivateSum, PrivateSum
 from perdure.privacy.settings import Privacy
 from perdure.tasks.losses import Loss
+from perdure.utils.processes import Processes
 
 OWNER = "curator"
 """Default name of the party in its ledger; a federation uses client-N instead."""
@@ -74,6 +75,7 @@ class PartySettings:
     weight_noise: float = 0.0
     loss: Loss | None = None
     max_grad_norm: float | None = None
+    group: Processes | None = None
 
     @property
     def options(self) -> dict[str, object]:

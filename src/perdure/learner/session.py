@@ -80,6 +80,7 @@ class Session(Party):
         loss: loss of every record (see `perdure.tasks.losses`); None for the loss of the task.
         max_grad_norm: largest L2 norm of the whole gradient, after penalty and projection; None for
             no bound.
+        group: group of processes that divide every batch; `Learner` joins it. None for one.
         initial: initial values of the model, for strategies that train from the start again; None
             for the present values.
         notify: function that is called with the name of every point of the loop.

@@ -207,3 +207,8 @@ def _in_one_pass(
     if part is None:
         part = grad_sample_sum(module, params, run, len(rows), clip, rehearsed)
     return part
+
+
+def divided(total: Params, expected: float, params: Params) -> Params:
+    """Divide a released sum by the expected number of rows, in the types of the parameters."""
+    return {name: (value / expected).to(params[name].dtype) for name, value in total.items()}

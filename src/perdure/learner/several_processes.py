@@ -1,0 +1,143 @@
+"""Training of one model by several processes: checks, one start, and one checkpoint for all."""
+
+import hashlib
+from functools import partial
+
+from torch import nn
+
+from perdure.contract.strategy import Strategy
+from perdure.errors import ConfigError, RunError
+from perdure.learner.checkpoint import Snapshot
+from perdure.privacy.private_sum import MakePrivateSum, PrivateSum
+from perdure.privacy.settings import Privacy
+from perdure.privacy.shared_private_sum import SharedPrivateSum
+from perdure.utils.hashing import JSONValue, canonical_text, digest
+from perdure.utils.modules import statistics_of
+from perdure.utils.processes import Message, Processes
+
+PRIVATE = "private/"
+"""Prefix of the tensors of a snapshot that stay in the folder `private/`."""
+OF_THE_KEY = "stream.experiences"
+"""Setting whose digest is made with the curator's key, which process 0 alone has."""
+
+
+def joined(
+    count: int,
+    *,
+    model: nn.Module,
+    strategy: Strategy,
+    privacy: Privacy | None,
+    make_private_sum: MakePrivateSum,
+) -> Processes:
+    """Join the group of processes, and give the model the values that it has in process 0.
+
+    Args:
+        count: number of processes, 2 or more.
+        model: model of this process.
+        strategy: strategy of the training.
+        privacy: privacy settings of the training.
+        make_private_sum: function that makes the private sum.
+
+    Raises:
+        ConfigError: if the training cannot be divided with the same result, or there is no group.
+        RunError: if another process ended, or has a model of other shapes.
+    """
+    refuse_coupled(count, model, strategy)
+    if privacy and privacy.diagnostics == "raw":
+        raise ConfigError.of("processes", count, "1 with diagnostics='raw', which shows one batch")
+    if make_private_sum is not PrivateSum:
+        raise ConfigError.of("processes", count, "1 with a private sum of your own")
+    processes = Processes.join(count)
+    start = processes.from_first("model", lambda: Message(tensors=model.state_dict()))
+    try:
+        model.load_state_dict(dict(start.tensors))
+    except RuntimeError as error:
+        raise RunError(
+            f"process {processes.rank} has another model than process 0 "
+            f"({' '.join(str(error).split())}); run the same script in every process"
+        ) from None
+    return processes
+
+
+def refuse_coupled(count: int, model: nn.Module, strategy: Strategy) -> None:
+    """Refuse a model or loss in which rows depend on other rows or on their place in the batch.
+
+    Raises:
+        ConfigError: names the layer or the strategy.
+    """
+    if strategy.couples_records:
+        allowed = f"1 with {strategy.name}, whose loss couples the rows of a batch"
+        raise ConfigError.of("processes", count, allowed)
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm) or statistics_of(layer):
+            why = "which couples the rows of a batch; use norm='group' or norm='layer'"
+        elif isinstance(layer, nn.modules.dropout._DropoutNd) and layer.p:
+            why = "whose random numbers depend on the place of a row; use p=0"
+        else:
+            continue
+        if next(layer.children(), None) is None:
+            allowed = f"1 with {type(layer).__name__} in {name or 'the model'}, {why}"
+            raise ConfigError.of("processes", count, allowed)
+
+
+def shared_sum(processes: Processes | None, make: MakePrivateSum) -> MakePrivateSum:
+    """Return the function that makes the private sum of this process."""
+    return partial(SharedPrivateSum, processes=processes) if processes else make
+
+
+def refuse_different(
+    processes: Processes, settings: dict[str, JSONValue], *, private: bool
+) -> None:
+    """Refuse processes with different settings or records.
+
+    Args:
+        processes: group of the processes.
+        settings: fingerprint of the run.
+        private: True under privacy.
+
+    Raises:
+        RunError: in every process.
+    """
+    own = {key: each for key, each in settings.items() if not (private and key == OF_THE_KEY)}
+    if not processes.agree(hashlib.sha256(canonical_text(own).encode()).digest()):
+        raise RunError(
+            f"the {processes.count} processes have different settings, models or records; run the "
+            "same script in every process, with the same seeds"
+        )
+
+
+def refuse_diverged(processes: Processes | None, model: nn.Module) -> None:
+    """Refuse to go on if the processes have different parameters after the same steps.
+
+    Raises:
+        RunError: in every process.
+    """
+    if processes and not processes.agree(digest(model.state_dict())):
+        raise RunError(
+            f"the parameters of the {processes.count} processes differ; the model, strategy or "
+            "optimiser draws random numbers or reads values that differ between processes"
+        )
+
+
+def snapshot_of_first(processes: Processes, own: Snapshot | None) -> Snapshot | None:
+    """Return process 0's checkpoint in every process; None if it has none.
+
+    Args:
+        processes: group of the processes.
+        own: checkpoint in the folder of this process; None if there is none.
+    """
+
+    def told() -> Message:
+        if own is None:
+            return Message()
+        private = {PRIVATE + name: value for name, value in own.private.items()}
+        return Message(tensors={**own.tensors, **private}, facts={"facts": own.facts})
+
+    message = processes.from_first("checkpoint", told)
+    if "facts" not in message.facts:
+        return None
+    public = {n: t for n, t in message.tensors.items() if not n.startswith(PRIVATE)}
+    private = {
+        n.removeprefix(PRIVATE): t for n, t in message.tensors.items() if n.startswith(PRIVATE)
+    }
+    return Snapshot(tensors=public, private=private, facts=message.facts["facts"])

@@ -1,0 +1,75 @@
+"""One training for one process and for several; run as a module, it is one of the others.
+
+python -m helpers.shared_training NAMES RANK COUNT PORT trains every named case; a case is a
+strategy, with " private" behind it under privacy.
+"""
+
+import sys
+from functools import partial
+
+import torch
+
+from perdure import Learner, Privacy
+from perdure.data import Dataset, Records, Stream, split
+from perdure.models import mlp
+from perdure.strategies import AGEM, DER, EWC, Naive
+from perdure.utils.processes import connect
+
+CASES = {
+    "Naive": Naive(),
+    "EWC": EWC(strength=10.0),
+    "DER++": DER(memory_size=12, beta=0.5),
+    "A-GEM": AGEM(memory_size=12),
+}
+PRIVACY = Privacy(noise_multiplier=1.0, delta=1e-3, seed=3)
+
+
+def toy_records(first_id: int, rows: int, partition: str) -> Records:
+    rng = torch.Generator().manual_seed(first_id)
+    labels = torch.arange(rows) % 4
+    inputs = torch.randn(rows, 6, generator=rng, dtype=torch.float64)
+    return Records(
+        inputs=inputs + 2 * torch.eye(4, 6, dtype=torch.float64)[labels],
+        labels=labels,
+        ids=torch.arange(rows) + first_id,
+        partition=partition,
+    )
+
+
+def toy_stream() -> Stream:
+    """Return two experiences of 30 records in float64."""
+    data = Dataset(
+        name="shared toy",
+        train=toy_records(0, 60, "toy"),
+        test=toy_records(1000, 20, "toy-test"),
+        num_classes=4,
+        input_shape=(6,),
+    )
+    return split(data, experiences=2, scenario="class")
+
+
+def learner_of(case: str, *, processes: int = 1, seed: int = 0, **given: object) -> Learner:
+    """Return a learner of a case, with a model in float64."""
+    strategy, _, private = case.partition(" ")
+    given = {"optimizer": partial(torch.optim.SGD, lr=0.1, momentum=0.9)} | given
+    return Learner(
+        model=mlp(input_shape=(6,), num_classes=4, hidden=(8,), seed=seed).double(),
+        strategy=CASES[strategy],
+        epochs=2,
+        batch_size=7,
+        privacy=PRIVACY if private else None,
+        processes=processes,
+        **given,
+    )
+
+
+def follow(names: str, rank: str, count: str, port: str) -> None:
+    """Train every named case as one of several processes, with a model of other initial values."""
+    torch.set_num_threads(1)
+    connect(int(rank), int(count), int(port))
+    for case in names.split(","):
+        learner_of(case, processes=int(count), seed=int(rank)).fit(toy_stream())
+
+
+if __name__ == "__main__":
+    follow(*sys.argv[1:])
