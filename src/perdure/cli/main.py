@@ -88,6 +88,10 @@ def run(
         str | None,
         typer.Option("--device", help="Device of models and records, as cpu or cuda."),
     ] = None,
+    processes: Annotated[
+        int | None,
+        typer.Option("--processes", help="Processes on this machine that divide every batch."),
+    ] = None,
     heal: Annotated[
         bool,
         typer.Option("--heal", help="Run again with the remedies of the doctor's findings."),
@@ -120,7 +124,14 @@ def run(
 
         source = str(config)
         text = read_text(config)
-        text = overridden(text, source=source, seeds=seeds, engine=engine, device=device)
+        text = overridden(
+            text,
+            source=source,
+            seeds=seeds,
+            engine=engine,
+            device=device,
+            processes=processes,
+        )
         if heal:
             heal_run(source, text, out, restarts=restarts, total_epsilon=total_epsilon)
         else:

@@ -56,6 +56,10 @@ def silent(arm: str, share: float, state: str) -> None:
     """Default progress function, which shows nothing."""
 
 
+def nothing() -> None:
+    """Default of functions that are called before a training."""
+
+
 # --------------------------------------------------------------------------- a whole run
 
 
@@ -135,6 +139,8 @@ class ArmRun:
     callbacks: Sequence[Callback] = ()
     listen: Callable[[Any], None] | None = None
     name: str = ""
+    begins: Callable[[], None] = nothing
+    """Function that is called before a training of one learner begins."""
     findings: Sequence[Finding] = ()
     """Findings of the doctor about this arm, for its row of the result."""
     monitor: Monitor = field(default_factory=Monitor)
@@ -170,7 +176,13 @@ class ArmRun:
     def _done(self) -> Path:
         return self.folder / "arm.json"
 
-    def learner(self, stream: Stream, client: int = 0, folder: Path | None = None) -> Learner:
+    def learner(
+        self,
+        stream: Stream,
+        client: int = 0,
+        folder: Path | None = None,
+        processes: int = 1,
+    ) -> Learner:
         """Make a new learner for one party of this arm."""
         config = self.config
         private = self.arm.private
@@ -208,6 +220,7 @@ class ArmRun:
             loss=self._loss,
             max_grad_norm=training.max_grad_norm,
             show_progress=False,
+            processes=processes,
         )
 
     @property
@@ -308,7 +321,9 @@ class ArmRun:
 
     def _fit(self) -> Learner:
         if self.config.federation is None:
-            learner = self.learner(self.stream, folder=self.folder)
+            self.begins()
+            processes = self.config.processes
+            learner = self.learner(self.stream, folder=self.folder, processes=processes)
             watch = Watch(partial(self.progress, self.name))
             learner.callbacks = [*learner.callbacks, *self._loggers(), watch]
             learner.fit(self.stream)

@@ -275,6 +275,8 @@ class Config(CheckedFields):
             means and standard errors.
         threads: number of torch threads; results are bit-identical for the same number.
         device: device of models and records, such as "cuda".
+        processes: number of processes on this machine that divide every batch of a training; the
+            result is that of one process, up to rounding.
         data: data set and stream.
         model: model of every arm.
         training: length, optimiser and precision of training.
@@ -294,6 +296,7 @@ class Config(CheckedFields):
     seeds: tuple[int, ...] = ()
     threads: int = 1
     device: str = "cpu"
+    processes: int = 1
     data: DataConfig = field(default_factory=DataConfig)
     model: BuiltModel | ModelConfig = field(default_factory=ModelConfig)
     training: TrainingConfig = field(default_factory=lambda: TrainingConfig(epochs=10))
@@ -318,6 +321,10 @@ class Config(CheckedFields):
             raise ConfigError.of("seed", self.seed, "seed or seeds, not both")
         check(self, "threads", lambda value: 1 <= value <= 1024, "1 to 1024")
         check(self, "device", _is_device, "a device of this machine, such as cpu or cuda")
+        check(self, "processes", lambda value: 1 <= value <= 1024, "1 to 1024")
+        if self.processes > 1 and self.federation:
+            allowed = "1 in a federation, whose clients train one after another"
+            raise ConfigError.of("processes", self.processes, allowed)
         for name in ("training", "private_training"):
             chosen = getattr(self, name)
             if self.federation and chosen and chosen.blocks > 1:

@@ -17,6 +17,7 @@ def overridden(
     seeds: str | None = None,
     engine: str | None = None,
     device: str | None = None,
+    processes: int | None = None,
 ) -> str:
     """Return the text of a config with some keys replaced; unchanged if no new value is given.
 
@@ -26,11 +27,12 @@ def overridden(
         seeds: new seeds: one number, or several with commas, such as "0,1,2"; None to keep.
         engine: new engine of the federation; None to keep.
         device: new device of models and records; None to keep.
+        processes: new number of processes that divide every batch; None to keep.
 
     Raises:
         ConfigError: for seeds that are no numbers, and for an engine without a federation.
     """
-    if seeds is engine is device is None:
+    if seeds is engine is device is processes is None:
         return text
     table = table_of(text, source)
     if seeds is not None:
@@ -38,6 +40,8 @@ def overridden(
         table["seeds"] = _numbers(seeds)
     if device is not None:
         table["device"] = device
+    if processes is not None:
+        table["processes"] = processes
     if engine is not None:
         federation = table.get("federation")
         if not isinstance(federation, dict):

@@ -17,6 +17,7 @@ A trial is an arm with one seed. Its name is the arm's, or ARM-seed-S where the 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +29,7 @@ from perdure.errors import ConfigError, RunError
 from perdure.experiment.arm import ArmRun, MetricsLog, Progress, open_stream, silent
 from perdure.experiment.config import Arm, Config, read
 from perdure.experiment.examinations import examine_arm
+from perdure.experiment.helping_processes import announce, helped
 from perdure.experiment.result_schema import Result, TrialResult, read_result
 from perdure.experiment.results import (
     collect_explanations,
@@ -43,6 +45,7 @@ from perdure.privacy.ledger.merged import merge
 from perdure.privacy.ledger.merged import read as read_ledger
 from perdure.utils.atomic_files import write_atomically, write_json
 from perdure.utils.folder_lock import locked
+from perdure.utils.processes import Processes
 
 TIMINGS = frozenset({"seconds", "findings"})
 """Keys of the result that may differ between two runs of one config on one machine: times, and
@@ -91,25 +94,9 @@ def run(
                 progress(name, 1.0, "")
             return read_result(folder)
         torch.set_num_threads(config.threads)
-        log = MetricsLog(folder / "metrics.jsonl")
-        rows: dict[str, list[TrialResult]] = {arm.name: [] for arm in config.arms}
-        first: Stream | None = None
-        for seed in config.all_seeds:
-            # one seed's model is explained
-            mine = (
-                config.of_seed(seed)
-                if first is None
-                else replace(config, explain=None).of_seed(seed)
-            )
-            stream = open_stream(mine)
-            first = first or stream
-            for arm in config.arms:
-                name = config.trial(arm, seed)
-                trial = ArmRun(mine, arm, stream, folder, log, progress, callbacks, name=name)
-                if examine != "no" and stream is first and not trial.finished:
-                    trial.findings = examine_arm(mine, arm, stream, trials=examine == "full")
-                rows[arm.name].append(trial.run())
-        assert first is not None
+        first = open_stream(config.of_seed(config.all_seeds[0]))
+        with helped(config, folder / "config.toml") as processes:
+            rows = _trained(config, first, folder, progress, callbacks, examine, processes)
         ledgers = [path for name in trials(config) for path in ledger_files(folder / "arms" / name)]
         merged = merge(ledgers) if ledgers else None
         if merged:
@@ -118,6 +105,43 @@ def run(
         explanations = collect_explanations(config, folder)
         write_json(folder / "result.json", summary(config, first, results, merged, explanations))
         return read_result(folder)
+
+
+def _trained(
+    config: Config,
+    first: Stream,
+    folder: Path,
+    progress: Progress,
+    callbacks: Sequence[Callback],
+    examine: Literal["no", "quick", "full"],
+    processes: Processes | None,
+) -> dict[str, list[TrialResult]]:
+    """Run the trials of every seed, and return the rows of each arm.
+
+    Args:
+        config: config of the run.
+        first: stream of the first seed.
+        folder: folder of the run.
+        progress: function that is called with the progress.
+        callbacks: callbacks of every learner.
+        examine: examination by the doctor.
+        processes: processes that divide every batch; None for this process alone.
+    """
+    log = MetricsLog(folder / "metrics.jsonl")
+    rows: dict[str, list[TrialResult]] = {arm.name: [] for arm in config.arms}
+    for number, seed in enumerate(config.all_seeds):
+        # one seed's model is explained
+        mine = (config if number == 0 else replace(config, explain=None)).of_seed(seed)
+        stream = first if number == 0 else open_stream(mine)
+        for arm in config.arms:
+            name = config.trial(arm, seed)
+            trial = ArmRun(mine, arm, stream, folder, log, progress, callbacks, name=name)
+            if processes:
+                trial.begins = partial(announce, processes, arm, seed)
+            if examine != "no" and number == 0 and not trial.finished:
+                trial.findings = examine_arm(mine, arm, stream, trials=examine == "full")
+            rows[arm.name].append(trial.run())
+    return rows
 
 
 def trials(config: Config) -> dict[str, tuple[Arm, int]]:

@@ -210,7 +210,8 @@ def with_processes(command: Sequence[str], count: int) -> Iterator[None]:
 
     store = distributed.TCPStore("127.0.0.1", 0, count, is_master=True, wait_for_workers=False)
     others = [
-        subprocess.Popen([*command, str(rank), str(count), str(store.port)])
+        # a list of arguments, so no shell reads it
+        subprocess.Popen([*command, str(rank), str(count), str(store.port)])  # noqa: S603
         for rank in range(1, count)
     ]
     try:
