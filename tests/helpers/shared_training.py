@@ -1,13 +1,19 @@
 """One training for one process and for several; run as a module, it is one of the others.
 
-python -m helpers.shared_training NAMES RANK COUNT PORT trains every named case; a case is a
-strategy, with " private" behind it under privacy.
+python -m helpers.shared_training CASES RANK COUNT PORT trains every case; a case is a strategy,
+with " private" behind it under privacy.
 """
 
+import os
+import signal
 import sys
+from collections.abc import Callable
+from datetime import timedelta
 from functools import partial
+from typing import TypeVar
 
 import torch
+from torch import distributed
 
 from perdure import Learner, Privacy
 from perdure.data import Dataset, Records, Stream, split
@@ -21,6 +27,9 @@ CASES = {
     "DER++": DER(memory_size=12, beta=0.5),
     "A-GEM": AGEM(memory_size=12),
 }
+T = TypeVar("T")
+LONGEST = 120
+"""Seconds after which a process that waits for the other is ended."""
 PRIVACY = Privacy(noise_multiplier=1.0, delta=1e-3, seed=3)
 
 
@@ -51,23 +60,54 @@ def toy_stream() -> Stream:
 def learner_of(case: str, *, processes: int = 1, seed: int = 0, **given: object) -> Learner:
     """Return a learner of a case, with a model in float64."""
     strategy, _, private = case.partition(" ")
-    given = {"optimizer": partial(torch.optim.SGD, lr=0.1, momentum=0.9)} | given
+    given = {"batch_size": 7, "optimizer": partial(torch.optim.SGD, lr=0.1, momentum=0.9)} | given
     return Learner(
         model=mlp(input_shape=(6,), num_classes=4, hidden=(8,), seed=seed).double(),
         strategy=CASES[strategy],
         epochs=2,
-        batch_size=7,
         privacy=PRIVACY if private else None,
         processes=processes,
         **given,
     )
 
 
-def follow(names: str, rank: str, count: str, port: str) -> None:
-    """Train every named case as one of several processes, with a model of other initial values."""
+def in_two_processes(work: Callable[[], T]) -> tuple[T, str]:
+    """Call `work` in this process and in a forked one, which are processes 0 and 1 of a group.
+
+    Returns:
+        The answer of process 0, and the error message of process 1, or "".
+    """
+    store = distributed.TCPStore("127.0.0.1", 0, 2, is_master=True, wait_for_workers=False)
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        signal.alarm(LONGEST)
+        try:
+            connect(1, 2, store.port)
+            work()
+        except BaseException as error:
+            os.write(writing, f"{type(error).__name__}: {error}".encode())
+        finally:
+            os._exit(0)
+    os.close(writing)
+    try:
+        distributed.init_process_group(
+            "gloo", store=store, rank=0, world_size=2, timeout=timedelta(seconds=LONGEST)
+        )
+        answer = work()
+    finally:
+        distributed.destroy_process_group()
+        with os.fdopen(reading) as file:
+            told = file.read()
+        os.waitpid(child, 0)
+    return answer, told
+
+
+def follow(cases: str, rank: str, count: str, port: str) -> None:
+    """Train every case as one of several processes, with a model of other initial values."""
     torch.set_num_threads(1)
     connect(int(rank), int(count), int(port))
-    for case in names.split(","):
+    for case in cases.split(","):
         learner_of(case, processes=int(count), seed=int(rank)).fit(toy_stream())
 
 

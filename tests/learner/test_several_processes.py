@@ -1,42 +1,156 @@
-"""Training on several processes: two processes equal one, and noise is added once."""
+"""Training on several processes: two equal one, noise is added once, and a lost one is seen."""
 
+import os
 import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
 
-from helpers.shared_training import learner_of, toy_stream
+from helpers.shared_training import in_two_processes, learner_of, toy_stream
+from perdure import Learner, Privacy
 from perdure.errors import ConfigError, RunError
-from perdure.models import cnn, mlp
+from perdure.models import mlp
 from perdure.strategies import Naive
 from perdure.utils.processes import with_processes
 
-CASES = ("DER++", "A-GEM private")
+SHORT = ("DER++", "A-GEM private")
+ALL = ("Naive", "EWC", "DER++", "A-GEM", "Naive private", "EWC private", "A-GEM private")
+DEEP = "deployment: a second process imports everything again, and trains seven cases"
 
 
-@pytest.fixture(scope="module")
-def two_and_one(tmp_path_factory):
-    """Return the final tensors and matrices of every case by two processes and by one."""
-    found = {}
-    command = [sys.executable, "-m", "helpers.shared_training", ",".join(CASES)]
+def assert_equal_trainings(both, alone):
+    """Assert that two learners have equal results up to rounding in float64, and equal ledgers."""
+    assert both.matrix == alone.matrix
+    mine = both.snapshot().tensors
+    theirs = alone.snapshot().tensors
+    assert mine.keys() == theirs.keys()
+    for name, value in theirs.items():
+        torch.testing.assert_close(mine[name], value, rtol=0, atol=1e-6, msg=name)
+    if alone.privacy:
+        assert both.private_sum.ledger.entries == alone.private_sum.ledger.entries
+        assert len(both.private_sum.ledger.entries) > 1
+
+
+def fitted(case, folder, **given):
+    learner = learner_of(case, folder=folder, **given)
+    learner.fit(toy_stream())
+    return learner
+
+
+@pytest.mark.parametrize("case", SHORT)
+def test_two_processes_equal_one_in_float64(case, tmp_path):
+    both, error = in_two_processes(
+        lambda: fitted(case, tmp_path / "two", processes=2, seed=distributed.get_rank())
+    )
+    assert error == ""
+    assert_equal_trainings(both, fitted(case, tmp_path / "one"))
+
+
+@pytest.mark.deep(reason=DEEP)
+def test_two_started_processes_equal_one_in_every_case(tmp_path):
+    command = [sys.executable, "-m", "helpers.shared_training", ",".join(ALL)]
     with with_processes(command, 2):
-        for case in CASES:
-            both = learner_of(case, processes=2, folder=tmp_path_factory.mktemp("two"))
-            found[case] = [(both.fit(toy_stream()), both)]
-    for case in CASES:
-        alone = learner_of(case, folder=tmp_path_factory.mktemp("one"))
-        found[case].append((alone.fit(toy_stream()), alone))
-    return found
+        found = {case: fitted(case, tmp_path / f"{case} 2", processes=2) for case in ALL}
+    for case in ALL:
+        assert_equal_trainings(found[case], fitted(case, tmp_path / case))
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_two_processes_equal_one(two_and_one, case):
-    (matrix, both), (expected, alone) = two_and_one[case]
-    assert matrix.tolist() == expected.tolist()
-    mine = both.snapshot()
-    theirs = alone.snapshot()
-    assert mine.tensors.keys() == theirs.tensors.keys()
-    for name, value in theirs.tensors.items():
-        torch.testing.assert_close(mine.tensors[name], value, rtol=0, atol=1e-6, msg=name)
-    moved = sum(float(each.abs().sum()) for n, each in theirs.tensors.items() if "model" in n)
-    assert moved > 1
+def test_a_plain_step_equals_torch_ddp_in_float64():
+    """A mean over processes is the mean over rows if all parts have one size; losses are float32."""
+
+    def by_torch():
+        mine = learner_of("Naive", batch_size=10)
+        mine.prepare(toy_stream())
+        mine.begin(0)
+        model = DistributedDataParallel(mine.model)
+        optimizer = mine.current_optimizer
+        rank = distributed.get_rank()
+        for step in range(3):
+            rows = mine.session.sample(step)
+            assert len(rows) == 10
+            own = slice(5 * rank, 5 * rank + 5)
+            optimizer.zero_grad()
+            outputs = mine.session.held.context.mask(model(rows.inputs[own]), rows.take(own))
+            F.cross_entropy(outputs, rows.labels[own]).backward()
+            optimizer.step()
+        return mine
+
+    theirs, error = in_two_processes(by_torch)
+    assert error == ""
+
+    def by_perdure():
+        mine = learner_of("Naive", processes=2, batch_size=10)
+        mine.prepare(toy_stream())
+        mine.begin(0)
+        mine.train(range(3))
+        return mine
+
+    ours, error = in_two_processes(by_perdure)
+    assert error == ""
+    for name, value in theirs.params.items():
+        torch.testing.assert_close(ours.params[name], value, rtol=0, atol=1e-8)
+
+
+def test_a_stopped_run_of_two_processes_resumes_in_both(tmp_path):
+    def stopped(point, learner):
+        if point == "block.begin" and learner.position.experience == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        in_two_processes(lambda: fitted("DER++", tmp_path, processes=2, callbacks=[stopped]))
+    both, error = in_two_processes(lambda: fitted("DER++", tmp_path, processes=2))
+    assert error == ""
+    assert_equal_trainings(both, fitted("DER++", None))
+
+
+def test_a_process_that_dies_stops_the_others_with_one_line():
+    def dies(point, learner):
+        if distributed.get_rank() == 1:
+            os._exit(1)
+
+    def work():
+        learner = learner_of("Naive", processes=2)
+        learner.prepare(toy_stream())
+        learner.callbacks = [dies]
+        learner.fit(toy_stream())
+
+    with pytest.raises(RunError, match="another process of this training ended") as caught:
+        in_two_processes(work)
+    assert "\n" not in str(caught.value)
+
+
+def test_processes_with_different_settings_are_refused():
+    def work():
+        learner_of("Naive", processes=2, l2=0.1 * distributed.get_rank()).fit(toy_stream())
+
+    with pytest.raises(RunError, match="2 processes have different settings"):
+        in_two_processes(work)
+
+
+def test_several_processes_without_a_group_are_refused():
+    with pytest.raises(ConfigError, match="torchrun --nproc-per-node 2"):
+        learner_of("Naive", processes=2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"norm": "batch"}, "BatchNorm1d in body.2, which couples the rows"),
+        ({"dropout": 0.5}, "Dropout in body.3, whose random numbers"),
+    ],
+)
+def test_a_layer_that_needs_whole_batches_is_refused(changes, message):
+    model = mlp(input_shape=(6,), num_classes=4, hidden=(8,), seed=0, **changes)
+    with pytest.raises(ConfigError, match=message):
+        Learner(model=model, strategy=Naive(), optimizer=torch.optim.SGD, epochs=1, processes=2)
+
+
+def test_raw_diagnostics_of_several_processes_are_refused():
+    model = mlp(input_shape=(6,), num_classes=4, hidden=(8,), seed=0)
+    raw = Privacy(noise_multiplier=1.0, seed=0, diagnostics="raw")
+    given = {"optimizer": torch.optim.SGD, "epochs": 1, "processes": 2}
+    with pytest.raises(ConfigError, match="diagnostics='raw'"):
+        Learner(model=model, strategy=Naive(), privacy=raw, **given)

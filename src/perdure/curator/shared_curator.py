@@ -46,12 +46,12 @@ class SharedCurator(LocalCurator):
 
     def _mean(self, losses: Losses, params: Params, rows: Batch) -> tuple[Params, Tensor]:
         own = rows.take(self._processes.share(len(rows)))
-        count = own.valid.sum()
-        if int(count):
+        count = int(own.valid.sum())
+        if count:
             mean, loss = super()._mean(losses, params, own)
         else:
             mean, loss = zeros_like(params), next(iter(params.values())).new_zeros(())
-        weight = count / rows.valid.sum()
+        weight = count / int(rows.valid.sum())
         kind = torch.promote_types(loss.dtype, next(iter(mean.values())).dtype)
         values = [value.to(kind) * weight for value in (*mean.values(), loss)]
         *sums, total = self._processes.add(values)

@@ -82,11 +82,16 @@ def refuse_folder(folder: Path | None, client: int) -> None:
 
 
 def refuse_validation(learner: Learner, client: int) -> None:
-    """Refuse validation in a client's learner, because the server decides when training ends.
+    """Refuse validation, and several processes, in a client's learner.
+
+    The server decides when training ends.
 
     Raises:
         ConfigError: names the client.
     """
+    if learner.processes > 1:
+        allowed = f"1 in client {client} of a federation, which trains in one process"
+        raise ConfigError.of("processes", learner.processes, allowed)
     if learner.validation is not None:
         raise ConfigError(
             f"client {client}: Learner(validation=...) is not used in a federation, whose server "

@@ -18,10 +18,7 @@ from perdure.data.value_checks import check_streams
 from perdure.learner.arguments import PLAIN, check_arguments, check_stream, plain_model
 from perdure.learner.averaging import EMA, SWA
 from perdure.learner.checkpoint import PROGRESS, Snapshot, Store
-from perdure.learner.evaluation import (
-    filled_matrix,
-    lacks_late_tests,
-)
+from perdure.learner.evaluation import filled_matrix, lacks_late_tests
 from perdure.learner.fingerprint import Fingerprint, fingerprint_of
 from perdure.learner.noise_digest import noise_digest
 from perdure.learner.optimizers import MakeOptimizer, made_optimizer, options_of, put_options
@@ -41,6 +38,7 @@ from perdure.learner.schedules import (
 from perdure.learner.session import Session
 from perdure.learner.session_front import SessionFront
 from perdure.learner.several_processes import (
+    counted_by,
     joined,
     refuse_different,
     refuse_diverged,
@@ -56,7 +54,6 @@ from perdure.types import Params
 from perdure.utils.checked_fields import check_fields
 from perdure.utils.denormals import flushed
 from perdure.utils.modules import same_bits, trainable_parameters
-from perdure.utils.processes import Processes
 
 Callback = Callable[[str, "Learner"], None]
 """Function that is called at every named point of the loop; see `perdure.learner.POINTS`."""
@@ -122,8 +119,8 @@ class Learner(SessionFront):
             Evaluation does not change.
         max_grad_norm: largest L2 norm of the whole gradient, after penalty and projection, as
             `torch.nn.utils.clip_grad_norm_`; None for no bound. Under privacy it costs nothing.
-        processes: number of processes that divide every batch, started by `torchrun` with the same
-            script; process 0 alone has callbacks, folder and ledger. 1 for this process only.
+        processes: number of processes that divide every batch, started by `torchrun`; process 0
+            alone has callbacks, folder and ledger. 1 for this process only.
     """
 
     model: nn.Module
@@ -164,7 +161,6 @@ class Learner(SessionFront):
     max_grad_norm: float | None = None
     processes: int = 1
     _session: Session | None = field(default=None, init=False, repr=False)
-    _group: Processes | None = field(default=None, init=False, repr=False)
     _validator: Validator | None = field(default=None, init=False, repr=False)
     _rates: ReplayedRates | None = field(default=None, init=False, repr=False)
     _scheduler: LRScheduler | None = field(default=None, init=False, repr=False)
@@ -268,7 +264,6 @@ class Learner(SessionFront):
             private = self.privacy is not None
             self._validator = Validator(self.validation, stream, self.seed, private=private)
             stream = self._validator.stream
-        first = self._group is None or self._group.first
         self._session = Session(
             model=self.model,
             strategy=self.strategy,
@@ -300,7 +295,7 @@ class Learner(SessionFront):
             loss=self.loss,
             max_grad_norm=self.max_grad_norm,
             group=self._group,
-            trained_by="" if first else "process 0, which has the ledger",
+            trained_by=counted_by(self._group),
         )
         if self.folder or self.driven_by or self._group:
             validated = {"validation": self.validation.settings()} if self.validation else {}
@@ -311,7 +306,6 @@ class Learner(SessionFront):
                 extra={"reset_optimizer": self.reset_optimizer, **validated, **self.driven_by},
             )
         if self._group:
-            self.fingerprint["processes"] = self.processes
             refuse_different(self._group, self.fingerprint, private=self.privacy is not None)
 
     def close(self) -> None:
@@ -454,23 +448,8 @@ class Learner(SessionFront):
         if self.validation and self.privacy:
             self.validation.refuse_private()
         self.model = plain_model(self.model, self.privacy, self.device)
-        if self.processes > 1:
-            self._join()
+        self._group = joined(self) if self.processes > 1 else None
         self._initial = {name: value.clone() for name, value in self.model.state_dict().items()}
-
-    def _join(self) -> None:
-        """Join the other processes; only process 0 writes files and calls callbacks."""
-        self._group = joined(
-            self.processes,
-            model=self.model,
-            strategy=self.strategy,
-            privacy=self.privacy,
-            make_private_sum=self.make_private_sum,
-        )
-        if not self._group.first:
-            self.folder = None
-            self.callbacks = ()
-            self.show_progress = False
 
     def share_initial(self, other: "Learner") -> None:
         """Use the other learner's tensors for equal initial values, to save memory."""

@@ -1,7 +1,10 @@
 """Training of one model by several processes: checks, one start, and one checkpoint for all."""
 
 import hashlib
+from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
 
 from torch import nn
 
@@ -21,31 +24,34 @@ OF_THE_KEY = "stream.experiences"
 """Setting whose digest is made with the curator's key, which process 0 alone has."""
 
 
-def joined(
-    count: int,
-    *,
-    model: nn.Module,
-    strategy: Strategy,
-    privacy: Privacy | None,
-    make_private_sum: MakePrivateSum,
-) -> Processes:
+class Joining(Protocol):
+    """Parts of a learner that several processes have in common, or that process 0 alone has."""
+
+    processes: int
+    model: nn.Module
+    strategy: Strategy
+    privacy: Privacy | None
+    make_private_sum: MakePrivateSum
+    folder: Path | None
+    callbacks: Sequence[Callable[[str, Any], None]]
+    show_progress: bool | None
+
+
+def joined(learner: Joining) -> Processes:
     """Join the group of processes, and give the model the values that it has in process 0.
 
-    Args:
-        count: number of processes, 2 or more.
-        model: model of this process.
-        strategy: strategy of the training.
-        privacy: privacy settings of the training.
-        make_private_sum: function that makes the private sum.
+    In the other processes the learner loses its folder and its callbacks.
 
     Raises:
         ConfigError: if the training cannot be divided with the same result, or there is no group.
         RunError: if another process ended, or has a model of other shapes.
     """
-    refuse_coupled(count, model, strategy)
-    if privacy and privacy.diagnostics == "raw":
+    count = learner.processes
+    model = learner.model
+    refuse_coupled(count, model, learner.strategy)
+    if learner.privacy and learner.privacy.diagnostics == "raw":
         raise ConfigError.of("processes", count, "1 with diagnostics='raw', which shows one batch")
-    if make_private_sum is not PrivateSum:
+    if learner.make_private_sum is not PrivateSum:
         raise ConfigError.of("processes", count, "1 with a private sum of your own")
     processes = Processes.join(count)
     start = processes.from_first("model", lambda: Message(tensors=model.state_dict()))
@@ -56,7 +62,16 @@ def joined(
             f"process {processes.rank} has another model than process 0 "
             f"({' '.join(str(error).split())}); run the same script in every process"
         ) from None
+    if not processes.first:
+        learner.folder = None
+        learner.callbacks = ()
+        learner.show_progress = False
     return processes
+
+
+def counted_by(processes: Processes | None) -> str:
+    """Return the reason why this process has no ledger of its training; "" if it has one."""
+    return "" if processes is None or processes.first else "process 0, which has the ledger"
 
 
 def refuse_coupled(count: int, model: nn.Module, strategy: Strategy) -> None:
@@ -88,7 +103,7 @@ def shared_sum(processes: Processes | None, make: MakePrivateSum) -> MakePrivate
 def refuse_different(
     processes: Processes, settings: dict[str, JSONValue], *, private: bool
 ) -> None:
-    """Refuse processes with different settings or records.
+    """Add the number of processes to the settings, and refuse processes with different ones.
 
     Args:
         processes: group of the processes.
@@ -98,6 +113,7 @@ def refuse_different(
     Raises:
         RunError: in every process.
     """
+    settings["processes"] = processes.count
     own = {key: each for key, each in settings.items() if not (private and key == OF_THE_KEY)}
     if not processes.agree(hashlib.sha256(canonical_text(own).encode()).digest()):
         raise RunError(
