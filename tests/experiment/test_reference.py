@@ -20,9 +20,9 @@ from perdure.experiment.training_config import (
     SCHEDULES,
     ScheduleConfig,
     TrainingConfig,
-    ViewsConfig,
 )
 from perdure.experiment.validation_config import ValidationConfig
+from perdure.experiment.views_config import ViewsConfig
 from perdure.federated import Federation
 from perdure.learner import EMA, SAM, SWA, Learner
 from perdure.models import ModelConfig

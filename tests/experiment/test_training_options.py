@@ -4,9 +4,10 @@ from functools import partial
 
 import pytest
 import torch
+from torchvision.transforms import v2
 
 from helpers.learners import bits, same_bits
-from perdure.data import iid
+from perdure.data import Views, iid
 from perdure.experiment.arm import ArmRun, MetricsLog
 from perdure.experiment.config import parse
 from perdure.federated import Federation, run_federation
@@ -82,3 +83,22 @@ def test_a_federation_with_averages_resumes_bit_identically(federated, tmp_path)
     with pytest.raises(KeyboardInterrupt):
         federated(averaging, tmp_path, callbacks=[stop])
     assert same_bits(federated(averaging, tmp_path), federated(averaging))
+
+
+@pytest.mark.parametrize(
+    ("table", "expected"),
+    [
+        (
+            'count = 4, change = "RandomAffine", degrees = 20, translate = [0.1, 0.1]',
+            v2.RandomAffine(degrees=20, translate=[0.1, 0.1]),
+        ),
+        (
+            'count = 2, change = [{name = "RandomInvert"}, {name = "ColorJitter", hue = 0.1}]',
+            v2.Compose([v2.RandomInvert(), v2.ColorJitter(hue=0.1)]),
+        ),
+    ],
+)
+def test_a_config_makes_transforms_of_torchvision(table, expected):
+    config = parse(CONFIG.replace("[[arms]]", f"views = {{{table}}}\n[[arms]]"))
+    found = config.training.views.views
+    assert found.change.settings == Views(count=1, change=expected).change.settings

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from torch import nn
+from torchvision.transforms import v2
 
 from helpers.learners import SIMULATED
 from perdure.adversarial import PGD
@@ -70,6 +71,7 @@ DRAWERS = {
     "listed dropout": lambda: {"layer": [Look(), nn.Dropout(0.5)]},
     "a layer of the user": lambda: {"layer": [Look()]},
     "views": lambda: {"views": Views(count=1, change=look)},
+    "a transform": lambda: {"views": Views(count=1, change=v2.Lambda(look))},
     "start of an attack": lambda: {"adversary": Watched(epsilon=0.1, steps=1, bounds=None)},
 }
 
@@ -105,7 +107,7 @@ def test_private_draws_do_not_change_the_global_generator(learner_of, toy_stream
     assert all(torch.equal(state, states[0]) for state in states)
 
 
-@pytest.mark.parametrize("what", ["listed dropout", "views", "start of an attack"])
+@pytest.mark.parametrize("what", ["listed dropout", "views", "a transform", "start of an attack"])
 def test_random_numbers_without_privacy_come_from_the_seed(learner_of, toy_stream, what):
     seen, learner = trained(learner_of, toy_stream, privacy=None, **DRAWERS[what]())
     assert all(from_32_bits(state) for state in seen)

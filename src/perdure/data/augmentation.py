@@ -7,6 +7,7 @@ Classification through Scale, 2022, section 3.2. A record has one gradient, whic
 its mean loss over K views, so views have no privacy cost.
 
 >>> views = Views(count=8, change=shift_and_flip(pixels=2))
+>>> views = Views(count=4, change=torchvision.transforms.v2.RandomAffine(degrees=20))
 >>> learner = Learner(..., views=views, privacy=Privacy(epsilon=3))
 """
 
@@ -18,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from perdure.data.record_transforms import RecordTransform, is_transform
 from perdure.data.records import Batch
 from perdure.errors import ConfigError
 from perdure.utils.checked_arguments import checked_arguments
@@ -38,11 +40,13 @@ class Views(CheckedFields):
     """K random versions (views) of every record, as augmentation.
 
     Guarantee: a view depends only on its record and on its own random numbers. `change` gets one
-    record at a time (`torch.func.vmap`), so it cannot mix records.
+    record at a time, so it cannot mix records: a function by `torch.func.vmap`, a transform of
+    torchvision in a loop on the processor.
 
     Args:
         count: number of views per record, K.
-        change: function that makes one view; it may not branch on values.
+        change: function that makes one view and does not branch on values; or a transform of
+            `torchvision.transforms.v2`, which may, and is slower.
     """
 
     count: int
@@ -51,6 +55,8 @@ class Views(CheckedFields):
     def __post_init__(self) -> None:
         if self.count < 1:
             raise ConfigError.of("views.count", self.count, "1 or more")
+        if is_transform(self.change):
+            object.__setattr__(self, "change", RecordTransform(transform=self.change))
 
     def attach(self, batch: Batch, seed: Seed) -> Batch:
         """Return the batch with the views of each row, for `losses`.
@@ -62,10 +68,17 @@ class Views(CheckedFields):
         Raises:
             ConfigError: if the change does not run on each record alone.
         """
-        with drawing_from(seed, batch.inputs.device), _explained():
-            each = torch.func.vmap(self.change, randomness="different")
-            views = {f"stored.{NAME}{k}": each(batch.inputs) for k in range(self.count)}
+        with _explained():
+            made = self._views(batch.inputs, seed)
+        views = {f"stored.{NAME}{k}": view for k, view in enumerate(made)}
         return Batch.from_tensors(batch.tensors() | views)
+
+    def _views(self, inputs: Tensor, seed: Seed) -> list[Tensor]:
+        if isinstance(self.change, RecordTransform):
+            return [self.change.views(inputs, k, seed) for k in range(self.count)]
+        with drawing_from(seed, inputs.device):
+            each = torch.func.vmap(self.change, randomness="different")
+            return [each(inputs) for _ in range(self.count)]
 
     def losses(self, losses: Callable[[Batch], Tensor], batch: Batch) -> Tensor:
         """(n,) mean loss of each row over its views; the plain loss if the batch has no views."""
@@ -86,10 +99,10 @@ def _explained() -> Iterator[None]:
     except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
         reason = str(error).strip().partition("\n")[0].partition(". ")[0]
         raise ConfigError(
-            f"views.change fails on one record under torch.func.vmap: {reason}; allowed: a "
-            "function that does not branch on values or draws, as the random transforms of "
-            "torchvision do; use torch.where, as perdure.data.shift_and_flip, or transform the "
-            "data set beforehand"
+            f"views.change fails on one record: {reason}; allowed: a transform of "
+            "torchvision.transforms.v2 that keeps shape and dtype, or a function that runs under "
+            "torch.func.vmap: it may not branch on values or draws; use torch.where, as "
+            "perdure.data.shift_and_flip"
         ) from error
 
 

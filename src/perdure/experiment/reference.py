@@ -34,7 +34,6 @@ from perdure.experiment.model_config import BUILDERS
 from perdure.experiment.model_config import GIVEN as OF_MODELS
 from perdure.experiment.overrides import toml_value
 from perdure.experiment.training_config import (
-    CHANGES,
     OF_OPTIMIZERS,
     OF_SCHEDULES,
     OPTIMIZERS,
@@ -44,6 +43,7 @@ from perdure.experiment.training_config import (
     TrainingConfig,
 )
 from perdure.experiment.validation_config import ValidationConfig
+from perdure.experiment.views_config import CHANGES, NAMES
 from perdure.learner.step_changes import SAM
 from perdure.models.config import ModelConfig
 from perdure.privacy.accounting.charges import Charge
@@ -340,10 +340,10 @@ def _data() -> tuple[Key, ...]:
 def _views() -> tuple[Key, ...]:
     chosen = Key(
         name="change",
-        type="text",
+        type="text, or a list of tables, each with name = TRANSFORM and its arguments",
         default=NEEDED,
-        allowed=f'{", ".join(CHANGES)}, or "module:name"',
-        meaning="function that returns the change; its arguments follow.",
+        allowed=NAMES,
+        meaning="function that returns the change, or transforms; its arguments are keys, too.",
     )
     count = Key(
         name="count",

@@ -6,22 +6,22 @@ from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer, lr_scheduler
 from torch.optim.lr_scheduler import LRScheduler
 
 from perdure.adversarial import Attack
 from perdure.adversarial import find as find_attack
 from perdure.adversarial import names as attack_names
-from perdure.data.augmentation import Views, shift_and_flip
 from perdure.data.experience import Stream
 from perdure.errors import ConfigError
 from perdure.experiment.averaging_config import AveragingConfig
 from perdure.experiment.calls import arguments, of_module, parameters
 from perdure.experiment.field_checks import COUNTS, check, counts
-from perdure.experiment.from_tables import checked_value, extension, named_option, placed
+from perdure.experiment.from_tables import extension, named_option
 from perdure.experiment.loss_config import LossConfig
 from perdure.experiment.validation_config import ValidationConfig
+from perdure.experiment.views_config import OWN, ViewsConfig
 from perdure.learner.optimizers import MakeOptimizer, first_line, made_optimizer
 from perdure.learner.schedules import MakeSchedule, WarmUp, refuse_schedule
 from perdure.learner.share_of_steps import STEPS_OR_SHARE, are_steps, steps_of
@@ -70,9 +70,6 @@ WHOLE = ("T_max", "total_steps")
 """Parameters of schedules that default to the number of steps of the experience."""
 OF_SCHEDULES = ("optimizer", "last_epoch", "epochs", "steps_per_epoch", "scale_fn", "verbose")
 """Parameters of schedules that a config may not give."""
-CHANGES: dict[str, Callable[..., Callable[[Tensor], Tensor]]] = {"shift_and_flip": shift_and_flip}
-"""Functions that return a random change of records, by their names in a table of views."""
-OWN = '"module:name" of a function'
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,44 +175,6 @@ def _steps_of(value: Any, steps: int) -> Any:
     if isinstance(value, list | tuple):
         return [_steps_of(each, steps) for each in value]
     return steps_of(value, steps) if isinstance(value, int | float) else value
-
-
-@dataclass(frozen=True, kw_only=True)
-class ViewsConfig(CheckedFields):
-    """Random versions of every record, averaged inside its loss (augmentation).
-
-    Args:
-        count: number of versions.
-        change: `shift_and_flip`, or "module:name" of a function that returns a change, as
-            `perdure.data.shift_and_flip` does. Its own arguments are keys of the same table.
-        views: the views as the argument `views` of `Learner`, made from `count` and `change`.
-    """
-
-    TABLE: ClassVar[str] = "a table with count, change = NAME, and the change's own arguments"
-
-    change: str
-    views: Views
-
-    @classmethod
-    def from_table(cls, table: Mapping[str, Any], where: str) -> "ViewsConfig":
-        """Find the function of the change by its name, and call it with the table's other keys."""
-        change, options = named_option("change", table, where, tuple(CHANGES))
-        if "count" not in options:
-            raise ConfigError(f"{where}.count is missing; allowed: a whole number")
-        count = checked_value(options.pop("count"), int, f"{where}.count")
-        if ":" in change:
-            made_by = of_module(change, f"{where}.change", f"{OWN} that returns a change")
-        elif change in CHANGES:
-            made_by = CHANGES[change]
-        else:
-            raise ConfigError.of(f"{where}.change", change, f"{', '.join(CHANGES)}, or {OWN}")
-        values = arguments(made_by, options, where)
-        try:
-            return cls(change=change, views=Views(count=count, change=made_by(**values)))  # type: ignore[arg-type]
-        except ConfigError as error:
-            raise ConfigError(
-                placed(str(error).removeprefix("views."), where, ("count",))
-            ) from None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,7 @@ from perdure.contract.exposure import Exposure
 from perdure.contract.forward import Forward
 from perdure.contract.plan import MemoryPlan, Plan
 from perdure.contract.state import State
+from perdure.data.record_transforms import RecordTransform
 from perdure.data.records import Batch
 from perdure.learner.checkpoint import Snapshot
 from perdure.learner.party import Party
@@ -55,6 +56,8 @@ def noise_digest(
         asked["options"] = canonical(session.options)
     if session.task.loss is not None:  # without one, simulations keep their noise
         asked["loss"] = canonical(session.task.loss)
+    if session.views and isinstance(session.views.change, RecordTransform):
+        asked["transform"] = canonical(session.views.change.settings)
     texts = {name: canonical_text(value) for name, value in asked.items()}
     # a long run has many rates, so their text is computed only once
     texts["scheduler"] = f"{texts['scheduler'][:-1]},{rates}]"

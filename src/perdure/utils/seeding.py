@@ -35,6 +35,14 @@ def derive(seed: int | str, *where: object) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
+def seed_for(seed: Seed, *where: object) -> Seed:
+    """Derive the seed for one use; it is secret if `seed` is."""
+    if isinstance(seed, int):
+        return derive(seed, *where)
+    text = "/".join(map(str, where)).encode()
+    return hashlib.shake_256(seed + text).digest(SECRET_BYTES)
+
+
 def generator(seed: int, *where: object) -> torch.Generator:
     """Return a CPU generator for one use, with a seed from `derive`."""
     return torch.Generator().manual_seed(derive(seed, *where))
