@@ -11,6 +11,7 @@ from perdure.adversarial.auto_attack import AutoAttack
 from perdure.adversarial.balls import Norm
 from perdure.adversarial.base import Attack, InputLosses, Logits
 from perdure.adversarial.fgsm import FGSM
+from perdure.adversarial.masking import MaskingCheck, check_masking
 from perdure.adversarial.objectives import (
     OBJECTIVES,
     Objective,
@@ -36,9 +37,11 @@ __all__ = [
     "AutoAttack",
     "InputLosses",
     "Logits",
+    "MaskingCheck",
     "Norm",
     "Objective",
     "ThreatModelCard",
+    "check_masking",
     "find",
     "margin",
     "measure_robustness",
@@ -59,7 +62,7 @@ _EXTENSIONS = Extensions(
     group="perdure.attacks",
     fits=_is_attack,
     wanted="a subclass of perdure.adversarial.Attack",
-    helpers=("balls", "base", "objectives", "robust_accuracy"),
+    helpers=("balls", "base", "masking", "objectives", "robust_accuracy"),
 )
 
 

@@ -56,13 +56,18 @@ class ThreatModelCard:
 
     def __str__(self) -> str:
         """Return the card as one line."""
-        settings = "".join(f", {name} {value}" for name, value in self.settings.items())
         return (
             f"{self.robust_accuracy:.1f} % robust, {self.clean_accuracy:.1f} % clean; "
-            f"{self.attack}, {self.norm} {self.epsilon:g}{settings}, "  # type: ignore[str-format]
-            f"worst of {' and '.join(self.objectives) or 'its own losses'}, "
-            f"{self.records} records, {self.zero_gradients:.1f} % without a gradient"
+            f"{self.threat()}, {self.records} records, "
+            f"{self.zero_gradients:.1f} % without a gradient"
         )
+
+    def threat(self) -> str:
+        """Return the attack in words: name, norm, radius, settings and losses."""
+        radius = "by feature" if isinstance(self.epsilon, tuple) else f"{self.epsilon:g}"
+        settings = "".join(f", {name} {value}" for name, value in self.settings.items())
+        losses = " and ".join(self.objectives) or "its own losses"
+        return f"{self.attack}, {self.norm} {radius}{settings}, worst of {losses}"
 
     def row(self) -> dict[str, Any]:
         """Return the card as a dict for JSON."""
@@ -286,6 +291,6 @@ def refuse_outside(inputs: Tensor, attack: Attack, name: str) -> None:
     raise ConfigError.of(
         name,
         attack.bounds,
-        f"bounds that include all inputs ({low:.4g} to {high:.4g}; {share:.2g} % of their entries "
+        f"bounds that include all inputs ({low:.4g} to {high:.4g}; {share:.1f} % of their entries "
         "are outside), or None",
     )

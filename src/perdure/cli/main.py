@@ -16,6 +16,7 @@ import typer
 
 from perdure.cli import export as export_cli
 from perdure.cli import ledger as ledger_cli
+from perdure.cli.attacking import attack
 from perdure.cli.command_group import CommandGroup
 from perdure.cli.comparing import compare
 from perdure.cli.consoles import complain, wide_console
@@ -48,6 +49,8 @@ runs it.
 
 `perdure config --reference` prints every key that a config may have.
 
+`perdure attack runs/mine --eps 0.1` attacks the inputs of its models: their robust accuracy.
+
 `perdure audit mine.toml` attacks its private arms, and compares the results with their epsilons.
 
 `perdure strategies` lists the strategies, and the cost of each in privacy and memory.
@@ -60,6 +63,7 @@ To continue a stopped run, give the same command again.""",
 
 app.add_typer(ledger_cli.app, name="ledger")
 app.command()(export_cli.export)
+app.command()(attack)
 app.command()(compare)
 app.command()(doctor)
 app.command()(predict)

@@ -2,8 +2,8 @@
 
 Import `read` or `parse` to get a `Config`, and `run` to train and evaluate it; a stopped run
 continues. `tune` searches hyper-parameters on training records, and `lr_range_test` suggests a
-learning rate. `attack_run` attacks the models of
-a run, and `audit_run` audits the private arms of a config. `read_result` reads the stored result of
+learning rate. `attack_run` attacks the privacy of a run's models, `attack_models` their inputs, and
+`audit_run` audits the private arms of a config. `read_result` reads the stored result of
 a run, and `to_pandas` makes a table of it. `compare` compares arms over seeds, of one or several
 runs, and `load` loads a trained model. `export_run` writes a trained model to files that run
 without perdure. `examine_run` looks for mistakes before training, `healed` applies remedies to a
@@ -23,11 +23,13 @@ from perdure.experiment.rate_test import RateTest, lr_range_test
 from perdure.experiment.remedies import Healed, healed
 from perdure.experiment.result_schema import Result, read_result
 from perdure.experiment.results import spending
+from perdure.experiment.robust_runs import AttackedModel, attack_models
 from perdure.experiment.run import load, run, untimed
 from perdure.experiment.strategy_catalogue import StrategyCard, cards
 from perdure.experiment.tuning import Space, Tuned, Values, tune
 
 __all__ = [
+    "AttackedModel",
     "Comparison",
     "Config",
     "Difference",
@@ -40,6 +42,7 @@ __all__ = [
     "StrategyCard",
     "Tuned",
     "Values",
+    "attack_models",
     "attack_run",
     "audit_run",
     "cards",
