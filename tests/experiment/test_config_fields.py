@@ -155,6 +155,13 @@ WRONG = {
         '{count = 2, change = [{name = "Compose"}]}',
         '{count = 2, change = [{name = "RandomAffine", degrees = 20}], pixels = 1}',
     ),
+    ("training", "mixing"): (
+        "3",
+        "{}",
+        '{name = "cutout"}',
+        '{name = "mixup", alpha = 0.0}',
+        '{name = "cutmix", beta = 1.0}',
+    ),
     ("training", "blocks"): COUNTS,
     ("training", "micro_batch_size"): COUNTS,
     ("training", "evaluate_every"): COUNTS,

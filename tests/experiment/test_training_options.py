@@ -7,7 +7,8 @@ import torch
 from torchvision.transforms import v2
 
 from helpers.learners import bits, same_bits
-from perdure.data import Views, iid
+from perdure.data import Mixup, Views, iid
+from perdure.errors import ConfigError
 from perdure.experiment.arm import ArmRun, MetricsLog
 from perdure.experiment.config import parse
 from perdure.federated import Federation, run_federation
@@ -26,6 +27,7 @@ weight_noise = 1e-2
 schedule = {name = "CosineAnnealingLR"}
 averaging = {name = "swa", start = 0.5}
 sharpness = {rho = 0.1}
+mixing = {name = "mixup", alpha = 0.3}
 validation = {share = 0.2, every = 1, patience = 2, keep_best = false}
 [[arms]]
 strategy = "naive"
@@ -41,7 +43,14 @@ def test_a_config_gives_its_options_to_the_learner(toy_stream, tmp_path):
     assert (learner.l1, learner.l2) == (1e-4, 1e-3)
     assert (learner.gradient_noise, learner.weight_noise) == (1e-5, 1e-2)
     assert learner.validation == Validation(share=0.2, every=1, patience=2, keep_best=False)
+    assert learner.mixing == Mixup(alpha=0.3)
     assert learner.scheduler == WarmUp(steps=0.5, then=config.training.schedule)
+
+
+def test_a_config_refuses_mixed_pairs_for_private_arms():
+    private = CONFIG.replace("validation =", "# ") + "private = true\n[privacy]\nepsilon = 1.0\n"
+    with pytest.raises(ConfigError, match=r"training\.mixing .*two rows"):
+        parse(private)
 
 
 @pytest.fixture

@@ -2,9 +2,9 @@
 
 Import a data set (`digits`, `mnist`, ..., or `load` for one by name), a scenario that makes a
 stream of it (`split`, `by_time`, `by_domain`, `repetition`, `permuted`, `rotated`, `blurry`,
-`joint`; `online` cuts one into pieces), a split over clients (`dirichlet`, `iid`), and several
-random versions of each record (`Views`). `plot_stream` draws a stream. `perdure.data.datasets`
-describes how to add a data set.
+`joint`; `online` cuts one into pieces), a split over clients (`dirichlet`, `iid`), several random
+versions of each record (`Views`), and mixed pairs of records (`Mixup`, `CutMix`). `plot_stream`
+draws a stream. `perdure.data.datasets` describes how to add a data set.
 """
 
 from perdure.data.augmentation import Change, Views, shift_and_flip
@@ -20,6 +20,7 @@ from perdure.data.datasets.registry import load
 from perdure.data.datasets.shakespeare import shakespeare
 from perdure.data.domain import InputDomain
 from perdure.data.experience import Experience, Stream
+from perdure.data.mixing import CutMix, Mixup
 from perdure.data.plots import plot_stream
 from perdure.data.records import Batch, Records, Spent
 from perdure.data.scenarios import (
@@ -46,9 +47,11 @@ from perdure.data.value_checks import check_finite
 __all__ = [
     "Batch",
     "Change",
+    "CutMix",
     "Dataset",
     "Experience",
     "InputDomain",
+    "Mixup",
     "Records",
     "Spent",
     "Stream",

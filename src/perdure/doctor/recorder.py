@@ -194,7 +194,7 @@ class Recorder:
             isinstance(part, nn.modules.dropout._DropoutNd) and part.p > 0
             for part in learner.model.modules()
         )
-        changed = learner.adversary is not None or learner.views is not None
+        changed = bool(learner.adversary or learner.views or learner.mixing)
         memory = learner.training.of(learner.stream[self.experience]).memory
         return dropout or changed or (memory is not None and self.experience > 0)
 

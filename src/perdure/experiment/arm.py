@@ -206,6 +206,7 @@ class ArmRun:
             precision=training.precision,
             adversary=self._adversary,
             views=training.views.views if training.views else None,
+            mixing=training.mixing.mixing if training.mixing else None,
             client=client,
             owner=f"{self.name}/client-{client}",
             folder=folder,

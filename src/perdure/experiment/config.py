@@ -337,21 +337,30 @@ class Config(CheckedFields):
             raise ConfigError(
                 "arms is missing; allowed: one or more [[arms]] tables, each with strategy = NAME"
             )
-        if any(arm.private for arm in self.arms) and self.privacy is None:
+        if self._any_private and self.privacy is None:
             raise ConfigError(
                 "an arm has private = true, but there is no [privacy] table; add one with epsilon "
                 "and delta"
             )
         used = "private_training" if self.private_training else "training"
-        measured = (self.private_training or self.training).validation
-        if measured and any(arm.private for arm in self.arms):
+        private = (self.private_training or self.training) if self._any_private else None
+        if private and private.validation:
             allowed = "none for private arms, whose records it would read; give [private_training]"
-            raise ConfigError.of(f"{used}.validation", measured, allowed)
+            raise ConfigError.of(f"{used}.validation", private.validation, allowed)
+        if private and private.mixing:
+            allowed = (
+                "none for private arms: a record would enter two rows; give [private_training]"
+            )
+            raise ConfigError.of(f"{used}.mixing", private.mixing, allowed)
         twice = {arm.name for arm in self.arms if [a.name for a in self.arms].count(arm.name) > 1}
         if twice:
             raise ConfigError.of(
                 "arms", sorted(twice), "arms of different names; give each its own name = NAME"
             )
+
+    @property
+    def _any_private(self) -> bool:
+        return any(arm.private for arm in self.arms)
 
     @property
     def all_seeds(self) -> tuple[int, ...]:

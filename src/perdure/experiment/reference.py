@@ -30,6 +30,7 @@ from perdure.experiment.data_config import OF_LOADERS, STREAMS, DataConfig, keys
 from perdure.experiment.field_checks import COUNTS
 from perdure.experiment.from_tables import described, read_hints
 from perdure.experiment.loss_config import LossConfig
+from perdure.experiment.mixing_config import MIXINGS
 from perdure.experiment.model_config import BUILDERS
 from perdure.experiment.model_config import GIVEN as OF_MODELS
 from perdure.experiment.overrides import toml_value
@@ -112,6 +113,10 @@ def tables() -> list[Table]:
         *_of_torch("[training] optimizer = {!r}: optimizer_options", torch.optim, OPTIMIZERS),
         *_of_torch("[training.schedule] name = {!r}", lr_scheduler, SCHEDULES),
         Table(title="[training.views]", keys=_views()),
+        *(
+            Table(title=f'[training.mixing] name = "{name}"', keys=_plain_keys(kind()))
+            for name, kind in MIXINGS.items()
+        ),
         *(
             Table(title=f'[training.averaging] name = "{name}"', keys=_plain_keys(kind()))
             for name, kind in AVERAGES.items()

@@ -20,6 +20,7 @@ from perdure.experiment.calls import arguments, of_module, parameters
 from perdure.experiment.field_checks import COUNTS, check, counts
 from perdure.experiment.from_tables import extension, named_option
 from perdure.experiment.loss_config import LossConfig
+from perdure.experiment.mixing_config import MixingConfig
 from perdure.experiment.validation_config import ValidationConfig
 from perdure.experiment.views_config import OWN, ViewsConfig
 from perdure.learner.optimizers import MakeOptimizer, first_line, made_optimizer
@@ -200,6 +201,7 @@ class TrainingConfig(CheckedFields):
         precision: number format of the passes through the model during training.
         adversary: attack that moves every batch before its gradient (adversarial training).
         views: random versions of every record (augmentation).
+        mixing: mixed pairs of records (mixup or CutMix); not for private arms.
         warmup: first steps of every experience, a number or a share of all, in which the learning
             rate rises linearly; then `schedule` begins.
         averaging: average of the parameters, by which the model answers.
@@ -231,6 +233,7 @@ class TrainingConfig(CheckedFields):
     precision: Literal["float32", "bfloat16"] = "float32"
     adversary: AttackConfig | None = None
     views: ViewsConfig | None = None
+    mixing: MixingConfig | None = None
     warmup: int | float | None = None
     averaging: AveragingConfig | None = None
     sharpness: SAM | None = None

@@ -11,6 +11,7 @@ from perdure.adversarial.base import Attack
 from perdure.contract.strategy import Strategy
 from perdure.data.augmentation import Views
 from perdure.data.experience import Stream
+from perdure.data.mixing import Mixing
 from perdure.errors import ConfigError
 from perdure.privacy.settings import Privacy
 from perdure.strategies import find, names
@@ -21,10 +22,11 @@ KINDS: dict[str, tuple[type, str]] = {
     "privacy": (Privacy, "None, or perdure.Privacy, such as Privacy(epsilon=3.0)"),
     "adversary": (Attack, "None, or an instance of an attack, such as PGD()"),
     "views": (Views, "None, or perdure.data.Views"),
+    "mixing": (Mixing, "None, or perdure.data.Mixup or CutMix, such as Mixup(alpha=0.2)"),
     "loss": (Loss, "None, or a loss of perdure.tasks.losses, such as Focal(gamma=2.0)"),
 }
 """Required type of each argument, and its description for messages."""
-OPTIONAL = ("privacy", "adversary", "views", "loss")
+OPTIONAL = ("privacy", "adversary", "views", "mixing", "loss")
 PLAIN = (
     "seed",
     "device",

@@ -52,6 +52,7 @@ class GuardedParty(PartySettings):
             strategy=self.strategy,
             adversary=self.adversary,
             views=self.views,
+            mixing=self.mixing,
             precision=self.precision,
             task=self.task,
         )

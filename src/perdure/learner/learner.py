@@ -14,6 +14,7 @@ from perdure.adversarial.base import Attack
 from perdure.contract.strategy import Strategy
 from perdure.data.augmentation import Views
 from perdure.data.experience import Stream
+from perdure.data.mixing import Mixing
 from perdure.data.value_checks import check_streams
 from perdure.learner.arguments import PLAIN, check_arguments, check_stream, plain_model
 from perdure.learner.averaging import EMA, SWA
@@ -121,6 +122,7 @@ class Learner(SessionFront):
             `torch.nn.utils.clip_grad_norm_`; None for no bound. Under privacy it costs nothing.
         processes: number of processes that divide every batch, started by `torchrun`; process 0
             alone has callbacks, folder and ledger. 1 for this process only.
+        mixing: mixed pairs of records, Mixup() or CutMix(); refused under privacy.
     """
 
     model: nn.Module
@@ -160,6 +162,7 @@ class Learner(SessionFront):
     loss: Loss | None = None
     max_grad_norm: float | None = None
     processes: int = 1
+    mixing: Mixing | None = None
     _session: Session | None = field(default=None, init=False, repr=False)
     _validator: Validator | None = field(default=None, init=False, repr=False)
     _rates: ReplayedRates | None = field(default=None, init=False, repr=False)
@@ -296,6 +299,7 @@ class Learner(SessionFront):
             max_grad_norm=self.max_grad_norm,
             group=self._group,
             trained_by=counted_by(self._group),
+            mixing=self.mixing,
         )
         if self.folder or self.driven_by or self._group:
             validated = {"validation": self.validation.settings()} if self.validation else {}

@@ -22,6 +22,7 @@ from perdure.contract.forward import Forward
 from perdure.contract.state import State
 from perdure.contract.strategy import Strategy
 from perdure.data.augmentation import Views
+from perdure.data.mixing import Mixing
 from perdure.data.records import Batch, filled_batch
 from perdure.privacy.guard.independence import is_own, keeps_methods
 from perdure.tasks import SingleLabel, Task
@@ -50,6 +51,7 @@ class LossPath:
         strategy: strategy that computes the losses.
         adversary: attack on the rows; None for none.
         views: random versions of the rows; None for none.
+        mixing: mixed pairs of the rows, without privacy only; None for none.
         precision: precision of the passes through the model.
         task: meaning of the rows' targets.
     """
@@ -57,18 +59,23 @@ class LossPath:
     strategy: Strategy
     adversary: Attack | None = None
     views: Views | None = None
+    mixing: Mixing | None = None
     precision: Literal["float32", "bfloat16"] = "float32"
     task: Task = field(default_factory=SingleLabel)
 
     def losses(self, forward: Forward, batch: Batch, context: Context, state: State) -> Tensor:
         """Return (n,) loss of the strategy for every row, averaged over views if there are any."""
         strategy = self.strategy
+
+        def of_rows(rows: Batch) -> Tensor:
+            return strategy.losses(forward, rows, context, state)
+
+        def of_views(rows: Batch) -> Tensor:
+            return self.views.losses(of_rows, rows) if self.views else of_rows(rows)
+
         with self._casting(batch.inputs.device.type):
-            if self.views is None:
-                return strategy.losses(forward, batch, context, state).float()
-            return self.views.losses(
-                lambda rows: strategy.losses(forward, rows, context, state), batch
-            ).float()
+            mixing = self.mixing
+            return (mixing.losses(of_views, batch) if mixing else of_views(batch)).float()
 
     def _casting(self, device: str) -> AbstractContextManager[object]:
         """Run the passes in `precision`, also if the caller's program has switched on autocast."""
@@ -118,7 +125,7 @@ class LossPath:
         watched: Callable[[], AbstractContextManager[None]],
         private: bool,
     ) -> Batch:
-        """Return the rows of a step after the attack, with their views.
+        """Return the rows of a step after the attack, with their views, mixed in pairs.
 
         Attack and views never see an empty batch, nor, under privacy, one with fewer rows than
         `FEWEST_ROWS`: their code may fail without rows, and an error would reveal that no record
@@ -133,7 +140,7 @@ class LossPath:
             watched: context manager around a private pass.
             private: True to fill small batches with blank rows.
         """
-        if not len(batch) or (self.adversary is None and self.views is None):
+        if not len(batch) or not (self.adversary or self.views or self.mixing):
             return batch
         rows = filled_batch(batch) if private else batch
         if self.adversary is not None:
@@ -141,6 +148,10 @@ class LossPath:
             with watched():
                 rows = self.perturbed(losses, model, params, rows, draws)
         rows = self.with_views(rows, seed_of("views"))
+        if self.mixing:
+            seed = seed_of("mixing")
+            assert isinstance(seed, int)  # a private run has none
+            rows = self.mixing.attach(rows, seed)
         return rows if len(rows) == len(batch) else rows.take(slice(0, len(batch)))
 
     def with_views(self, batch: Batch, seed: Seed) -> Batch:

@@ -117,6 +117,8 @@ class Party(GuardedParty):
         tasks = tasks_by_experience(self.stream, self.task)
         self.context = contexts(self.stream, self.device, tasks)
         refuse_misfits(model, self.training, self.stream, self.adversary, self.views)
+        if self.mixing:
+            self.mixing.refuse_misfits(self.stream, private=private)
         spec = spec_of(model, detached_copies(self.params), self.stream, private=private)
         self.state: State = require_state("init", self.strategy, self.strategy.init(spec))
         self.held = HeldRecords(

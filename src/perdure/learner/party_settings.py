@@ -12,6 +12,7 @@ from perdure.adversarial.base import Attack
 from perdure.contract.strategy import Strategy
 from perdure.data.augmentation import Views
 from perdure.data.experience import Stream
+from perdure.data.mixing import Mixing
 from perdure.learner.averaging import EMA, SWA
 from perdure.learner.checkpoint import Position
 from perdure.learner.step_changes import SAM
@@ -32,6 +33,7 @@ OPTIONS = (
     "gradient_noise",
     "weight_noise",
     "max_grad_norm",
+    "mixing",
 )
 """Options of the steps; the ones that are not given are in no fingerprint and no noise digest."""
 
@@ -76,6 +78,7 @@ class PartySettings:
     loss: Loss | None = None
     max_grad_norm: float | None = None
     group: Processes | None = None
+    mixing: Mixing | None = None
 
     @property
     def options(self) -> dict[str, object]:

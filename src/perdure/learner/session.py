@@ -77,6 +77,7 @@ class Session(Party):
         precision: precision of the passes through the model in training.
         adversary: attack applied to every batch before its gradient.
         views: random versions of every record, averaged inside its loss.
+        mixing: mixed pairs of rows, Mixup() or CutMix(); not under privacy.
         loss: loss of every record (see `perdure.tasks.losses`); None for the loss of the task.
         max_grad_norm: largest L2 norm of the whole gradient, after penalty and projection; None for
             no bound.
