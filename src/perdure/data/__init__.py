@@ -3,8 +3,9 @@
 Import a data set (`digits`, `mnist`, ..., or `load` for one by name), a scenario that makes a
 stream of it (`split`, `by_time`, `by_domain`, `repetition`, `permuted`, `rotated`, `blurry`,
 `joint`; `online` cuts one into pieces), a split over clients (`dirichlet`, `iid`), several random
-versions of each record (`Views`), and mixed pairs of records (`Mixup`, `CutMix`). `plot_stream`
-draws a stream. `perdure.data.datasets` describes how to add a data set.
+versions of each record (`Views`), and mixed pairs of records (`Mixup`, `CutMix`). `resampled`
+balances the classes of public records. `plot_stream` draws a stream. `perdure.data.datasets`
+describes how to add a data set.
 """
 
 from perdure.data.augmentation import Change, Views, shift_and_flip
@@ -23,6 +24,7 @@ from perdure.data.experience import Experience, Stream
 from perdure.data.mixing import CutMix, Mixup
 from perdure.data.plots import plot_stream
 from perdure.data.records import Batch, Records, Spent
+from perdure.data.resampling import resampled
 from perdure.data.scenarios import (
     blurry,
     by_domain,
@@ -80,6 +82,7 @@ __all__ = [
     "permuted",
     "plot_stream",
     "repetition",
+    "resampled",
     "rotated",
     "shakespeare",
     "shift_and_flip",

@@ -53,6 +53,9 @@ class Records:
         drawn_by_position: True if a hash of row numbers chose these records from a table: removing
             one row would choose other records. Under privacy such records are refused (set
             automatically by `perdure.data.from_arrays` and its kin).
+        coupled_by: function that chose or made these records by looking at all of them, such as
+            "resampled(method='smote')": each may depend on others. Under privacy such records are
+            refused (set automatically).
         placed_by: digest of the public rule that put these records into this partition; equal rules
             put a record into partitions of the same name. Set by the functions that split a data
             set; "" if the rule is not known. A warm start uses it to find out which records an
@@ -80,6 +83,7 @@ class Records:
     size_counted: bool = False
     ids_by_position: bool = False
     drawn_by_position: bool = False
+    coupled_by: str = ""
     placed_by: str = ""
     domain: InputDomain | None = None
     attributes: Mapping[str, Tensor] = field(default_factory=dict)

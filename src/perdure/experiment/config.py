@@ -343,6 +343,11 @@ class Config(CheckedFields):
                 "and delta"
             )
         used = "private_training" if self.private_training else "training"
+        if self.data.resample and self.privacy:
+            allowed = (
+                "none with [privacy]: records would depend on others, or stand in several rows"
+            )
+            raise ConfigError.of("data.resample", self.data.resample, allowed)
         private = (self.private_training or self.training) if self._any_private else None
         if private and private.validation:
             allowed = "none for private arms, whose records it would read; give [private_training]"

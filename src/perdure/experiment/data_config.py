@@ -8,6 +8,7 @@ from typing import Any, Literal
 from perdure.data.datasets.base import Dataset
 from perdure.data.datasets.registry import GIVEN, find, load
 from perdure.data.experience import Stream
+from perdure.data.resampling import Method, resampled
 from perdure.data.scenarios import (
     blurry,
     by_domain,
@@ -88,6 +89,8 @@ class DataConfig(CheckedFields):
         options: further arguments of the data set's function, such as {length = 32}.
         split_seed: seed of the split into training and test records, where the data set has no
             published one; the same for all seeds of a run.
+        resample: method of `perdure.data.resampled` that balances the classes of the training
+            records, before the stream is made; only without `[privacy]`. Left out for none.
         declared_size: public number of training records; left out for the number that the data set
             declares.
         stream: function in `perdure.data` that makes the stream.
@@ -121,6 +124,7 @@ class DataConfig(CheckedFields):
     root: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     split_seed: int = 0
+    resample: Method | None = None
     declared_size: int | None = None
     stream: StreamName = "split"
     seed: int | None = None
@@ -193,6 +197,9 @@ class DataConfig(CheckedFields):
         data = self.load()
         if without is not None:
             data = replace(data, train=data.train.take(data.train.ids != without))
+        if self.resample is not None:
+            balanced = resampled(data.train, method=self.resample, seed=self.split_seed)
+            data = replace(data, train=balanced)
         seed = seed if self.seed is None else self.seed
         try:
             stream = STREAMS[self.stream](data, **self._arguments(seed))

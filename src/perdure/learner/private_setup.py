@@ -334,11 +334,19 @@ def warn_of_delta(delta: float, records: int) -> None:
 
 
 def refuse_places(stream: Stream) -> None:
-    """Refuse a stream in which the experience of a record depends on other records.
+    """Refuse a stream in which a record, or its experience, depends on other records.
 
     Raises:
         GuardError: says how to build the stream instead.
     """
+    for experience in stream:
+        if made := experience.train.coupled_by:
+            raise GuardError(
+                f"training records of experience {experience.index} are made by {made}, which "
+                "looked at all records, so one record more or less would change others or stand in "
+                "several rows; allowed under privacy: the records as they are; balance classes by "
+                "a loss with declared counts"
+            )
     if any(experience.train.drawn_by_position for experience in stream):
         raise GuardError(
             f"in stream {stream.name} a hash of row numbers chose the training records, so "
