@@ -18,9 +18,13 @@ from perdure.curator.memory import concatenate
 from perdure.curator.record_groups import RecordGroups, partition_index
 from perdure.data.experience import Experience
 from perdure.data.records import Batch
+from perdure.data.row_view import RowView, rows_at
 from perdure.errors import PrivacyError
 from perdure.privacy.private_sum import PrivateSum
 from perdure.utils.seeding import generator
+
+SHUFFLED_AT_ONCE = 2**20
+"""Largest number of bytes of a tensor that is shuffled once an epoch, instead of in each step."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -69,6 +73,7 @@ class Pool:
     place: tuple[int, int, int]
     opened: Opened
     _orders: dict[str, tuple[int, Tensor]] = field(default_factory=dict)
+    _epochs: dict[str, tuple[int, "ShuffledRows"]] = field(default_factory=dict)
     _positions: dict[int, Tensor] = field(default_factory=dict)
 
     @property
@@ -93,8 +98,8 @@ class Pool:
         Shuffled new rows come first, then the rows from memory.
         """
         if self.plan and self.plan.use == "pooled":
-            return self.rows.at(self.shuffled("pool", len(self.rows), self.batch_size, step)), 0.0
-        new = self.new.at(self.shuffled("new", len(self.new), self.batch_size, step))
+            return self._shuffled_rows("pool", self.rows, step), 0.0
+        new = self._shuffled_rows("new", self.new, step)
         if self.rehearsed is None:
             return new, 0.0
         back = self.stored_rows(self.rehearsed, "memory", step)
@@ -146,13 +151,61 @@ class Pool:
             step: number of the step.
         """
         epoch, i = divmod(step, -(-n // size))
+        return self._order(what, n, epoch)[i * size : (i + 1) * size]
+
+    def rest(self) -> None:
+        """Free the copies of shuffled rows; the next step makes them again."""
+        self._epochs.clear()
+
+    def _order(self, what: str, n: int, epoch: int) -> Tensor:
         if self._orders.get(what, (-1,))[0] != epoch:
             self._orders[what] = (epoch, torch.randperm(n, generator=self._drawn(what, epoch)))
-        return self._orders[what][1][i * size : (i + 1) * size]
+        return self._orders[what][1]
+
+    def _shuffled_rows(self, what: str, rows: Batch, step: int) -> Batch:
+        """Rows of one step, in a new random order in every epoch (see `shuffled`)."""
+        n = len(rows)
+        size = self.batch_size
+        epoch, i = divmod(step, -(-n // size))
+        known, shuffled = self._epochs.get(what, (-1, None))
+        if shuffled is None or known != epoch:
+            shuffled = ShuffledRows(rows, self._order(what, n, epoch))
+            self._epochs[what] = (epoch, shuffled)
+        return shuffled.between(i * size, (i + 1) * size)
 
     def _drawn(self, what: str, number: int) -> torch.Generator:
         seed, client, experience = self.place
         return generator(seed, "order", what, client, experience, number)
+
+
+class ShuffledRows:
+    """Rows of an epoch in the order of its steps.
+
+    Small tensors, such as labels, are shuffled once, so that a step only takes a part of them.
+
+    Args:
+        rows: rows to shuffle.
+        order: (n,) int64 positions of all rows.
+    """
+
+    def __init__(self, rows: Batch, order: Tensor) -> None:
+        self._rows = rows.tensors()
+        self._order = order.to(rows.inputs.device)
+        self._shuffled = {
+            name: value.index_select(0, self._order)
+            for name, value in self._rows.items()
+            if not isinstance(value, RowView) and value.nbytes <= SHUFFLED_AT_ONCE
+        }
+
+    def between(self, start: int, stop: int) -> Batch:
+        """Return the rows of one step; `stop` may be behind the last row."""
+        taken = {name: value[start:stop] for name, value in self._shuffled.items()}
+        if len(taken) < len(self._rows):
+            order = self._order[start:stop]
+            for name, value in self._rows.items():
+                if name not in taken:
+                    taken[name] = rows_at(value, order)
+        return Batch.from_tensors(taken)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -39,6 +39,7 @@ class GuardedParty(PartySettings):
     _compare_values: bool
     _goes_alone: bool
     _inspected: InspectedPath | None
+    _path: LossPath | None
 
     @property
     def private_sum(self) -> PrivateSum | None:
@@ -48,14 +49,26 @@ class GuardedParty(PartySettings):
     @property
     def path(self) -> LossPath:
         """Computation from rows to losses, with the current settings."""
-        return LossPath(
-            strategy=self.strategy,
-            adversary=self.adversary,
-            views=self.views,
-            mixing=self.mixing,
-            precision=self.precision,
-            task=self.task,
-        )
+        known = self._path
+        # asked for several times in a step; the settings hardly ever change
+        if not (
+            known is not None
+            and known.strategy is self.strategy
+            and known.adversary is self.adversary
+            and known.views is self.views
+            and known.mixing is self.mixing
+            and known.precision is self.precision
+            and known.task is self.task
+        ):
+            known = self._path = LossPath(
+                strategy=self.strategy,
+                adversary=self.adversary,
+                views=self.views,
+                mixing=self.mixing,
+                precision=self.precision,
+                task=self.task,
+            )
+        return known
 
     def inspection(self) -> Inspection:
         """Inspection of the current model, losses and state by the guard."""

@@ -18,6 +18,7 @@ from perdure.errors import ConfigError, PrivacyError
 from perdure.privacy.accounting.charges import Charge, bounding, merged
 from perdure.privacy.ledger.account import Account
 from perdure.privacy.ledger.entries import Entry, Stated, weakest
+from perdure.utils.modules import parts_of
 
 ATTRIBUTE = "_perdure_training"
 """Name of the attribute of a module that holds the `Training`."""
@@ -114,7 +115,7 @@ def mark(model: nn.Module, training: Training) -> None:
 
 def carried(model: nn.Module, training: Training) -> bool:
     """Return True if a model and all its parts carry exactly this training."""
-    return all(vars(part).get(ATTRIBUTE) is training for part in model.modules())
+    return all(vars(part).get(ATTRIBUTE) is training for part in parts_of(model))
 
 
 def forget(model: nn.Module) -> nn.Module:

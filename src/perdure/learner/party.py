@@ -109,6 +109,7 @@ class Party(GuardedParty):
         self._compare_values = True
         self._goes_alone = False
         self._inspected: InspectedPath | None = None
+        self._path = None
         self.params: Params = dict(trainable_parameters(model))
         self.forward = Forward(model)
         self._initial = self.initial or {n: t.clone() for n, t in model.state_dict().items()}
@@ -227,7 +228,7 @@ class Party(GuardedParty):
         self.position.step = step
         return self.held.sample(step)
 
-    @single_rows_refused()
+    @single_rows_refused
     def fill_gradients(self, batch: Batch) -> None:
         """Fill `.grad` of the trained parameters with gradient and penalty, after the projection.
 
@@ -346,7 +347,7 @@ class Party(GuardedParty):
         self.average.follow(self.trained, self.position.step, self._steps)
         self.position.step += 1
 
-    @single_rows_refused()
+    @single_rows_refused
     def adopt_average(self) -> None:
         """Give the model its averaged parameters, if there are any, and end the average.
 
@@ -366,6 +367,8 @@ class Party(GuardedParty):
         for param in self.params.values():
             param.grad = None
         self._memory = StepMemory()
+        if self.position.begun:
+            self.held.pool.rest()
 
     # ------------------------------------------------------------------ the end of an experience
 

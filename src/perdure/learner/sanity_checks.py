@@ -3,8 +3,9 @@
 They refuse outputs that do not fit, a second ledger, a missing state, and values that are NaN.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import wraps
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import nn
@@ -22,6 +23,9 @@ from perdure.models.wrapped import outputs_in
 from perdure.planning.training_plan import TrainingPlan
 from perdure.tasks import SingleLabel
 from perdure.utils.modules import evaluating
+
+Given = ParamSpec("Given")
+Answer = TypeVar("Answer")
 
 ONE_ROW = "Expected more than 1 value per channel"
 """Beginning of the message of torch if BatchNorm gets one value for each channel."""
@@ -201,23 +205,27 @@ def refuse_second_ledger(position: Position) -> None:
         )
 
 
-@contextmanager
-def single_rows_refused() -> Iterator[None]:
-    """Context manager that names the cause if BatchNorm gets one row, for example a last batch.
+def single_rows_refused(call: Callable[Given, Answer]) -> Callable[Given, Answer]:
+    """Decorate a function to name the cause if BatchNorm gets one row, for example a last batch.
 
     Raises:
         ConfigError: instead of the `ValueError` of torch.
     """
-    try:
-        yield
-    except ValueError as error:
-        if ONE_ROW not in str(error):
-            raise
-        raise ConfigError(
-            "a step has one record, of which BatchNorm cannot compute a variance; allowed: two "
-            "records or more; give a batch_size that does not leave one record over, or use "
-            "another normalisation, such as GroupNorm or LayerNorm"
-        ) from error
+
+    @wraps(call)
+    def explained(*args: Given.args, **named: Given.kwargs) -> Answer:
+        try:
+            return call(*args, **named)
+        except ValueError as error:
+            if ONE_ROW not in str(error):
+                raise
+            raise ConfigError(
+                "a step has one record, of which BatchNorm cannot compute a variance; allowed: two "
+                "records or more; give a batch_size that does not leave one record over, or use "
+                "another normalisation, such as GroupNorm or LayerNorm"
+            ) from error
+
+    return explained
 
 
 def require_state(hook: str, strategy: Strategy, answer: object) -> State:

@@ -44,7 +44,7 @@ def mean_gradient(
         at_once: number of rows of one pass through the model; None for all.
     """
     # only if this is known without waiting for a device
-    unpadded = batch.valid.device.type == "cpu" and bool(batch.valid.all())
+    unpadded = batch.valid.device.type == "cpu" and bool(batch.valid.numpy().all())
     total: list[Tensor] | None = None
     loss: Tensor | None = None
     for number, piece in enumerate(micro_batches(batch, at_once)):
