@@ -191,6 +191,7 @@ class ShuffledRows:
     def __init__(self, rows: Batch, order: Tensor) -> None:
         self._rows = rows.tensors()
         self._order = order.to(rows.inputs.device)
+        self._unpadded = rows.unpadded
         self._shuffled = {
             name: value.index_select(0, self._order)
             for name, value in self._rows.items()
@@ -205,7 +206,10 @@ class ShuffledRows:
             for name, value in self._rows.items():
                 if name not in taken:
                     taken[name] = rows_at(value, order)
-        return Batch.from_tensors(taken)
+        batch = Batch.from_tensors(taken)
+        if self._unpadded:
+            vars(batch)["unpadded"] = True  # a cached property, known for all steps
+        return batch
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

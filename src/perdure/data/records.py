@@ -5,6 +5,7 @@ The tensors stay on their device.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -277,6 +278,11 @@ class Batch:
             from_memory=torch.zeros(n, dtype=torch.bool, device=device),
             valid=torch.ones(n, dtype=torch.bool, device=device),
         )
+
+    @cached_property
+    def unpadded(self) -> bool:
+        """True if no row is padding; False if this is not known without waiting for a device."""
+        return self.valid.device.type == "cpu" and bool(self.valid.all())
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all row tensors (n, ...) by name, ready for `torch.func.vmap`.

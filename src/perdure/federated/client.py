@@ -26,7 +26,7 @@ from perdure.data.record_identity import refuse_records_in_two_partitions
 from perdure.errors import LedgerError
 from perdure.federated.client_store import FRESH, ClientSession, restore, save
 from perdure.federated.flower_adapter import error_reply
-from perdure.federated.held_arrays import ArrayMemory
+from perdure.federated.held_arrays import ArrayMemory, message_of
 from perdure.federated.ledger_heads import LEDGER, reported, require_known
 from perdure.federated.messages import load_record, read_tensors, shared, to_record
 from perdure.federated.party_checks import (
@@ -38,6 +38,7 @@ from perdure.federated.party_checks import (
 from perdure.federated.state_merging import sent
 from perdure.learner.folder_claims import client_folder
 from perdure.learner.learner import Learner
+from perdure.utils.modules import share_memory
 
 MakeParty = Callable[[int], tuple[Learner, Stream]]
 """Function from a client's number to its new learner and its stream."""
@@ -91,6 +92,10 @@ class ClientSessions:
         learner.folder = client_folder(self._folder, client) if self._folder else None
         self._open = learner
         learner.prepare(stream)
+        if learner.privacy is None and self._first.privacy is None:
+            # Every exchange replaces the parameters, so a client needs none between exchanges, and
+            # the memory that all clients use stays in the processor's cache.
+            share_memory(learner.model, self._first.model)
         return restore(learner, exchange)
 
     def put(self, client: int, seat: ClientSession, exchange: int) -> None:
@@ -130,7 +135,8 @@ def client_app(
         make: function from a client's number to its new learner and its stream; client number and
             folder are set by the app. The models of all parties must start with the same
             parameters, from one seed: SI's anchor, CWR*'s base and new starts use the client's own
-            first parameters.
+            first parameters. All clients of this process without privacy keep their parameters in
+            the same memory, so read a client's model only in callbacks of its learner.
         folder: folder of the run; the state of client 3 is in its subfolder `clients/003`. None to
             keep the state in this process only. If a learner has no owner, the owner of its ledger
             is client-3.
@@ -201,13 +207,15 @@ def _opened(
     refuse_privacy(learner, _number(context), asked=bool(task["private"]))
     private_sum = learner.private_sum
     require_known(private_sum.ledger if private_sum else None, message)
+    arrays = cast(ArrayRecord, message.content["arrays"])
     while learner.position.experience < task["experience"]:
         # The client did not train in this experience. The server asks it to consolidate only if
         # this needs the global model or other clients.
         learner.begin(learner.position.experience)
+        load_record(learner.model, arrays)
         learner.finish()
     learner.begin(task["experience"])
-    load_record(learner.model, cast(ArrayRecord, message.content["arrays"]))
+    load_record(learner.model, arrays)
     if "state" in message.content:
         new = read_tensors(message, "state")
         combined = learner.state.replace(
@@ -224,7 +232,7 @@ def _reply(
     answer: dict[str, ArrayRecord | MetricRecord | ConfigRecord] = {**records, "metrics": size}
     if learner.private_sum is not None:
         answer[LEDGER] = reported(learner.private_sum.ledger)
-    return Message(RecordDict(dict(answer)), reply_to=message)
+    return Message(message_of(answer), reply_to=message)
 
 
 def _number(context: Context) -> int:

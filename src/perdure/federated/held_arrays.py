@@ -12,7 +12,7 @@ from weakref import ref
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -157,6 +157,13 @@ def values_of(record: Any) -> dict[str, Any]:
     return own
 
 
+def message_of(records: Mapping[str, ArrayRecord | MetricRecord | ConfigRecord]) -> RecordDict:
+    """Return the content of a message from records of the right types, without checks."""
+    content = RecordDict()
+    values_of(content).update(records)
+    return content
+
+
 def read_only(array: Array) -> Tensor:
     """Return the numbers of an array without a copy, for reading only."""
     value = array.tensor if isinstance(array, HeldArray) else None
@@ -168,12 +175,11 @@ def copied(content: RecordDict) -> RecordDict:
 
     Values that cannot change are shared: bytes, numbers and the tensors of held arrays.
     """
-    own = RecordDict()
+    own: dict[str, Any] = {}
     for name, record in content.items():
-        fresh: Any = record.copy()  # a record of any kind, with values of its own types
+        own[name] = fresh = record.copy()  # a record of any kind, with values of its own types
         values = values_of(fresh)
         for key, value in values.items():
             if isinstance(value, (Array, list)):
                 values[key] = copy(value)
-        values_of(own)[name] = fresh
-    return own
+    return message_of(own)

@@ -44,6 +44,7 @@ from perdure.federated.flower_adapter import (
     simulate,
     wait_for_clients,
 )
+from perdure.federated.held_arrays import message_of
 from perdure.federated.ledger_heads import ClientHeads
 from perdure.federated.messages import (
     load_record,
@@ -258,7 +259,7 @@ class Server:
             if state and previous < self.exchange - self.round:
                 records["state"] = state
             records |= self.heads.told(clients[message.metadata.dst_node_id])
-            message.content = RecordDict(records)
+            message.content = message_of(records)
         replies = answers(grid, outgoing, clients)
         for reply in replies:
             self.heads.take(clients[reply.metadata.src_node_id], reply)

@@ -43,21 +43,18 @@ def mean_gradient(
     Args:
         at_once: number of rows of one pass through the model; None for all.
     """
-    # only if this is known without waiting for a device
-    unpadded = batch.valid.device.type == "cpu" and bool(batch.valid.numpy().all())
     total: list[Tensor] | None = None
     loss: Tensor | None = None
     for number, piece in enumerate(micro_batches(batch, at_once)):
         rows = losses(forward, piece)
-        if unpadded and rows.shape == batch.valid.shape:
-            part = rows.mean()  # to the bits of the sum over the count, by fewer operations
+        if batch.unpadded and rows.shape == batch.valid.shape:
+            # to the bits of the sum over the count, by fewer operations
+            part = rows.detach().mean()
+            weights = rows.new_full(rows.shape, 1 / max(1, len(batch)))
+            grads = _gradients(rows, params, weights)
         else:
             part = (rows * piece.valid).sum() / batch.valid.sum()
-        grads = list(
-            torch.autograd.grad(
-                part, list(params.values()), allow_unused=True, materialize_grads=True
-            )
-        )
+            grads = _gradients(part, params)
         if total is None:
             total = grads
         elif number == 1:  # autograd may return one tensor twice, so the first sum is a new tensor
@@ -67,6 +64,15 @@ def mean_gradient(
         loss = part.detach() if loss is None else loss + part.detach()
     assert total is not None and loss is not None
     return dict(zip(params, total, strict=True)), loss
+
+
+def _gradients(value: Tensor, params: Params, weights: Tensor | None = None) -> list[Tensor]:
+    """Gradient of a value, or of the sum of its numbers by weights, for each parameter."""
+    return list(
+        torch.autograd.grad(
+            value, list(params.values()), weights, allow_unused=True, materialize_grads=True
+        )
+    )
 
 
 def clipped_gradient(

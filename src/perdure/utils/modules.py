@@ -157,6 +157,23 @@ def _plain(kind: type[nn.Module]) -> bool:
     return all(getattr(kind, name) is getattr(nn.Module, name) for name in STATE_METHODS)
 
 
+def share_memory(module: nn.Module, other: nn.Module) -> None:
+    """Let the parameters of a module use the memory of the other's, on the processor.
+
+    They get the values of the other's parameters. A parameter without a counterpart of the same
+    name, shape, strides and dtype keeps its own memory.
+    """
+    known = dict(other.named_parameters())
+    for name, own in module.named_parameters():
+        value = known.get(name)
+        if value is not None and _layout(own) == _layout(value) and own.device.type == "cpu":
+            own.data = value.data
+
+
+def _layout(value: Tensor) -> tuple[object, ...]:
+    return type(value), value.dtype, value.device, value.shape, value.stride()
+
+
 @contextmanager
 def untouched(module: nn.Module) -> Iterator[None]:
     """Context manager that restores the buffers of a module, such as running statistics."""
