@@ -41,10 +41,19 @@ def hold_out(
         known = torch.cat([known, new])
         measured = torch.cat([measured, new[order[:count]]])
         # later experiences add new ids only, so this cut is final
-        yield _cut(experience, measured)
+        yield cut(experience, measured)
 
 
-def _cut(experience: Experience, measured: Tensor) -> tuple[Records, Records]:
+def cut(experience: Experience, measured: Tensor) -> tuple[Records, Records]:
+    """Return the training records without the given ids, and those with them.
+
+    Args:
+        experience: experience whose training records are cut.
+        measured: int64 ids to hold out.
+
+    Raises:
+        ConfigError: if one of the parts would have no record.
+    """
     train = experience.train
     held = torch.isin(train.ids.cpu(), measured)
     if held.all() or not held.any():

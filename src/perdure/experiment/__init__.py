@@ -2,8 +2,10 @@
 
 Import `read` or `parse` to get a `Config`, and `run` to train and evaluate it; a stopped run
 continues. `tune` searches hyper-parameters on training records, and `lr_range_test` suggests a
-learning rate. `attack_run` attacks the privacy of a run's models, `attack_models` their inputs, and
-`audit_run` audits the private arms of a config. `read_result` reads the stored result of
+learning rate. `cross_validate` measures a learner on every fold of public records, and
+`find_label_issues` finds wrong labels. `attack_run` attacks the privacy of a run's models,
+`attack_models` their inputs, and `audit_run` audits the private arms of a config. `read_result`
+reads the stored result of
 a run, and `to_pandas` makes a table of it. `compare` compares arms over seeds, of one or several
 runs, and `load` loads a trained model. `export_run` writes a trained model to files that run
 without perdure. `examine_run` looks for mistakes before training, `healed` applies remedies to a
@@ -13,10 +15,12 @@ config, and `heal` restarts a run with them. `cards` describes every strategy wi
 from perdure.experiment.audits import attack_run, audit_run
 from perdure.experiment.comparison import Comparison, Difference, compare
 from perdure.experiment.config import Config, parse, read, read_text
+from perdure.experiment.cross_validation import CrossValidated, cross_validate
 from perdure.experiment.data_frames import to_pandas
 from perdure.experiment.examinations import examine_run
 from perdure.experiment.exports import export_run
 from perdure.experiment.healing import Healing, heal
+from perdure.experiment.label_issues import LabelIssues, find_label_issues
 from perdure.experiment.overrides import toml_text
 from perdure.experiment.paired_statistics import Estimate
 from perdure.experiment.rate_test import RateTest, lr_range_test
@@ -32,10 +36,12 @@ __all__ = [
     "AttackedModel",
     "Comparison",
     "Config",
+    "CrossValidated",
     "Difference",
     "Estimate",
     "Healed",
     "Healing",
+    "LabelIssues",
     "RateTest",
     "Result",
     "Space",
@@ -47,8 +53,10 @@ __all__ = [
     "audit_run",
     "cards",
     "compare",
+    "cross_validate",
     "examine_run",
     "export_run",
+    "find_label_issues",
     "heal",
     "healed",
     "load",
