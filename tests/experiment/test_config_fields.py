@@ -96,6 +96,12 @@ WRONG = {
     ("data", "declared_sizes"): ("5", "[]", "[0, 2]", "[true]", "[1.5]"),
     ("data", "class_order"): ("5", "[1.5]", "[true]", '"0"'),
     ("data", "exact"): SWITCH,
+    ("data", "resample"): CHOICES,
+    ("data", "fit_on"): CHOICES,
+    ("data", "impute"): ('"mean"', *CHOICES),  # "mean" needs scale = true
+    ("data", "scale"): SWITCH,
+    ("data", "columns"): COUNTS,
+    ("data", "components"): COUNTS,
     **{("data", name): values for name, values in OF_OTHER_STREAMS.items()},
     ("model", "name"): CHOICES,
     ("model", "hidden"): ("64", "[0]", "[-4]", "[1.5]", "[true]", '["a"]', "[[4]]", "[nan]"),

@@ -4,12 +4,19 @@ Import a data set (`digits`, `mnist`, ..., or `load` for one by name), a scenari
 stream of it (`split`, `by_time`, `by_domain`, `repetition`, `permuted`, `rotated`, `blurry`,
 `joint`; `online` cuts one into pieces), a split over clients (`dirichlet`, `iid`), several random
 versions of each record (`Views`), and mixed pairs of records (`Mixup`, `CutMix`). `resampled`
-balances the classes of public records. `plot_stream` draws a stream. `perdure.data.datasets`
+balances the classes of public records; `column_scaling`, `best_columns` and `principal_components`
+change inputs by constants of public records. `plot_stream` draws a stream. `perdure.data.datasets`
 describes how to add a data set.
 """
 
 from perdure.data.augmentation import Change, Views, shift_and_flip
 from perdure.data.client_splits import dirichlet, iid
+from perdure.data.column_transforms import (
+    ColumnTransform,
+    best_columns,
+    column_scaling,
+    principal_components,
+)
 from perdure.data.datasets.adult import adult
 from perdure.data.datasets.base import Dataset
 from perdure.data.datasets.breast_cancer import breast_cancer
@@ -49,6 +56,7 @@ from perdure.data.value_checks import check_finite
 __all__ = [
     "Batch",
     "Change",
+    "ColumnTransform",
     "CutMix",
     "Dataset",
     "Experience",
@@ -59,6 +67,7 @@ __all__ = [
     "Stream",
     "Views",
     "adult",
+    "best_columns",
     "blurry",
     "breast_cancer",
     "by_domain",
@@ -66,6 +75,7 @@ __all__ = [
     "check_finite",
     "cifar10",
     "cifar100",
+    "column_scaling",
     "digits",
     "dirichlet",
     "from_arrays",
@@ -81,6 +91,7 @@ __all__ = [
     "online",
     "permuted",
     "plot_stream",
+    "principal_components",
     "repetition",
     "resampled",
     "rotated",

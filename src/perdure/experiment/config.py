@@ -343,6 +343,9 @@ class Config(CheckedFields):
                 "and delta"
             )
         used = "private_training" if self.private_training else "training"
+        if self.data.reads_training_records and self.privacy:
+            allowed = '"test" with [privacy], the public test records, for scale and columns'
+            raise ConfigError.of("data.fit_on", self.data.fit_on, allowed)
         if self.data.resample and self.privacy:
             allowed = (
                 "none with [privacy]: records would depend on others, or stand in several rows"

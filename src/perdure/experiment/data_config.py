@@ -3,11 +3,20 @@
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
+from perdure.data.column_transforms import (
+    ColumnTransform,
+    Gaps,
+    best_columns,
+    column_scaling,
+    principal_components,
+)
 from perdure.data.datasets.base import Dataset
 from perdure.data.datasets.registry import GIVEN, find, load
 from perdure.data.experience import Stream
+from perdure.data.records import Records
 from perdure.data.resampling import Method, resampled
 from perdure.data.scenarios import (
     blurry,
@@ -91,6 +100,13 @@ class DataConfig(CheckedFields):
             published one; the same for all seeds of a run.
         resample: method of `perdure.data.resampled` that balances the classes of the training
             records, before the stream is made; only without `[privacy]`. Left out for none.
+        fit_on: records whose constants `impute`, `scale`, `columns` and `components` use: `train`,
+            or `test`, the public test records; with `[privacy]` only `test`.
+        impute: `mean` or `median` of a column, which replaces its missing numbers; only with
+            `scale`.
+        scale: scale every column to mean 0 and deviation 1.
+        columns: number of columns to keep, those that tell most about the labels.
+        components: number of principal components to which the columns are projected.
         declared_size: public number of training records; left out for the number that the data set
             declares.
         stream: function in `perdure.data` that makes the stream.
@@ -125,6 +141,11 @@ class DataConfig(CheckedFields):
     options: Mapping[str, Any] = field(default_factory=dict)
     split_seed: int = 0
     resample: Method | None = None
+    fit_on: Literal["train", "test"] = "train"
+    impute: Gaps | None = None
+    scale: bool = False
+    columns: int | None = None
+    components: int | None = None
     declared_size: int | None = None
     stream: StreamName = "split"
     seed: int | None = None
@@ -150,7 +171,9 @@ class DataConfig(CheckedFields):
         loader = find(self.name, field="name")
         arguments(loader, self.options, "options", without=OF_LOADERS)
         check(self, "split_seed seed", lambda value: 0 <= value < 2**32, "0 to 4294967295")
-        check(self, "experiences chunk declared_size", counts, COUNTS)
+        check(self, "experiences chunk declared_size columns components", counts, COUNTS)
+        if self.impute and not self.scale:
+            raise ConfigError.of("impute", self.impute, "none without scale = true")
         allowed = "numbers of new classes, each from 1, and at least one of them"
         check(self, "increments", lambda each: bool(each) and all(map(counts, each)), allowed)
         allowed = "numbers of records, each from 1, and at least one of them"
@@ -197,6 +220,7 @@ class DataConfig(CheckedFields):
         data = self.load()
         if without is not None:
             data = replace(data, train=data.train.take(data.train.ids != without))
+        data = self._changed_columns(data)
         if self.resample is not None:
             balanced = resampled(data.train, method=self.resample, seed=self.split_seed)
             data = replace(data, train=balanced)
@@ -209,6 +233,29 @@ class DataConfig(CheckedFields):
         except ConfigError as error:
             raise ConfigError(placed(str(error), "data", OF_STREAMS)) from error
         return stream
+
+    def _changed_columns(self, data: Dataset) -> Dataset:
+        """Scale, choose and project the columns by constants of `fit_on`."""
+        made: list[Callable[[Records], ColumnTransform]] = []
+        if self.scale:
+            made.append(partial(column_scaling, impute=self.impute))
+        if self.columns is not None:
+            made.append(partial(best_columns, count=self.columns))
+        if self.components is not None:
+            made.append(partial(principal_components, count=self.components))
+        for make in made:
+            try:
+                transform = make(data.train if self.fit_on == "train" else data.test)
+            except ConfigError as error:
+                raise ConfigError(f"data: {error}") from error
+            data = transform.dataset(data)
+        return data
+
+    @property
+    def reads_training_records(self) -> bool:
+        """True if constants of training records change the columns."""
+        changed = self.scale or self.columns is not None or self.components is not None
+        return changed and self.fit_on == "train"
 
     def _arguments(self, seed: int) -> dict[str, object]:
         """Return the arguments for the function in `STREAMS` that makes the stream."""
