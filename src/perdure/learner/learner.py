@@ -360,11 +360,6 @@ class Learner(SessionFront):
             self.progress.append((ended, accuracies))
         self._notify("evaluated")
 
-    @property
-    def validated(self) -> list[tuple[int, int, float]]:
-        """Measurements on validation records: experience, number of steps done, and metric."""
-        return list(self._validator.history) if self._validator else []
-
     # ------------------------------------------------------------------ stopping and resuming
 
     def snapshot(self) -> Snapshot:

@@ -18,6 +18,7 @@ from perdure.learner.evaluation import (
     score_of,
 )
 from perdure.learner.session import Session
+from perdure.learner.validation import Validator
 from perdure.planning.training_plan import TrainingPlan
 from perdure.privacy.private_sum import PrivateSum
 
@@ -26,6 +27,7 @@ class SessionFront:
     """Base of `Learner`: read access to the session, and evaluation of its model."""
 
     _session: Session | None
+    _validator: Validator | None
     evaluate_every: int | None
 
     # ------------------------------------------------------------------ evaluation
@@ -73,6 +75,11 @@ class SessionFront:
     def is_measured(self, index: int) -> bool:
         """Return True if the model is evaluated after experience `index`."""
         return is_measured(self.stream, index, self.evaluate_every)
+
+    @property
+    def validated(self) -> list[tuple[int, int, float]]:
+        """Measurements on validation records: experience, number of steps done, and metric."""
+        return list(self._validator.history) if self._validator else []
 
     # ------------------------------------------------------------------ parts of the session
 
