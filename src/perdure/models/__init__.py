@@ -4,7 +4,8 @@ Import a function that makes a model for vectors and images (`mlp`, `cnn`, `mobi
 `transformer`, or `build` for a `ModelConfig`) or for sequences (`lstm`, `gru`, `decoder`). Import
 `wrap` for your own model or a model of another library, `low_rank` for adapters on any model,
 `frozen` for a fixed feature extractor (with `Scattering` or `RandomConvolutions`), or a model on a
-frozen transformer (`prompted`, `composed`, `adapted`).
+frozen transformer (`prompted`, `composed`, `adapted`). `synthetic_records` draws records from a
+trained model with a generator (`generative`).
 """
 
 from perdure.models.bodies import LARGEST_GROUP_COUNT
@@ -21,6 +22,7 @@ from perdure.models.lstm import lstm
 from perdure.models.prompts import Composed, Prompted, composed, prompted
 from perdure.models.random_convolutions import RandomConvolutions, random_filters
 from perdure.models.scattering import Scattering
+from perdure.models.synthetic_records import synthetic_records
 from perdure.models.vae import Generative, generative
 from perdure.models.vision_transformer import Transformer, from_timm, tiny, transformer
 from perdure.models.wrapped import Wrapped, wrap
@@ -61,6 +63,7 @@ __all__ = [
     "prompted",
     "random_filters",
     "resnet18",
+    "synthetic_records",
     "tiny",
     "transformer",
     "wrap",
