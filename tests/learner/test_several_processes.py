@@ -59,7 +59,7 @@ def test_two_started_processes_equal_one_in_every_case(tmp_path):
 
 
 def test_a_plain_step_equals_torch_ddp_in_float64():
-    """A mean over processes is the mean over rows if all parts have one size; losses: float32."""
+    """A mean over processes is the mean over rows if parts are equal; losses are float32."""
 
     def by_torch():
         mine = learner_of("Naive", batch_size=10)

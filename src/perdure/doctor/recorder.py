@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from perdure.contract.context import Context
+from perdure.doctor.curvature import Curvature, hessian_extremes
 from perdure.doctor.probing import probe_layers
 from perdure.doctor.trace import Probe, Trace
 from perdure.learner.learner import Learner
@@ -18,6 +19,8 @@ from perdure.utils.seeding import generator, undisturbed
 
 ROWS = 128
 """Number of public rows of a probe."""
+PRODUCTS = 12
+"""Products with the Hessian for its extreme eigenvalues."""
 SHAKE = 0.01
 """Norm of the random change of weights, relative to theirs, that measures sharpness."""
 
@@ -41,6 +44,7 @@ class Recorder:
     loss_shown: bool
     probes: list[Probe] = field(default_factory=list)
     sharpness: float | None = None
+    curvature: Curvature | None = None
     _norms: list[Tensor] = field(default_factory=list)
     _at: list[int] = field(default_factory=list)
     _losses: list[Tensor] = field(default_factory=list)
@@ -127,6 +131,8 @@ class Recorder:
         self.probe()
         if self._labels is not None and self.sharpness is None:
             self.sharpness = self._sharpness()
+            if not self.trace().is_learning:
+                self.curvature = self._curvature()
 
     def _mask(self) -> Tensor | None:
         return None if self._context.scenario == "domain" else self._context.allowed
@@ -157,6 +163,15 @@ class Recorder:
             after = self._loss(functional_call(model, shaken, (self._inputs,)))
         return None if before is None or after is None else after - before
 
+    def _curvature(self) -> Curvature | None:
+        """Curvature of the public loss; None for a layer without a second derivative."""
+        try:
+            return hessian_extremes(
+                self.learner, experience=self.experience, steps=PRODUCTS, rows=ROWS
+            )
+        except RuntimeError:
+            return None
+
     # ------------------------------------------------------------------ what was measured
 
     def trace(self) -> Trace:
@@ -183,6 +198,7 @@ class Recorder:
             learning_rate=float(self.learner.current_optimizer.param_groups[0].get("lr", 0.0)),
             mixed_loss=self._is_mixed(),
             sharpness=self.sharpness,
+            curvature=self.curvature,
         )
 
     def _at_most(self) -> int:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from perdure.doctor.curvature import Curvature
 from perdure.utils.checked_fields import CheckedFields
 
 LEARNT = 0.9
@@ -103,6 +104,8 @@ class Trace:
             because of dropout, an attack, views, or rows from memory.
         sharpness: rise of the public loss if weights change at random by 1 % of their norm; None
             before the end of the experience.
+        curvature: curvature of the public loss at the end of an experience without progress; None
+            elsewhere.
         matrix: accuracy matrix so far, if higher is better; empty before the first evaluation.
         chances: accuracy of a uniform guess after each experience, in percent.
         taken_by_new: share of public test records of earlier classes that are classified as a class
@@ -129,6 +132,7 @@ class Trace:
     learning_rate: float = 0.0
     mixed_loss: bool = False
     sharpness: float | None = None
+    curvature: Curvature | None = None
     matrix: Sequence[Sequence[float]] = ()
     chances: tuple[float, ...] = ()
     taken_by_new: float | None = None

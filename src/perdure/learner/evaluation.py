@@ -88,7 +88,7 @@ def outputs_for(party: Party, inputs: Tensor, experience: int | None) -> Tensor:
     index = _asked(party.stream, experience, after)
     _check_inputs(party.stream, inputs)
     if _is_private(party):
-        _refuse_learnt_rows(party, inputs, "inputs")
+        refuse_learnt_rows(party, inputs, "inputs")
     inputs = inputs.to(party.device)
     with torch.no_grad(), evaluating(party.model):
         answer = predictor(party, index, after=after)
@@ -123,8 +123,7 @@ def score_of(party: Party, records: Records, experience: int | None) -> float:
         raise ConfigError.of("records", type(records).__name__, "Records, such as stream[0].test")
     if records.task != party.stream.task:
         raise ConfigError.of("records", records.task, f"records of {party.stream.task}")
-    if _is_private(party):
-        _refuse_learnt_rows(party, records, "records")
+    refuse_learnt_rows(party, records, "records")
     outputs = outputs_for(party, records.inputs, experience)
     labels = records.labels.to(outputs.device)
     return evaluate(records.task, lambda rows: outputs, records.inputs, labels, max(1, len(labels)))
@@ -177,7 +176,19 @@ def refuse_learnt(party: Party, stream: Stream) -> None:
         raise _refusal(f"test records of stage {number}")
 
 
-def _refuse_learnt_rows(party: Party, records: Records | Tensor, name: str) -> None:
+def refuse_learnt_rows(party: Party, records: Records | Tensor, name: str) -> None:
+    """Refuse records that a model with privacy was trained on.
+
+    Args:
+        party: party with the model.
+        records: records, or inputs (n, ...).
+        name: name of the records, for the message.
+
+    Raises:
+        PrivacyError: if the model was trained with privacy, and on some of these records.
+    """
+    if not _is_private(party):
+        return
     if isinstance(records, Records):
         learnt = party.compared.find_learnt(_streams(party), [records]) is not None
     else:

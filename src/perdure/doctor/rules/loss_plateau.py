@@ -30,6 +30,7 @@ class LossPlateau(Rule):
         "learning rate too high",
         "learning rate too low",
         "initial variance",
+        "saddle point",
         "saturated activation",
         "signal below noise",
         "unchanged parameters",
