@@ -71,6 +71,7 @@ WHOLE = ("T_max", "total_steps")
 """Parameters of schedules that default to the number of steps of the experience."""
 OF_SCHEDULES = ("optimizer", "last_epoch", "epochs", "steps_per_epoch", "scale_fn", "verbose")
 """Parameters of schedules that a config may not give."""
+OF_PACKAGE = '"module:name" of a class, such as "pytorch_optimizer:SOAP" of perdure[optimizers]'
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,7 +184,8 @@ class TrainingConfig(CheckedFields):
     """Length, optimiser and precision of training on an experience.
 
     Args:
-        optimizer: name of a class of torch.optim.
+        optimizer: name of a class of torch.optim, or "module:name" of a class or function of
+            parameters and lr, such as "pytorch_optimizer:SOAP" (perdure[optimizers]).
         learning_rate: first learning rate of the schedule, or the constant rate without one.
         momentum: momentum of the optimiser, if it has one; left out for the optimiser's default.
         optimizer_options: further arguments of the optimiser, such as {weight_decay = 1e-4}.
@@ -246,7 +248,9 @@ class TrainingConfig(CheckedFields):
     max_grad_norm: float | None = None
 
     def __post_init__(self) -> None:
-        check(self, "optimizer", OPTIMIZERS.__contains__, ", ".join(OPTIMIZERS))
+        if ":" not in self.optimizer:
+            allowed = f"{', '.join(OPTIMIZERS)}, or {OF_PACKAGE}"
+            check(self, "optimizer", OPTIMIZERS.__contains__, allowed)
         check(
             self,
             "learning_rate",
@@ -279,7 +283,7 @@ class TrainingConfig(CheckedFields):
         check(self, "warmup", are_steps, STEPS_OR_SHARE)
         not_negative = "l1 l2 gradient_noise weight_noise"
         check(self, not_negative, lambda value: 0 <= value <= 1e6, "a number from 0 to 1e6")
-        if self.optimizer_options or self.schedule:
+        if self.optimizer_options or self.schedule or ":" in self.optimizer:
             self._try_out()
 
     def _try_out(self) -> None:
@@ -288,6 +292,8 @@ class TrainingConfig(CheckedFields):
         try:
             made_optimizer(self.factory(), {"weight": nn.Parameter(torch.zeros(1))})
         except ConfigError as error:
+            if not self.optimizer_options:
+                raise
             raise _of_torch("optimizer_options", dict(self.optimizer_options), error) from error
         if self.schedule:
             try:
@@ -315,6 +321,8 @@ class TrainingConfig(CheckedFields):
 
     @property
     def _class(self) -> Callable[[Iterable[nn.Parameter]], Optimizer]:
+        if ":" in self.optimizer:
+            return of_module(self.optimizer, "optimizer", OF_PACKAGE)
         chosen: Callable[..., Optimizer] = getattr(torch.optim, self.optimizer)
         return chosen
 

@@ -4,15 +4,16 @@ Pickle is never used.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from perdure.errors import RunError
+from perdure.errors import ConfigError, RunError
 from perdure.utils.atomic_files import save_tensors, write_json, writing
 
 PROGRESS = "progress"
@@ -139,26 +140,82 @@ class Store:
 
 
 def flatten_optimizer(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Split the state of an optimiser into tensors and JSON values."""
+    """Split the state of an optimiser into tensors and JSON values.
+
+    Raises:
+        ConfigError: if a state is neither, such as an object of the optimiser's own class.
+    """
     state = optimizer.state_dict()
-    entries = {
-        f"optimizer.{i}.{name}": value
-        for i, e in state["state"].items()
-        for name, value in e.items()
-    }
-    tensors = {name: value for name, value in entries.items() if isinstance(value, Tensor)}
-    numbers = {name: value for name, value in entries.items() if name not in tensors}
-    return tensors, {"optimizer": numbers, "groups": state["param_groups"]}
+    tensors: dict[str, Tensor] = {}
+    numbers: dict[str, Any] = {}
+    packed: dict[str, Any] = {}
+    for index, entries in state["state"].items():
+        for name, value in entries.items():
+            key = f"optimizer.{index}.{name}"
+            if isinstance(value, Tensor):
+                tensors[key] = value
+            elif isinstance(value, list | tuple | dict):
+                packed[key] = _packed(key, value, tensors)
+            else:
+                numbers[key] = _packed(key, value, tensors)
+    facts: dict[str, Any] = {"optimizer": numbers, "groups": state["param_groups"]}
+    if packed:
+        facts["packed"] = packed
+    # an inverse or a rotation may be stored by columns, and products then round in another way
+    strides = {name: list(t.stride()) for name, t in tensors.items() if not t.is_contiguous()}
+    if strides:
+        facts["strides"] = strides
+    return tensors, facts
+
+
+def _packed(key: str, value: Any, tensors: dict[str, Tensor]) -> Any:
+    """Describe a value in JSON, with its type, and put its tensors into `tensors`."""
+    if isinstance(value, Tensor):
+        tensors[key] = value
+        return {"tensor": key}
+    if isinstance(value, list | tuple):
+        parts = [_packed(f"{key}.{i}", each, tensors) for i, each in enumerate(value)]
+        return {"tuple" if isinstance(value, tuple) else "list": parts}
+    if isinstance(value, dict) and all(isinstance(name, str) for name in value):
+        return {"dict": {n: _packed(f"{key}.{n}", each, tensors) for n, each in value.items()}}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise ConfigError.of(
+        f"state {key.split('.', 2)[2]} of the optimizer",
+        type(value).__name__,
+        "tensors, numbers, and lists of them, which a checkpoint can hold; use another optimiser",
+    )
+
+
+def _unpacked(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """Build the value that `_packed` described."""
+    if not isinstance(value, dict):
+        return value
+    ((kind, inner),) = value.items()
+    if kind == "tensor":
+        return tensors[inner]
+    if kind == "dict":
+        return {name: _unpacked(each, tensors) for name, each in inner.items()}
+    parts = [_unpacked(each, tensors) for each in inner]
+    return tuple(parts) if kind == "tuple" else parts
 
 
 def load_optimizer(
     optimizer: Optimizer, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]
 ) -> None:
     """Load the state of an optimiser from the tensors and values of `flatten_optimizer`."""
+    packed = facts.get("packed", {})
+    inside = tuple(f"{key}." for key in packed)
+    strides = facts.get("strides", {})
+    own = {
+        name: _laid_out(value, strides.get(name))
+        for name, value in tensors.items()
+        if name.startswith("optimizer.")
+    }
+    saved: dict[str, Any] = {n: t for n, t in own.items() if not n.startswith(inside)}
+    saved |= dict(facts["optimizer"])
+    saved |= {name: _unpacked(value, own) for name, value in packed.items()}
     state: dict[int, dict[str, Any]] = {}
-    saved = {n: t.clone() for n, t in tensors.items() if n.startswith("optimizer.")} | dict(
-        facts["optimizer"]
-    )
     for name, value in saved.items():
         _, index, entry = name.split(".", 2)
         state.setdefault(int(index), {})[entry] = value
@@ -166,6 +223,14 @@ def load_optimizer(
         {name: _as_saved(name, value) for name, value in group.items()} for group in facts["groups"]
     ]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _laid_out(value: Tensor, stride: Sequence[int] | None) -> Tensor:
+    """Copy a tensor, with the given strides; None for the ones that it has."""
+    if stride is None:
+        return value.clone()
+    made = torch.empty_strided(value.shape, stride, dtype=value.dtype, device=value.device)
+    return made.copy_(value)
 
 
 def _as_saved(name: str, value: Any) -> Any:

@@ -97,6 +97,7 @@ def settings(
             type(optimizer).__name__,
             canonical(facts["optimizer"]),
             canonical(facts["groups"]),
+            *([canonical(facts["packed"])] if "packed" in facts else []),
         ],
         "scheduler": [
             type(scheduler).__name__,

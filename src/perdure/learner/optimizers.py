@@ -10,7 +10,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer, SparseAdam
 
 from perdure.errors import ConfigError
+from perdure.learner.checkpoint import flatten_optimizer
 from perdure.types import Params
+from perdure.utils.hashing import is_plain
+from perdure.utils.optimizer_trial import stepped_copy
 
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
 """Function from parameters to an optimiser."""
@@ -57,6 +60,31 @@ def refuse_unusable(optimizer: object) -> None:
             name,
             "an optimiser that needs one dense gradient per step, such as SGD or Adam",
         )
+    if not type(optimizer).__module__.startswith("torch.optim."):
+        _try_step(optimizer)
+
+
+def _try_step(optimizer: Optimizer) -> None:
+    """Step a copy of an optimiser of another package, and look at what a checkpoint must hold.
+
+    Raises:
+        ConfigError: if it needs more than one gradient, or keeps objects that no checkpoint holds.
+    """
+    try:
+        trial = stepped_copy(optimizer)
+    except Exception as error:  # any error of a package
+        raise ConfigError(
+            f"optimizer {type(optimizer).__name__} cannot step from one gradient: "
+            f"{first_line(error)}; allowed: an optimiser that needs one dense gradient per step, "
+            f"such as {EXAMPLE}"
+        ) from error
+    flatten_optimizer(trial)
+    for group in trial.param_groups:
+        for option, value in group.items():
+            if option != "params" and not is_plain(value):
+                raise ConfigError.of(
+                    f"optimizer option {option}", value, "numbers, text, None and lists of them"
+                )
 
 
 def made_optimizer(make: MakeOptimizer, params: Params) -> Optimizer:
@@ -129,6 +157,7 @@ def put_options(optimizer: Optimizer, options: Options) -> None:
     This removes the last rate of a schedule, and `initial_lr`, where the next schedule would start.
     """
     for group, wanted in zip(optimizer.param_groups, copy.deepcopy(options), strict=False):
-        for name in group.keys() - wanted.keys() - {"params"}:
+        # other packages count the steps in an option, which goes on with the state
+        for name in group.keys() - wanted.keys() - {"params", "step"}:
             del group[name]
         group.update(wanted)

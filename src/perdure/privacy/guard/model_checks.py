@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from perdure.errors import GuardError
 from perdure.privacy.guard.repair import groups, repaired, replacements
 from perdure.privacy.guard.writes import same_values
+from perdure.utils.optimizer_trial import stepped_copy
 from perdure.utils.seeding import seed_globally, undisturbed
 
 FIX = "or call perdure.privacy.fix(model)"
@@ -294,12 +295,8 @@ def _failure(optimizer: Optimizer) -> str | None:
     """Reason why a copy of the optimiser cannot step with one gradient; None if it can."""
     if hasattr(optimizer, "first_step"):
         return " (it has a first_step)"
-    trial = copy.deepcopy(optimizer)
-    for group in trial.param_groups:
-        for param in group["params"]:
-            param.grad = torch.zeros_like(param)
     try:
-        trial.step()
+        stepped_copy(optimizer)
     except Exception as error:  # any error of a user's optimiser
         return f" ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
     return None
