@@ -48,13 +48,13 @@ def rdp_epsilon(history: History, delta: float, relation: Relation) -> float:
     if not history or any(charge.noise_multiplier == 0 for charge in history):
         return math.inf if history else 0.0
     accountant = RdpAccountant()
-    with _quiet_absl():
+    with quiet_absl():
         for charge in history:
-            accountant.compose(_event(charge, relation, dp_accounting), charge.steps)
+            accountant.compose(rdp_event(charge, relation, dp_accounting), charge.steps)
         return with_sampler(lambda d: float(accountant.get_epsilon(d)), history, delta)
 
 
-def _event(charge: Charge, relation: Relation, library: Any) -> Any:
+def rdp_event(charge: Charge, relation: Relation, library: Any) -> Any:
     """Build the event for the RDP accountant, which ignores the relation of an unsampled Gaussian.
 
     A discrete Gaussian costs no more than the Gaussian (Canonne, Kamath and Steinke 2020, theorem
@@ -235,7 +235,7 @@ def _selection(epsilon: float, interval: float) -> Any:
 
 
 @contextmanager
-def _quiet_absl() -> Iterator[None]:
+def quiet_absl() -> Iterator[None]:
     """Context manager that silences warnings about orders that the RDP accountant leaves out."""
     logger = logging.getLogger("absl")
     was = logger.disabled
