@@ -379,6 +379,18 @@ TABLES: dict[str, Listing] = {
             "remedy": "`{remedy}`",
         },
     ),
+    "tune_digits": Listing(
+        file="tune_digits",
+        columns={
+            "stream": "{stream}",
+            "sampler": "{sampler}",
+            "trials": "{trials}",
+            "default": "{default:.1f}",
+            "tuned": "{tuned:.1f}",
+            "gain": "{gain:+.1f} ({standard_error:.1f})",
+            "better": "{better} of {seeds}",
+        },
+    ),
     "entered": Listing(
         file="entered",
         columns={

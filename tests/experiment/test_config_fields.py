@@ -14,6 +14,7 @@ from perdure.errors import ConfigError
 from perdure.experiment.config import Config, FederationConfig, parse
 from perdure.experiment.data_config import DataConfig
 from perdure.experiment.from_tables import build
+from perdure.experiment.search_config import SearchConfig
 from perdure.experiment.training_config import TrainingConfig
 from perdure.explain import KernelSHAP
 from perdure.models.config import ModelConfig
@@ -28,6 +29,7 @@ TABLES = {
     "privacy": "epsilon = 1.0\n",
     "attack": 'name = "pgd"\nepsilon = 0.1\n',
     "explain": 'method = "kernel_shap"\n',
+    "search": 'space = {"training.learning_rate" = [0.1, 1.0]}\n',
 }
 CLASSES = {
     "data": DataConfig,
@@ -38,6 +40,7 @@ CLASSES = {
     "privacy": Privacy,
     "attack": PGD,
     "explain": KernelSHAP,
+    "search": SearchConfig,
 }
 
 
@@ -241,6 +244,17 @@ WRONG = {
     ("training", "loss"): ('"focal"', "{}", '{name = "dice"}', '{name = "focal", gamma = -1}'),
     ("training", "max_grad_norm"): POSITIVE,
     ("training", "adversary"): ("true", '"pgd"', "{}", '{name = "pgd"}', '{name = "lime"}'),
+    ("", "search"): ("true", "{}", "[]"),
+    ("search", "space"): ("3", "{}", "[0.1, 1.0]", '{"data.name" = {choices = ["adult"]}}'),
+    ("search", "sampler"): CHOICES,
+    ("search", "goals"): ("3", "[]", '["loss"]', '["accuracy", "accuracy"]', '"accuracy"'),
+    ("search", "trials"): COUNTS,
+    ("search", "experiences"): COUNTS,
+    ("search", "held_out"): (*POSITIVE, "1.0"),
+    ("search", "arm"): TEXT,
+    ("search", "seed"): SEED,
+    ("search", "privacy"): CHOICES,
+    ("search", "repeats"): CHOICES,
     ("private_training", "adversary"): ('{name = "pgd", epsilon = -1}',),
 }
 

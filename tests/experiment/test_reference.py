@@ -15,6 +15,7 @@ from perdure.experiment.config import Arm, Config, FederationConfig
 from perdure.experiment.data_config import DataConfig
 from perdure.experiment.model_config import BUILDERS, GIVEN
 from perdure.experiment.overrides import toml_value
+from perdure.experiment.search_config import SearchConfig
 from perdure.experiment.training_config import (
     OPTIMIZERS,
     SCHEDULES,
@@ -39,6 +40,7 @@ CLASSES = {
     "[training.validation]": ValidationConfig,
     "[federation]": FederationConfig,
     "[privacy]": Privacy,
+    "[search]": SearchConfig,
     **{f'[[arms]] strategy = "{name}"': strategies.find(name) for name in strategies.names()},
     **{f'[[loggers]] name = "{name}"': loggers.find(name) for name in loggers.names()},
     **{f'[explain] method = "{name}"': explain.find(name) for name in explain.names()},

@@ -5,8 +5,6 @@ The code of a command is imported only when it runs, so help needs no torch, and
 
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
@@ -19,10 +17,11 @@ from perdure.cli import ledger as ledger_cli
 from perdure.cli.attacking import attack
 from perdure.cli.command_group import CommandGroup
 from perdure.cli.comparing import compare
-from perdure.cli.consoles import complain, wide_console
+from perdure.cli.consoles import complain, resumable, wide_console
 from perdure.cli.doctor import doctor, heal_run, print_findings
 from perdure.cli.local_modules import local_modules
 from perdure.cli.predicting import predict
+from perdure.cli.tuning import tune
 from perdure.errors import ConfigError, PerdureError
 
 if TYPE_CHECKING:
@@ -47,6 +46,8 @@ runs it.
 
 `perdure compare runs/mine` compares its arms over the seeds, and several runs with each other.
 
+`perdure tune mine.toml` searches for better settings, as its table [search] says.
+
 `perdure config --reference` prints every key that a config may have.
 
 `perdure attack runs/mine --eps 0.1` attacks the inputs of its models: their robust accuracy.
@@ -67,9 +68,8 @@ app.command()(attack)
 app.command()(compare)
 app.command()(doctor)
 app.command()(predict)
+app.command()(tune)
 
-INTERRUPTED = 130
-"""Exit code of a process that Ctrl-C ended, by custom of the shells."""
 RAN_AWAY = 1
 """Exit code of `perdure run` if some training diverged; the result has the other trainings."""
 
@@ -337,16 +337,6 @@ def _run(source: str, text: str, out: Path | None) -> None:
         console.print(f"{each['trial']} diverged: {each['failure']}", markup=False, highlight=False)
     if failures:
         raise typer.Exit(RAN_AWAY)
-
-
-@contextmanager
-def resumable() -> Iterator[None]:
-    """Context manager that prints one line instead of a traceback at Ctrl-C."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        complain("stopped; give the same command again to continue")
-        raise typer.Exit(INTERRUPTED) from None
 
 
 def main() -> None:

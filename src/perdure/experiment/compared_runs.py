@@ -19,7 +19,7 @@ from perdure.experiment.result_schema import (
 )
 from perdure.tasks import Metric
 
-OF_NO_ARM = ("name", "seed", "seeds", "threads", "device", "arms", "data", "explain")
+OF_NO_ARM = ("name", "seed", "seeds", "threads", "device", "arms", "data", "explain", "search")
 """Top-level keys of a config that are ignored when the settings of two arms are compared."""
 OF_NO_STREAM = ("root", "experiences", "scenario")
 """Fields of `[data]` that are ignored when the streams of two runs are compared."""

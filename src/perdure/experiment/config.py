@@ -49,6 +49,12 @@ records = 6
 name = "tensorboard"           # or mlflow, wandb, a file in loggers/, and so on
 every = 50                     # and its own fields
 
+[search]                       # optional: what `perdure tune` searches
+trials = 30
+
+[search.space]
+"training.learning_rate" = [0.001, 1.0]
+
 [[arms]]
 strategy = "ewc"               # a file in strategies/, and so on
 strength = 100.0               # and its own fields
@@ -90,6 +96,7 @@ from perdure.experiment.from_tables import (
 from perdure.experiment.logger_config import LoggerConfig
 from perdure.experiment.loss_config import LossConfig
 from perdure.experiment.model_config import BuiltModel
+from perdure.experiment.search_config import SearchConfig
 from perdure.experiment.training_config import AttackConfig, TrainingConfig
 from perdure.experiment.trial_names import arm_name, trial_name
 from perdure.explain import Explainer
@@ -288,6 +295,7 @@ class Config(CheckedFields):
         explain: explainer, and number of test records to explain.
         loggers: programs that get the curves of every training while it runs; they may change when
             a stopped run continues.
+        search: search of `perdure tune`; a run does not use it.
         arms: strategies to train, each with or without privacy.
     """
 
@@ -306,6 +314,7 @@ class Config(CheckedFields):
     attack: AttackConfig | None = None
     explain: ExplainConfig | None = None
     loggers: tuple[LoggerConfig, ...] = ()
+    search: SearchConfig | None = None
     arms: tuple[Arm, ...] = ()
 
     def __post_init__(self) -> None:

@@ -1,12 +1,11 @@
 """Restarts of a run with the remedies of its findings, one cause at a time."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from perdure.doctor import Finding
-from perdure.errors import ConfigError, LedgerError
+from perdure.errors import ConfigError
 from perdure.experiment.arm import Progress, silent
 from perdure.experiment.config import Config, parse, table_of
 from perdure.experiment.examinations import examine_run
@@ -14,12 +13,9 @@ from perdure.experiment.finding_rows import finding_of
 from perdure.experiment.overrides import changes_in_words, toml_text
 from perdure.experiment.remedies import Healed, healed
 from perdure.experiment.result_schema import Restart, Result, read_result
-from perdure.experiment.results import ledger_files
 from perdure.experiment.run import run, trials
-from perdure.planning.budget import ELSEWHERE
-from perdure.privacy.accounting.charges import Charge, History, bounding, merged
-from perdure.privacy.ledger.account import Account
-from perdure.privacy.ledger.merged import merge
+from perdure.experiment.spent_charges import charge_table, own_charges
+from perdure.privacy.accounting.charges import History
 from perdure.utils.atomic_files import write_json
 from perdure.utils.checked_arguments import checked_arguments
 from perdure.utils.checked_fields import CheckedFields
@@ -182,7 +178,7 @@ def _restarted(
     if total_epsilon is not None:
         assert first.privacy is not None
         before = (*first.privacy.spent, *_charges(first, folders))
-        table["privacy"] |= {"epsilon": total_epsilon, "spent": list(map(_charge, before))}
+        table["privacy"] |= {"epsilon": total_epsilon, "spent": list(map(charge_table, before))}
     return toml_text(table)
 
 
@@ -194,35 +190,9 @@ def _charges(config: Config, folders: Sequence[Path]) -> History:
     Raises:
         LedgerError: if the ledger of an earlier run is missing.
     """
-    found: list[Charge] = []
-    for folder in folders:
-        for trial, (arm, _) in trials(config).items():
-            if not arm.private:
-                continue
-            paths = ledger_files(folder / "arms" / trial)
-            if not paths:
-                raise LedgerError(
-                    f"{folder / 'arms' / trial} has no ledger, so its charges are not known and a "
-                    "restart would forget them; restore the folder, or run without --heal"
-                )
-            for part in merge(paths).parts:
-                found += bounding(_own_charges(part.account))
-    return merged(found)
-
-
-def _own_charges(account: Account) -> Iterator[tuple[Charge, ...]]:
-    """Yield the charges of each partition that an account's own run made, without earlier ones."""
-    own = Account(owner=account.owner, unit=account.unit, relation=account.relation)
-    own.sizes |= account.sizes
-    own.entries += [entry for entry in account.entries if entry.purpose != ELSEWHERE]
-    for partition in account.partitions:
-        yield own.charges(partition)
-
-
-def _charge(charge: Charge) -> dict[str, Any]:
-    return {
-        "sampling_rate": charge.sampling_rate,
-        "noise_multiplier": charge.noise_multiplier,
-        "steps": charge.steps,
-        "noise": charge.noise,
-    }
+    return own_charges(
+        folder / "arms" / trial
+        for folder in folders
+        for trial, (arm, _) in trials(config).items()
+        if arm.private
+    )

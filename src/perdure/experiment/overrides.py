@@ -51,6 +51,28 @@ def overridden(
     return toml_text(table)
 
 
+def set_path(table: dict[str, Any], path: str, value: object) -> None:
+    """Set the value at a path of a config, such as training.learning_rate or arms.0.strength.
+
+    Tables on the way that the config lacks are made. The place of an arm in the list is a number.
+
+    Raises:
+        ConfigError: if the path leads through a value that is no table.
+    """
+    *places, last = path.split(".")
+    inner: Any = table
+    for place in places:
+        if isinstance(inner, list) and place.isdigit() and int(place) < len(inner):
+            inner = inner[int(place)]
+        elif isinstance(inner, dict):
+            inner = inner.setdefault(place, {})
+        else:
+            raise ConfigError.of("path", path, f"a path of a setting; {place!r} is in no table")
+    if not isinstance(inner, dict):
+        raise ConfigError.of("path", path, f"a path of a setting; {last!r} is in no table")
+    inner[last] = value
+
+
 def _numbers(seeds: str) -> list[int]:
     parts = seeds.split(",")
     if not all(re.fullmatch(r"\s*\d{1,10}\s*", part) for part in parts):
@@ -75,6 +97,15 @@ def toml_text(table: Mapping[str, Any]) -> str:
 def changes_in_words(changes: Mapping[str, object]) -> str:
     """Write changed settings as `path = value`, with values of TOML and commas between."""
     return ", ".join(f"{path} = {toml_value(value)}" for path, value in changes.items())
+
+
+def short_values(values: Mapping[str, object]) -> str:
+    """Write settings as `changes_in_words` does, with four digits of every number."""
+    rounded = {
+        path: float(f"{value:.4g}") if isinstance(value, float) else value
+        for path, value in values.items()
+    }
+    return changes_in_words(rounded)
 
 
 def _is_plain(value: object) -> bool:

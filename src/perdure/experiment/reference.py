@@ -34,6 +34,7 @@ from perdure.experiment.mixing_config import MIXINGS
 from perdure.experiment.model_config import BUILDERS
 from perdure.experiment.model_config import GIVEN as OF_MODELS
 from perdure.experiment.overrides import toml_value
+from perdure.experiment.search_config import SearchConfig
 from perdure.experiment.training_config import (
     OF_OPTIMIZERS,
     OF_SCHEDULES,
@@ -135,6 +136,7 @@ def tables() -> list[Table]:
         *_of_extensions("[explain] method = {!r}", explain),
         Table(title="[[loggers]]", keys=(_named("name", loggers.names(), "name of the logger."),)),
         *_of_extensions("[[loggers]] name = {!r}", loggers),
+        Table(title="[search]", keys=_plain_keys(_SEARCH)),
         Table(title="[[arms]]", keys=_arm()),
         *_of_extensions("[[arms]] strategy = {!r}", strategies),
     ]
@@ -400,4 +402,5 @@ def _arm() -> tuple[Key, ...]:
 
 
 _CHARGE = Charge(1.0, 1.0, 1, "grid-gaussian")
+_SEARCH = SearchConfig(space={"training.learning_rate": [0.001, 1.0]})
 _SMALLEST = Config(name="x", arms=(Arm(strategy=strategies.Naive(), file="naive"),))

@@ -10,7 +10,7 @@ from perdure.doctor.finding import in_order
 from perdure.errors import ConfigError
 from perdure.experiment.config import Config, from_table, table_of
 from perdure.experiment.model_config import BuiltModel
-from perdure.experiment.overrides import toml_text
+from perdure.experiment.overrides import set_path, toml_text
 from perdure.utils.checked_fields import CheckedFields
 
 
@@ -99,13 +99,7 @@ def _applied(
     if _divides(changes, [bool(arm.get("private")) for arm in arms]):
         table.setdefault("private_training", copy.deepcopy(table.get("training", {"epochs": 10})))
     for path, value in changes.items():
-        *places, last = path.split(".")
-        inner = table
-        for place in places:
-            inner = inner.setdefault(place, {})
-            if not isinstance(inner, dict):
-                raise ConfigError.of("path of a remedy", path, "a table; change the arm by hand")
-        inner[last] = value
+        set_path(table, path, value)
     from_table(table, source)
     return table
 

@@ -270,9 +270,9 @@ def keep_config(folder: Path, config: Config, text: str) -> None:
         raise RunError(f"{folder} has a run whose config cannot be read ({error}); {fix}") from None
     extended = _extends(config, stored)
     common = replace(config, seeds=stored.seeds, arms=stored.arms) if extended else config
-    # loggers change no result, so a run continues with others
+    # loggers and the search of `perdure tune` change no result, so a run continues with others
     asked, known = (
-        {"version": VERSION, **flat("config", replace(each, loggers=()))}
+        {"version": VERSION, **flat("config", replace(each, loggers=(), search=None))}
         for each in (common, stored)
     )
     refuse_other_run(asked, known, where=folder, fix=fix)

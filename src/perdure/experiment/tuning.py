@@ -14,38 +14,19 @@ section 2.
 
 import math
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
 from perdure.data.experience import Stream
 from perdure.data.held_out import hold_out
-from perdure.errors import ConfigError, PrivacyError, RunawayError, RunError
+from perdure.errors import ConfigError, PrivacyError, RunawayError
+from perdure.experiment.search_space import Space, Values, checked_space, described_space
+from perdure.experiment.searches import Asked, Sampler, Score, Search
 from perdure.learner.learner import Learner
 from perdure.metrics import average_accuracy
-from perdure.utils.seeding import derive
-
-if TYPE_CHECKING:
-    import optuna
-
-Values = dict[str, Any]
-"""Hyper-parameters by name."""
-Space = Mapping[str, tuple[float, float] | list[Any]]
-"""Name of a hyper-parameter to the values that are searched:
-
-    {"rate": (1e-4, 0.1)}              numbers on a logarithmic scale: the lowest is above 0
-    {"momentum": (0.0, 0.9)}           numbers on a linear scale: the lowest is 0 or below
-    {"epochs": (1, 8)}                 whole numbers, where both ends are whole
-    {"optimizer": ["sgd", "adam"]}     a list of choices: text, numbers, True, False or None
-"""
-STUDY = "perdure"
-"""Name of Optuna's study inside the SQLite file."""
-SEARCH = "search"
-FAILED = "failed"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,14 +67,15 @@ def tune(
     experiences: int = 3,
     trials: int = 20,
     held_out: float = 0.2,
+    sampler: Sampler = "tpe",
     seed: int = 0,
     study: Path | str | None = None,
 ) -> Tuned:
-    """Search for hyper-parameters on the first experiences of a stream.
+    """Search for hyper-parameters on the first experiences of a stream, with Optuna.
 
-    The search uses Optuna's tree-structured Parzen estimator. With a file for the study, a search
-    that was stopped at any moment, `kill -9` included, goes on after its last finished trial, to
-    the same result.
+    With a file for the study, a search that was stopped at any moment, `kill -9` included, goes on
+    after its last finished trial, to the same result. `tune_run` searches the settings of a config
+    instead, for several goals, with several processes and under privacy.
 
     Args:
         make: function from hyper-parameters to a new learner with a new model, in no folder; a
@@ -104,6 +86,8 @@ def tune(
         trials: number of learners to train, those of an earlier part of the search included.
         held_out: share of the training records that is held out to compute the score; all copies of
             a record are on one side.
+        sampler: `tpe` (tree-structured Parzen estimator), `cmaes` (evolution strategy with
+            covariance matrix adaptation, for two ranges or more), `nsga2` or `random`.
         seed: seed of the held-out choice and of the search.
         study: SQLite file that keeps the finished trials; None to keep nothing.
 
@@ -114,82 +98,46 @@ def tune(
         RunawayError: if every trial diverged.
         RunError: if the file has another search, or cannot be read.
     """
-    _check(space, stream, experiences, trials, held_out)
-    first = beginning(stream, experiences, held_out, seed)
+    checked = checked_space(space)
+    _check(stream, experiences, trials, held_out)
     metric = stream.task.metric
-    direction: Literal["maximize", "minimize"] = (
-        "maximize" if metric.higher_is_better else "minimize"
+    search = Search(
+        space=checked, higher_is_better=(metric.higher_is_better,), sampler=sampler, seed=seed
     )
-    search = {
-        "space": {name: list(values) for name, values in space.items()},
+    identity = {
+        "space": described_space(checked),
         "stream": stream.name,
         "metric": metric.name,
         "experiences": experiences,
         "held_out": held_out,
+        "sampler": sampler,
         "seed": seed,
     }
+    first = beginning(stream, experiences, held_out, seed)
     fresh = _FreshLearners()
-    with _opened(study, direction, search) as opened:
-        for number in range(len(_finished(opened)), trials):
-            _run_trial(opened, lambda values: fresh.check(make(values)), space, first, seed, number)
-        done = _finished(opened)
-    tried = tuple((dict(trial.params), float(trial.value or 0.0)) for trial in done)
-    if all(trial.user_attrs[FAILED] for trial in done):
+
+    def evaluate(asked: Asked) -> Iterator[Score]:
+        for _, values in asked:
+            yield _score(fresh.check(make(values)), first)
+
+    done = search.run(trials, evaluate, file=Path(study) if study else None, identity=identity)
+    if all(trial.score.failed for trial in done):
         raise RunawayError(
             f"the training of all {len(done)} trials diverged (parameters were NaN or infinite); "
             "search smaller learning rates, or normalise the inputs"
         )
+    tried = tuple((trial.values, trial.score.values[0]) for trial in done)
     best, found = (max if metric.higher_is_better else min)(tried, key=lambda pair: pair[1])
     return Tuned(values=best, score=found, experiences=experiences, trials=tried)
 
 
-def _run_trial(
-    study: "optuna.Study",
-    make: Callable[[Values], Learner],
-    space: Space,
-    stream: Stream,
-    seed: int,
-    number: int,
-) -> None:
-    """Run one trial of a search: draw values, train a learner with them, and store the score.
-
-    The sampler is new for every trial, so that a search that goes on draws as one that never
-    stopped.
-    """
-    import optuna
-
-    study.sampler = optuna.samplers.TPESampler(seed=derive(seed, "trial", number) % 2**32)
-    trial = study.ask()
-    values = {name: _suggested(trial, name, given) for name, given in space.items()}
-    try:
-        score, failed = _score(make(values), stream)
-    except Exception:
-        study.tell(trial, state=optuna.trial.TrialState.FAIL)
-        raise
-    trial.set_user_attr(FAILED, failed)
-    study.tell(trial, score)
-
-
-def _suggested(trial: "optuna.Trial", name: str, given: tuple[float, float] | list[Any]) -> Any:
-    if isinstance(given, list):
-        return trial.suggest_categorical(name, given)
-    low, high = given
-    if _are_whole(low, high):
-        return trial.suggest_int(name, int(low), int(high))
-    return trial.suggest_float(name, low, high, log=low > 0)
-
-
-def _are_whole(*ends: object) -> bool:
-    return all(isinstance(end, int) and not isinstance(end, bool) for end in ends)
-
-
-def _score(learner: Learner, stream: Stream) -> tuple[float, bool]:
-    """Train a learner on the stream; return its score, and True if training diverged."""
+def _score(learner: Learner, stream: Stream) -> Score:
+    """Train a learner on the stream, and return its score."""
     metric = stream.task.metric
     try:
-        return average_accuracy(learner.fit(stream), metric=metric), False
+        return Score(values=(average_accuracy(learner.fit(stream), metric=metric),), failed=False)
     except RunawayError:
-        return (0.0 if metric.higher_is_better else math.inf), True
+        return Score(values=(0.0 if metric.higher_is_better else math.inf,), failed=True)
 
 
 class _FreshLearners:
@@ -208,7 +156,8 @@ class _FreshLearners:
         if learner.privacy is not None:
             raise PrivacyError(
                 "hyper-parameters cannot be tuned on private records, because every trial and the "
-                "choice itself cost privacy; tune on public records, or use published settings"
+                "choice itself cost privacy; tune on public records, or write a config with the "
+                "table [search] and run perdure tune, which counts the cost"
             )
         known = any(model() is learner.model for model in self._models)
         if known or learner.position.experience or learner.position.step:
@@ -222,60 +171,6 @@ class _FreshLearners:
             )
         self._models.append(weakref.ref(learner.model))
         return learner
-
-
-# --------------------------------------------------------------------------- the study
-
-
-@contextmanager
-def _opened(
-    path: Path | str | None, direction: Literal["maximize", "minimize"], search: Values
-) -> Iterator["optuna.Study"]:
-    """Open Optuna's study of a search, in memory or in its file, without unfinished trials.
-
-    Raises:
-        RunError: for a file with another search, or one that cannot be read.
-    """
-    import optuna
-    from sqlalchemy.exc import SQLAlchemyError
-
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    if path is None:
-        yield optuna.create_study(direction=direction)
-        return
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        storage = optuna.storages.RDBStorage(f"sqlite:///{path}")
-    except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise RunError(
-            f"{path} cannot be read ({reason}); give the SQLite file of a search, or a new name"
-        ) from None
-    try:
-        study = optuna.create_study(
-            storage=storage, study_name=STUDY, direction=direction, load_if_exists=True
-        )
-        stored = study.user_attrs.setdefault(SEARCH, search)
-        if stored != search:
-            apart = [name for name, value in search.items() if stored.get(name) != value]
-            raise RunError(
-                f"{path} has a search with another {', '.join(apart)}; give another file, or "
-                "delete it"
-            )
-        study.set_user_attr(SEARCH, search)
-        for trial in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
-            study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
-        yield study
-    finally:
-        storage.remove_session()
-        storage.engine.dispose()
-
-
-def _finished(study: "optuna.Study") -> list["optuna.trial.FrozenTrial"]:
-    import optuna
-
-    return study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
 
 
 # --------------------------------------------------------------------------- held-out records
@@ -307,11 +202,7 @@ def beginning(stream: Stream, experiences: int, held_out: float, seed: int) -> S
     )
 
 
-def _check(space: Space, stream: Stream, experiences: int, trials: int, held_out: float) -> None:
-    for name, given in space.items():
-        _check_values(name, given)
-    if not space:
-        raise ConfigError.of("space", dict(space), "one or more names, each with its values")
+def _check(stream: Stream, experiences: int, trials: int, held_out: float) -> None:
     if not 1 <= experiences < len(stream):
         raise ConfigError.of(
             "experiences",
@@ -322,19 +213,3 @@ def _check(space: Space, stream: Stream, experiences: int, trials: int, held_out
         raise ConfigError.of("trials", trials, "1 or more")
     if not 0 < held_out < 1:
         raise ConfigError.of("held_out", held_out, "a share between 0 and 1")
-
-
-def _check_values(name: str, given: object) -> None:
-    """Refuse values of a hyper-parameter that are neither a range nor a list of choices."""
-    if isinstance(given, list):
-        good = bool(given) and all(isinstance(v, str | int | float | bool | None) for v in given)
-    else:
-        good = (
-            isinstance(given, tuple)
-            and len(given) == 2
-            and all(isinstance(v, int | float) and math.isfinite(v) for v in given)
-            and given[0] < given[1]
-        )
-    if not good:
-        allowed = "a tuple (lowest, highest) of numbers, or a list of choices"
-        raise ConfigError.of(f"space[{name!r}]", given, allowed)

@@ -1,0 +1,272 @@
+"""Privacy of a search on private records: its cost in advance, and the private selection.
+
+Every training of a search has a ledger of its own. With `charge_all` their charges compose, and
+everything may be shown. With `select` only the best training is released; then less is charged, but
+the number of trainings and all others stay secret.
+"""
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from perdure.errors import BudgetError, ConfigError, PrivacyError
+from perdure.experiment.config import Arm, Config
+from perdure.experiment.results import ledger_files
+from perdure.experiment.search_config import SearchConfig
+from perdure.experiment.search_space import Values, some_values
+from perdure.experiment.search_trials import TrialRuns, name_of
+from perdure.experiment.searches import Trial, random_values
+from perdure.experiment.training_config import TrainingConfig
+from perdure.planning.budget import planned, scheduled
+from perdure.planning.training_plan import TrainingPlan
+from perdure.privacy.accounting.calibration import epsilon
+from perdure.privacy.accounting.charges import History, bounding, covers
+from perdure.privacy.accounting.selection import Selection, selection_epsilon
+from perdure.privacy.ledger.account import Statement
+from perdure.privacy.ledger.merged import merge
+from perdure.privacy.noise.key import NoiseKey
+from perdure.privacy.settings import Privacy
+
+MOST_ENDS = 64
+"""Largest number of combinations of settings whose charges are computed in advance."""
+SEED_BITS = 32
+
+
+def refuse_private(config: Config, arm: Arm, search: SearchConfig) -> None:
+    """Refuse a search whose cost in privacy cannot be stated.
+
+    Raises:
+        ConfigError: if a setting of the search does not fit the privacy of the arm.
+        PrivacyError: if private records would be used without a charge.
+    """
+    if not arm.private:
+        if any(each.private for each in config.arms):
+            raise PrivacyError(
+                f"the arm {arm.name} would be tuned without privacy on records that a private arm "
+                "protects; search a private arm, or write a config without private arms"
+            )
+        if search.privacy is not None:
+            raise ConfigError.of(
+                "search.privacy", search.privacy, "none, as the arm is not private"
+            )
+        if "epsilon" in search.goals:
+            raise ConfigError.of("search.goals", search.goals, "epsilon for a private arm only")
+        return
+    privacy = config.privacy
+    assert privacy is not None
+    if search.privacy is None:
+        raise PrivacyError(
+            "search.privacy is missing: every trial of a private arm uses its records; allowed: "
+            "charge_all (all are charged and shown) or select (the best of a secret number)"
+        )
+    if config.federation is not None:
+        raise ConfigError.of("search", "a federation with privacy", "one learner")
+    if privacy.spent:
+        raise ConfigError.of(
+            "privacy.spent", "charges", "none in a search, where each trial has it"
+        )
+    if isinstance(privacy.epsilon, tuple):
+        raise ConfigError.of("privacy.epsilon", privacy.epsilon, "one number in a search")
+    if privacy.diagnostics == "raw":
+        raise ConfigError.of("privacy.diagnostics", "raw", "released in a search")
+    if "seconds" in search.goals:
+        raise ConfigError.of("search.goals", search.goals, "no time, which depends on the records")
+    if search.privacy == "select":
+        _refuse_selection(search)
+
+
+def _refuse_selection(search: SearchConfig) -> None:
+    if search.sampler != "random":
+        raise ConfigError.of(
+            "search.sampler",
+            search.sampler,
+            'random with privacy = "select", whose bound needs trainings that do not depend on '
+            "each other's scores",
+        )
+    if len(search.goals) > 1 or search.goals[0] not in ("accuracy", "robust_accuracy"):
+        allowed = 'accuracy or robust_accuracy alone with privacy = "select"'
+        raise ConfigError.of("search.goals", search.goals, allowed)
+    Selection(mean=search.trials, repeats=search.repeats)
+
+
+# --------------------------------------------------------------------------- cost in advance
+
+
+def training_plan(
+    config: Config, arm: Arm, runs: TrialRuns, *, whole: bool = False
+) -> TrainingPlan:
+    """Return the plan of a training of the search, or with `whole` of one on the whole stream."""
+    training: TrainingConfig = config.private_training or config.training
+    return TrainingPlan(
+        stream=runs.whole if whole else runs.stream,
+        strategy=arm.strategy,
+        batch_size=training.batch_size,
+        epochs=training.epochs,
+        iterations=training.iterations,
+        blocks=training.blocks,
+        privacy=config.privacy,
+    )
+
+
+def planned_charges(runs: TrialRuns, values: Mapping[str, Any], *, whole: bool = False) -> History:
+    """Return a bound on the charges of one record in the training with some values."""
+    config = runs.config(values)
+    plan = training_plan(config, runs.arm(config), runs, whole=whole)
+    return bounding(planned(plan, scheduled(plan)).values())
+
+
+def changes_of_charges(runs: TrialRuns) -> list[Values]:
+    """Return the combinations of those ends of the space that change the charges of a training.
+
+    The result is empty if all trainings are charged alike.
+
+    Raises:
+        ConfigError: if there are too many combinations.
+    """
+    base = planned_charges(runs, {})
+    moving: dict[str, list[Any]] = {}
+    for path, given in runs.search.ranges.items():
+        ends = some_values(given)
+        if any(planned_charges(runs, {path: end}) != base for end in ends):
+            moving[path] = ends
+    combined = [dict(zip(moving, each, strict=True)) for each in product(*moving.values())]
+    if len(combined) > MOST_ENDS:
+        raise ConfigError.of(
+            "search.space", sorted(moving), f"settings with {MOST_ENDS} combinations of charges"
+        )
+    return combined if moving else []
+
+
+def largest_charges(runs: TrialRuns, changes: Sequence[Values], *, whole: bool = False) -> History:
+    """Return charges that cover those of every training.
+
+    Args:
+        runs: runs of the trials.
+        changes: combinations from `changes_of_charges`.
+        whole: True for trainings on the whole stream.
+    """
+    return bounding(planned_charges(runs, values, whole=whole) for values in ({}, *changes))
+
+
+def refuse_larger(runs: TrialRuns, bound: History, values: Values) -> None:
+    """Refuse values whose training would charge more than was announced.
+
+    Raises:
+        BudgetError: names the values.
+    """
+    if not covers(bound, planned_charges(runs, values)):
+        raise BudgetError(
+            f"a training with {values} would charge more than the ends of the space; leave the "
+            "settings that change noise, rates or steps out of search.space, or give choices"
+        )
+
+
+def announced(
+    search: SearchConfig, privacy: Privacy, bound: History, trainings: int, units: int
+) -> Statement:
+    """Return the statement on the whole search, before its first training.
+
+    Args:
+        search: search of the config.
+        privacy: privacy of every training.
+        bound: charges that cover those of every training.
+        trainings: number of trainings with `charge_all`.
+        units: declared number of records.
+    """
+    if search.privacy == "select":
+        selection = Selection(mean=search.trials, repeats=search.repeats)
+        spent = selection_epsilon(bound, privacy.delta, selection)
+        accountant = "rdp"
+    else:
+        times = [replace(charge, steps=charge.steps * trainings) for charge in bound]
+        spent = epsilon(times, delta=privacy.delta)
+        accountant = "pld"
+    return Statement(
+        epsilon=spent,
+        delta=privacy.delta,
+        unit=privacy.unit,
+        relation=privacy.relation,
+        accountant=accountant,
+        sampling="no sampling" if privacy.bands else "Poisson sampling",
+        trust="trusted curator",
+        simulated=privacy.seed is not None,
+        units=units,
+    )
+
+
+# --------------------------------------------------------------------------- private selection
+
+
+def selected(runs: TrialRuns, privacy: Privacy, bound: History) -> Trial | None:
+    """Train a secret number of times, and return the best trial; None if the number is 0.
+
+    Guarantee: `announced` of the search with `select`, if only the result is released. The number
+    of trainings and their values come from a key in the private folder, so a search that was
+    stopped goes on with the same ones; values are drawn before any record is used.
+
+    Raises:
+        BudgetError: if a training would charge more than `bound`.
+        PrivacyError: if a training was charged more than `bound`.
+    """
+    key = selection_key(runs, privacy)
+    selection = Selection(mean=runs.search.trials, repeats=runs.search.repeats)
+    drawn = [_values(runs, key, number) for number in range(selection.number(key))]
+    for values in drawn:
+        refuse_larger(runs, bound, values)
+    done = []
+    for number, values in enumerate(drawn):
+        score = runs.score(name_of(number), values)
+        _refuse_other_charges(runs, bound, number)
+        done.append(Trial(number=number, values=values, score=score))
+    higher = runs.higher_is_better(runs.search.goals[0])
+    return (max if higher else min)(done, key=lambda t: t.score.values[0], default=None)
+
+
+def selection_key(runs: TrialRuns, privacy: Privacy, *, begun: bool = True) -> NoiseKey:
+    """Return the key of the number of trainings and of their values.
+
+    Args:
+        runs: runs of the trials.
+        privacy: privacy of every training.
+        begun: True if the search has begun, so that its key must be there.
+
+    Raises:
+        PrivacyError: if the key of a search that has begun is lost, for another would draw another
+            number of trainings.
+    """
+    if privacy.seed is not None:
+        return NoiseKey.from_seed(privacy.seed, "search")
+    path = runs.folder / "key"
+    if begun and not path.exists():
+        raise PrivacyError(
+            f"{path} is lost, and with it the secret number of trainings; nothing is released: "
+            "restore it, or begin a new search in another folder, and add the epsilon of this one"
+        )
+    return NoiseKey.from_os(path)
+
+
+def _values(runs: TrialRuns, key: NoiseKey, number: int) -> Values:
+    share = float(key.uniform(1, purpose="values of a trial", entry="", step=number))
+    return random_values(runs.search.ranges, int(share * 2**SEED_BITS))
+
+
+def _refuse_other_charges(runs: TrialRuns, bound: History, number: int) -> None:
+    account = merge(ledger_files(runs.folder / "arms" / name_of(number)))
+    for partition in account.partitions:
+        if not covers(bound, account.charges(partition)):
+            raise PrivacyError(
+                "a training of the search was charged more than announced, as after an unclean "
+                "stop of the machine, so its selection has no valid bound and nothing is released; "
+                "begin a new search, and add its epsilon to that of this one"
+            )
+
+
+def release_best(runs: TrialRuns, best: Trial, folder: Path) -> None:
+    """Copy the model of the selected training out of the private folder."""
+    model = runs.folder / "checkpoint" / name_of(best.number) / "model.safetensors"
+    if model.exists():
+        (folder / "best").mkdir(exist_ok=True)
+        shutil.copyfile(model, folder / "best" / "model.safetensors")
