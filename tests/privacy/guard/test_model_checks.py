@@ -412,3 +412,16 @@ def test_the_error_for_a_split_by_row_position_names_the_fix(toy_data, toy_model
     told = r"with Records\(ids=...\).*a hash of a patient's number.*exact=False and a declared_size"
     with pytest.raises(GuardError, match=told):
         private(toy_model(stream)).prepare(client)
+
+
+@pytest.mark.deep(reason="deployment: torch.compile imports its compiler")
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_compiled_model_is_refused_under_privacy(toy_stream, toy_model, in_place):
+    stream = toy_stream()
+    model = toy_model(stream)
+    if in_place:
+        model.compile(backend="eager")
+    else:
+        model = torch.compile(model, backend="eager")
+    with pytest.raises(GuardError, match=r"model is .*, compiled by torch.compile: other code"):
+        private(model).prepare(stream)

@@ -47,6 +47,7 @@ def check_model(model: nn.Module) -> None:
               by a hook (no gradients of the parameters behind them);
             - subclasses of Dropout (the guard's tests run with dropout off and would not see them);
             - lazy modules (private records would set their shapes);
+            - compiled modules (other code is made for other numbers of records);
             - embeddings with `max_norm` (they write into their weight in every forward pass, also
               frozen), `scale_grad_by_freq` (it counts words in the batch) or `sparse`;
             - parameters in half precision (sums are rounded by more than the clip norm).
@@ -70,6 +71,16 @@ def _lazy(module: nn.Module) -> str | None:
             ": the first private batch would decide the shapes of its parameters; run synthetic "
             "inputs "
             "through the model first"
+        )
+    return None
+
+
+def _compiled(module: nn.Module) -> str | None:
+    called = getattr(module, "_compiled_call_impl", None)
+    if called is not None or type(module).__module__.startswith("torch._dynamo"):
+        return (
+            ", compiled by torch.compile: other code is made for another number of rows, while "
+            "private records run, so the guard cannot test it; give the model without compile()"
         )
     return None
 
@@ -167,6 +178,7 @@ def _dropout_subclass(module: nn.Module) -> str | None:
 
 _REFUSALS = (
     _lazy,
+    _compiled,
     _statistics,
     _recurrent,
     _attention,
