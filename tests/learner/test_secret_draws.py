@@ -83,7 +83,8 @@ def test_private_random_numbers_use_more_than_32_secret_bits(learner_of, toy_str
     assert not any(from_32_bits(state) for state in seen)
 
 
-@pytest.mark.parametrize("what", DRAWERS)
+# the seeds of "a transform" follow from those of "views"
+@pytest.mark.parametrize("what", [name for name in DRAWERS if name != "a transform"])
 def test_private_random_numbers_change_with_the_key_and_step(learner_of, toy_stream, what):
     runs = [
         trained(learner_of, toy_stream, privacy=replace(SIMULATED, seed=seed), **DRAWERS[what]())[0]
