@@ -9,7 +9,7 @@ from perdure.adversarial import FGSM, robust_accuracy
 from perdure.auditing.membership import logit_confidence
 from perdure.data.records import Records
 from perdure.errors import ConfigError
-from perdure.explain.base import chosen_targets, scores
+from perdure.explain import LIME, KernelSHAP
 from perdure.metrics import accuracy
 from perdure.utils.finite_outputs import finite_outputs
 
@@ -35,8 +35,8 @@ USES = {
         f, ROWS, LABELS, FGSM(epsilon=0.0), generator=None
     ),
     "membership": lambda f: logit_confidence(f, Records(inputs=ROWS, labels=LABELS)),
-    "explained output": lambda f: chosen_targets(f, ROWS, None, 4),
-    "explained score": lambda f: scores(f, ROWS, LABELS),
+    "explained output": lambda f: KernelSHAP().explain(f, ROWS, ROWS[:1]),
+    "explained score": lambda f: LIME().explain(f, ROWS, targets=LABELS),
 }
 
 

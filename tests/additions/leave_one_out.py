@@ -3,9 +3,8 @@
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from perdure.explain.base import Attribution, Explainer, Predict, chosen_targets, scores
+from perdure.explain.base import Attribution, Explainer, Predict, Rows, Targets, attribution
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,26 +18,22 @@ class LeaveOneOut(Explainer):
     Source: Zeiler and Fergus 2014, "Visualizing and understanding convolutional networks".
     """
 
-    @torch.no_grad()
     def explain(
         self,
         predict: Predict,
-        inputs: Tensor,
-        background: Tensor,
+        inputs: Rows,
+        background: Rows,
         *,
-        targets: Tensor | None = None,
+        targets: Targets = None,
         generator: torch.Generator | None = None,
     ) -> Attribution:
         """Return the differences; `generator` is not used. See `Explainer.explain`."""
-        targets = chosen_targets(predict, inputs, targets, self.chunk)
-        absent = background.mean(0).flatten()
-        whole = scores(predict, inputs, targets)
+        asked = self.question(predict, inputs, background, targets)
+        absent = asked.absent.float().mean(0).flatten().to(asked.inputs.dtype)
         differences = []
-        for feature in range(inputs[0].numel()):
-            rows = inputs.flatten(1).clone()
+        for feature in range(asked.inputs[0].numel()):
+            rows = asked.inputs.flatten(1).clone()
             rows[:, feature] = absent[feature]
-            differences.append(whole - scores(predict, rows.view_as(inputs), targets))
+            differences.append(asked.outputs - asked.scores(rows.view_as(asked.inputs)))
         values = torch.stack(differences, 1)
-        base = (whole - values.sum(1)).to(inputs.dtype)
-        values = values.view_as(inputs).to(inputs.dtype)
-        return Attribution(values=values, base=base, targets=targets)
+        return attribution(asked, values, asked.outputs - values.sum(1))

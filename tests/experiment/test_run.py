@@ -521,7 +521,7 @@ name = "fgsm"
 epsilon = 0.1
 [explain]
 method = "lime"
-samples = 20
+samples = 130
 records = 2
 [[arms]]
 strategy = "perdure.strategies.naive:Naive"
@@ -557,7 +557,7 @@ def test_adversary_attack_and_explainer_are_chosen_by_name(tmp_path):
 def test_training_with_an_adversary_changes_the_accuracies(tmp_path):
     plain = OTHERS.replace(
         '[training.adversary]\nname = "perdure.adversarial.fgsm:FGSM"\nepsilon = 0.1\n', ""
-    ).replace('[explain]\nmethod = "lime"\nsamples = 20\nrecords = 2\n', "")
+    ).replace('[explain]\nmethod = "lime"\nsamples = 130\nrecords = 2\n', "")
     hardened = plain.replace(
         "epochs = 1\n", 'epochs = 1\n[training.adversary]\nname = "fgsm"\nepsilon = 0.3\n'
     )

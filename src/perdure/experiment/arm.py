@@ -81,6 +81,11 @@ def open_stream(config: Config, *, without: int | None = None) -> Stream:
     if config.explain and len(stream.input_shape) < 2:
         allowed = f"no [explain] table, because inputs of shape {stream.input_shape} are not images"
         raise ConfigError.of("explain.method", config.explain.method, allowed)
+    if config.explain:
+        try:
+            config.explain.explainer.unknowns(stream.input_shape)
+        except ConfigError as error:
+            raise ConfigError(f"explain.{error}") from None
     return stream
 
 

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, TypeGuard
 
 from perdure.explain.base import Attribution, Explainer, Predict
 from perdure.explain.exact_shapley import ExactShapley
+from perdure.explain.groups import column_groups, grid_groups, segment_groups, token_groups
 from perdure.explain.kernel_shap import KernelSHAP
 from perdure.explain.lime import LIME, LocalModel
 from perdure.explain.plots import heat_maps
+from perdure.explain.stability import stability
 from perdure.utils.extensions import Extensions, is_proper_subclass
 
 __all__ = [
@@ -22,9 +24,14 @@ __all__ = [
     "KernelSHAP",
     "LocalModel",
     "Predict",
+    "column_groups",
     "find",
+    "grid_groups",
     "heat_maps",
     "names",
+    "segment_groups",
+    "stability",
+    "token_groups",
 ]
 
 
@@ -38,7 +45,7 @@ _EXTENSIONS = Extensions(
     group="perdure.explainers",
     fits=_is_explainer,
     wanted="a subclass of perdure.explain.Explainer",
-    helpers=("base", "plots"),
+    helpers=("base", "groups", "plots", "stability"),
 )
 
 

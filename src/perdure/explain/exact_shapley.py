@@ -1,14 +1,15 @@
 """Shapley values from their definition, for few features (Shapley 1953)."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from perdure.errors import ConfigError
-from perdure.explain._shapley_game import Game, all_subsets, players_of, share_out
-from perdure.explain.base import Attribution, Explainer, Predict, chosen_targets
+from perdure.explain._shapley_game import Link, all_subsets, count_of, game, players_of
+from perdure.explain.base import Attribution, Explainer, Predict, Rows, Targets
 
 MOST_PLAYERS = 16
 """Largest number of features (or groups), for which all 2^d subsets are evaluated."""
@@ -22,38 +23,64 @@ class ExactShapley(Explainer):
 
     Guarantee: as for `KernelSHAP`.
 
-    The fields are those of `Explainer`.
+    Args:
+        link: as for `KernelSHAP`.
+        cells: as for `KernelSHAP`.
+        chunk: largest number of rows in one forward pass; None for a size that suits the caches.
 
     Source: Shapley 1953; Lundberg and Lee 2017, equation 4.
     """
 
+    link: Link = "identity"
+    cells: int | None = None
+
+    def unknowns(self, shape: Sequence[int]) -> int:
+        """Return the number of features or superpixels; see `Explainer.unknowns`."""
+        return _few(count_of(players_of(shape, None, self.cells)))
+
     def explain(
         self,
         predict: Predict,
-        inputs: Tensor,
-        background: Tensor,
+        inputs: Rows,
+        background: Rows,
         *,
-        targets: Tensor | None = None,
+        targets: Targets = None,
         generator: torch.Generator | None = None,
         groups: Tensor | None = None,
     ) -> Attribution:
         """Compute exact Shapley values; `generator` is not used. See `KernelSHAP.explain`.
 
         Raises:
-            ConfigError: if shapes do not match, or there are too many features.
+            ConfigError: if an argument is not allowed, or there are too many features.
         """
-        players = players_of(inputs, background, groups)
-        count = int(players.max()) + 1
-        if count > MOST_PLAYERS:
-            raise ConfigError.of(
-                "features", count, f"at most {MOST_PLAYERS}; use KernelSHAP, or groups"
-            )
-        masks = all_subsets(count)
-        targets = chosen_targets(predict, inputs, targets, self.chunk)
-        game = Game(
-            predict=predict, inputs=inputs, background=background, targets=targets, chunk=self.chunk
+        played = game(
+            self,
+            predict,
+            inputs,
+            background,
+            targets,
+            groups=groups,
+            cells=self.cells,
+            link=self.link,
         )
-        return share_out(game, masks, _exact_operator(masks), players)
+        masks = all_subsets(_few(played.count))
+        operator = _exact_operator(masks).to(played.ends.device)
+        values = [
+            torch.einsum(
+                "dm,nmk->ndk", operator, torch.cat([first[:, None], inner, last[:, None]], dim=1)
+            )
+            for block, inner in played.blocks(masks[1:-1])
+            for first, last in [played.ends[:, block]]
+        ]
+        return played.share_out(torch.cat(values))
+
+
+def _few(count: int) -> int:
+    if count > MOST_PLAYERS:
+        raise ConfigError.of(
+            "features", count, f"at most {MOST_PLAYERS}; use KernelSHAP, or groups"
+        )
+    return count
 
 
 def _exact_operator(masks: Tensor) -> Tensor:

@@ -1,14 +1,15 @@
 """Kernel SHAP: Shapley values by weighted least squares over coalitions (Lundberg and Lee 2017)."""
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from perdure.errors import ConfigError
-from perdure.explain._shapley_game import Game, all_subsets, players_of, share_out
-from perdure.explain.base import Attribution, Explainer, Predict, chosen_targets, seeded
+from perdure.explain._coalitions import Sampling, check_samples, coalitions
+from perdure.explain._shapley_game import Game, Link, count_of, game, players_of
+from perdure.explain.base import Attribution, Explainer, Predict, Rows, Targets, seeded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,17 +21,23 @@ class KernelSHAP(Explainer):
         w(s) = (d - 1) / (binomial(d, s) s (d - s))
 
     The values are exact if `samples` is at least 2^d - 2, the number of proper coalitions. With
-    fewer samples, coalitions are drawn once for all instances, from the kernel's distribution of
-    sizes; each is drawn together with its complement.
+    fewer samples, coalitions are chosen once for all instances and outputs, each together with its
+    complement: sizes with few coalitions as a whole, the others by draws without repetition.
+    Features that equal all background rows get exactly 0, and are no unknowns of an instance.
 
     Guarantee: none. For a privately released model and a public or synthetic background, the values
     are post-processing and cost no privacy. A background of private records costs privacy like
-    every query on them.
+    every query on them. See `Explainer.explain` for what an explanation of a record reveals.
 
     Args:
-        samples: largest number of coalitions to evaluate, not counting the empty and the full one.
-            This needs n * samples * b forward rows for n instances and b background rows.
-        chunk: largest number of rows in one forward pass.
+        samples: largest number of coalitions to evaluate, not counting the empty and the full one;
+            at least two per feature. This needs n * samples * b forward rows for n instances and b
+            background rows.
+        sampling: "leverage" shares the samples evenly among the sizes of coalitions, "kernel" by
+            the weight of the sizes. With equal samples, the error of "leverage" is smaller.
+        link: "identity", or "logit" to explain the log-odds of probabilities.
+        cells: number of superpixels along each side of an image; None to explain single features.
+        chunk: largest number of rows in one forward pass; None for a size that suits the caches.
 
     Raises:
         ConfigError: if a value is not allowed.
@@ -40,106 +47,114 @@ class KernelSHAP(Explainer):
     >>> KernelSHAP().explain(product, torch.tensor([[2.0, 3.0]]), torch.zeros(1, 2)).values
     tensor([[3., 3.]])
 
-    Source: Lundberg and Lee 2017, section 4.1; pairs: Covert and Lee 2021, section 4.2.
+    Source: Lundberg and Lee 2017, section 4.1; pairs: Covert and Lee 2021, section 4.2; leverage
+    scores: Musco and Witter 2024.
     """
 
     samples: int = 2048
+    sampling: Sampling = "leverage"
+    link: Link = "identity"
+    cells: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.samples < 2:
             raise ConfigError.of("samples", self.samples, "2 or more coalitions")
+        if self.cells is not None and self.cells < 1:
+            raise ConfigError.of("cells", self.cells, "1 or more superpixels along each side")
+
+    def unknowns(self, shape: Sequence[int]) -> int:
+        """Return the number of features or superpixels; see `Explainer.unknowns`."""
+        count = count_of(players_of(shape, None, self.cells))
+        check_samples(count, self.samples)
+        return count
 
     def explain(
         self,
         predict: Predict,
-        inputs: Tensor,
-        background: Tensor,
+        inputs: Rows,
+        background: Rows,
         *,
-        targets: Tensor | None = None,
+        targets: Targets = None,
         generator: torch.Generator | None = None,
         groups: Tensor | None = None,
     ) -> Attribution:
         """Compute values that add up to f(x) - base, with base the mean of f over the background.
 
         Args:
-            predict: function (rows, ...) -> (rows, outputs), called without gradients.
+            predict: the model; see `Explainer.explain`.
             inputs: (n, ...) instances to explain.
-            background: (b, ...) public or synthetic rows that give the values of absent features,
-                on the same device.
-            targets: (n,) int64 output to explain for each instance; None for the largest output.
+            background: (b, ...) public or synthetic rows that give the values of absent features.
+            targets: outputs to explain; "all" costs no more than one.
             generator: CPU generator that draws the coalitions; None for seed 0.
             groups: (...) integers in the shape of one instance; features with equal numbers join
-                together, and each gets an equal share of the group's value. None: every feature is
-                a group of its own.
+                together, and each gets an equal share of the group's value. None: `cells`, or
+                every feature is a group of its own.
 
         Raises:
-            ConfigError: if shapes do not match, or `samples` is too small for the number of
+            ConfigError: if an argument is not allowed, or `samples` is too small for the number of
                 features.
         """
-        players = players_of(inputs, background, groups)
-        masks, weights = _coalitions(int(players.max()) + 1, self.samples, seeded(generator))
-        targets = chosen_targets(predict, inputs, targets, self.chunk)
-        game = Game(
-            predict=predict, inputs=inputs, background=background, targets=targets, chunk=self.chunk
+        played = game(
+            self,
+            predict,
+            inputs,
+            background,
+            targets,
+            groups=groups,
+            cells=self.cells,
+            link=self.link,
         )
-        return share_out(game, masks, _kernel_operator(masks, weights), players)
+        masks, weights = coalitions(played.count, self.samples, self.sampling, seeded(generator))
+        return played.share_out(_solutions(played, masks, weights))
 
 
-def _coalitions(count: int, samples: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Distinct coalitions (m, count) and the kernel weight of each (m,).
+def _solutions(played: Game, masks: Tensor, weights: Tensor) -> Tensor:
+    """Return the players' values (n, d, k) by the constrained weighted least squares.
 
-    The empty coalition is first, the full one last.
+    The normal matrix is the same for all instances and outputs. An instance whose unknowns are
+    fewer uses the rows and columns of its own, so one factorisation serves all that agree in them.
     """
-    sizes = torch.arange(count + 1, dtype=torch.float64)
-    share = torch.zeros_like(sizes)
-    share[1:-1] = (count - 1) / (sizes[1:-1] * (count - sizes[1:-1]))
-    if 2**count - 2 <= samples:
-        masks = all_subsets(count)
-        each = share / torch.tensor([math.comb(count, size) for size in range(count + 1)])
-        return masks, each[masks.sum(1)]
-    if samples < 2 * count:
+    device = played.ends.device
+    design = masks.to(device, torch.float64)
+    weighted = design.T * weights.to(device)
+    # The full coalition fits by the constraint, so its weight changes no solution; it makes the
+    # matrix regular in the direction of all players.
+    normal = weighted @ design + 1.0
+    rank = int(torch.linalg.matrix_rank(normal, hermitian=True, rtol=1e-10))
+    if rank < len(normal):
         raise ConfigError.of(
             "samples",
-            samples,
-            f"at least {2 * count} for {count} features; raise samples, or use fewer groups",
+            len(masks),
+            f"more than that for {len(normal)} features: the coalitions drawn determine only "
+            f"{rank} of them; raise samples, or explain groups of features",
         )
-    drawn = _draw_pairs(share, samples // 2, generator)
-    ends = torch.tensor([[False], [True]]).expand(2, count)
-    # Sorting rows puts the empty coalition first and the full one last; repeated draws are
-    # evaluated once.
-    masks, weights = torch.unique(torch.cat([drawn, ends]), dim=0, return_counts=True)
-    return masks, weights.double()
+    sides = []
+    for block, values in played.blocks(masks):
+        empty = played.ends[0, block]
+        total = played.ends[1, block] - empty
+        moments = torch.einsum("dm,nmk->ndk", weighted, values - empty[:, None])
+        sides.append(moments + total[:, None])
+    return _constrained(normal, torch.cat(sides), played.varying, played.ends[1] - played.ends[0])
 
 
-def _draw_pairs(share: Tensor, pairs: int, generator: torch.Generator) -> Tensor:
-    """Draw coalitions whose sizes have probabilities proportional to `share`.
+def _constrained(normal: Tensor, sides: Tensor, varying: Tensor, totals: Tensor) -> Tensor:
+    """Solve for the values (n, d, k) of each instance's unknowns, so that they sum to `totals`.
 
-    Each coalition is drawn together with its complement.
+    With a multiplier u for the constraint, phi = normal^-1 (side - u 1).
     """
-    uniform = torch.rand(pairs, generator=generator, dtype=torch.float64)
-    # One draw in each of `pairs` equal strata: every size comes up almost exactly as often as it
-    # should.
-    strata = (torch.arange(pairs) + uniform) / pairs * share.sum()
-    sizes = torch.bucketize(strata, share.cumsum(0)).clamp(1, len(share) - 2)
-    ranks = torch.rand(pairs, len(share) - 1, generator=generator).argsort(1).argsort(1)
-    drawn = ranks < sizes[:, None]
-    return torch.cat([drawn, ~drawn])
-
-
-def _kernel_operator(masks: Tensor, weights: Tensor) -> Tensor:
-    """Matrix (d, m) from coalition values to the constrained weighted least-squares solution.
-
-    The constraint is eliminated by phi = (v(all) - v({})) / d + psi, where psi sums to 0:
-    subtracting the mean over features from each coalition keeps psi in that space, and treats all
-    features alike. Directions that no coalition determines are set to 0 by the pseudo-inverse.
-    """
-    inner = masks[1:-1].double()
-    weights = weights[1:-1]
-    size = inner.mean(1, keepdim=True)
-    weighted = (inner - size).T * weights
-    solve = torch.linalg.pinv(weighted @ (inner - size), hermitian=True, rtol=1e-10) @ weighted
-    full = 1 / masks.shape[1] - solve @ size
-    # Each coalition comes with its complement at the same weight, so the rows of `solve` sum to
-    # zero and the empty coalition counts as the full one does, with the opposite sign.
-    return torch.cat([-full, solve, full], dim=1)
+    values = torch.zeros_like(sides)
+    patterns, which = torch.unique(varying, dim=0, return_inverse=True)
+    for i, players in enumerate(patterns):
+        rows = (which == i).nonzero()[:, 0]
+        own = players.nonzero()[:, 0]
+        if not len(own):
+            continue
+        factor = torch.linalg.cholesky(normal[own][:, own])
+        side = sides[rows][:, own]
+        ones = torch.ones(len(own), 1, dtype=side.dtype, device=side.device)
+        shift = torch.cholesky_solve(ones, factor)
+        free = torch.cholesky_solve(side, factor)
+        excess = (free.sum(1) - totals[rows]) / shift.sum()
+        values[rows[:, None], own] = free - shift * excess[:, None]
+    return values
