@@ -85,6 +85,7 @@ WRONG = {
     ("", "data"): ('"digits"', "3", "[]"),
     ("", "training"): ("true", "[]"),
     ("", "federation"): ("true", '"yes"'),
+    ("", "fairness"): ("true", "{}", "{attribute = 3}", '{attribute = "a", positive = -1}'),
     ("", "loggers"): ("true", '"tensorboard"', "{}", "[1]", "[{}]", '[{name = "paper"}]'),
     ("data", "name"): CHOICES,
     ("data", "root"): ("3", "true", "[]"),
@@ -117,6 +118,14 @@ WRONG = {
     ("model", "depth"): ("0", "-2", "true", "2.0", "101"),
     ("model", "dropout"): ("-0.1", "1.0", "nan", "true", "''"),
     ("model", "latent"): ("0", "-1", "true", "1.5", '"2"', "[1]"),
+    ("training", "fine_tune"): (*CHOICES, "[3]"),
+    ("training", "group_weights"): (
+        "true",
+        "{}",
+        '{attribute = "a", counts = [0]}',
+        '{attribute = "a", counts = "all"}',
+        '{attribute = "a", class_counts = [[1, 2], [1]]}',
+    ),
     ("training", "optimizer"): (
         *CHOICES,
         '"Optimizer"',

@@ -14,7 +14,7 @@ from perdure.cli.local_modules import local_modules
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from perdure.experiment.result_schema import FindingResult
+    from perdure.experiment.result_schema import FindingResult, Result
 
 FOUND = 1
 """Exit code of `perdure doctor` with findings."""
@@ -57,6 +57,16 @@ def print_findings(console: "Console", found: Mapping[str, Sequence["FindingResu
         from perdure.report import findings_table
 
         console.print(findings_table(found))
+
+
+def print_below(console: "Console", result: "Result") -> None:
+    """Print what stands below the table of a result: groups and findings, where it has some."""
+    from perdure.report import groups_table
+
+    groups = groups_table(result)
+    if groups is not None:
+        console.print(groups)
+    print_findings(console, {arm["name"]: arm.get("findings", []) for arm in result["arms"]})
 
 
 def heal_run(

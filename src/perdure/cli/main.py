@@ -19,6 +19,8 @@ from perdure.cli.command_group import CommandGroup
 from perdure.cli.comparing import compare
 from perdure.cli.consoles import complain, resumable, wide_console
 from perdure.cli.doctor import doctor, heal_run, print_findings
+from perdure.cli.consoles import complain, wide_console
+from perdure.cli.doctor import doctor, heal_run, print_below
 from perdure.cli.local_modules import local_modules
 from perdure.cli.predicting import predict
 from perdure.cli.tuning import tune
@@ -207,7 +209,7 @@ def report(run: Path) -> None:
     console = wide_console()
     result = read_result(run)
     console.print(table(result))
-    print_findings(console, {arm["name"]: arm.get("findings", []) for arm in result["arms"]})
+    print_below(console, result)
     console.print(f"report: {write_report(run)}")
 
 
@@ -330,7 +332,7 @@ def _run(source: str, text: str, out: Path | None) -> None:
         result = run_config(config, text, folder, progress, examine="quick")
     page = write_report(folder, figures=True)
     console.print(table(result))
-    print_findings(console, {arm["name"]: arm.get("findings", []) for arm in result["arms"]})
+    print_below(console, result)
     console.print(f"report: {page}")
     failures = [each for arm in result["arms"] for each in arm["failures"]]
     for each in failures:

@@ -427,6 +427,8 @@ class HeldRecords:
             "valid": torch.ones(n, dtype=torch.bool),
             "tasks": torch.full((n,), self.experiences[-1].index),
         }
+        if "weights" in rows:
+            rows["weights"] = torch.ones(n)
         return Batch.from_tensors(rows).map(lambda t: t.to(self.pool.device))
 
     def _pooled(self, current: Batch) -> Batch:

@@ -66,6 +66,8 @@ class Records:
         attributes: further facts of each record by name, such as "time", "domain" or "group", each
             (n,). A stream may be cut by them; models do not get them. They are as private as the
             records.
+        weights: (n,) factor of each record's loss, at least 0 and as private as the record; it may
+            depend on the record and on declared numbers only (see `GroupWeights`). None for 1.
         task: meaning of the labels: loss, metric and shape.
         public_facts: facts that were found in the records instead of declared, such as the classes,
             one sentence each. They are public thereby, and the privacy statement names them.
@@ -88,6 +90,7 @@ class Records:
     placed_by: str = ""
     domain: InputDomain | None = None
     attributes: Mapping[str, Tensor] = field(default_factory=dict)
+    weights: Tensor | None = None
     task: Task = field(default_factory=SingleLabel)
     public_facts: tuple[str, ...] = ()
     spent: tuple[Spent, ...] = ()
@@ -141,6 +144,14 @@ class Records:
                 raise DataError(
                     f"attribute {name!r} is {given}; allowed: a tensor ({n},), one value per record"
                 )
+        weights = self.weights
+        if weights is not None:
+            fits = isinstance(weights, Tensor) and weights.shape == (n,)
+            if not fits or not bool((weights.isfinite() & (weights >= 0)).all()):
+                raise DataError(
+                    f"weights of {self.partition} do not fit; allowed: a tensor ({n},) of finite "
+                    "numbers from 0, one per record"
+                )
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -170,7 +181,7 @@ class Records:
         )
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Records":
-        """Apply `change` to inputs, labels, ids and attributes, each (n, ...).
+        """Apply `change` to inputs, labels, ids, attributes and weights, each (n, ...).
 
         Examples of a change are an index, or a move to another device.
 
@@ -187,6 +198,7 @@ class Records:
             labels=change(self.labels),
             ids=change(self.ids),
             attributes={name: change(value) for name, value in self.attributes.items()},
+            weights=None if self.weights is None else change(self.weights),
             declared_size=declared_size,
         )
 
@@ -252,6 +264,7 @@ class Batch:
         valid: (n,) bool, False for padding.
         stored: values that the memory stored with the row (for example logits for DER), name to (n,
             ...).
+        weights: (n,) factor of each row's loss; None for 1.
     """
 
     inputs: Tensor
@@ -261,6 +274,7 @@ class Batch:
     from_memory: Tensor
     valid: Tensor
     stored: Mapping[str, Tensor] = field(default_factory=dict)
+    weights: Tensor | None = None
 
     def __len__(self) -> int:
         return self.inputs.shape[0]  # called several times per step; len() of a tensor is slow
@@ -277,6 +291,7 @@ class Batch:
             tasks=torch.full((n,), task, device=device),
             from_memory=torch.zeros(n, dtype=torch.bool, device=device),
             valid=torch.ones(n, dtype=torch.bool, device=device),
+            weights=records.weights,
         )
 
     @cached_property
@@ -290,6 +305,8 @@ class Batch:
         The method `from_tensors` is the inverse.
         """
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "stored"}
+        if self.weights is None:
+            del own["weights"]
         return own | {f"stored.{name}": value for name, value in self.stored.items()}
 
     @classmethod
@@ -327,6 +344,7 @@ class Batch:
             from_memory=self.from_memory.index_select(0, rows),
             valid=self.valid.index_select(0, rows),
             stored={name: rows_at(value, rows) for name, value in self.stored.items()},
+            weights=None if self.weights is None else self.weights.index_select(0, rows),
         )
 
     def among(self, mask: Tensor) -> "Batch":

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from perdure.contract.context import contexts
+from perdure.data.groups import Groups, GroupWeights
 from perdure.doctor.finding import Cause, Finding, in_order
 from perdure.doctor.recorder import Recorder
 from perdure.doctor.rounds import RoundRecorder
@@ -15,6 +16,7 @@ from perdure.doctor.rules.base import Rule
 from perdure.doctor.trace import Trace
 from perdure.errors import ConfigError, PrivacyError
 from perdure.learner.evaluation import refuse_learnt
+from perdure.learner.group_measures import GroupMeasures, group_measures
 from perdure.learner.learner import Learner
 from perdure.utils.checked_fields import CheckedFields
 from perdure.utils.modules import evaluating
@@ -58,6 +60,8 @@ class Monitor(CheckedFields):
         rules: names or objects of the rules to use; None for all rules that watch.
         every: number of steps between two measured steps; None for 40 measured steps in an
             experience, at least 20 steps apart.
+        groups: groups of public test records that are compared after each experience; None for
+            none.
 
     Raises:
         ConfigError: if there is no rule of a name.
@@ -67,6 +71,7 @@ class Monitor(CheckedFields):
 
     rules: Sequence[str | Rule] | None = None
     every: int | None = None
+    groups: Groups | None = None
     _found: list[Finding] = field(default_factory=list, init=False, repr=False)
     _recorders: dict[int, Recorder] = field(default_factory=dict, init=False, repr=False)
     _traces: dict[int, Trace] = field(default_factory=dict, init=False, repr=False)
@@ -183,6 +188,8 @@ class Monitor(CheckedFields):
                 taken_by_new=_taken_by_new(learner, ended),
                 memory_per_class=_memory_per_class(learner, ended),
                 rounds=tuple(self._rounds.rounds) if self._rounds else (),
+                groups=None if self.groups is None else _groups(learner, ended, self.groups),
+                group_counts=_group_counts(learner, ended, self.groups) if self.groups else (),
             )
         )
 
@@ -241,6 +248,19 @@ def _taken_by_new(learner: Learner, ended: int) -> float | None:
     with torch.no_grad(), evaluating(learner.model):
         predicted = learner.predictor(ended, after=ended)(inputs).argmax(-1)
     return float(new[predicted].float().mean())
+
+
+def _groups(learner: Learner, ended: int, groups: Groups) -> GroupMeasures | None:
+    """Measure the groups of the public test records of an experience."""
+    number = learner.stream.stage_of(ended).number
+    return group_measures(learner, learner.stream, groups)[number]
+
+
+def _group_counts(learner: Learner, ended: int, groups: Groups) -> tuple[tuple[float, ...], ...]:
+    """Count the public test records of an experience by group and class."""
+    test = learner.stream.stage_of(ended).test
+    weights = GroupWeights(attribute=groups.attribute, counts="reweighing")
+    return weights.declared(test, learner.stream.num_classes).class_counts or ()
 
 
 def _memory_per_class(learner: Learner, ended: int) -> float | None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from perdure.doctor.curvature import Curvature
+from perdure.learner.group_measures import GroupMeasures
 from perdure.utils.checked_fields import CheckedFields
 
 LEARNT = 0.9
@@ -113,6 +114,9 @@ class Trace:
         memory_per_class: number of records that memory can hold for each class so far; None without
             a memory.
         rounds: rounds of a federation; empty for a party alone.
+        groups: measures of groups of the experience's public test records; None if no groups are
+            compared.
+        group_counts: number of these records in each group (rows) and class (columns).
     """
 
     experience: int
@@ -138,6 +142,8 @@ class Trace:
     taken_by_new: float | None = None
     memory_per_class: float | None = None
     rounds: tuple[Round, ...] = ()
+    groups: GroupMeasures | None = None
+    group_counts: tuple[tuple[float, ...], ...] = ()
 
     @property
     def share(self) -> float:

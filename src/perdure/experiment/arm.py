@@ -4,10 +4,10 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -18,7 +18,7 @@ from perdure.errors import ConfigError, NonFiniteError, RunawayError, RunError
 from perdure.experiment.config import Arm, Config
 from perdure.experiment.finding_rows import finding_of, finding_row
 from perdure.experiment.model_config import make_model
-from perdure.experiment.result_schema import Numbers, PrivacyResult, TrialResult
+from perdure.experiment.result_schema import GroupResult, Numbers, PrivacyResult, TrialResult
 from perdure.experiment.results import (
     by_class,
     class_row,
@@ -35,6 +35,7 @@ from perdure.experiment.robustness import (
     without_robustness,
 )
 from perdure.experiment.training_config import TrainingConfig
+from perdure.learner.group_measures import group_measures, refuse_groups
 from perdure.learner.learner import Callback, Learner
 from perdure.learner.progress import Watch
 from perdure.loggers import Logger
@@ -78,6 +79,8 @@ def open_stream(config: Config, *, without: int | None = None) -> Stream:
     if config.attack or config.explain:
         name = "[attack]" if config.attack else "[explain]"
         refuse_other_tasks(stream.task, (SingleLabel,), name, "it asks for the class of a record")
+    if config.fairness:
+        refuse_groups(stream, config.fairness)
     if config.explain and len(stream.input_shape) < 2:
         allowed = f"no [explain] table, because inputs of shape {stream.input_shape} are not images"
         raise ConfigError.of("explain.method", config.explain.method, allowed)
@@ -153,6 +156,7 @@ class ArmRun:
 
     def __post_init__(self) -> None:
         self.name = self.name or self.arm.name
+        self.monitor.groups = self.config.fairness
         self.folder = self.run_folder / "arms" / self.name
         self._clock = self.folder / "seconds.json"
         self._watched = self.folder / "findings.json"
@@ -225,6 +229,8 @@ class ArmRun:
             validation=training.validation.validation if training.validation else None,
             loss=self._loss,
             max_grad_norm=training.max_grad_norm,
+            group_weights=training.group_weights,
+            fine_tune=training.fine_tune,
             show_progress=False,
             processes=processes,
         )
@@ -292,7 +298,7 @@ class ArmRun:
         measures = summarise(matrix, start, metric=metric)
         single = isinstance(self.stream.task, SingleLabel)
         classes = by_class(learner, self.stream) if single else None
-        return {
+        numbers: Numbers = {
             "accuracy_matrix": learner.matrix,
             "average_accuracy": measures.average_accuracy,
             "learning_accuracy": measures.learning_accuracy,
@@ -307,6 +313,12 @@ class ArmRun:
             **robust_numbers(self._robustness()),
             "seconds": self._seconds(),
         }
+        if self.config.fairness is not None:
+            found = group_measures(learner, self.stream, self.config.fairness)
+            numbers["by_group"] = [
+                cast(GroupResult, asdict(each)) if each else None for each in found
+            ]
+        return numbers
 
     def _no_numbers(self) -> Numbers:
         """Return the measurements of an arm whose training diverged: null, but for the time."""

@@ -45,6 +45,9 @@ epsilon = 0.1                  # and its own fields
 method = "kernel_shap"         # a file in explain/, and so on
 records = 6
 
+[fairness]                     # optional: measure groups of test records
+attribute = "sex"              # an attribute of the records, as in adult
+
 [[loggers]]                    # optional: curves of every training while it runs
 name = "tensorboard"           # or mlflow, wandb, a file in loggers/, and so on
 every = 50                     # and its own fields
@@ -82,6 +85,7 @@ import torch
 
 from perdure.contract.combine import Combine
 from perdure.contract.strategy import Strategy
+from perdure.data.groups import Groups
 from perdure.errors import ConfigError, StrategyError
 from perdure.experiment.data_config import DataConfig
 from perdure.experiment.field_checks import COUNTS, check, counts
@@ -293,6 +297,7 @@ class Config(CheckedFields):
         privacy: differential privacy of the private arms.
         attack: attack for robust accuracy.
         explain: explainer, and number of test records to explain.
+        fairness: groups of test records that are measured at the end, and compared by the monitor.
         loggers: programs that get the curves of every training while it runs; they may change when
             a stopped run continues.
         search: search of `perdure tune`; a run does not use it.
@@ -313,6 +318,7 @@ class Config(CheckedFields):
     privacy: Privacy | None = None
     attack: AttackConfig | None = None
     explain: ExplainConfig | None = None
+    fairness: Groups | None = None
     loggers: tuple[LoggerConfig, ...] = ()
     search: SearchConfig | None = None
     arms: tuple[Arm, ...] = ()

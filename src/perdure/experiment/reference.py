@@ -15,6 +15,7 @@ from torch.optim import lr_scheduler
 
 from perdure import adversarial, explain, loggers, models, strategies
 from perdure.data import datasets
+from perdure.data.groups import Groups, GroupWeights
 from perdure.errors import ConfigError, PerdureError
 from perdure.experiment.averaging_config import AVERAGES
 from perdure.experiment.calls import REQUIRED, parameters
@@ -124,6 +125,7 @@ def tables() -> list[Table]:
         ),
         Table(title="[training.sharpness]", keys=_plain_keys(SAM())),
         Table(title="[training.validation]", keys=_plain_keys(ValidationConfig())),
+        Table(title="[training.group_weights]", keys=_plain_keys(GroupWeights(attribute="group"))),
         Table(title="[training.loss]", keys=(_named("name", losses.names(), "name of the loss."),)),
         *_of_extensions("[training.loss] and loss of [[arms]]: name = {!r}", losses),
         Table(title="[federation]", keys=_plain_keys(FederationConfig())),
@@ -134,6 +136,7 @@ def tables() -> list[Table]:
         *_of_extensions("[attack] and [training.adversary] name = {!r}", adversarial),
         Table(title="[explain]", keys=_explain()),
         *_of_extensions("[explain] method = {!r}", explain),
+        Table(title="[fairness]", keys=_plain_keys(Groups(attribute="group"))),
         Table(title="[[loggers]]", keys=(_named("name", loggers.names(), "name of the logger."),)),
         *_of_extensions("[[loggers]] name = {!r}", loggers),
         Table(title="[search]", keys=_plain_keys(_SEARCH)),

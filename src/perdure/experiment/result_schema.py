@@ -57,6 +57,21 @@ class ClassResult(TypedDict):
     confusion: dict[str, dict[str, int]]
 
 
+class GroupResult(TypedDict):
+    """Measures of groups of test records in one experience, at the end of the stream.
+
+    The keys are those of `perdure.learner.GroupMeasures`; shares are from 0 to 1.
+    """
+
+    attribute: str
+    records: dict[str, int]
+    accuracy: dict[str, float]
+    selection_rate: dict[str, float] | None
+    accuracy_difference: float
+    demographic_parity_difference: float | None
+    equalized_odds_difference: float | None
+
+
 MEASURES = (
     "average_accuracy",
     "learning_accuracy",
@@ -73,9 +88,10 @@ class Numbers(TypedDict):
     """Measures of a trained model, or their means over seeds.
 
     Accuracies are in the unit of the task's metric, which is percent for single-label records, and
-    differences in its points. A measure that does not exist for the task is null. `by_class` has an
-    entry for each experience of a trial, and no mean over seeds. Robust measures, and the
-    percentage of test records whose cross entropy has no gradient, are null without an attack.
+    differences in its points. A measure that does not exist for the task is null. `by_class` and
+    `by_group` have an entry for each experience of a trial, and no mean over seeds. Robust
+    measures, and the percentage of test records whose cross entropy has no gradient, are null
+    without an attack.
     """
 
     accuracy_matrix: Sequence[Sequence[float | None]]
@@ -88,6 +104,7 @@ class Numbers(TypedDict):
     area_under_accuracy: float | None
     calibration_error: list[float] | None
     by_class: NotRequired[list[ClassResult] | None]
+    by_group: NotRequired[list[GroupResult | None] | None]
     state_bytes: int
     robust_accuracy: float | None
     robust_matrix: NotRequired[Sequence[Sequence[float | None]] | None]

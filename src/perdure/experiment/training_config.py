@@ -14,6 +14,7 @@ from perdure.adversarial import Attack
 from perdure.adversarial import find as find_attack
 from perdure.adversarial import names as attack_names
 from perdure.data.experience import Stream
+from perdure.data.groups import GroupWeights
 from perdure.errors import ConfigError
 from perdure.experiment.averaging_config import AveragingConfig
 from perdure.experiment.calls import arguments, of_module, parameters
@@ -218,6 +219,9 @@ class TrainingConfig(CheckedFields):
         loss: loss of every record; left out for the loss of the task. An arm may have its own.
         max_grad_norm: largest L2 norm of the whole gradient of a step, after penalty and
             projection; left out for no bound. Under privacy it costs nothing.
+        group_weights: factors of the losses of groups of records, from declared counts.
+        fine_tune: parameters to train: `all`, `head`, or a list of beginnings of names, such as
+            ["head.", "body.2."]; left out to train what the model says.
     """
 
     optimizer: str = "Adam"
@@ -246,6 +250,8 @@ class TrainingConfig(CheckedFields):
     validation: ValidationConfig | None = None
     loss: LossConfig | None = None
     max_grad_norm: float | None = None
+    group_weights: GroupWeights | None = None
+    fine_tune: Literal["all", "head"] | tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         if ":" not in self.optimizer:
@@ -266,6 +272,8 @@ class TrainingConfig(CheckedFields):
         )
         names = "epochs iterations blocks batch_size micro_batch_size evaluate_every"
         check(self, names, counts, COUNTS)
+        allowed = "all, head, or a list of beginnings of names, at least one"
+        check(self, "fine_tune", bool, allowed)
         if self.momentum is not None and "momentum" not in parameters(self._class):
             known = [
                 name for name in OPTIMIZERS if "momentum" in parameters(vars(torch.optim)[name])

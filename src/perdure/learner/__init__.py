@@ -2,10 +2,11 @@
 
 Import `Learner`, or `Session` for your own training loop. `Callback` is the type of a function that
 the learner calls at the points named in `POINTS`. `evaluate_with` measures a learner with metrics
-of another library.
+of another library, `group_measures` measures groups of records.
 """
 
 from perdure.learner.averaging import EMA, SWA
+from perdure.learner.group_measures import GroupMeasures, group_measures
 from perdure.learner.learner import Callback, Learner
 from perdure.learner.outside_metrics import OutsideMetric, evaluate_with
 from perdure.learner.points import POINTS
@@ -20,10 +21,12 @@ __all__ = [
     "SAM",
     "SWA",
     "Callback",
+    "GroupMeasures",
     "Learner",
     "OutsideMetric",
     "Session",
     "Validation",
     "WarmUp",
     "evaluate_with",
+    "group_measures",
 ]

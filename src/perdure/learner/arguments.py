@@ -44,6 +44,8 @@ PLAIN = (
     "gradient_noise",
     "weight_noise",
     "validation",
+    "group_weights",
+    "fine_tune",
 )
 """Arguments that are checked by their annotations alone; the folder may also be text."""
 LARGEST = 1e9

@@ -53,6 +53,24 @@ def task_of_run(training: TrainingPlan, loss: Loss | None) -> Task:
     return task
 
 
+def refuse_unused_weights(training: TrainingPlan, stream: Stream) -> None:
+    """Refuse weights of records if the strategy takes no gradient, because it would ignore them.
+
+    Args:
+        training: plan with strategy and privacy.
+        stream: stream whose training records may have weights.
+
+    Raises:
+        ConfigError: names the strategy.
+    """
+    weights = any(each.train.weights is not None for each in stream)
+    if weights and not any(training.of(each).train for each in training.stream):
+        name = training.strategy.name
+        raise ConfigError.of(
+            "weights of records", f"given with {name}", "a strategy with gradients"
+        )
+
+
 def _refuse_broken(task: Task, chosen: Loss, stream: Stream) -> None:
     """Refuse a loss of the user that fails on synthetic records, or has no number for each."""
     width = task.head_width(stream.num_classes)

@@ -141,6 +141,8 @@ def experience_line(experience: Experience, private_sum: PrivateSum | None) -> s
     """
     records = experience.train
     shown = {"ids": records.ids, "labels": records.labels}
+    if records.weights is not None:
+        shown["weights"] = records.weights
     seen = digest(shown).hex() if private_sum is None else private_sum.fingerprint(shown)
     classes = ",".join(map(str, experience.classes))
     return (

@@ -15,6 +15,7 @@ from perdure.contract.strategy import Strategy
 from perdure.data.augmentation import Views
 from perdure.data.experience import Stream
 from perdure.data.mixing import Mixing
+from perdure.data.groups import GroupWeights
 from perdure.data.value_checks import check_streams
 from perdure.learner.arguments import PLAIN, check_arguments, check_stream, plain_model
 from perdure.learner.averaging import EMA, SWA
@@ -47,14 +48,14 @@ from perdure.learner.several_processes import (
 )
 from perdure.learner.snapshots import restore_snapshot, take_snapshot
 from perdure.learner.step_changes import SAM
+from perdure.learner.trained_parameters import Train, choose_trained
 from perdure.learner.validation import Validation, Validator
 from perdure.privacy.private_sum import MakePrivateSum, PrivateSum
 from perdure.privacy.settings import Privacy
 from perdure.tasks.losses import Loss
-from perdure.types import Params
 from perdure.utils.checked_fields import check_fields
 from perdure.utils.denormals import flushed
-from perdure.utils.modules import same_bits, trainable_parameters
+from perdure.utils.modules import same_bits
 
 Callback = Callable[[str, "Learner"], None]
 """Function that is called at every named point of the loop; see `perdure.learner.POINTS`."""
@@ -123,6 +124,9 @@ class Learner(SessionFront):
         processes: number of processes that divide every batch, started by `torchrun`; process 0
             alone has callbacks, folder and ledger. 1 for this process only.
         mixing: mixed pairs of records, Mixup() or CutMix(); refused under privacy.
+        group_weights: factors of the losses of groups of records, from declared counts.
+        fine_tune: parameters to train: "all", "head", or beginnings of names; None to leave the
+            model as it is.
     """
 
     model: nn.Module
@@ -163,6 +167,8 @@ class Learner(SessionFront):
     max_grad_norm: float | None = None
     processes: int = 1
     mixing: Mixing | None = None
+    group_weights: GroupWeights | None = None
+    fine_tune: Train | None = None
     _session: Session | None = field(default=None, init=False, repr=False)
     _validator: Validator | None = field(default=None, init=False, repr=False)
     _rates: ReplayedRates | None = field(default=None, init=False, repr=False)
@@ -300,6 +306,8 @@ class Learner(SessionFront):
             group=self._group,
             trained_by=counted_by(self._group),
             mixing=self.mixing,
+            group_weights=self.group_weights,
+            fine_tune=self.fine_tune,
         )
         if self.folder or self.driven_by or self._group:
             validated = {"validation": self.validation.settings()} if self.validation else {}
@@ -436,17 +444,13 @@ class Learner(SessionFront):
         _ = self.session  # refuse if there is no session yet
         return self._optimizer
 
-    @property
-    def params(self) -> Params:
-        """Parameters that require gradients, by name."""
-        return dict(trainable_parameters(self.model))
-
     def __post_init__(self) -> None:
         check_arguments(vars(self))
         check_fields(self, prefix="", only=PLAIN)
         if self.validation and self.privacy:
             self.validation.refuse_private()
         self.model = plain_model(self.model, self.privacy, self.device)
+        choose_trained(self.model, self.fine_tune)
         self._group = joined(self) if self.processes > 1 else None
         self._initial = {name: value.clone() for name, value in self.model.state_dict().items()}
 

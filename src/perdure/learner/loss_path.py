@@ -64,7 +64,10 @@ class LossPath:
     task: Task = field(default_factory=SingleLabel)
 
     def losses(self, forward: Forward, batch: Batch, context: Context, state: State) -> Tensor:
-        """Return (n,) loss of the strategy for every row, averaged over views if there are any."""
+        """Return (n,) loss of the strategy for every row, times the weight of its record.
+
+        The loss is averaged over the views if there are any.
+        """
         strategy = self.strategy
 
         def of_rows(rows: Batch) -> Tensor:
@@ -76,6 +79,14 @@ class LossPath:
         with self._casting(batch.inputs.device.type):
             mixing = self.mixing
             return (mixing.losses(of_views, batch) if mixing else of_views(batch)).float()
+            if self.views is None:
+                losses = strategy.losses(forward, batch, context, state)
+            else:
+                losses = self.views.losses(
+                    lambda rows: strategy.losses(forward, rows, context, state), batch
+                )
+        losses = losses.float()
+        return losses if batch.weights is None else losses * batch.weights
 
     def _casting(self, device: str) -> AbstractContextManager[object]:
         """Run the passes in `precision`, also if the caller's program has switched on autocast."""

@@ -17,12 +17,13 @@ from perdure.curator.held_records import HeldRecords
 from perdure.curator.hook_curator import for_hooks
 from perdure.curator.local_curator import LocalCurator, unwatched
 from perdure.curator.shared_curator import SharedCurator
+from perdure.data.groups import weighted
 from perdure.data.record_identity import ComparedRecords
 from perdure.data.records import Batch
 from perdure.errors import StrategyError
 from perdure.learner.averaging import Average, measure_statistics, put_values
 from perdure.learner.checkpoint import Position
-from perdure.learner.chosen_loss import task_of_run, tasks_by_experience
+from perdure.learner.chosen_loss import refuse_unused_weights, task_of_run, tasks_by_experience
 from perdure.learner.folder_claims import refuse_other_privacy
 from perdure.learner.guarded_party import GuardedParty
 from perdure.learner.inspected_path import InspectedPath
@@ -103,7 +104,7 @@ class Party(GuardedParty):
         if self.folder:
             refuse_other_privacy(self.folder, private=private)
         self.mark = ModelMark(model, self.folder, warm_start=self.warm_start)
-        self.stream = self.stream.to(self.device)
+        self.stream = weighted(self.stream.to(self.device), self.group_weights, private=private)
         self.compared = ComparedRecords()
         self._watch: WriteWatch | None = None
         self._compare_values = True
@@ -115,6 +116,7 @@ class Party(GuardedParty):
         self._initial = self.initial or {n: t.clone() for n, t in model.state_dict().items()}
         self.strategy.refuse_task(self.stream.task)
         self.task = task_of_run(self.training, self.loss)
+        refuse_unused_weights(self.training, self.stream)
         tasks = tasks_by_experience(self.stream, self.task)
         self.context = contexts(self.stream, self.device, tasks)
         refuse_misfits(model, self.training, self.stream, self.adversary, self.views)

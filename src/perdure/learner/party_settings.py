@@ -13,9 +13,11 @@ from perdure.contract.strategy import Strategy
 from perdure.data.augmentation import Views
 from perdure.data.experience import Stream
 from perdure.data.mixing import Mixing
+from perdure.data.groups import GroupWeights
 from perdure.learner.averaging import EMA, SWA
 from perdure.learner.checkpoint import Position
 from perdure.learner.step_changes import SAM
+from perdure.learner.trained_parameters import Train
 from perdure.privacy.private_sum import MakePrivateSum, PrivateSum
 from perdure.privacy.settings import Privacy
 from perdure.tasks.losses import Loss
@@ -34,6 +36,8 @@ OPTIONS = (
     "weight_noise",
     "max_grad_norm",
     "mixing",
+    "group_weights",
+    "fine_tune",
 )
 """Options of the steps; the ones that are not given are in no fingerprint and no noise digest."""
 
@@ -79,6 +83,8 @@ class PartySettings:
     max_grad_norm: float | None = None
     group: Processes | None = None
     mixing: Mixing | None = None
+    group_weights: GroupWeights | None = None
+    fine_tune: Train | None = None
 
     @property
     def options(self) -> dict[str, object]:

@@ -28,6 +28,7 @@ from perdure.learner.optimizers import refuse_unusable
 from perdure.learner.party import Party
 from perdure.learner.run_folder import checkpoint_of, restore_checkpoint, write_checkpoint
 from perdure.learner.snapshots import take_snapshot
+from perdure.learner.trained_parameters import choose_trained, keep_frozen_statistics
 from perdure.privacy.guard.model_checks import check_optimizer
 from perdure.utils.checked_fields import check_fields
 from perdure.utils.denormals import flushed
@@ -100,6 +101,9 @@ class Session(Party):
             in step t it is divided by (1 + t)^0.55.
         weight_noise: standard deviation of normal noise on the trained parameters while the
             gradient of a step is computed.
+        group_weights: factors of the losses of groups of records, from declared counts.
+        fine_tune: parameters to train: "all", "head", or beginnings of names; None to leave the
+            model as it is.
 
     Raises:
         ConfigError: if an argument is not allowed, if the outputs of the model do not fit the task,
@@ -120,6 +124,7 @@ class Session(Party):
         check_arguments({**vars(self), "optimizer": refuse_unusable})
         check_fields(self, prefix="", only=PLAIN)
         self.model = plain_model(self.model, self.privacy, self.device)
+        choose_trained(self.model, self.fine_tune)
         self._order = StepOrder()
         self._open = False
         self._training_mode = True
@@ -267,6 +272,8 @@ class Session(Party):
         self.reserve(block, digest())
         self._order.refuse_accumulation(self.trained)
         begin_training(self.model)
+        if self.fine_tune is not None:
+            keep_frozen_statistics(self.model)
         self._training_mode = self.model.training
         for step in block:
             rows = self.sample(step)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from perdure.contract.state import State
 from perdure.curator.local_curator import LocalCurator
@@ -21,11 +21,14 @@ from perdure.learner.session import Session
 from perdure.learner.validation import Validator
 from perdure.planning.training_plan import TrainingPlan
 from perdure.privacy.private_sum import PrivateSum
+from perdure.types import Params
+from perdure.utils.modules import trainable_parameters
 
 
 class SessionFront:
     """Base of `Learner`: read access to the session, and evaluation of its model."""
 
+    model: nn.Module
     _session: Session | None
     _validator: Validator | None
     evaluate_every: int | None
@@ -82,6 +85,11 @@ class SessionFront:
         return list(self._validator.history) if self._validator else []
 
     # ------------------------------------------------------------------ parts of the session
+
+    @property
+    def params(self) -> Params:
+        """Parameters that require gradients, by name."""
+        return dict(trainable_parameters(self.model))
 
     @property
     def session(self) -> Session:

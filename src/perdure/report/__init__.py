@@ -7,6 +7,7 @@ reads `result.json`, and no private file of a run.
 from perdure.report.comparison_picture import comparison_picture
 from perdure.report.comparison_tables import Grid, comparison_tables, latex, terminal_table
 from perdure.report.findings import findings_table, healing_table
+from perdure.report.groups import groups_table
 from perdure.report.page import write_figures, write_report
 from perdure.report.picture import Picture
 from perdure.report.searches import front_picture, search_table
@@ -18,6 +19,7 @@ __all__ = [
     "comparison_tables",
     "findings_table",
     "front_picture",
+    "groups_table",
     "healing_table",
     "latex",
     "search_table",

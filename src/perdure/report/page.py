@@ -12,6 +12,7 @@ from perdure.experiment.result_schema import Result, read_result
 from perdure.report.figures import pictures
 from perdure.report.findings import NAME as FINDING
 from perdure.report.findings import findings_section
+from perdure.report.groups import groups_section
 from perdure.report.picture import Picture
 from perdure.report.sections import answer, arms_table, facts, gallery, glossary
 from perdure.report.statement import statement
@@ -82,11 +83,13 @@ def html(result: Result, drawn: Sequence[Picture], config: str | None) -> str:
     """
     shown = [picture for picture in drawn if not picture.name.startswith(FINDING)]
     examined = any("findings" in arm for arm in result["arms"])
+    groups = groups_section(result)
     sections = (
         ("answer", "The answer", answer(result)),
         ("arms", "All arms", arms_table(result)),
         ("pictures", "Pictures", gallery(result, shown)),
         *([("findings", "Findings", findings_section(result, drawn))] if examined else []),
+        *([("groups", "Groups", groups)] if groups else []),
         ("privacy", "Privacy statement", statement(result)),
         ("run", "Settings of the run", facts(result, config)),
         ("words", "Words", glossary(result["task"])),

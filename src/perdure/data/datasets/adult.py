@@ -3,12 +3,14 @@
 import csv
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from perdure.data.datasets.base import Dataset, data_root, from_published_split
+from perdure.data.records import Records
 from perdure.errors import DataError
 from perdure.utils.checked_arguments import checked_arguments
 
@@ -131,12 +133,17 @@ ADULT_CATEGORIES: dict[int, tuple[str, ...]] = {
 """Column to the categories that the documentation of the data set lists, in its spelling."""
 
 ADULT_COLUMNS = 15
+ADULT_GROUPS = {"race": 8, "sex": 9}
+"""Attributes of the records, and the columns that they come from."""
 ADULT_FEATURES = len(ADULT_NUMERIC) + sum(map(len, ADULT_CATEGORIES.values()))
 
 
 @checked_arguments
 def adult(root: str | Path | None = None, *, declared_size: int | None = None) -> Dataset:
     """48,842 people of the 1994 census, inputs (105,) in [0, 1], label 1 for an income above 50K.
+
+    The records have the attributes "race" and "sex", numbers of the names in `categories`, for
+    measures of groups and for weights.
 
     Reads ROOT/adult/adult.data and adult.test. Categories and ranges are from the documentation of
     the data set, so no constant is computed from the records.
@@ -155,7 +162,7 @@ def adult(root: str | Path | None = None, *, declared_size: int | None = None) -
         raise DataError(f"no adult.data and adult.test in {folder}; get them from {ADULT_URL}")
     train, test = (read_adult(folder / name) for name in ("adult.data", "adult.test"))
     fact = "category lists and column ranges are declared in advance"
-    return from_published_split(
+    made = from_published_split(
         "adult",
         train,
         test,
@@ -164,6 +171,27 @@ def adult(root: str | Path | None = None, *, declared_size: int | None = None) -
         declared_size=declared_size,
         value_range=(0.0, 1.0),
     )
+    return replace(
+        made,
+        train=with_groups(made.train),
+        test=with_groups(made.test),
+        categories={name: ADULT_CATEGORIES[column] for name, column in ADULT_GROUPS.items()},
+    )
+
+
+def with_groups(records: Records) -> Records:
+    """Return records of Adult with the attributes in `ADULT_GROUPS`, read from their inputs.
+
+    A missing category has the number of the last category plus 1.
+    """
+    found = {}
+    for name, column in ADULT_GROUPS.items():
+        before = [ADULT_CATEGORIES[each] for each in ADULT_CATEGORIES if each < column]
+        first = len(ADULT_NUMERIC) + sum(map(len, before))
+        shown = records.inputs[:, first : first + len(ADULT_CATEGORIES[column])]
+        missing = (shown.sum(1) == 0).long() * shown.shape[1]
+        found[name] = shown.argmax(1) + missing
+    return replace(records, attributes=found)
 
 
 def read_adult(path: Path) -> tuple[Tensor, Tensor]:
