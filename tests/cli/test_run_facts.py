@@ -3,7 +3,7 @@
 from helpers.config_errors import ARM, HEAD
 from perdure.cli.run_facts import read_facts
 from perdure.experiment.config import parse
-from perdure.experiment.run import trials
+from perdure.experiment.trained_models import trials
 
 
 def test_config_facts_list_trainings_of_private_and_plain_arms(tmp_path):

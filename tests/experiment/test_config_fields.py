@@ -86,6 +86,7 @@ WRONG = {
     ("", "training"): ("true", "[]"),
     ("", "federation"): ("true", '"yes"'),
     ("", "fairness"): ("true", "{}", "{attribute = 3}", '{attribute = "a", positive = -1}'),
+    ("", "start"): ("true", "{}", "{run = 3}", '{run = "a", public = 1}'),
     ("", "loggers"): ("true", '"tensorboard"', "{}", "[1]", "[{}]", '[{name = "paper"}]'),
     ("data", "name"): CHOICES,
     ("data", "root"): ("3", "true", "[]"),

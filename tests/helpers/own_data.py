@@ -47,6 +47,11 @@ def blobs(seed=0, *, spread: float = 0.3):
     return _data("blobs", inputs, labels, SingleLabel(), 4)
 
 
+def other_blobs():
+    """The same classes with other noise, from another source."""
+    return blobs(spread=0.4)
+
+
 def prices():
     """Numbers to predict."""
     inputs = _numbers(ROWS + TEST, 3)

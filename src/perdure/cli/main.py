@@ -170,7 +170,7 @@ def show_config(
         raise ConfigError.of("--table", table, "only together with --reference")
     with local_modules():
         from perdure.experiment.config import read
-        from perdure.experiment.run import trials
+        from perdure.experiment.trained_models import trials
 
         checked = read(str(config))
         for name in trials(checked):

@@ -3,11 +3,12 @@
 Import `read` or `parse` to get a `Config`, and `run` to train and evaluate it; a stopped run
 continues. `tune` searches hyper-parameters of a learner on training records, `tune_run` searches
 the settings of a config (`perdure tune`), and `lr_range_test` suggests a learning rate.
-`cross_validate` measures a learner on every fold of public records, and
-`find_label_issues` finds wrong labels. `attack_run` attacks the privacy of a run's models,
-`attack_models` their inputs, and `audit_run` audits the private arms of a config.
-`read_result` reads the stored result of a run, and `to_pandas` makes a table of it. `compare` compares arms over seeds, of one or several
-runs, and `load` loads a trained model. `export_run` writes a trained model to files that run
+`cross_validate` measures a learner on every fold of public records, and `find_label_issues` finds
+wrong labels. `attack_run` attacks the privacy of a run's models, `attack_models` their inputs, and
+`audit_run` audits the private arms of a config. `read_result` reads the stored result of a run, and
+`to_pandas` makes a table of it. `compare` compares arms over seeds, of one or several runs. `load`
+loads a trained model, and `start_from` copies a run's parameters into a new model. `export_run`
+writes a trained model to files that run
 without perdure. `examine_run` looks for mistakes before training, `healed` applies remedies to a
 config, and `heal` restarts a run with them. `cards` describes every strategy with its costs.
 """
@@ -31,6 +32,7 @@ from perdure.experiment.results import spending
 from perdure.experiment.robust_runs import AttackedModel, attack_models
 from perdure.experiment.run import load, run, untimed
 from perdure.experiment.search_space import Range, Space, Values
+from perdure.experiment.starts import start_from
 from perdure.experiment.strategy_catalogue import StrategyCard, cards
 from perdure.experiment.tuning import Tuned, tune
 
@@ -71,6 +73,7 @@ __all__ = [
     "read_text",
     "run",
     "spending",
+    "start_from",
     "to_pandas",
     "toml_text",
     "tune",

@@ -4,10 +4,10 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,14 +17,14 @@ from perdure.doctor import Finding, Monitor, in_order
 from perdure.errors import ConfigError, NonFiniteError, RunawayError, RunError
 from perdure.experiment.config import Arm, Config
 from perdure.experiment.finding_rows import finding_of, finding_row
-from perdure.experiment.model_config import make_model
-from perdure.experiment.result_schema import GroupResult, Numbers, PrivacyResult, TrialResult
+from perdure.experiment.result_schema import Numbers, PrivacyResult, TrialResult
 from perdure.experiment.results import (
     by_class,
     class_row,
     client_streams,
     epsilon_row,
     explained_arm,
+    group_rows,
     ledger_files,
     spending,
 )
@@ -34,8 +34,9 @@ from perdure.experiment.robustness import (
     robustness_after,
     without_robustness,
 )
+from perdure.experiment.starts import model_of, started
 from perdure.experiment.training_config import TrainingConfig
-from perdure.learner.group_measures import group_measures, refuse_groups
+from perdure.learner.group_measures import refuse_groups
 from perdure.learner.learner import Callback, Learner
 from perdure.learner.progress import Watch
 from perdure.loggers import Logger
@@ -75,7 +76,8 @@ def open_stream(config: Config, *, without: int | None = None) -> Stream:
         ConfigError: if the data cannot be split or explained as configured.
         DataError: if the data are missing or damaged.
     """
-    stream = config.data.open(seed=config.seed, private=config.privacy is not None, without=without)
+    private = config.privacy is not None
+    stream = started(config, config.data.open(seed=config.seed, private=private, without=without))
     if config.attack or config.explain:
         name = "[attack]" if config.attack else "[explain]"
         refuse_other_tasks(stream.task, (SingleLabel,), name, "it asks for the class of a record")
@@ -198,7 +200,7 @@ class ArmRun:
         training = self._training
         blocks = config.federation.rounds if config.federation else training.blocks
         return Learner(
-            model=make_model(config.model, stream, config.seed),
+            model=model_of(config, stream),
             strategy=self.arm.strategy,
             optimizer=training.factory(),
             scheduler=training.scheduler,
@@ -219,6 +221,7 @@ class ArmRun:
             client=client,
             owner=f"{self.name}/client-{client}",
             folder=folder,
+            warm_start=config.start is not None and not config.start.public,
             callbacks=[self._listen, self.monitor, *self.callbacks],
             averaging=training.averaging.averaging if training.averaging else None,
             sharpness=training.sharpness,
@@ -314,10 +317,7 @@ class ArmRun:
             "seconds": self._seconds(),
         }
         if self.config.fairness is not None:
-            found = group_measures(learner, self.stream, self.config.fairness)
-            numbers["by_group"] = [
-                cast(GroupResult, asdict(each)) if each else None for each in found
-            ]
+            numbers["by_group"] = group_rows(learner, self.stream, self.config.fairness)
         return numbers
 
     def _no_numbers(self) -> Numbers:

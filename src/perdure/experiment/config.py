@@ -48,6 +48,10 @@ records = 6
 [fairness]                     # optional: measure groups of test records
 attribute = "sex"              # an attribute of the records, as in adult
 
+[start]                        # optional: begin with the parameters of an earlier run
+run = "runs/earlier"
+new_head = true
+
 [[loggers]]                    # optional: curves of every training while it runs
 name = "tensorboard"           # or mlflow, wandb, a file in loggers/, and so on
 every = 50                     # and its own fields
@@ -101,6 +105,7 @@ from perdure.experiment.logger_config import LoggerConfig
 from perdure.experiment.loss_config import LossConfig
 from perdure.experiment.model_config import BuiltModel
 from perdure.experiment.search_config import SearchConfig
+from perdure.experiment.start_config import StartConfig
 from perdure.experiment.training_config import AttackConfig, TrainingConfig
 from perdure.experiment.trial_names import arm_name, trial_name
 from perdure.explain import Explainer
@@ -298,6 +303,7 @@ class Config(CheckedFields):
         attack: attack for robust accuracy.
         explain: explainer, and number of test records to explain.
         fairness: groups of test records that are measured at the end, and compared by the monitor.
+        start: earlier run whose parameters the models start from; left out for new models.
         loggers: programs that get the curves of every training while it runs; they may change when
             a stopped run continues.
         search: search of `perdure tune`; a run does not use it.
@@ -319,6 +325,7 @@ class Config(CheckedFields):
     attack: AttackConfig | None = None
     explain: ExplainConfig | None = None
     fairness: Groups | None = None
+    start: StartConfig | None = None
     loggers: tuple[LoggerConfig, ...] = ()
     search: SearchConfig | None = None
     arms: tuple[Arm, ...] = ()

@@ -8,7 +8,7 @@ from perdure.doctor.case import public_part
 from perdure.doctor.examination import examined
 from perdure.experiment.arm import open_stream
 from perdure.experiment.config import Arm, Config
-from perdure.experiment.model_config import make_model
+from perdure.experiment.starts import model_of
 
 TRAINING = "training."
 PRIVATE_TRAINING = "private_training."
@@ -52,7 +52,7 @@ def examine_arm(
     if any(each.private for each in config.arms) and not arm.private:
         mine = public_part(mine)  # records of a private arm are private in every arm
     case = Case(
-        model=make_model(config.model, stream, config.seed),
+        model=model_of(config, stream),
         stream=mine,
         optimizer=training.factory(),
         privacy=config.privacy if arm.private else None,

@@ -14,7 +14,8 @@ from perdure.experiment.config import read
 from perdure.experiment.from_tables import build as build_dataclass
 from perdure.experiment.result_schema import MEASURES
 from perdure.experiment.results import ledger_files
-from perdure.experiment.run import chosen_trial, load, trials
+from perdure.experiment.run import load
+from perdure.experiment.trained_models import chosen_trial, trials
 from perdure.export import Distillation, Exported, export_learner
 from perdure.models.classifiers import build
 from perdure.models.config import ModelConfig

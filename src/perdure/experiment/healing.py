@@ -13,8 +13,9 @@ from perdure.experiment.finding_rows import finding_of
 from perdure.experiment.overrides import changes_in_words, toml_text
 from perdure.experiment.remedies import Healed, healed
 from perdure.experiment.result_schema import Restart, Result, read_result
-from perdure.experiment.run import run, trials
+from perdure.experiment.run import run
 from perdure.experiment.spent_charges import charge_table, own_charges
+from perdure.experiment.trained_models import trials
 from perdure.privacy.accounting.charges import History
 from perdure.utils.atomic_files import write_json
 from perdure.utils.checked_arguments import checked_arguments

@@ -36,6 +36,7 @@ from perdure.experiment.model_config import BUILDERS
 from perdure.experiment.model_config import GIVEN as OF_MODELS
 from perdure.experiment.overrides import toml_value
 from perdure.experiment.search_config import SearchConfig
+from perdure.experiment.start_config import StartConfig
 from perdure.experiment.training_config import (
     OF_OPTIMIZERS,
     OF_SCHEDULES,
@@ -137,6 +138,7 @@ def tables() -> list[Table]:
         Table(title="[explain]", keys=_explain()),
         *_of_extensions("[explain] method = {!r}", explain),
         Table(title="[fairness]", keys=_plain_keys(Groups(attribute="group"))),
+        Table(title="[start]", keys=_plain_keys(StartConfig(run="runs/earlier"))),
         Table(title="[[loggers]]", keys=(_named("name", loggers.names(), "name of the logger."),)),
         *_of_extensions("[[loggers]] name = {!r}", loggers),
         Table(title="[search]", keys=_plain_keys(_SEARCH)),

@@ -9,12 +9,13 @@ from dataclasses import asdict, replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from perdure.adversarial import OBJECTIVES
 from perdure.data.experience import Stream, declared_size_of
+from perdure.data.groups import Groups
 from perdure.experiment.config import Arm, Config
 from perdure.experiment.result_schema import (
     SCHEMA,
@@ -23,11 +24,13 @@ from perdure.experiment.result_schema import (
     ClassResult,
     Epsilon,
     Explanations,
+    GroupResult,
     Result,
     Spending,
 )
 from perdure.experiment.training_config import AttackConfig
 from perdure.learner.folder_claims import refuse_missing_ledgers
+from perdure.learner.group_measures import group_measures
 from perdure.learner.learner import Learner
 from perdure.metrics import ClassMeasures, class_measures
 from perdure.privacy.ledger.account import Account, Statement
@@ -117,6 +120,12 @@ def class_row(measured: ClassMeasures) -> ClassResult:
             for c in present
         },
     }
+
+
+def group_rows(learner: Learner, stream: Stream, groups: Groups) -> list[GroupResult | None]:
+    """Measure groups on every stage's test records, in the form of `result.json`."""
+    found = group_measures(learner, stream, groups)
+    return [cast(GroupResult, asdict(each)) if each else None for each in found]
 
 
 def federation_row(config: Config, stream: Stream) -> dict[str, Any] | None:

@@ -18,7 +18,8 @@ from perdure.data.records import Records
 from perdure.errors import ConfigError
 from perdure.experiment.arm import open_stream
 from perdure.experiment.config import read
-from perdure.experiment.run import load, trials
+from perdure.experiment.run import load
+from perdure.experiment.trained_models import trials
 from perdure.learner.learner import Learner
 from perdure.tasks import SingleLabel, refuse_other_tasks
 from perdure.utils.seeding import generator

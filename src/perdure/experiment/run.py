@@ -14,20 +14,18 @@ runs/NAME/arms/TRIAL/       the trial's own checkpoints, clients and `private/` 
 A trial is an arm with one seed. Its name is the arm's, or ARM-seed-S where the config has `seeds`.
 """
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from perdure.data.experience import Stream
 from perdure.errors import ConfigError, RunError
 from perdure.experiment.arm import ArmRun, MetricsLog, Progress, open_stream, silent
-from perdure.experiment.config import Arm, Config, read
+from perdure.experiment.config import Config, read
 from perdure.experiment.examinations import examine_arm
 from perdure.experiment.helping_processes import announce, helped
 from perdure.experiment.result_schema import Result, TrialResult, read_result
@@ -38,11 +36,17 @@ from perdure.experiment.results import (
     summary,
 )
 from perdure.experiment.seeds import arm_result
+from perdure.experiment.trained_models import (
+    chosen_trial,
+    tensors_of,
+    training_of,
+    trials,
+    under,
+)
 from perdure.learner.fingerprint import VERSION, flat, refuse_other_run
 from perdure.learner.learner import Callback, Learner
-from perdure.learner.model_history import Training, mark
+from perdure.learner.model_history import mark
 from perdure.privacy.ledger.merged import merge
-from perdure.privacy.ledger.merged import read as read_ledger
 from perdure.utils.atomic_files import write_atomically, write_json
 from perdure.utils.folder_lock import locked
 from perdure.utils.processes import Processes
@@ -144,11 +148,6 @@ def _trained(
     return rows
 
 
-def trials(config: Config) -> dict[str, tuple[Arm, int]]:
-    """Return the arm and the seed of every trial of a config by the trial's name, in order."""
-    return {config.trial(arm, s): (arm, s) for s in config.all_seeds for arm in config.arms}
-
-
 def load(run: Path | str, arm: str | None = None, *, seed: int | None = None) -> Learner:
     """Load a trained model of a finished run, as a learner.
 
@@ -165,22 +164,12 @@ def load(run: Path | str, arm: str | None = None, *, seed: int | None = None) ->
         RunError: if no model or several models match, if training diverged, or if the model
             cannot be read.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     folder = Path(run)
-    config = read(folder / "config.toml")
+    # the model's own parameters replace those of the run that it started from
+    config = replace(read(folder / "config.toml"), start=None)
     known = trials(config)
     trial = chosen_trial(folder, known, arm, seed)
-    path = folder / "checkpoint" / trial / "model.safetensors"
-    row = folder / "arms" / trial / "arm.json"
-    failure = json.loads(row.read_text())["failure"] if row.exists() else None
-    if failure is not None:
-        raise RunError(f"{trial} of {folder} has no model, because its training failed: {failure}")
-    try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise RunError(f"{path} cannot be read ({error}); let the run finish first") from None
+    tensors = tensors_of(folder, trial)
     chosen, its_seed = known[trial]
     mine = config.of_seed(its_seed)
     log = MetricsLog(folder / "metrics.jsonl")
@@ -189,63 +178,6 @@ def load(run: Path | str, arm: str | None = None, *, seed: int | None = None) ->
     learner.session.state = learner.state.replace(under("state.", tensors))
     mark(learner.model, training_of(folder, trial, private=chosen.private))
     return learner
-
-
-def chosen_trial(
-    folder: Path, known: Mapping[str, tuple[Arm, int]], arm: str | None, seed: int | None
-) -> str:
-    """Return the name of the only trial with this arm and this seed.
-
-    Args:
-        folder: folder of the run, for messages.
-        known: trials of the run's config, from `trials`.
-        arm: name of an arm or trial; None if the run has one arm.
-        seed: seed of the trial; None if the run has one seed.
-
-    Raises:
-        RunError: if no trial or several trials match.
-    """
-    found = [
-        trial
-        for trial, (each, its_seed) in known.items()
-        if arm in (None, each.name, trial) and seed in (None, its_seed)
-    ]
-    if len(found) != 1:
-        asked = "model" if arm is None else f"arm {arm!r}"
-        several = "models" if arm is None else f"models for arm {arm!r}"
-        problem = f"has {len(found)} {several}" if found else f"has no {asked}"
-        place = "" if seed is None else f" with seed {seed}"
-        raise RunError(f"{folder} {problem}{place}; give one of {', '.join(found or known)}")
-    return found[0]
-
-
-def training_of(folder: Path, trial: str, *, private: bool) -> Training:
-    """Return the training history of a finished trial's model, which exported models keep."""
-    by = f"{folder.resolve()}, {trial}"
-    own = folder / "arms" / trial / "ledger.jsonl"
-    if not private:
-        return Training(by=by, uncounted=f"trained without privacy in {folder}")
-    if not own.exists():
-        told = f"trained in {folder} by clients, who hold the ledgers"
-        return Training(by=by, uncounted=told, private=True)
-    (part,) = read_ledger(own).parts
-    account = part.account
-    return Training(
-        by=by,
-        sizes=account.sizes,
-        rules=account.rules,
-        entries=account.entries,
-        simulated=account.simulated,
-    )
-
-
-def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Select the tensors whose names begin with `prefix`; the prefix is removed from the names."""
-    return {
-        name.removeprefix(prefix): value
-        for name, value in tensors.items()
-        if name.startswith(prefix)
-    }
 
 
 def keep_config(folder: Path, config: Config, text: str) -> None:
