@@ -18,8 +18,6 @@ from perdure.cli.attacking import attack
 from perdure.cli.command_group import CommandGroup
 from perdure.cli.comparing import compare
 from perdure.cli.consoles import complain, resumable, wide_console
-from perdure.cli.doctor import doctor, heal_run, print_findings
-from perdure.cli.consoles import complain, wide_console
 from perdure.cli.doctor import doctor, heal_run, print_below
 from perdure.cli.local_modules import local_modules
 from perdure.cli.predicting import predict

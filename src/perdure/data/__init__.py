@@ -28,8 +28,8 @@ from perdure.data.datasets.registry import load
 from perdure.data.datasets.shakespeare import shakespeare
 from perdure.data.domain import InputDomain
 from perdure.data.experience import Experience, Stream
-from perdure.data.mixing import CutMix, Mixup
 from perdure.data.groups import Groups, GroupWeights
+from perdure.data.mixing import CutMix, Mixup
 from perdure.data.plots import plot_stream
 from perdure.data.records import Batch, Records, Spent
 from perdure.data.resampling import resampled

@@ -149,7 +149,7 @@ def finite_scores(outputs: Tensor) -> Tensor:
     if not bool(finite.all()):
         raise NonFiniteError(
             f"explained outputs of the model are infinite for {int((~finite).any(-1).sum())} of "
-            f"{finite[..., 0].numel()} rows; allowed: finite outputs; explain outputs that the model "
-            "allows"
+            f"{finite[..., 0].numel()} rows; allowed: finite outputs; explain outputs that the "
+            "model allows"
         )
     return outputs

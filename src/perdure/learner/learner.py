@@ -14,8 +14,8 @@ from perdure.adversarial.base import Attack
 from perdure.contract.strategy import Strategy
 from perdure.data.augmentation import Views
 from perdure.data.experience import Stream
-from perdure.data.mixing import Mixing
 from perdure.data.groups import GroupWeights
+from perdure.data.mixing import Mixing
 from perdure.data.value_checks import check_streams
 from perdure.learner.arguments import PLAIN, check_arguments, check_stream, plain_model
 from perdure.learner.averaging import EMA, SWA

@@ -73,20 +73,13 @@ class LossPath:
         def of_rows(rows: Batch) -> Tensor:
             return strategy.losses(forward, rows, context, state)
 
-        def of_views(rows: Batch) -> Tensor:
-            return self.views.losses(of_rows, rows) if self.views else of_rows(rows)
+        def weighted(rows: Batch) -> Tensor:
+            losses = self.views.losses(of_rows, rows) if self.views else of_rows(rows)
+            return losses if rows.weights is None else losses * rows.weights
 
         with self._casting(batch.inputs.device.type):
             mixing = self.mixing
-            return (mixing.losses(of_views, batch) if mixing else of_views(batch)).float()
-            if self.views is None:
-                losses = strategy.losses(forward, batch, context, state)
-            else:
-                losses = self.views.losses(
-                    lambda rows: strategy.losses(forward, rows, context, state), batch
-                )
-        losses = losses.float()
-        return losses if batch.weights is None else losses * batch.weights
+            return (mixing.losses(weighted, batch) if mixing else weighted(batch)).float()
 
     def _casting(self, device: str) -> AbstractContextManager[object]:
         """Run the passes in `precision`, also if the caller's program has switched on autocast."""

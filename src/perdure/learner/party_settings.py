@@ -12,8 +12,8 @@ from perdure.adversarial.base import Attack
 from perdure.contract.strategy import Strategy
 from perdure.data.augmentation import Views
 from perdure.data.experience import Stream
-from perdure.data.mixing import Mixing
 from perdure.data.groups import GroupWeights
+from perdure.data.mixing import Mixing
 from perdure.learner.averaging import EMA, SWA
 from perdure.learner.checkpoint import Position
 from perdure.learner.step_changes import SAM
