@@ -9,7 +9,7 @@ from torch.func import functional_call
 
 from perdure.data.records import Records
 from perdure.errors import ConfigError
-from perdure.learner.evaluation import refuse_learnt_rows
+from perdure.learner.evaluation import refuse_learnt_records
 from perdure.learner.learner import Learner
 from perdure.types import Params
 from perdure.utils.modules import evaluating
@@ -81,7 +81,7 @@ def hessian_extremes(
     if not len(chosen):
         raise ConfigError.of("records", "no test records", "public Records of the task")
     if not (learner.privacy and learner.privacy.diagnostics == "raw"):
-        refuse_learnt_rows(learner.session, chosen, "records")
+        refuse_learnt_records(learner.session, chosen, "records")
     drawn = torch.randperm(len(chosen), generator=generator(seed, "curvature"))[:rows]
     drawn = drawn.to(chosen.inputs.device)
     inputs = chosen.inputs[drawn].to(learner.device)

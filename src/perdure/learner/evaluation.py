@@ -87,8 +87,7 @@ def outputs_for(party: Party, inputs: Tensor, experience: int | None) -> Tensor:
     after = trained_last(party)
     index = _asked(party.stream, experience, after)
     _check_inputs(party.stream, inputs)
-    if _is_private(party):
-        refuse_learnt_rows(party, inputs, "inputs")
+    refuse_learnt_records(party, inputs, "inputs")
     inputs = inputs.to(party.device)
     with torch.no_grad(), evaluating(party.model):
         answer = predictor(party, index, after=after)
@@ -123,7 +122,7 @@ def score_of(party: Party, records: Records, experience: int | None) -> float:
         raise ConfigError.of("records", type(records).__name__, "Records, such as stream[0].test")
     if records.task != party.stream.task:
         raise ConfigError.of("records", records.task, f"records of {party.stream.task}")
-    refuse_learnt_rows(party, records, "records")
+    refuse_learnt_records(party, records, "records")
     outputs = outputs_for(party, records.inputs, experience)
     labels = records.labels.to(outputs.device)
     return evaluate(records.task, lambda rows: outputs, records.inputs, labels, max(1, len(labels)))
@@ -176,7 +175,7 @@ def refuse_learnt(party: Party, stream: Stream) -> None:
         raise _refusal(f"test records of stage {number}")
 
 
-def refuse_learnt_rows(party: Party, records: Records | Tensor, name: str) -> None:
+def refuse_learnt_records(party: Party, records: Records | Tensor, name: str) -> None:
     """Refuse records that a model with privacy was trained on.
 
     Args:
