@@ -13,9 +13,11 @@ from perdure.doctor.case import public_part
 from perdure.doctor.examination import examined
 from perdure.doctor.finding import CAUSES
 from perdure.errors import ConfigError, PrivacyError
-from perdure.models import mlp
+from perdure.explain import KernelSHAP
+from perdure.models import lstm, mlp
 from perdure.privacy import Privacy
 from perdure.tasks import MultiLabel, Regression
+from perdure.tasks.losses import BalancedSoftmax, GeneralisedCrossEntropy
 
 ROWS = 240
 CLASSES = 3
@@ -131,6 +133,18 @@ def of_tags():
     return stream_of(INPUTS, (INPUTS[:, :CLASSES] > 0).float(), task=MultiLabel())
 
 
+TEN = stream_of(INPUTS, torch.arange(ROWS) % 10, classes=10, declared=400)
+
+
+def of_padded(padding):
+    """Sequences of 4 tokens and 8 of padding, and an LSTM that knows the padding or not."""
+    rows = torch.cat([1 + LABELS[:, None].expand(-1, 4), torch.zeros(ROWS, 8).long()], 1)
+    made = lstm(
+        input_shape=(12,), num_classes=CLASSES, vocabulary=4, padding=padding, hidden=8, seed=0
+    )
+    return {"stream": stream_of(rows, LABELS), "model": made}
+
+
 FAULTS = {
     "unscaled_input": [
         {"stream": stream_of(80 * INPUTS, LABELS)},
@@ -170,6 +184,12 @@ FAULTS = {
         {"optimizer": partial(torch.optim.SGD, lr=1e-5), "privacy": PRIVATE},
     ],
     "memory_need": [{"batch_size": 10**12}],
+    "compute_need": [{"iterations": 10**16}],
+    "large_model": [{"model": nn.Linear(2**15, 2**14, device="meta")}],
+    "narrow_features": [{"model": model(num_classes=10, hidden=(2,)), "stream": TEN}],
+    "few_records": [{"stream": stream_of(INPUTS, LABELS, declared=30)}],
+    "few_samples": [{"explainer": KernelSHAP(samples=8)}],
+    "read_padding": [of_padded(None)],
     "initial_variance": [
         {"model": scaled(model(hidden=(16, 16)), 30.0)},
         {"model": scaled(model(hidden=(16, 16)), 0.01)},
@@ -193,6 +213,8 @@ HEALTHY = {
     "recurrent": {"model": Recurrent()},
     "regression": of_numbers(0.3) | {"model": model(num_classes=1)},
     "tags": {"stream": of_tags()},
+    "padded": of_padded(0),
+    "explained": {"explainer": KernelSHAP()},
     "untested": {"stream": BLOBS.with_test(0, BLOBS[0].test.take(slice(0, 0))), "privacy": PRIVATE},
 }
 QUICK = ["cannot_overfit", "memory_need", "initial_variance", "softmax_twice"]
@@ -209,7 +231,7 @@ def case(**changes):
     ids=[f"{rule}-{i}" for rule, group in FAULTS.items() for i in range(len(group))],
 )
 def test_each_rule_names_its_fault(rule, changes):
-    (found,) = examined(case(**changes), names=[rule])
+    (found,) = examined(case(**changes), chosen=[rule])
     assert found.rule == rule.replace("_", " ")
     assert found.cause in CAUSES
     assert found.remedy.advice
@@ -219,7 +241,7 @@ def test_each_rule_names_its_fault(rule, changes):
 @pytest.mark.parametrize("name", HEALTHY)
 def test_no_rule_has_a_finding_for_a_sound_training(name):
     names = [rule for rule in rules.names() if rule != "learning_rate_range" or name == "plain"]
-    assert [str(each) for each in examined(case(**HEALTHY[name]), names=names)] == []
+    assert [str(each) for each in examined(case(**HEALTHY[name]), chosen=names)] == []
 
 
 def test_every_examining_rule_has_a_fault_and_a_docstring():
@@ -230,6 +252,19 @@ def test_every_examining_rule_has_a_fault_and_a_docstring():
     for name in examining:
         told = rules.find(name).__doc__
         assert all(f"{word}:" in told for word in ("Symptom", "Remedy", "Source")), name
+
+
+def test_a_loss_that_balances_classes_needs_no_other():
+    skewed = stream_of(INPUTS, SKEWED, classes=2)
+    chosen = ["class_imbalance"]
+    assert examined(case(stream=skewed, loss=GeneralisedCrossEntropy()), chosen=chosen)
+    assert not examined(case(stream=skewed, loss=BalancedSoftmax()), chosen=chosen)
+
+
+def test_an_examination_uses_the_given_thresholds():
+    small_device = rules.find("memory_need")(available=1_000)
+    found = examine(SOUND["model"], BLOBS, batch_size=32, iterations=15, rules=[small_device])
+    assert [each.rule for each in found] == ["memory need"]
 
 
 def test_findings_are_in_the_order_of_repair():
@@ -251,8 +286,8 @@ def test_a_finding_that_another_one_explains_is_left_out():
     slow = partial(torch.optim.SGD, lr=1e-6)
     wrong = case(stream=stream_of(80 * INPUTS, LABELS), optimizer=slow, iterations=3)
     names = ["learning_rate_range", "unscaled_input"]
-    assert [each.rule for each in examined(wrong, names=names)] == ["unscaled input"]
-    assert len(examined(wrong, names=names[:1])) == 1
+    assert [each.rule for each in examined(wrong, chosen=names)] == ["unscaled input"]
+    assert len(examined(wrong, chosen=names[:1])) == 1
 
 
 def test_the_case_of_a_private_training_holds_no_training_record():
@@ -273,7 +308,7 @@ def test_private_findings_do_not_depend_on_training_records():
     assert examined(case(stream=stream, privacy=PRIVATE, optimizer=None)) == ()
     sound = case(privacy=PRIVATE, iterations=3)
     rate = ["learning_rate_range"]
-    assert examined(replace(sound, stream=stream), names=rate) == examined(sound, names=rate)
+    assert examined(replace(sound, stream=stream), chosen=rate) == examined(sound, chosen=rate)
     assert examined(case(stream=stream), trials=False) != ()
 
 
@@ -281,8 +316,8 @@ def test_the_examination_does_not_change_model_or_generator():
     made = model()
     before = {name: value.clone() for name, value in made.state_dict().items()}
     state = torch.get_rng_state()
-    once = examined(case(model=made), names=QUICK)
-    assert examined(case(model=made), names=QUICK) == once
+    once = examined(case(model=made), chosen=QUICK)
+    assert examined(case(model=made), chosen=QUICK) == once
     assert all(torch.equal(value, before[name]) for name, value in made.state_dict().items())
     assert torch.equal(state, torch.get_rng_state())
     assert made.training

@@ -8,13 +8,17 @@ import torch
 from torch import nn
 
 from perdure import Learner, Privacy
+from perdure.adversarial import FGSM
 from perdure.data import digits, iid, joint, permuted, split
-from perdure.doctor import Finding, Monitor, Remedy, in_order
+from perdure.doctor import Finding, Monitor, Remedy, Rule, Trace, in_order
+from perdure.doctor.rules import find
+from perdure.doctor.trace import Layers, Probe
 from perdure.errors import ConfigError, PrivacyError
 from perdure.federated import Federation, fit_federated
 from perdure.learner import Validation
 from perdure.models import Classifier, mlp
-from perdure.strategies import Naive, Replay
+from perdure.strategies import EWC, OGD, Naive, Replay
+from perdure.tasks.losses import GeneralisedCrossEntropy
 
 DATA = digits(declared_size=1_250)
 STREAM = joint(DATA)
@@ -147,7 +151,99 @@ def test_a_monitor_finds_a_loss_that_stays_at_chance():
     assert rules_of(monitor) == ["loss plateau"]
 
 
+def test_a_monitor_finds_no_noise_under_a_robust_loss():
+    loss = GeneralisedCrossEntropy()
+    monitor, _ = watched(stream=changed(half_random), iterations=80, loss=loss)
+    assert "label noise" not in rules_of(monitor)
+
+
+def test_a_monitor_measures_each_of_the_first_steps():
+    seen = []
+
+    class Steps(Rule):
+        name = "steps"
+        cause = "fit"
+        source = ""
+
+        def watch(self, trace):
+            seen.append(trace.at)
+
+    learner = Learner(
+        model=small(),
+        strategy=Naive(),
+        optimizer=partial(torch.optim.Adam, lr=3e-3),
+        iterations=30,
+        callbacks=[Monitor(rules=[Steps()])],
+    )
+    learner.fit(STREAM)
+    assert seen[-2] == (0, 1, 2, 3, 4, 20)
+
+
+def test_a_monitor_finds_a_model_that_an_attack_misleads():
+    def rules_under(attack):
+        monitor = Monitor(every=2, attack=attack)
+        watched(callbacks=[monitor])
+        return rules_of(monitor)
+
+    assert rules_under(FGSM(epsilon=0.3)) == ["fragile to attacks"]
+    assert rules_under(FGSM(epsilon=0.001)) == []
+
+
+def course(train, public):
+    """A trace of 12 probes, 10 steps apart, with the loss of a step and of a probe at each."""
+    probes = [Probe(step=10 * at, layers=Layers(), loss=loss) for at, loss in enumerate(public)]
+    return Trace(
+        experience=0,
+        steps=110,
+        done=110,
+        private=False,
+        names=(),
+        matrices=(),
+        losses=tuple(loss for loss in train for _ in range(10)),
+        probes=tuple(probes),
+        chance=2.3,
+        sharpness=0.0,
+    )
+
+
+FALLING = [2.3, 1.5, 1.0, 0.7, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1, 0.08]
+
+
+@pytest.mark.parametrize(
+    ("rule", "train", "public"),
+    [
+        # the labels are learnt by heart in the end
+        ("label_noise", [2.3, 1.9, 1.6, 1.4, 1.2, 1.0, 0.8, 0.5, 0.3, 0.1, 0.05], FALLING),
+        ("unstable_loss", FALLING[:11], [*FALLING[:5], 0.4, 0.8, 0.3, 0.9, 0.2, 0.8, 0.3]),
+    ],
+)
+def test_a_rule_finds_its_course_of_losses(rule, train, public):
+    found = find(rule)()
+    assert found.watch(course(train, public)) is not None
+    assert found.watch(course(FALLING[:11], FALLING)) is None
+
+
 # --------------------------------------------------------------------------- streams
+
+
+def test_a_monitor_finds_a_state_far_larger_than_the_model():
+    stream = split(DATA, scenario="class", experiences=2)
+    options = {"stream": stream, "rules": ["large_state"], "iterations": 3}
+    assert set(rules_of(watched(strategy=OGD(), **options)[0])) == {"large state"}
+    assert rules_of(watched(strategy=EWC(strength=1.0), **options)[0]) == []
+
+
+def test_replay_of_other_classes_is_no_lost_plasticity():
+    """The newest classes are told from each other, although stored ones take outputs away."""
+    after = replace(
+        course([], []),
+        matrix=[[98.0, 0.0], [96.0, 40.0]],
+        chances=(50.0, 25.0),
+        guesses=(50.0, 50.0),
+    )
+    rule = find("lost_plasticity")()
+    assert rule.watch(replace(after, learnt=(98.0, 95.0))) is None
+    assert rule.watch(replace(after, learnt=(98.0, 55.0))) is not None
 
 
 def test_a_monitor_finds_a_forgotten_experience():

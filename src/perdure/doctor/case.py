@@ -16,6 +16,8 @@ from perdure.data.record_identity import ComparedRecords
 from perdure.data.records import Records
 from perdure.data.row_view import rows_at
 from perdure.errors import ConfigError, PerdureError, PrivacyError
+from perdure.explain import Explainer
+from perdure.learner.chosen_loss import tasks_by_experience
 from perdure.learner.optimizers import MakeOptimizer
 from perdure.planning.budget import scheduled
 from perdure.planning.training_plan import TrainingPlan
@@ -23,6 +25,7 @@ from perdure.privacy.guard.probes import domain_of
 from perdure.privacy.settings import Privacy
 from perdure.strategies import find as find_strategy
 from perdure.tasks import Task
+from perdure.tasks.losses import Loss as TaskLoss
 from perdure.utils.checked_fields import check_fields
 from perdure.utils.modules import evaluating, trainable_parameters
 from perdure.utils.seeding import drawing_from, generator
@@ -45,7 +48,8 @@ class Case:
         model: model before training; rules change copies of it only.
         stream: experiences in the order of training. Under privacy the case keeps it without its
             training records.
-        loss: loss of a training loop of one's own; None for the loss of the stream's task.
+        loss: loss of the learner (see `perdure.tasks.losses`), or of a training loop of one's own;
+            None for the loss of the stream's task.
         optimizer: optimiser of the model's parameters, or function from parameters to one; None if
             it is not known.
         privacy: settings of differential privacy; None for training without privacy.
@@ -54,13 +58,14 @@ class Case:
         epochs: number of passes over the records of an experience; None if `iterations` is given.
         iterations: number of steps in an experience; None if `epochs` is given.
         micro_batch_size: number of rows in one pass through the model; None for a whole batch.
+        explainer: explainer of the trained model; None for none.
         seed: seed of synthetic records and of trial trainings.
         device: device of the model and the records in training.
     """
 
     model: nn.Module
     stream: Stream
-    loss: Loss | None = None
+    loss: Loss | TaskLoss | None = None
     optimizer: MakeOptimizer | Optimizer | None = None
     privacy: Privacy | None = None
     strategy: Strategy | None = None
@@ -68,6 +73,7 @@ class Case:
     epochs: int | None = None
     iterations: int | None = None
     micro_batch_size: int | None = None
+    explainer: Explainer | None = None
     seed: int = 0
     device: str | torch.device = "cpu"
     counted_sizes: tuple[int, ...] = field(init=False, default=())
@@ -93,10 +99,14 @@ class Case:
 
     # ------------------------------------------------------------------ records
 
-    @property
+    @cached_property
     def task(self) -> Task:
-        """Task of the records."""
-        return self.stream.task
+        """Task of the records, with the loss of the learner."""
+        task = self.stream.task
+        loss = self.loss
+        if not isinstance(loss, TaskLoss) or (loss.counts_labels and not self._reads_training):
+            return task
+        return tasks_by_experience(self.stream, replace(task, loss=loss))(0)
 
     @cached_property
     def domain(self) -> InputDomain:
@@ -183,7 +193,8 @@ class Case:
 
     def mean_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Mean loss () of outputs (n, ..., C) and their targets."""
-        losses = self.task.losses if self.loss is None else self.loss
+        own = self.loss
+        losses = self.task.losses if own is None or isinstance(own, TaskLoss) else own
         return losses(outputs, targets).mean()
 
     def make_optimizer(self, parameters: Iterable[nn.Parameter]) -> Optimizer | None:

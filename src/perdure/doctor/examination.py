@@ -8,19 +8,20 @@ from torch.optim import Optimizer
 
 from perdure.contract.strategy import Strategy
 from perdure.data.experience import Stream
-from perdure.doctor import rules
 from perdure.doctor.case import Case, Loss
 from perdure.doctor.finding import Finding, in_order
-from perdure.doctor.rules import Rule
+from perdure.doctor.rules import Rule, find, names
 from perdure.errors import ConfigError, PerdureError
+from perdure.explain import Explainer
 from perdure.learner.optimizers import MakeOptimizer, first_line
 from perdure.privacy.settings import Privacy
+from perdure.tasks.losses import Loss as TaskLoss
 
 
 def examine(
     model: nn.Module,
     stream: Stream,
-    loss: Loss | None = None,
+    loss: Loss | TaskLoss | None = None,
     optimizer: MakeOptimizer | Optimizer | None = None,
     privacy: Privacy | None = None,
     *,
@@ -29,9 +30,11 @@ def examine(
     epochs: int | None = None,
     iterations: int | None = None,
     micro_batch_size: int | None = None,
+    explainer: Explainer | None = None,
     seed: int = 0,
     device: str | torch.device = "cpu",
     trials: bool = True,
+    rules: Sequence[str | Rule] | None = None,
 ) -> tuple[Finding, ...]:
     """Look for known mistakes in a training before it begins.
 
@@ -45,8 +48,8 @@ def examine(
     Args:
         model: model before training; it is not changed.
         stream: experiences in the order of training.
-        loss: loss of a training loop of your own, as a function of outputs and targets; None for
-            the loss of the stream's task.
+        loss: loss of the learner (see `perdure.tasks.losses`), or of a training loop of your own,
+            as a function of outputs and targets; None for the loss of the stream's task.
         optimizer: optimiser of the model's parameters, or function from parameters to one; None to
             leave out the rules that need it.
         privacy: settings of differential privacy; None for training without privacy.
@@ -55,9 +58,11 @@ def examine(
         epochs: number of passes over the records of an experience; give this or `iterations`.
         iterations: number of steps in an experience.
         micro_batch_size: number of rows in one pass through the model.
+        explainer: explainer of the trained model; None for none.
         seed: seed of synthetic records and of trial trainings.
         device: device of the model and the records in training.
         trials: False to leave out the rules that train copies of the model, which take seconds.
+        rules: names of rules, or rules with thresholds of your own; None for all rules.
 
     Returns:
         Findings in the order of repair, because a fault of one kind often causes those after it.
@@ -78,39 +83,43 @@ def examine(
         epochs=epochs,
         iterations=iterations,
         micro_batch_size=micro_batch_size,
+        explainer=explainer,
         seed=seed,
         device=device,
     )
-    return examined(case, trials=trials)
+    return examined(case, trials=trials, chosen=rules)
 
 
 def examined(
-    case: Case, *, trials: bool = True, names: Sequence[str] | None = None
+    case: Case, *, trials: bool = True, chosen: Sequence[str | Rule] | None = None
 ) -> tuple[Finding, ...]:
     """Apply rules to a case.
 
     Args:
         case: facts about the training.
         trials: False to leave out the rules that train copies of the model.
-        names: names of the rules; None for all.
+        chosen: names of rules, or rules; None for all.
 
     Returns:
         Findings in the order of repair, without those that another finding explains.
     """
-    kinds = [rules.find(name) for name in (rules.names() if names is None else names)]
-    found = [_applied(kind, case) for kind in kinds if trials or not kind.trains]
+    made = [
+        find(each, field="rules")() if isinstance(each, str) else each
+        for each in (names() if chosen is None else chosen)
+    ]
+    found = [_applied(rule, case) for rule in made if trials or not rule.trains]
     return tuple(in_order([finding for finding in found if finding is not None]))
 
 
-def _applied(kind: type[Rule], case: Case) -> Finding | None:
+def _applied(rule: Rule, case: Case) -> Finding | None:
     """Apply one rule; code of the user that fails in it, such as the loss, is refused by name."""
     try:
-        return kind().examine(case)
+        return rule.examine(case)
     except PerdureError:
         raise
     except Exception as error:
         raise ConfigError(
-            f"the rule {kind.name!r} cannot be applied, because model, loss or optimiser fail on "
+            f"the rule {rule.name!r} cannot be applied, because model, loss or optimiser fail on "
             f"the stream's records ({type(error).__name__}: {first_line(error)}); correct them, or "
             "the records"
         ) from error

@@ -4,22 +4,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-import torch
-
-from perdure.contract.context import contexts
+from perdure.adversarial import Attack
 from perdure.data.groups import Groups, GroupWeights
 from perdure.doctor.finding import Cause, Finding, in_order
 from perdure.doctor.recorder import Recorder
 from perdure.doctor.rounds import RoundRecorder
 from perdure.doctor.rules import find, names
 from perdure.doctor.rules.base import Rule
+from perdure.doctor.stages import StageRecorder
 from perdure.doctor.trace import Trace
 from perdure.errors import ConfigError, PrivacyError
 from perdure.learner.evaluation import refuse_learnt
 from perdure.learner.group_measures import GroupMeasures, group_measures
 from perdure.learner.learner import Learner
 from perdure.utils.checked_fields import CheckedFields
-from perdure.utils.modules import evaluating
 
 if TYPE_CHECKING:
     from perdure.federated.server import Server
@@ -35,8 +33,6 @@ CHECKS = (0.25, 0.5)
 OF_CLIENTS: tuple[Cause, ...] = ("wiring", "privacy", "initialisation", "activation")
 """Causes that a client's own training can show. Its losses say little: it has records of few
 classes, and its model is replaced in every round."""
-ROWS = 256
-"""Number of public rows on which predictions of new classes are counted."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -58,10 +54,12 @@ class Monitor(CheckedFields):
 
     Args:
         rules: names or objects of the rules to use; None for all rules that watch.
-        every: number of steps between two measured steps; None for 40 measured steps in an
-            experience, at least 20 steps apart.
+        every: number of steps between two measured steps, after the first five; None for 40
+            measured steps in an experience, at least 20 steps apart.
         groups: groups of public test records that are compared after each experience; None for
             none.
+        attack: attack that the model should resist, which is tried on public test records at the
+            end of the stream; None for none.
 
     Raises:
         ConfigError: if there is no rule of a name.
@@ -72,10 +70,12 @@ class Monitor(CheckedFields):
     rules: Sequence[str | Rule] | None = None
     every: int | None = None
     groups: Groups | None = None
+    attack: Attack | None = None
     _found: list[Finding] = field(default_factory=list, init=False, repr=False)
     _recorders: dict[int, Recorder] = field(default_factory=dict, init=False, repr=False)
     _traces: dict[int, Trace] = field(default_factory=dict, init=False, repr=False)
     _rounds: RoundRecorder | None = field(default=None, init=False, repr=False)
+    _stages: StageRecorder = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.every is not None and self.every < 1:
@@ -83,6 +83,7 @@ class Monitor(CheckedFields):
         chosen = names() if self.rules is None else self.rules
         made = [find(each, field="rules")() if isinstance(each, str) else each for each in chosen]
         self._rules = [each for each in made if type(each).watch is not Rule.watch]
+        self._stages = StageRecorder(attack=self.attack)
 
     @property
     def findings(self) -> list[Finding]:
@@ -175,23 +176,14 @@ class Monitor(CheckedFields):
         trace = self._traces.get(learner.client)
         if trace is None or trace.experience != ended or self._rounds is not None:
             trace = _blank(ended, private=learner.privacy is not None)
-        metric = learner.stream.task.metric
-        stages = learner.stream.stages
-        context = learner.session.context
-        self._check(
-            replace(
-                trace,
-                matrix=learner.matrix if metric.higher_is_better else (),
-                chances=tuple(
-                    100 / max(1, int(context(stage.last).allowed.sum())) for stage in stages
-                ),
-                taken_by_new=_taken_by_new(learner, ended),
-                memory_per_class=_memory_per_class(learner, ended),
-                rounds=tuple(self._rounds.rounds) if self._rounds else (),
-                groups=None if self.groups is None else _groups(learner, ended, self.groups),
-                group_counts=_group_counts(learner, ended, self.groups) if self.groups else (),
-            )
+        groups = self.groups
+        found = replace(
+            trace,
+            rounds=tuple(self._rounds.rounds) if self._rounds else (),
+            groups=None if groups is None else _groups(learner, ended, groups),
+            group_counts=() if groups is None else _group_counts(learner, ended, groups),
         )
+        self._check(self._stages.measured(found, learner))
 
     def _round_begins(self, server: Learner) -> None:
         index = server.position.experience
@@ -233,23 +225,6 @@ def _blank(experience: int, *, private: bool) -> Trace:
     return Trace(experience=experience, steps=0, done=0, private=private, names=(), matrices=())
 
 
-def _taken_by_new(learner: Learner, ended: int) -> float | None:
-    """Share of public rows of earlier classes that are classified as a class of the newest."""
-    stream = learner.stream
-    stage = stream.stage_of(ended)
-    if stream.scenario != "class" or stage.number == 0:
-        return None
-    context = contexts(stream, learner.device)
-    new = context(ended).current & ~context(stage.first - 1).seen
-    earlier = [each.test.inputs[:ROWS] for each in stream.stages[: stage.number]]
-    inputs = torch.cat(earlier).to(learner.device)
-    if not len(inputs) or not bool(new.any()):
-        return None
-    with torch.no_grad(), evaluating(learner.model):
-        predicted = learner.predictor(ended, after=ended)(inputs).argmax(-1)
-    return float(new[predicted].float().mean())
-
-
 def _groups(learner: Learner, ended: int, groups: Groups) -> GroupMeasures | None:
     """Measure the groups of the public test records of an experience."""
     number = learner.stream.stage_of(ended).number
@@ -261,15 +236,3 @@ def _group_counts(learner: Learner, ended: int, groups: Groups) -> tuple[tuple[f
     test = learner.stream.stage_of(ended).test
     weights = GroupWeights(attribute=groups.attribute, counts="reweighing")
     return weights.declared(test, learner.stream.num_classes).class_counts or ()
-
-
-def _memory_per_class(learner: Learner, ended: int) -> float | None:
-    """Number of records that memory can hold for each class of each stage so far."""
-    stream = learner.stream
-    plan = learner.training.of(stream[ended]).memory
-    if plan is None:
-        return None
-    if plan.per_class is not None and learner.privacy is None:
-        return float(plan.per_class)
-    pairs = {(each.stage, label) for each in stream.upto(ended) for label in each.classes}
-    return plan.capacity / max(1, len(pairs))

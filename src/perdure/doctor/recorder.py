@@ -21,6 +21,8 @@ ROWS = 128
 """Number of public rows of a probe."""
 PRODUCTS = 12
 """Products with the Hessian for its extreme eigenvalues."""
+FIRST = 5
+"""Number of steps at the beginning that are all measured: an explosion can be over in a few."""
 SHAKE = 0.01
 """Norm of the random change of weights, relative to theirs, that measures sharpness."""
 
@@ -51,9 +53,11 @@ class Recorder:
     _ratios: list[float] = field(default_factory=list)
     _before: list[Tensor] = field(default_factory=list)
     _measuring: bool = False
+    _taken: int = 0
 
     def __post_init__(self) -> None:
         learner = self.learner
+        self._taken = learner.position.step
         self.experience = learner.position.experience
         self.steps = learner.training.steps(self.experience)
         self._trained = dict(learner.session.trained)
@@ -74,7 +78,7 @@ class Recorder:
     def before_step(self) -> None:
         """Keep the weights before a step that is measured."""
         step = self.learner.position.step
-        self._measuring = step % self.every == 0
+        self._measuring = step % self.every == 0 or step < FIRST
         if not self._measuring:
             return
         now = [value.detach() for value in self._trained.values()]
@@ -86,6 +90,7 @@ class Recorder:
     def after_step(self) -> None:
         """Measure a step that the optimiser has taken."""
         step = self.learner.position.step
+        self._taken = step
         if self.loss_shown:
             shown = self.learner.curator.diagnostics
             if shown is not None:
@@ -183,7 +188,7 @@ class Recorder:
         return Trace(
             experience=self.experience,
             steps=self.steps,
-            done=self._at_most(),
+            done=self._taken,
             private=self.learner.curator.private,
             names=names,
             matrices=tuple(value.dim() > 1 for value in self._trained.values()),
@@ -197,12 +202,10 @@ class Recorder:
             chance=self._chance(),
             learning_rate=float(self.learner.current_optimizer.param_groups[0].get("lr", 0.0)),
             mixed_loss=self._is_mixed(),
+            robust_loss=self._resists_wrong_labels(),
             sharpness=self.sharpness,
             curvature=self.curvature,
         )
-
-    def _at_most(self) -> int:
-        return max([self.probes[-1].step, *(step + 1 for step in self._at[-1:])])
 
     def _is_mixed(self) -> bool:
         learner = self.learner
@@ -214,11 +217,21 @@ class Recorder:
         memory = learner.training.of(learner.stream[self.experience]).memory
         return dropout or changed or (memory is not None and self.experience > 0)
 
+    def _resists_wrong_labels(self) -> bool:
+        loss = self._context.task.loss
+        return loss is not None and loss.resists_wrong_labels
+
     def _chance(self) -> float | None:
-        if not isinstance(self._context.task, SingleLabel):
+        """Loss of a uniform guess, over the classes that may be predicted."""
+        task = self._context.task
+        if not isinstance(task, SingleLabel):
             return None
-        allowed = int(self._context.allowed.sum())
-        return math.log(max(2, allowed))
+        allowed = self._context.allowed
+        labels = allowed.nonzero().flatten()
+        if task.loss is None or len(labels) < 2:
+            return math.log(max(2, len(labels)))
+        uniform = torch.zeros(len(labels), len(allowed), device=allowed.device)
+        return float(task.losses(uniform, labels, allowed).mean())
 
 
 def _memory_bytes(device: torch.device) -> int:

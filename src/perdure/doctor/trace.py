@@ -7,6 +7,7 @@ and from gradients that the optimiser got, which are releases under privacy.
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -99,10 +100,11 @@ class Trace:
         signal_to_noise: energy of the released gradient over that of its noise, at the measured
             steps; empty without privacy.
         probes: measurements on public rows, oldest first.
-        chance: loss of a uniform guess; None if the task has no classes.
+        chance: loss of a uniform guess, by the loss of the training; None without classes.
         learning_rate: learning rate of the optimiser at the last measured step.
         mixed_loss: True if the training loss is not the loss of records like the public ones:
             because of dropout, an attack, views, or rows from memory.
+        robust_loss: True if the loss of the training bounds what a wrong label can do.
         sharpness: rise of the public loss if weights change at random by 1 % of their norm; None
             before the end of the experience.
         curvature: curvature of the public loss at the end of an experience without progress; None
@@ -117,6 +119,15 @@ class Trace:
         groups: measures of groups of the experience's public test records; None if no groups are
             compared.
         group_counts: number of these records in each group (rows) and class (columns).
+        learnt: accuracy of each experience right after it was trained, in percent, among the
+            classes of this experience; NaN where it was not measured.
+        guesses: accuracy of a uniform guess among these classes, in percent.
+        state_bytes: bytes of the strategy's state after each experience, without stored records.
+        model_bytes: bytes of the model's parameters and buffers.
+        clean: accuracy on public test records at the end of the stream, in percent; None without an
+            attack.
+        attacked: accuracy on the same records under the attack.
+        attack_epsilon: radius of the attack.
     """
 
     experience: int
@@ -135,6 +146,7 @@ class Trace:
     chance: float | None = None
     learning_rate: float = 0.0
     mixed_loss: bool = False
+    robust_loss: bool = False
     sharpness: float | None = None
     curvature: Curvature | None = None
     matrix: Sequence[Sequence[float]] = ()
@@ -144,6 +156,13 @@ class Trace:
     rounds: tuple[Round, ...] = ()
     groups: GroupMeasures | None = None
     group_counts: tuple[tuple[float, ...], ...] = ()
+    learnt: tuple[float, ...] = ()
+    guesses: tuple[float, ...] = ()
+    state_bytes: tuple[int, ...] = ()
+    model_bytes: int = 0
+    clean: float | None = None
+    attacked: float | None = None
+    attack_epsilon: float | None = None
 
     @property
     def share(self) -> float:
@@ -220,6 +239,21 @@ class Trace:
             statistics.median(self.losses[start : start + size])
             for start in range(0, len(self.losses) - size + 1, size)
         )
+
+    def excess_losses(self) -> tuple[float, ...]:
+        """Training loss after each probe minus the public loss at it, once the model has learnt.
+
+        The training loss is the median over the steps up to the next probe, so that a loss that
+        falls quickly has no excess.
+        """
+        starts = [each for each in (self.public_start, self.chance) if each is not None]
+        first = self.probes[0].step if self.probes else 0
+        found = []
+        for probe, after in pairwise(self.probes):
+            following = self.losses[probe.step - first : after.step - first]
+            if probe.loss is not None and following and probe.loss < LEARNT * min(starts):
+                found.append(statistics.median(following) - probe.loss)
+        return tuple(found)
 
     @property
     def loss_now(self) -> float | None:

@@ -158,6 +158,8 @@ class ArmRun:
 
     def __post_init__(self) -> None:
         self.name = self.name or self.arm.name
+        if self.config.attack is not None and self.monitor.attack is None:
+            self.monitor = Monitor(attack=self.config.attack.on(self.stream))
         self.monitor.groups = self.config.fairness
         self.folder = self.run_folder / "arms" / self.name
         self._clock = self.folder / "seconds.json"

@@ -1,9 +1,10 @@
 """Examinations of a config by the doctor, before a run."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from perdure.data.experience import Stream
-from perdure.doctor import Case, Finding
+from perdure.doctor import Case, Finding, Rule
 from perdure.doctor.case import public_part
 from perdure.doctor.examination import examined
 from perdure.experiment.arm import open_stream
@@ -14,7 +15,9 @@ TRAINING = "training."
 PRIVATE_TRAINING = "private_training."
 
 
-def examine_run(config: Config, *, trials: bool = True) -> dict[str, tuple[Finding, ...]]:
+def examine_run(
+    config: Config, *, trials: bool = True, rules: Sequence[str | Rule] | None = None
+) -> dict[str, tuple[Finding, ...]]:
     """Examine every arm of a config, with the first seed.
 
     Guarantee: if an arm is private, no training record is read for any arm.
@@ -22,6 +25,7 @@ def examine_run(config: Config, *, trials: bool = True) -> dict[str, tuple[Findi
     Args:
         config: config of the run.
         trials: False to leave out the rules that train copies of the model, which take seconds.
+        rules: names of rules, or rules with thresholds of your own; None for all rules.
 
     Returns:
         Findings in the order of repair, by the name of the arm.
@@ -32,11 +36,18 @@ def examine_run(config: Config, *, trials: bool = True) -> dict[str, tuple[Findi
     """
     first = config.of_seed(config.all_seeds[0])
     stream = open_stream(first)
-    return {arm.name: examine_arm(first, arm, stream, trials=trials) for arm in config.arms}
+    return {
+        arm.name: examine_arm(first, arm, stream, trials=trials, rules=rules) for arm in config.arms
+    }
 
 
 def examine_arm(
-    config: Config, arm: Arm, stream: Stream, *, trials: bool = True
+    config: Config,
+    arm: Arm,
+    stream: Stream,
+    *,
+    trials: bool = True,
+    rules: Sequence[str | Rule] | None = None,
 ) -> tuple[Finding, ...]:
     """Examine one arm of a config.
 
@@ -45,15 +56,18 @@ def examine_arm(
         arm: arm of the config.
         stream: stream of the config.
         trials: False to leave out the rules that train copies of the model.
+        rules: names of rules, or rules; None for all.
     """
     chosen = config.private_training if arm.private else None
     training = chosen or config.training
+    loss = arm.loss or training.loss
     mine = _with_public_sizes(stream, config)
     if any(each.private for each in config.arms) and not arm.private:
         mine = public_part(mine)  # records of a private arm are private in every arm
     case = Case(
         model=model_of(config, stream),
         stream=mine,
+        loss=loss.loss if loss else None,
         optimizer=training.factory(),
         privacy=config.privacy if arm.private else None,
         strategy=arm.strategy,
@@ -61,10 +75,11 @@ def examine_arm(
         epochs=training.epochs,
         iterations=training.iterations,
         micro_batch_size=training.micro_batch_size,
+        explainer=config.explain.explainer if config.explain else None,
         seed=config.seed,
         device=config.device,
     )
-    found = examined(case, trials=trials)
+    found = examined(case, trials=trials, chosen=rules)
     return tuple(map(_of_private_training, found)) if own_training(config, arm) else found
 
 

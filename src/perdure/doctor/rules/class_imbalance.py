@@ -17,7 +17,8 @@ class ClassImbalance(Rule):
 
     Symptom: the ratio of the largest to the smallest class that occurs is above `ratio`, counted
     over all records that may be read. Under privacy these are the public test records, because
-    counts of training records are private.
+    because counts of training records are private. The rule is silent if the loss balances the
+    classes already.
 
     Remedy: a memory that keeps the same number of records of each class, or a loss that weights
     classes by public counts.
@@ -37,6 +38,8 @@ class ClassImbalance(Rule):
     def examine(self, case: Case) -> Finding | None:
         """Count the labels of the records that may be read."""
         if not isinstance(case.task, SingleLabel):
+            return None
+        if case.task.loss is not None and case.task.loss.balances_classes:
             return None
         width = case.stream.num_classes
         counts = torch.zeros(width, dtype=torch.int64)

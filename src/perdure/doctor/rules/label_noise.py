@@ -12,10 +12,11 @@ from perdure.doctor.trace import Trace
 class LabelNoise(Rule):
     """Find training labels that the model cannot fit, although it fits public records.
 
-    Symptom: the training loss is above the public loss by more than `gap` times chance, late in the
-    experience: the model has learnt the task, and the training records have a loss that it cannot
-    lower. If the public records have wrong labels too, the rule is silent. It is also silent where
-    the training loss is raised on purpose: by dropout, an attack, views, or memory.
+    Symptom: once the model has learnt the task, the training loss stays above the public loss by
+    more than `gap` times chance for three measurements in a row. A model fits right labels first,
+    so the gap is found before it learns the wrong ones by heart. If the public records have wrong
+    labels too, the rule is silent. It is also silent where the training loss is raised on purpose,
+    by dropout, an attack, views, or memory, and where the loss resists wrong labels already.
 
     Remedy: a loss that bounds the loss of a wrong label.
 
@@ -34,28 +35,27 @@ class LabelNoise(Rule):
     gap: float = 0.1
 
     def watch(self, trace: Trace) -> Finding | None:
-        """Compare the recent losses on training and public records."""
-        public = trace.public_losses
-        train = trace.loss_now
-        if not trace.losses or len(public) < 4 or train is None or trace.mixed_loss:
+        """Compare the losses on training and public records over time."""
+        if not trace.losses or trace.mixed_loss or trace.robust_loss:
             return None
-        if trace.share < 0.5 or not trace.is_learning:
+        unit = trace.chance or trace.public_start
+        excess = trace.excess_losses()
+        if unit is None or len(excess) < 3:
             return None
-        unit = trace.chance or public[0]
-        recent = sorted(public[-3:])[1]
-        gap = (train - recent) / unit
+        lasting = [min(excess[at : at + 3]) for at in range(len(excess) - 2)]
+        gap = max(lasting) / unit
         if gap <= self.gap:
             return None
         return self.finding(
-            f"the loss is {train:.2g} on training records, but {recent:.2g} on public ones",
+            f"the loss on training records stays {max(lasting):.2g} above the loss on public ones",
             measured=gap,
             threshold=self.gap,
             remedy=Remedy(
                 advice="a loss for wrong labels, such as GeneralisedCrossEntropy()",
                 changes={"training.loss": {"name": "generalised_cross_entropy"}},
             ),
-            series=trace.smoothed_losses(50),
-            series_name="training loss",
+            series=excess,
+            series_name="training loss above the public loss",
             experience=trace.experience,
             step=trace.done,
         )

@@ -12,8 +12,10 @@ from perdure.doctor.trace import Trace
 class LostPlasticity(Rule):
     """Find an experience that is learnt much less well than the first one was.
 
-    Symptom: right after it was trained, the accuracy of the newest experience above chance is below
-    `share` of the same number of the first. The experiences should be about equally hard.
+    Symptom: right after it was trained, the accuracy of the newest experience above a guess is
+    below `share` of the same number of the first. Only the classes of an experience are compared:
+    in class-incremental learning, stored records of earlier classes take outputs away from new
+    ones, which is no loss of plasticity. The experiences should be about equally hard.
 
     Remedy: a weaker penalty, a new start of the optimiser, or units that do not die.
 
@@ -30,20 +32,19 @@ class LostPlasticity(Rule):
     share: float = 0.6
 
     def watch(self, trace: Trace) -> Finding | None:
-        """Compare the diagonal of the accuracy matrix with its first number."""
+        """Compare the accuracies right after training with the first one."""
         learnt = [
-            (row[index] - trace.chances[index]) / max(1e-9, 100 - trace.chances[index])
-            for index, row in enumerate(trace.matrix)
+            (accuracy - guess) / max(1e-9, 100 - guess)
+            for accuracy, guess in zip(trace.learnt, trace.guesses, strict=False)
         ]
         if len(learnt) < 2 or not learnt[0] > 0.2:
             return None
         share = learnt[-1] / learnt[0]
         if not share < self.share:
             return None
-        newest = len(learnt) - 1
         return self.finding(
-            f"experience {newest + 1} reached {trace.matrix[-1][newest]:.0f} %, the first "
-            f"{trace.matrix[0][0]:.0f} %",
+            f"experience {len(learnt)} reached {trace.learnt[-1]:.0f} % among its own classes, the "
+            f"first {trace.learnt[0]:.0f} %",
             measured=share,
             threshold=self.share,
             remedy=Remedy(
@@ -51,6 +52,6 @@ class LostPlasticity(Rule):
                 changes={"training.reset_optimizer": True},
             ),
             series=tuple(learnt),
-            series_name="accuracy above chance after training, by experience",
+            series_name="accuracy above a guess after training, by experience",
             experience=trace.experience,
         )

@@ -42,8 +42,10 @@ class Overfitting(Rule):
         """Compare the recent losses on training and public records."""
         public = trace.public_losses
         train = trace.loss_now
-        if not trace.losses or len(public) < 4 or train is None or trace.share < 0.5:
+        if not trace.losses or len(public) < 4 or train is None or trace.share <= 0.5:
             return None
+        if trace.mixed_loss and trace.experience > 0:
+            return None  # rows from memory are learnt by heart, and are no rows of this experience
         unit = trace.chance or public[0]
         recent = sorted(public[-3:])[1]
         gap = (recent - train) / unit

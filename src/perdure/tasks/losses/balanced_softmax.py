@@ -35,6 +35,7 @@ class BalancedSoftmax(Loss):
     """
 
     name: ClassVar[str] = "balanced_softmax"
+    balances_classes: ClassVar[bool] = True
 
     counts: PerClass = "balanced"
     tau: float = 1.0

@@ -28,12 +28,16 @@ class Loss(CheckedFields, ABC):
     Class attributes:
         name: name in messages.
         tasks: names of the tasks that can use the loss.
+        resists_wrong_labels: True if the loss bounds what a wrong label can do.
+        balances_classes: True if the loss makes up for rare classes.
 
     In the methods, m is the number of rows (records, or tokens) and C the width of the head.
     """
 
     name: ClassVar[str]
     tasks: ClassVar[tuple[str, ...]] = ("single-label", "next-token")
+    resists_wrong_labels: ClassVar[bool] = False
+    balances_classes: ClassVar[bool] = False
 
     @abstractmethod
     def losses(self, logits: Tensor, labels: Tensor, allowed: Tensor | None) -> Tensor:

@@ -29,6 +29,7 @@ class Bootstrapping(Loss):
     """
 
     name: ClassVar[str] = "bootstrapping"
+    resists_wrong_labels: ClassVar[bool] = True
 
     mode: Literal["soft", "hard"] = "soft"
     beta: float = 0.95

@@ -45,6 +45,7 @@ class ClassWeights(Loss):
 
     name: ClassVar[str] = "class_weights"
     tasks: ClassVar[tuple[str, ...]] = ("single-label", "multi-label", "next-token")
+    balances_classes: ClassVar[bool] = True
 
     weights: PerClass = "balanced"
     divisor: float = 1.0

@@ -36,6 +36,7 @@ class Focal(Loss):
 
     name: ClassVar[str] = "focal"
     tasks: ClassVar[tuple[str, ...]] = ("single-label", "multi-label", "next-token")
+    balances_classes: ClassVar[bool] = True
 
     gamma: float = 2.0
     alpha: float | None = None

@@ -28,6 +28,7 @@ class GeneralisedCrossEntropy(Loss):
     """
 
     name: ClassVar[str] = "generalised_cross_entropy"
+    resists_wrong_labels: ClassVar[bool] = True
 
     q: float = 0.7
 

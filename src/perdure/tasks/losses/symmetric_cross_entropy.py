@@ -31,6 +31,7 @@ class SymmetricCrossEntropy(Loss):
     """
 
     name: ClassVar[str] = "symmetric_cross_entropy"
+    resists_wrong_labels: ClassVar[bool] = True
 
     alpha: float = 0.1
     beta: float = 1.0
