@@ -118,6 +118,7 @@ def test_a_wrong_search_is_refused_before_a_trial(tmp_path, old, new, error, mes
         ("privacy = 'charge_all'\n", "", PrivacyError, "search.privacy is missing"),
         ("seed = 1", "diagnostics = 'raw'", ConfigError, "privacy.diagnostics"),
         ("trials = 2", "goals = ['seconds']", ConfigError, "depends on the records"),
+        ("[model]", "[start]\nrun = 'runs/a'\n[model]", ConfigError, "a public start"),
         ("noise_multiplier = 2.0", "epsilon = [1.0, 1.0]", ConfigError, "one number in a search"),
         ("'charge_all'", "'select'", ConfigError, "search.sampler = 'tpe'.*needs trainings"),
         (

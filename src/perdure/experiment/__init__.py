@@ -8,9 +8,9 @@ wrong labels. `attack_run` attacks the privacy of a run's models, `attack_models
 `audit_run` audits the private arms of a config. `read_result` reads the stored result of a run, and
 `to_pandas` makes a table of it. `compare` compares arms over seeds, of one or several runs. `load`
 loads a trained model, and `start_from` copies a run's parameters into a new model. `export_run`
-writes a trained model to files that run
-without perdure. `examine_run` looks for mistakes before training, `healed` applies remedies to a
-config, and `heal` restarts a run with them. `cards` describes every strategy with its costs.
+writes a trained model to files that run without perdure. `examine_run` looks for mistakes before
+training, `healed` applies remedies to a config, and `heal` restarts a run with them. `cards`
+describes every strategy with its costs.
 """
 
 from perdure.experiment.audits import attack_run, audit_run

@@ -30,6 +30,7 @@ from perdure.experiment.private_searches import (
     changes_of_charges,
     largest_charges,
     refuse_larger,
+    refuse_other_charges,
     refuse_private,
     release_best,
     selected,
@@ -303,6 +304,8 @@ class _Tuner:
 
     def _search(self, bound: History, statement: str) -> Tuning:
         default = self.runs.score(DEFAULT, {})
+        if self._changes:
+            refuse_other_charges(self.runs, bound, DEFAULT)
         self.told(f"default: {self._in_words(default)}")
         with trial_workers(self.runs, self.search.batch) as scores:
 
@@ -310,6 +313,8 @@ class _Tuner:
                 for _, values in asked if self.runs.private else ():
                     refuse_larger(self.runs, bound, values)
                 for (number, values), score in zip(asked, scores(asked), strict=True):
+                    if self._changes:
+                        refuse_other_charges(self.runs, bound, name_of(number))
                     told = f"trial {number + 1}/{self._asked.trials}: {self._in_words(score)}"
                     self.told(f"{told}; {short_values(values)}")
                     yield score

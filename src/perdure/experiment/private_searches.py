@@ -72,6 +72,8 @@ def refuse_private(config: Config, arm: Arm, search: SearchConfig) -> None:
         raise ConfigError.of("privacy.epsilon", privacy.epsilon, "one number in a search")
     if privacy.diagnostics == "raw":
         raise ConfigError.of("privacy.diagnostics", "raw", "released in a search")
+    if config.start is not None and not config.start.public:
+        raise ConfigError.of("start.run", config.start.run, "a public start in a private search")
     if "seconds" in search.goals:
         raise ConfigError.of("search.goals", search.goals, "no time, which depends on the records")
     if search.privacy == "select":
@@ -219,7 +221,7 @@ def selected(runs: TrialRuns, privacy: Privacy, bound: History) -> Trial | None:
     done = []
     for number, values in enumerate(drawn):
         score = runs.score(name_of(number), values)
-        _refuse_other_charges(runs, bound, number)
+        refuse_other_charges(runs, bound, name_of(number))
         done.append(Trial(number=number, values=values, score=score))
     higher = runs.higher_is_better(runs.search.goals[0])
     return (max if higher else min)(done, key=lambda t: t.score.values[0], default=None)
@@ -253,14 +255,20 @@ def _values(runs: TrialRuns, key: NoiseKey, number: int) -> Values:
     return random_values(runs.search.ranges, int(share * 2**SEED_BITS))
 
 
-def _refuse_other_charges(runs: TrialRuns, bound: History, number: int) -> None:
-    account = merge(ledger_files(runs.folder / "arms" / name_of(number)))
+def refuse_other_charges(runs: TrialRuns, bound: History, name: str) -> None:
+    """Refuse a finished training whose ledger has more charges than were announced.
+
+    Raises:
+        PrivacyError: if there are more, as after an unclean stop of the machine, or for a model
+            that carries charges of an earlier training.
+    """
+    account = merge(ledger_files(runs.folder / "arms" / name))
     for partition in account.partitions:
         if not covers(bound, account.charges(partition)):
             raise PrivacyError(
                 "a training of the search was charged more than announced, as after an unclean "
-                "stop of the machine, so its selection has no valid bound and nothing is released; "
-                "begin a new search, and add its epsilon to that of this one"
+                "stop of the machine, so the announced epsilon does not hold and nothing is "
+                "released; begin a new search, and add the charges of this one"
             )
 
 
