@@ -6,7 +6,7 @@ They draw and branch in Python, so `torch.func.vmap` cannot run them on a batch.
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from perdure.utils.seeding import Seed, drawing_from, seed_for
 TORCHVISION = "torchvision.transforms.v2"
 
 
-def is_transform(change: object) -> bool:
+def is_transform(change: object) -> TypeGuard[nn.Module]:
     """Return True for a transform of `torchvision.transforms.v2`, or a subclass of one."""
     return any(base.__module__.startswith(TORCHVISION) for base in type(change).__mro__)
 

@@ -73,8 +73,8 @@ def find_label_issues(
     Labels, JAIR 2021.
     """
     if not isinstance(records.task, SingleLabel):
-        given = f"records of the task {records.task.name}"
-        raise ConfigError.of("records", given, "records with one class each")
+        refused = f"records of the task {records.task.name}"
+        raise ConfigError.of("records", refused, "records with one class each")
     if splitter is None:
         from sklearn.model_selection import StratifiedKFold
 
@@ -88,17 +88,20 @@ def find_label_issues(
         input_shape=tuple(records.inputs.shape[1:]),
     )
     new = NewLearners(make, "a search for label issues")
-    given, probabilities, ids = [], [], []
+    labels: list[Tensor] = []
+    probabilities: list[Tensor] = []
+    ids: list[Tensor] = []
     for fold in folds(stream, splitter):
         learner = new()
         learner.fit(fold)
         held = fold[0].test
         probabilities.append(learner.predict(held.inputs).softmax(1).cpu())
-        given.append(held.labels.cpu())
+        labels.append(held.labels.cpu())
         ids.append(held.ids.cpu())
     answers = torch.cat(probabilities)
-    rows = _suspicious(torch.cat(given).numpy(), answers.double().numpy())
-    scores = answers[rows, torch.cat(given)[rows]]
+    given = torch.cat(labels)
+    rows = _suspicious(given.numpy(), answers.double().numpy())
+    scores = answers[rows, given[rows]]
     return LabelIssues(ids=torch.cat(ids)[rows], scores=scores, suggested=answers[rows].argmax(1))
 
 

@@ -9,7 +9,7 @@ from perdure.errors import ConfigError
 from perdure.experiment.from_tables import build, named_option
 from perdure.utils.checked_fields import CheckedFields
 
-MIXINGS: dict[str, type[Mixing]] = {"mixup": Mixup, "cutmix": CutMix}
+MIXINGS: dict[str, type[Mixup] | type[CutMix]] = {"mixup": Mixup, "cutmix": CutMix}
 """Ways to mix pairs of records, by their names in a config."""
 
 

@@ -1,6 +1,7 @@
 """Synthetic records from a model with a generator."""
 
 import torch
+from torch import nn
 
 from perdure.data.domain import InputDomain
 from perdure.data.records import Records
@@ -12,7 +13,7 @@ from perdure.utils.seeding import derive, generator
 
 
 def synthetic_records(
-    model: Generative, *, count: int, seed: int = 0, partition: str = "synthetic"
+    model: nn.Module, *, count: int, seed: int = 0, partition: str = "synthetic"
 ) -> Records:
     """Draw records from the generator of a trained model, labelled by its classifier.
 
