@@ -1,4 +1,4 @@
-"""Memory that the clients of one process share: parameters, and the arrays of replies."""
+"""Clients of one process, whose parameters use the same memory, do not change each other."""
 
 from functools import partial
 
@@ -11,44 +11,13 @@ from perdure.data.client_splits import dirichlet
 from perdure.federated import Federation, client_app, run_federation
 from perdure.federated.client_store import FRESH
 from perdure.federated.flower_adapter import InProcessGrid
-from perdure.federated.held_arrays import ArrayMemory, held
 from perdure.federated.messages import shared, to_record
 from perdure.strategies import EWC, Naive
-
-TENSORS = {"a": torch.arange(3.0), "b": torch.ones(2, 2), "c": torch.tensor(5.0)}
-KEPT = {
-    "tensor": lambda tensor: tensor,
-    "view": lambda tensor: tensor.detach().flatten()[1:],
-    "array": lambda tensor: tensor.numpy()[1:],
-}
 
 
 @pytest.fixture(scope="module")
 def streams(stream):
     return dirichlet(short(stream, 1), clients=3, alpha=5.0, min_size=30, exact=False)
-
-
-@pytest.mark.parametrize("keep", KEPT.values(), ids=KEPT)
-def test_array_memory_waits_for_the_last_reference(keep):
-    memory = ArrayMemory()
-    copies = memory.copies(TENSORS)
-    place = copies["a"].data_ptr()
-    kept = keep(copies["a"])
-    del copies
-    other = memory.copies({name: value + 9 for name, value in TENSORS.items()})
-    assert other["a"].data_ptr() != place
-    assert keep(TENSORS["a"]).tolist() == kept.tolist()
-    del kept
-    again = memory.copies(TENSORS)
-    assert again["a"].data_ptr() == place
-    assert all(torch.equal(again[name], value) for name, value in TENSORS.items())
-    assert other["b"].tolist() == [[10.0, 10.0], [10.0, 10.0]]
-
-
-def test_array_memory_is_for_float32_only():
-    mixed = {"a": torch.ones(2), "b": torch.ones(2, dtype=torch.float64)}
-    record = held(mixed, ArrayMemory())
-    assert [record[name].dtype for name in mixed] == ["float32", "float64"]
 
 
 def test_replies_keep_their_numbers_after_later_rounds(streams, stream):

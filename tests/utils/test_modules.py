@@ -4,7 +4,14 @@ import pytest
 import torch
 from torch import nn
 
-from perdure.utils.modules import begin_training, ignores_mode, same_bits
+from perdure.utils.modules import (
+    begin_training,
+    ignores_mode,
+    parts_of,
+    same_bits,
+    share_memory,
+    state_of,
+)
 
 NUMBERS = [torch.float16, torch.float32, torch.float64, torch.int64, torch.uint8, torch.bool]
 
@@ -63,3 +70,54 @@ def test_begin_training_sets_every_submodule_to_training_mode():
 )
 def test_ignores_mode_is_true_for_parts_without_a_mode(part, ignores):
     assert ignores_mode(nn.Sequential(nn.Linear(2, 2), part)) is ignores
+
+
+class Renamed(nn.Linear):
+    """Layer with a state of its own."""
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        destination[f"{prefix}other"] = self.weight if keep_vars else self.weight.detach()
+
+
+def nested(last):
+    shared = nn.Linear(2, 2)
+    body = nn.Sequential(nn.BatchNorm1d(2), nn.Sequential(shared, nn.ReLU()), shared, last)
+    body.register_buffer("kept", torch.ones(1))
+    body.register_buffer("dropped", torch.ones(1), persistent=False)
+    return body
+
+
+def hooked():
+    def without_bias(module, state, prefix, _):
+        del state[f"{prefix}bias"]
+
+    layer = nn.Linear(2, 3)
+    layer.register_state_dict_post_hook(without_bias)
+    return layer
+
+
+@pytest.mark.parametrize("last", [nn.Identity(), Renamed(2, 3), hooked()], ids=str)
+def test_state_of_returns_the_tensors_of_the_state_dict(last):
+    module = nested(last)
+    expected = module.state_dict(keep_vars=True)
+    found = state_of(module)
+    assert list(found) == list(expected)
+    assert all(found[name] is value for name, value in expected.items())
+
+
+def test_parts_of_returns_every_module_once():
+    module = nested(nn.Identity())
+    parts = parts_of(module)
+    assert len(parts) == len(set(parts))
+    assert set(parts) == set(module.modules())
+
+
+def test_share_memory_skips_parameters_of_another_shape():
+    first = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
+    second = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 4))
+    own = second[1].weight.clone()
+    share_memory(second, first)
+    with torch.no_grad():
+        first[0].weight.fill_(7.0)
+    assert second[0].weight.eq(7.0).all()
+    assert torch.equal(second[1].weight, own)

@@ -26,7 +26,7 @@ from perdure.data.record_identity import refuse_records_in_two_partitions
 from perdure.errors import LedgerError
 from perdure.federated.client_store import FRESH, ClientSession, restore, save
 from perdure.federated.flower_adapter import error_reply
-from perdure.federated.held_arrays import ArrayMemory, message_of
+from perdure.federated.held_arrays import message_of
 from perdure.federated.ledger_heads import LEDGER, reported, require_known
 from perdure.federated.messages import load_record, read_tensors, shared, to_record
 from perdure.federated.party_checks import (
@@ -63,7 +63,6 @@ class ClientSessions:
         self._open: Learner | None = None
         self._first: Learner | None = None
         self.private = True
-        self.memory = ArrayMemory()
 
     def take(self, client: int, exchange: int) -> ClientSession:
         """Return the client in its state after `exchange`.
@@ -177,8 +176,7 @@ def client_app(
             learner.train(block)
             learner.session.adopt_average()
         seats.put(_number(context), seat, task["exchange"])
-        arrays = to_record(shared(learner.model), seats.memory)
-        return _reply(message, learner, task, arrays=arrays)
+        return _reply(message, learner, task, arrays=to_record(shared(learner.model)))
 
     @app.train("finish")
     @answering

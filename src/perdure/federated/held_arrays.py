@@ -8,15 +8,10 @@ from collections.abc import Mapping
 from copy import copy
 from functools import cache
 from typing import Any
-from weakref import ref
 
-import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
-from numpy.typing import NDArray
 from torch import Tensor
-
-from perdure.types import Params
 
 SERIALISED_AS = "numpy.ndarray"
 """Flower's name for arrays that `np.save` has serialised."""
@@ -86,62 +81,14 @@ class HeldArray(Array):
         return Array, (self.dtype, self.shape, self.stype, self.data)
 
 
-class ArrayMemory:
-    """Memory for the arrays of messages, used again when nothing refers to its arrays any more.
-
-    The operating system provides new memory for copies of a model page by page, which takes longer
-    than to copy the model.
-    """
-
-    def __init__(self) -> None:
-        # A block, and the view of it that was given out last. Every tensor and array that uses the
-        # view's memory keeps the view alive.
-        self._blocks: list[tuple[NDArray[np.float32], ref[NDArray[np.float32]]]] = []
-
-    def copies(self, tensors: Params) -> Params:
-        """Copy tensors (float32, on the CPU) by name."""
-        sizes = [value.numel() for value in tensors.values()]
-        flat = torch.from_numpy(self._unused(sum(sizes)))
-        parts = [
-            part.view(value.shape)
-            for part, value in zip(flat.split(sizes), tensors.values(), strict=True)
-        ]
-        torch._foreach_copy_(parts, list(tensors.values()))
-        return dict(zip(tensors, parts, strict=True))
-
-    def _unused(self, size: int) -> NDArray[np.float32]:
-        """Return a view of a block of `size` numbers to which no earlier view refers."""
-        for number, (block, given) in enumerate(self._blocks):
-            if len(block) == size and given() is None:
-                view = block[:]
-                self._blocks[number] = (block, ref(view))
-                return view
-        block = np.empty(size, np.float32)
-        view = block[:]
-        self._blocks.append((block, ref(view)))
-        return view
-
-
-def held(tensors: Mapping[str, Tensor], memory: ArrayMemory | None = None) -> ArrayRecord:
-    """Make a record that holds copies of the tensors.
-
-    Args:
-        tensors: tensors by name.
-        memory: memory for the copies; None for new memory.
-    """
-    own = {name: value.detach() for name, value in tensors.items()}
-    if memory is not None and own and all(map(_is_plain, own.values())):
-        return record_of(memory.copies(own))
+def held(tensors: Mapping[str, Tensor]) -> ArrayRecord:
+    """Make a record that holds copies of the tensors."""
     return record_of(
         {
-            name: value.cpu().clone(memory_format=torch.contiguous_format)
-            for name, value in own.items()
+            name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+            for name, value in tensors.items()
         }
     )
-
-
-def _is_plain(value: Tensor) -> bool:
-    return value.dtype == torch.float32 and value.device.type == "cpu"
 
 
 def record_of(tensors: Mapping[str, Tensor]) -> ArrayRecord:

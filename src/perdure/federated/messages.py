@@ -9,19 +9,15 @@ from flwr.app import ArrayRecord, Message, MetricRecord
 from torch import Tensor, nn
 
 from perdure.errors import FederationError
-from perdure.federated.held_arrays import ArrayMemory, held, read_only
+from perdure.federated.held_arrays import held, read_only
 from perdure.types import Params
 from perdure.utils.modules import state_of
 
 
-def to_record(tensors: Mapping[str, Tensor], memory: ArrayMemory | None = None) -> ArrayRecord:
+def to_record(tensors: Mapping[str, Tensor]) -> ArrayRecord:
     """Copy named tensors to a record, in order and with their dtypes.
 
     An engine serialises the record only if it needs to.
-
-    Args:
-        tensors: tensors by name.
-        memory: memory for the copies; None for new memory.
 
     Raises:
         FederationError: if NumPy does not have the dtype of a tensor.
@@ -31,7 +27,7 @@ def to_record(tensors: Mapping[str, Tensor], memory: ArrayMemory | None = None) 
             raise FederationError(
                 f"{name} is bfloat16, which Flower cannot send; keep the model in float32"
             )
-    return held(tensors, memory)
+    return held(tensors)
 
 
 def from_record(record: ArrayRecord) -> Params:
@@ -55,7 +51,10 @@ def read_metric(message: Message, name: str) -> float:
 
 
 def shared(model: nn.Module) -> Params:
-    """Parameters and floating-point buffers of a model; integer buffers stay with the client."""
+    """Parameters and floating-point buffers of a model; integer buffers stay with the client.
+
+    The tensors are those of the model, not detached.
+    """
     return {name: value for name, value in state_of(model).items() if value.is_floating_point()}
 
 
@@ -74,5 +73,5 @@ def load_shared(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             f"{', '.join(wrong[:3])}: the model has no parameter of this name and shape; build "
             "the same model on all parties"
         )
-    if own:
+    with torch.no_grad():
         torch._foreach_copy_(list(own.values()), [tensors[name] for name in own])

@@ -64,6 +64,7 @@ from perdure.learner.fingerprint import plain_attributes
 from perdure.learner.folder_claims import HEADS
 from perdure.learner.learner import Learner
 from perdure.utils.folder_lock import locked
+from perdure.utils.modules import detached_copies
 
 Engine = Literal["inprocess", "ray"]
 ServerCallback = Callable[[str, "Server"], None]
@@ -124,7 +125,7 @@ class Server:
         self.learner = replace(self.learner, **bare)
         self.stream = public(self.stream)
         self.exchanges = len(self.stream) * (self.federation.rounds + 1)
-        self._initial = {name: value.clone() for name, value in shared(self.learner.model).items()}
+        self._initial = detached_copies(shared(self.learner.model))
         self._aggregator = ready(self.federation.aggregator)
         self._nodes: list[int] = []
         self._clients: dict[int, int] = {}

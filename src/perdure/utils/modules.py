@@ -132,22 +132,23 @@ def parts_of(module: nn.Module) -> list[nn.Module]:
 
 
 def state_of(module: nn.Module) -> Params:
-    """Return `module.state_dict()`, several times as fast if it is the one of `torch.nn.Module`."""
+    """Return the tensors of `state_dict()` by name, not detached, faster than `state_dict`."""
     state: Params = {}
     waiting = [("", module)]
     while waiting:
         prefix, part = waiting.pop()
         own = vars(part)
         if own["_state_dict_hooks"] or own["_state_dict_pre_hooks"] or not _plain(type(part)):
-            return dict(module.state_dict())
+            return dict(module.state_dict(keep_vars=True))
         for name, value in own["_parameters"].items():
             if value is not None:
-                state[prefix + name] = value.detach()
+                state[prefix + name] = value
         for name, value in own["_buffers"].items():
             if value is not None and name not in own["_non_persistent_buffers_set"]:
-                state[prefix + name] = value.detach()
-        inside = [(f"{prefix}{n}.", m) for n, m in own["_modules"].items() if m is not None]
-        waiting += reversed(inside)
+                state[prefix + name] = value
+        if own["_modules"]:
+            inside = [(f"{prefix}{n}.", m) for n, m in own["_modules"].items() if m is not None]
+            waiting += reversed(inside)
     return state
 
 

@@ -1,0 +1,66 @@
+"""Rows of the steps without privacy: shuffled once an epoch if they are small, else per step."""
+
+import pytest
+import torch
+
+from perdure.contract.plan import Plan
+from perdure.curator import sampling
+from perdure.curator.sampling import Opened, Pool
+from perdure.data.datasets.digits import digits
+from perdure.data.records import Batch
+from perdure.data.scenarios import split
+
+SIZE = 50
+
+
+def pool_of(experience):
+    rows = Batch.current(experience.train, 0)
+    return Pool(
+        current=rows,
+        new=rows,
+        stored=None,
+        plan=None,
+        batch_size=SIZE,
+        place=(3, 0, 0),
+        opened=Opened(experiences=[experience], plan=Plan(), memory=None),
+    )
+
+
+@pytest.fixture(scope="module")
+def experience():
+    return split(digits(), scenario="class", experiences=5)[0]
+
+
+@pytest.mark.parametrize("most", [0, 4_000, sampling.SHUFFLED_AT_ONCE])
+def test_steps_take_the_rows_of_the_epochs_order(experience, monkeypatch, most):
+    monkeypatch.setattr(sampling, "SHUFFLED_AT_ONCE", most)
+    pool = pool_of(experience)
+    n = len(pool.new)
+    steps = 2 * -(-n // SIZE)
+    seen = []
+    for step in range(steps):
+        batch, share = pool.side_by_side(step)
+        wanted = pool.new.at(pool.shuffled("new", n, SIZE, step)).tensors()
+        assert all(torch.equal(value, wanted[name]) for name, value in batch.tensors().items())
+        assert (share, batch.unpadded) == (0.0, True)
+        seen += batch.ids.tolist()
+        if step == 1:
+            pool.rest()
+    assert sorted(seen) == sorted(2 * pool.new.ids.tolist())
+    assert seen[:n] != seen[n:]
+
+
+def test_writing_into_a_batch_leaves_the_records_and_other_steps(experience):
+    pool, other = pool_of(experience), pool_of(experience)
+    pool.side_by_side(0)[0].inputs.fill_(-1.0)
+    assert (pool.new.inputs >= 0).all()
+    again = pool.side_by_side(1)[0].inputs
+    assert torch.equal(again, other.side_by_side(1)[0].inputs)
+
+
+def test_padded_rows_are_not_taken_for_full_ones(experience):
+    pool = pool_of(experience)
+    pool.new.valid[3] = False
+    steps = -(-len(pool.new) // SIZE)
+    found = [pool.side_by_side(step)[0].unpadded for step in range(steps)]
+    assert found.count(False) == 1
