@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from perdure.strategies.agem import AGEM
     from perdure.strategies.bic import BiC
     from perdure.strategies.coda_prompt import CODAPrompt
+    from perdure.strategies.coral import Coral
     from perdure.strategies.cwr_star import CWRStar
     from perdure.strategies.der import DER
     from perdure.strategies.er_ace import ERACE
@@ -66,6 +67,7 @@ __all__ = [
     "CODAPrompt",
     "CWRStar",
     "Combine",
+    "Coral",
     "FeatureDistillation",
     "GDumb",
     "GenerativeReplay",
