@@ -10,7 +10,7 @@ import torch
 from helpers.config_errors import ARM, HEAD, refusal
 from perdure.adversarial import FGSM, PGD
 from perdure.errors import ConfigError
-from perdure.experiment.arm import ArmRun, MetricsLog, open_stream
+from perdure.experiment.arm import ArmRun, open_stream
 from perdure.experiment.config import (
     Arm,
     Config,
@@ -20,6 +20,7 @@ from perdure.experiment.config import (
     read,
 )
 from perdure.experiment.from_tables import build
+from perdure.experiment.metrics_log import MetricsLog
 from perdure.experiment.training_config import OPTIMIZERS, AttackConfig, TrainingConfig
 from perdure.explain import KernelSHAP
 from perdure.privacy.settings import Privacy

@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 from perdure.adversarial import FGSM
 from perdure.data.datasets.registry import load
 from perdure.errors import ConfigError, RunError
-from perdure.experiment.arm import ArmRun, MetricsLog, open_stream
+from perdure.experiment.arm import ArmRun, open_stream
 from perdure.experiment.config import parse
+from perdure.experiment.metrics_log import MetricsLog
 from perdure.experiment.result_schema import checked
 from perdure.experiment.run import TIMINGS, run, untimed
 from perdure.experiment.run import load as load_model

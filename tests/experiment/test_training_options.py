@@ -9,8 +9,9 @@ from torchvision.transforms import v2
 from helpers.learners import bits, same_bits
 from perdure.data import Mixup, Views, iid
 from perdure.errors import ConfigError
-from perdure.experiment.arm import ArmRun, MetricsLog
+from perdure.experiment.arm import ArmRun
 from perdure.experiment.config import parse
+from perdure.experiment.metrics_log import MetricsLog
 from perdure.federated import Federation, run_federation
 from perdure.learner import EMA, SAM, SWA, Learner, Validation, WarmUp
 from perdure.strategies import Naive

@@ -1,9 +1,8 @@
 """One arm of a run: its learner or federation, its checkpoints and its results."""
 
 import json
-import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -14,9 +13,10 @@ import torch
 from perdure.adversarial import Attack
 from perdure.data.experience import Stream
 from perdure.doctor import Finding, Monitor, in_order
-from perdure.errors import ConfigError, NonFiniteError, RunawayError, RunError
+from perdure.errors import ConfigError, NonFiniteError, RunawayError
 from perdure.experiment.config import Arm, Config
 from perdure.experiment.finding_rows import finding_of, finding_row
+from perdure.experiment.metrics_log import MetricsLog
 from perdure.experiment.result_schema import Numbers, PrivacyResult, TrialResult
 from perdure.experiment.results import (
     by_class,
@@ -44,7 +44,7 @@ from perdure.metrics import summarise
 from perdure.privacy.ledger.merged import Merged, merge
 from perdure.tasks import SingleLabel, refuse_other_tasks
 from perdure.tasks.losses import Loss
-from perdure.utils.atomic_files import save_tensors, write_atomically, write_json, writing
+from perdure.utils.atomic_files import save_tensors, write_json
 from perdure.utils.seeding import generator
 
 if TYPE_CHECKING:
@@ -92,45 +92,6 @@ def open_stream(config: Config, *, without: int | None = None) -> Stream:
         except ConfigError as error:
             raise ConfigError(f"explain.{error}") from None
     return stream
-
-
-# --------------------------------------------------------------------------- metrics.jsonl
-
-
-class MetricsLog:
-    """File `metrics.jsonl` of a run: measurements of each arm after each experience.
-
-    Each line is one JSON object. A resumed run does not repeat the lines that the file has.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        kept = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-        whole = [line for line in kept if line.endswith(b"\n")]
-        if whole != kept:
-            write_atomically(path, b"".join(whole))
-        try:
-            rows = [json.loads(line) for line in whole]
-            self.rows: dict[tuple[str, int], dict[str, Any]] = {
-                (row["trial"], row["experience"]): row for row in rows
-            }
-        except (ValueError, KeyError, TypeError) as error:
-            raise RunError(
-                f"{path} is damaged ({error!r}); restore it from a backup, or delete the folder"
-            ) from None
-
-    def append(self, row: Mapping[str, Any]) -> None:
-        """Append the measurements of an arm after an experience, unless the file has them."""
-        key = (row["trial"], row["experience"])
-        if key in self.rows:
-            return
-        self.rows[key] = dict(row)
-        with writing(self._path):
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
 
 
 # --------------------------------------------------------------------------- one arm

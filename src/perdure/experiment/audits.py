@@ -17,8 +17,9 @@ from perdure.data.experience import Stream
 from perdure.data.records import Records
 from perdure.data.row_view import joined_rows
 from perdure.errors import ConfigError
-from perdure.experiment.arm import ArmRun, MetricsLog, Progress, open_stream, silent
+from perdure.experiment.arm import ArmRun, Progress, open_stream, silent
 from perdure.experiment.config import Config, read
+from perdure.experiment.metrics_log import MetricsLog
 from perdure.experiment.run import load
 from perdure.utils.seeding import generator
 

@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 
 from perdure.errors import NonFiniteError, PerdureError, RunawayError
-from perdure.experiment.arm import ArmRun, MetricsLog, open_stream
+from perdure.experiment.arm import ArmRun, open_stream
 from perdure.experiment.config import Arm, Config, read
+from perdure.experiment.metrics_log import MetricsLog
 from perdure.utils.processes import Message, Processes, connect, with_processes
 
 TRIAL = "trial"

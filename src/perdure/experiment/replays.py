@@ -11,8 +11,9 @@ import torch
 
 from perdure.data.experience import Stream
 from perdure.errors import ConfigError
-from perdure.experiment.arm import ArmRun, MetricsLog, open_stream
+from perdure.experiment.arm import ArmRun, open_stream
 from perdure.experiment.config import Arm, Config
+from perdure.experiment.metrics_log import MetricsLog
 from perdure.experiment.results import ledger_files, summary
 from perdure.experiment.run import untimed
 from perdure.experiment.seeds import arm_result

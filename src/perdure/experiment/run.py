@@ -24,10 +24,11 @@ import torch
 
 from perdure.data.experience import Stream
 from perdure.errors import ConfigError, RunError
-from perdure.experiment.arm import ArmRun, MetricsLog, Progress, open_stream, silent
+from perdure.experiment.arm import ArmRun, Progress, open_stream, silent
 from perdure.experiment.config import Config, read
 from perdure.experiment.examinations import examine_arm
 from perdure.experiment.helping_processes import announce, helped
+from perdure.experiment.metrics_log import MetricsLog
 from perdure.experiment.result_schema import Result, TrialResult, read_result
 from perdure.experiment.results import (
     collect_explanations,

@@ -19,8 +19,9 @@ import torch
 from perdure.data.experience import Stream
 from perdure.data.held_out import hold_out
 from perdure.errors import ConfigError
-from perdure.experiment.arm import ArmRun, MetricsLog, open_stream
+from perdure.experiment.arm import ArmRun, open_stream
 from perdure.experiment.config import Arm, Config, from_table
+from perdure.experiment.metrics_log import MetricsLog
 from perdure.experiment.model_config import make_model
 from perdure.experiment.overrides import set_path
 from perdure.experiment.result_schema import TrialResult

@@ -44,7 +44,7 @@ from perdure.learner.several_processes import (
     joined,
     refuse_different,
     refuse_diverged,
-    snapshot_of_first,
+    restore_first,
 )
 from perdure.learner.snapshots import restore_snapshot, take_snapshot
 from perdure.learner.step_changes import SAM
@@ -427,9 +427,7 @@ class Learner(SessionFront):
         if snapshot:
             self.restore_checkpoint(snapshot)
         if self._group:
-            snapshot = snapshot_of_first(self._group, snapshot)
-            if snapshot and not self._group.first:
-                self.restore(snapshot)
+            snapshot = restore_first(self, self._group, snapshot)
         return snapshot is not None
 
     # ------------------------------------------------------------------ what it stands on

@@ -36,6 +36,9 @@ class Joining(Protocol):
     callbacks: Sequence[Callable[[str, Any], None]]
     show_progress: bool | None
 
+    def restore(self, snapshot: Snapshot) -> None:
+        """Restore the state of the run at the time of the snapshot."""
+
 
 def joined(learner: Joining) -> Processes:
     """Join the group of processes, and give the model the values that it has in process 0.
@@ -135,7 +138,21 @@ def refuse_diverged(processes: Processes | None, model: nn.Module) -> None:
         )
 
 
-def snapshot_of_first(processes: Processes, own: Snapshot | None) -> Snapshot | None:
+def restore_first(learner: Joining, processes: Processes, own: Snapshot | None) -> Snapshot | None:
+    """Restore process 0's checkpoint in every other process, and return it; None if it has none.
+
+    Args:
+        learner: learner of this process.
+        processes: group of the processes.
+        own: checkpoint in the folder of this process, which is restored already.
+    """
+    snapshot = _snapshot_of_first(processes, own)
+    if snapshot and not processes.first:
+        learner.restore(snapshot)
+    return snapshot
+
+
+def _snapshot_of_first(processes: Processes, own: Snapshot | None) -> Snapshot | None:
     """Return process 0's checkpoint in every process; None if it has none.
 
     Args:
