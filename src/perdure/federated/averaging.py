@@ -18,7 +18,7 @@ from perdure.federated.held_arrays import HeldArray, read_only, record_of
 
 CONTENT = {"arrays", "metrics"}
 """Names of the records in a client's reply to a round."""
-PIECE = 16_384
+PIECE = 65_536
 """Number of values that are averaged at a time; their bytes fit into the cache of one core."""
 
 

@@ -282,6 +282,8 @@ class Party(GuardedParty):
 
     def _varied(self, batch: Batch, step: int) -> Batch:
         """Return the rows of a step after the attack, with their views."""
+        if self.adversary is None and self.views is None:
+            return batch
         return self.path.changed(
             batch,
             self.losses,
