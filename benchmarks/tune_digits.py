@@ -4,7 +4,7 @@ A search has 30 trials on held-out training records of the first experiences. Th
 the config that the search wrote are run on the whole stream, and measured on the test records,
 which no search has seen. Each seed is a search and two runs of its own.
 
-    python benchmarks/tune_digits.py --seeds 3 --json benchmarks/results/tune_digits.json
+    python benchmarks/tune_digits.py --seeds 2 --json benchmarks/results/tune_digits.json
 """
 
 import statistics
