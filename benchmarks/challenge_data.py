@@ -101,7 +101,7 @@ def shuffled() -> Dataset:
 def shifted(*, pixels: int = 1) -> Dataset:
     """Digits whose test images are moved by some pixels in a direction of their own.
 
-    What leaves the image is lost, and 0 enters at the other side.
+    Pixels that leave the image are lost, and 0 enters at the other side.
     """
     data = digits()
     stream = generator(0, "shifts")
@@ -118,23 +118,23 @@ def shifted(*, pixels: int = 1) -> Dataset:
 
 
 def unscaled(
-    *, spread: float = 3.0, standardise: bool | list[list[float]] | list[float] = False
+    *, spread: float = 3.0, standardise: list[float] | None = None, each_pixel: bool = False
 ) -> Dataset:
     """Digits of which each pixel has a unit of its own, between 10^-spread and 10^spread.
 
     Args:
         spread: largest power of ten of a unit.
-        standardise: True for pixels with mean 0 and deviation 1 over the training records; or a
-            mean and a deviation for all pixels.
+        standardise: a mean and a deviation for all pixels; None for none.
+        each_pixel: True for pixels with mean 0 and deviation 1 over the training records.
     """
     data = digits()
     powers = torch.rand(data.input_shape, generator=generator(0, "units")) * 2 - 1
     units = 10.0 ** (spread * powers)
     parts = [part.inputs * units for part in (data.train, data.test)]
-    if standardise:
+    if standardise is not None or each_pixel:
         mean, deviation = parts[0].mean(0), parts[0].std(0)
-        if not isinstance(standardise, bool):
-            mean, deviation = (torch.tensor(each) for each in standardise)
+        if standardise is not None:
+            mean, deviation = torch.tensor(standardise)
         deviation = deviation.where(deviation > 0, torch.ones(()))
         parts = [(part - mean) / deviation for part in parts]
     return replace(

@@ -114,7 +114,7 @@ CHALLENGES = (
         name="preprocessing",
         challenge="data augmentation and preprocessing",
         fault={"data.name": "challenge_data:unscaled"},
-        remedy={"data.options": {"standardise": True}},
+        remedy={"data.options": {"each_pixel": True}},
         rules=("unscaled input",),
     ),
     Challenge(

@@ -77,7 +77,7 @@ REMEDIES: tuple[dict[str, Any], ...] = (
     {"model.init": "xavier", "model.activation": "relu"},
     {"model.norm": "layer"},
     {"model.dropout": 0.3},
-    {"data.options.standardise": True},
+    {"data.options.standardise": [30.0, 110.0]},
 )
 """Changes of settings that rules propose, of which the other hand draws."""
 

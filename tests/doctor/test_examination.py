@@ -187,7 +187,7 @@ FAULTS = {
     "compute_need": [{"iterations": 10**16}],
     "large_model": [{"model": nn.Linear(2**15, 2**14, device="meta")}],
     "narrow_features": [{"model": model(num_classes=10, hidden=(2,)), "stream": TEN}],
-    "few_records": [{"stream": stream_of(INPUTS, LABELS, declared=30)}],
+    "few_records": [{"stream": stream_of(INPUTS, LABELS, declared=20)}],
     "few_samples": [{"explainer": KernelSHAP(samples=8)}],
     "read_padding": [of_padded(None)],
     "initial_variance": [

@@ -122,6 +122,7 @@ KEYS = {
     "federation": {field.name for field in fields(FederationConfig)},
     "privacy": {field.name for field in fields(Privacy)},
     "data": {field.name for field in fields(DataConfig)},
+    "explain": {"samples"},
     "model": {field.name for field in fields(ModelConfig)} | {*parameters(models.decoder)},
 }
 

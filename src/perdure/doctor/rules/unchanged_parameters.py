@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
+
 from perdure.doctor.finding import Cause, Finding, Remedy
 from perdure.doctor.rules.base import Rule
 from perdure.doctor.trace import Trace
@@ -12,8 +14,9 @@ from perdure.doctor.trace import Trace
 class UnchangedParameters(Rule):
     """Find tensors that should be trained and do not change in any measured step.
 
-    Symptom: in at least `steps` measured steps, the update of a tensor is exactly 0, while that of
-    another is not. The optimiser may not have the tensor, or the outputs do not depend on it.
+    Symptom: in at least `steps` measured steps, the update of a tensor with two dimensions or more
+    is exactly 0, while that of another tensor is not. The optimiser may not have the tensor, or the
+    outputs do not depend on it. Biases are left out: those before a normalisation do nothing.
 
     Remedy: give the optimiser `model.parameters()`, and use the layer in `forward`.
 
@@ -39,8 +42,9 @@ class UnchangedParameters(Rule):
         """Look for tensors whose updates are all 0."""
         if len(trace.at) < self.steps or not trace.finite:
             return None
-        still = (trace.updates == 0).all(0)
-        if not bool(still.any()) or bool(still.all()):
+        unmoved = (trace.updates == 0).all(0)
+        still = unmoved & torch.tensor(trace.matrices)
+        if not bool(still.any()) or bool(unmoved.all()):
             return None
         names = [name for name, same in zip(trace.names, still.tolist(), strict=True) if same]
         shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
