@@ -330,7 +330,7 @@ CHALLENGES = (
         healthy={"model.hidden": [64, 64, 64]},
         fault={"model": {"name": "challenge_models:saddle"}},
         remedy={"model": {"name": "mlp", "hidden": [64, 64, 64], "init": "he"}},
-        rules=("initial variance", "vanishing gradient", "loss plateau"),
+        rules=("saddle point", "initial variance", "vanishing gradient", "loss plateau"),
     ),
     Challenge(
         name="unstable",
