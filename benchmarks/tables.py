@@ -144,29 +144,26 @@ class Growth(Listing):
 
 @dataclass(frozen=True, kw_only=True)
 class Counts(Listing):
-    """Table with one line for each group of rows, and counts of the rows in which a key is true.
+    """Table with one line for each group of rows with equal cells, and counts of rows.
 
     Args:
         counted: heading to the key whose true (or not empty) values are counted.
-        line: keys that distinguish the groups; `columns` are filled from a group's first row.
     """
 
     counted: Mapping[str, str]
-    line: tuple[str, ...]
 
     def lines(self) -> list[list[str]]:
         """Return the heading and the lines of the table, each as a list of cells."""
-        grouped: dict[tuple[Any, ...], list[Row]] = {}
+        grouped: dict[tuple[str, ...], list[Row]] = {}
         for row in self.rows():
-            grouped.setdefault(tuple(row[key] for key in self.line), []).append(row)
-        heading = [*self.columns, "runs", *self.counted]
+            cells = tuple(cell(template, row) for template in self.columns.values())
+            grouped.setdefault(cells, []).append(row)
         body = [
-            [cell(template, rows[0]) for template in self.columns.values()]
-            + [str(len(rows))]
+            [*cells, str(len(rows))]
             + [str(sum(bool(row[key]) for row in rows)) for key in self.counted.values()]
-            for rows in grouped.values()
+            for cells, rows in grouped.items()
         ]
-        return [heading, *body]
+        return [[*self.columns, "runs", *self.counted], *body]
 
 
 def _is(value: object, allowed: object) -> bool:
@@ -422,7 +419,6 @@ TABLES: dict[str, Listing] = {
         file="doctor",
         only={"group": ("fault", "other fault")},
         columns={"rightly named": "{group}"},
-        line=("group",),
         counted={
             "doctor": "named",
             "SageMaker": "sagemaker_named",
@@ -433,14 +429,12 @@ TABLES: dict[str, Listing] = {
         file="doctor",
         only={"group": ("held out", "calibration")},
         columns={"with a false alarm": "{group}"},
-        line=("group",),
         counted={"doctor": "findings", "SageMaker": "sagemaker", "AutoTrainer": "autotrainer"},
     ),
     "healing": Counts(
         file="healing",
         only={"hurts": True},
         columns={"fault": "{fault}"},
-        line=("fault",),
         counted={"healed by the doctor": "doctor_healed", "by chance": "random_healed"},
     ),
     "entered": Listing(
