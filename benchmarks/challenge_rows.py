@@ -244,7 +244,7 @@ CHALLENGES = (
         challenge="interpretability",
         measure="fidelity",
         healthy={"explain": {"method": "kernel_shap", "samples": 4096}},
-        fault={"explain.samples": 64},
+        fault={"explain.samples": 128},
         remedy={"explain.samples": 2176},
         rules=("few samples",),
     ),

@@ -33,7 +33,7 @@ class FewSamples(Rule):
     cause: ClassVar[Cause] = "fit"
     source: ClassVar[str] = "shap.KernelExplainer, default number of samples"
 
-    each: float = 2.0
+    each: float = 4.0
 
     def examine(self, case: Case) -> Finding | None:
         """Compare the samples of the explainer with the features of a record."""
