@@ -167,6 +167,8 @@ class Pool:
         n = len(rows)
         size = self.batch_size
         epoch, i = divmod(step, -(-n // size))
+        if n <= size:
+            return rows.at(self._order(what, n, epoch))
         known, shuffled = self._epochs.get(what, (-1, None))
         if shuffled is None or known != epoch:
             shuffled = ShuffledRows(rows, self._order(what, n, epoch))
