@@ -230,7 +230,7 @@ WRONG = {
     ("explain", "samples"): ("1", "-1", "true", "1.5", '"2"', "[1]"),
     ("explain", "sampling"): CHOICES,
     ("explain", "link"): CHOICES,
-    ("explain", "cells"): COUNTS,
+    ("explain", "cells"): ("0", "-1", "true", "1.5", '"2"', "[1]"),
     ("data", "chunk"): COUNTS,
     ("data", "increments"): ("5", "[]", "[0, 2]", "[true]", "[1.5]", '"2"'),
     ("explain", "chunk"): ("0", "-1", "true", "1.5", '"2"', "[1]"),

@@ -118,7 +118,7 @@ def test_the_log_odds_of_a_logistic_model_are_its_linear_terms():
             explainer.explain(lambda rows: rows @ weight, x, background)
 
 
-def test_grid_column_and_token_groups_have_the_shape_of_an_instance():
+def test_groups_have_the_shape_of_an_instance():
     grid = grid_groups((3, 28, 28), 7)
     assert grid.shape == (3, 28, 28)
     assert (grid.unique(return_counts=True)[1] == 48).all() and grid.max() == 48

@@ -7,7 +7,8 @@ To add an explainer, add a file `my_explainer.py` with one class `MyExplainer(Ex
 
 from typing import TYPE_CHECKING, TypeGuard
 
-from perdure.explain.base import Attribution, Explainer, Predict
+from perdure.explain._model import Predict
+from perdure.explain.base import Attribution, Explainer
 from perdure.explain.exact_shapley import ExactShapley
 from perdure.explain.groups import column_groups, grid_groups, segment_groups, token_groups
 from perdure.explain.kernel_shap import KernelSHAP

@@ -83,7 +83,7 @@ def adapted(predict: Predict, inputs: Rows, size: int) -> tuple[Model, Tensor, T
     for model in _forms(predict, rows, given_arrays=isinstance(inputs, np.ndarray)):
         cast = rows.to(model.dtype)
         try:
-            outputs = torch.cat([model(part) for part in cast.split(size)])
+            outputs = torch.cat([model(part) for part in torch.split(cast, size)])
         except PerdureError:
             raise
         # A model may raise anything for a dtype that it does not take; the first error is shown.

@@ -102,8 +102,8 @@ def game(
     """Check the arguments of `explain`, and make the game."""
     question = explainer.question(predict, inputs, background, targets)
     absent = question.absent
-    total = sum(question.model(rows).sum(0) for rows in absent.split(question.chunk))
-    base = question.one_for_all(torch.as_tensor(total / len(absent)))
+    sums = [question.model(rows).sum(0) for rows in torch.split(absent, question.chunk)]
+    base = question.one_for_all(torch.stack(sums).sum(0) / len(absent))
     return Game(
         question=question,
         players=players_of(question.inputs.shape[1:], groups, cells),
@@ -154,7 +154,9 @@ def coalition_outputs(question: Question, masks: Tensor, block: slice) -> Tensor
     masks = masks.view(count, *inputs.shape[1:]).to(inputs.device)
     pairs = torch.arange(block.start * count, block.stop * count, device=inputs.device)
     rows = max(1, question.chunk // len(question.absent))
-    parts = [_mean(question, pair // count, masks[pair % count]) for pair in pairs.split(rows)]
+    parts = [
+        _mean(question, pair // count, masks[pair % count]) for pair in torch.split(pairs, rows)
+    ]
     return finite_scores(torch.cat(parts)).view(wanted)
 
 
@@ -164,7 +166,7 @@ def _mean(question: Question, owner: Tensor, mask: Tensor) -> Tensor:
     present = question.inputs[owner]
     total = torch.zeros(len(owner), question.targets.shape[1], dtype=torch.float64)
     total = total.to(owner.device)
-    for absent in background.split(question.chunk):
+    for absent in torch.split(background, question.chunk):
         rows = torch.where(mask[:, None], present[:, None], absent).flatten(0, 1)
         outputs = question.scores(rows, owner.repeat_interleave(len(absent)))
         total += outputs.view(len(owner), len(absent), -1).sum(1)

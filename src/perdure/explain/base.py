@@ -190,7 +190,7 @@ def attribution(asked: Question, values: Tensor, base: Tensor) -> Attribution:
         base: (n, k) outputs of which the contributions are the difference.
     """
     return Attribution(
-        values=asked.shaped(values.unflatten(1, asked.inputs.shape[1:])),
+        values=asked.shaped(values.reshape(*asked.inputs.shape, -1)),
         base=asked.shaped(base),
         targets=asked.targets if asked.every else asked.targets[:, 0],
         outputs=asked.shaped(asked.outputs),

@@ -43,6 +43,12 @@ def column_groups(sizes: Sequence[int]) -> Tensor:
     Args:
         sizes: number of columns of each group, from left to right; 1 for a single number.
 
+    Returns:
+        Groups (columns,), from 0 on.
+
+    Raises:
+        ConfigError: if a group has no columns.
+
     >>> column_groups([1, 3, 2])
     tensor([0, 1, 1, 1, 2, 2])
     """

@@ -218,7 +218,7 @@ def _noisy_outputs(asked: Question, shifts: Tensor) -> Tensor:
     pairs = torch.arange(len(inputs) * len(shifts), device=inputs.device)
     parts = [
         asked.scores(inputs[pair // len(shifts)] + shifts[pair % len(shifts)], pair // len(shifts))
-        for pair in pairs.split(asked.chunk)
+        for pair in torch.split(pairs, asked.chunk)
     ]
     return finite_scores(torch.cat(parts)).view(len(inputs), len(shifts), -1)
 

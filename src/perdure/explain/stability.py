@@ -45,4 +45,5 @@ def _centred_ranks(found: Attribution) -> Tensor:
     flat = found.values.flatten(1, found.values.ndim - found.base.ndim).double()
     ranks = flat.argsort(dim=1, stable=True).argsort(1).double()
     centred = ranks - ranks.mean(1, keepdim=True)
-    return centred / centred.norm(dim=1, keepdim=True).clamp_min(1.0)
+    scaled: Tensor = centred / centred.norm(dim=1, keepdim=True).clamp_min(1.0)
+    return scaled
