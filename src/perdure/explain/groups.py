@@ -44,7 +44,7 @@ def column_groups(sizes: Sequence[int]) -> Tensor:
         sizes: number of columns of each group, from left to right; 1 for a single number.
 
     Returns:
-        Groups (columns,), from 0 on.
+        Groups (n,) of the n columns, from 0 on.
 
     Raises:
         ConfigError: if a group has no columns.
