@@ -437,6 +437,22 @@ TABLES: dict[str, Listing] = {
         columns={"fault": "{fault}"},
         counted={"healed by the doctor": "doctor_healed", "by chance": "random_healed"},
     ),
+    "explain": Listing(
+        file="explain",
+        columns={
+            "data": "{data}",
+            "peer": "{peer}",
+            "instances": "{instances}",
+            "features": "{features}",
+            "outputs": "{outputs}",
+            "samples": "{samples}",
+            "seconds": "{seconds:.2f}",
+            "peer's time over ours": "{ratio:.1f}",
+            "lowest": "{lowest:.1f}",
+            "error": "{error:.4f}",
+            "peer's error": "{peer_error:.4f}",
+        },
+    ),
     "entered": Listing(
         file="entered",
         columns={

@@ -250,7 +250,7 @@ def superpixels(instances: int) -> Row:
     """Measure KernelSHAP on 7 x 7 superpixels of MNIST with a CNN, all outputs."""
     data = mnist()
     body = cnn(input_shape=(1, 28, 28), num_classes=10, seed=0, width=16)
-    model = trained(data, body, epochs=1, records=25_600)
+    model = trained(data, body, epochs=1, records=9600)
     inputs = data.test.inputs[:instances].view(-1, 1, 28, 28)
     explainer = KernelSHAP(samples=SUPERPIXEL_SAMPLES, cells=7)
     start = time.process_time()
