@@ -13,7 +13,7 @@ import torch
 from perdure.adversarial import Attack
 from perdure.data.experience import Stream
 from perdure.doctor import Finding, Monitor, in_order
-from perdure.errors import ConfigError, NonFiniteError, RunawayError
+from perdure.errors import NonFiniteError, RunawayError
 from perdure.experiment.config import Arm, Config
 from perdure.experiment.finding_rows import finding_of, finding_row
 from perdure.experiment.metrics_log import MetricsLog
@@ -35,14 +35,14 @@ from perdure.experiment.robustness import (
     without_robustness,
 )
 from perdure.experiment.starts import model_of, started
+from perdure.experiment.stream_checks import refuse_unmeasurable
 from perdure.experiment.training_config import TrainingConfig
-from perdure.learner.group_measures import refuse_groups
 from perdure.learner.learner import Callback, Learner
 from perdure.learner.progress import Watch
 from perdure.loggers import Logger
 from perdure.metrics import summarise
 from perdure.privacy.ledger.merged import Merged, merge
-from perdure.tasks import SingleLabel, refuse_other_tasks
+from perdure.tasks import SingleLabel
 from perdure.tasks.losses import Loss
 from perdure.utils.atomic_files import save_tensors, write_json
 from perdure.utils.seeding import generator
@@ -78,19 +78,7 @@ def open_stream(config: Config, *, without: int | None = None) -> Stream:
     """
     private = config.privacy is not None
     stream = started(config, config.data.open(seed=config.seed, private=private, without=without))
-    if config.attack or config.explain:
-        name = "[attack]" if config.attack else "[explain]"
-        refuse_other_tasks(stream.task, (SingleLabel,), name, "it asks for the class of a record")
-    if config.fairness:
-        refuse_groups(stream, config.fairness)
-    if config.explain and len(stream.input_shape) < 2:
-        allowed = f"no [explain] table, because inputs of shape {stream.input_shape} are not images"
-        raise ConfigError.of("explain.method", config.explain.method, allowed)
-    if config.explain:
-        try:
-            config.explain.explainer.unknowns(stream.input_shape)
-        except ConfigError as error:
-            raise ConfigError(f"explain.{error}") from None
+    refuse_unmeasurable(config, stream)
     return stream
 
 

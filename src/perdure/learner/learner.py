@@ -125,8 +125,7 @@ class Learner(SessionFront):
             alone has callbacks, folder and ledger. 1 for this process only.
         mixing: mixed pairs of records, Mixup() or CutMix(); refused under privacy.
         group_weights: factors of the losses of groups of records, from declared counts.
-        fine_tune: parameters to train: "all", "head", or beginnings of names; None to leave the
-            model as it is.
+        fine_tune: parameters to train: "all", "head", or beginnings of names; None: as they are.
     """
 
     model: nn.Module
