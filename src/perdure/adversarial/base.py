@@ -170,8 +170,8 @@ class Attack(CheckedFields, ABC):
             return (lower, upper) if self.norm == "linf" else None
         low, high = (_of_entries("bounds", bound, origin) for bound in self.bounds)
         # an entry outside the bounds may stay where it is
-        lowest = origin.clamp(max=low)  # type: ignore[call-overload]
-        highest = origin.clamp(min=high)  # type: ignore[call-overload]
+        lowest = origin.clamp(max=low)
+        highest = origin.clamp(min=high)
         if self.norm != "linf":
             return lowest, highest
         return torch.maximum(lower, lowest), torch.minimum(upper, highest)

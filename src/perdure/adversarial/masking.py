@@ -142,7 +142,7 @@ def _whole_range(inputs: Tensor, attack: Attack) -> float:
     assert attack.bounds is not None
     lows, highs = (bound if isinstance(bound, tuple) else (bound,) for bound in attack.bounds)
     span = max(highs) - min(lows)
-    count = inputs[0].numel()
+    count: int = inputs[0].numel()
     return {"linf": span, "l2": span * count**0.5, "l1": span * count}[attack.norm]
 
 

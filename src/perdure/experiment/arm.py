@@ -252,7 +252,8 @@ class ArmRun:
         measures = summarise(matrix, start, metric=metric)
         single = isinstance(self.stream.task, SingleLabel)
         classes = by_class(learner, self.stream) if single else None
-        numbers: Numbers = {
+        fairness = self.config.fairness
+        return {
             "accuracy_matrix": learner.matrix,
             "average_accuracy": measures.average_accuracy,
             "learning_accuracy": measures.learning_accuracy,
@@ -263,13 +264,11 @@ class ArmRun:
             "area_under_accuracy": measures.area_under_accuracy,
             "calibration_error": [each.calibration_error for each in classes] if classes else None,
             "by_class": [class_row(each) for each in classes] if classes else None,
+            "by_group": group_rows(learner, self.stream, fairness) if fairness else None,
             "state_bytes": sum(value.nbytes for value in learner.state.values()),
             **robust_numbers(self._robustness()),
             "seconds": self._seconds(),
         }
-        if self.config.fairness is not None:
-            numbers["by_group"] = group_rows(learner, self.stream, self.config.fairness)
-        return numbers
 
     def _no_numbers(self) -> Numbers:
         """Return the measurements of an arm whose training diverged: null, but for the time."""
@@ -283,6 +282,8 @@ class ArmRun:
             "worst_experience_accuracy": None,
             "area_under_accuracy": None,
             "calibration_error": None,
+            "by_class": None,
+            "by_group": None,
             "state_bytes": 0,
             **without_robustness(),
             "seconds": self._seconds(),
