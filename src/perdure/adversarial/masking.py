@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from perdure.adversarial.balls import uniform_in_ball
+from perdure.adversarial.balls import Norm, uniform_in_ball
 from perdure.adversarial.base import Attack, InputLosses, Logits, PerFeature
 from perdure.adversarial.pgd import PGD
 from perdure.adversarial.robust_accuracy import fixed, measure_robustness
@@ -143,7 +143,8 @@ def _whole_range(inputs: Tensor, attack: Attack) -> float:
     lows, highs = (bound if isinstance(bound, tuple) else (bound,) for bound in attack.bounds)
     span = max(highs) - min(lows)
     count: int = inputs[0].numel()
-    return {"linf": span, "l2": span * count**0.5, "l1": span * count}[attack.norm]
+    radii: dict[Norm, float] = {"linf": span, "l2": span * count**0.5, "l1": span * count}
+    return radii[attack.norm]
 
 
 def _transferred(

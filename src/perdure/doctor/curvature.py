@@ -160,4 +160,5 @@ def ritz_values(product: Callable[[Tensor], Tensor], start: Tensor, steps: int) 
     table = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
     sides = torch.tensor(beside[: len(diagonal) - 1], dtype=torch.float64)
     table = table + torch.diag(sides, 1) + torch.diag(sides, -1) if len(diagonal) > 1 else table
-    return torch.linalg.eigvalsh(table)
+    values: Tensor = torch.linalg.eigvalsh(table)
+    return values

@@ -32,7 +32,7 @@ def overridden(
     Raises:
         ConfigError: for seeds that are no numbers, and for an engine without a federation.
     """
-    if seeds is engine is device is processes is None:
+    if all(each is None for each in (seeds, engine, device, processes)):
         return text
     table = table_of(text, source)
     if seeds is not None:

@@ -32,9 +32,15 @@ class ReplayedArm(ArmRun):
 
     replay: ReplayRun
 
-    def learner(self, stream: Stream, client: int = 0, folder: Path | None = None) -> Learner:
+    def learner(
+        self,
+        stream: Stream,
+        client: int = 0,
+        folder: Path | None = None,
+        processes: int = 1,
+    ) -> Learner:
         """Make a new learner for one party, with `replay` as recorder of its outputs."""
-        made = super().learner(stream, client, folder)
+        made = super().learner(stream, client, folder, processes)
         return self.replay.attach(made, f"client {client}" if self.config.federation else ALONE)
 
 

@@ -162,7 +162,8 @@ def pseudo_labels(
 
 def entropy(probabilities: Tensor) -> Tensor:
     """Return the entropy (...,) in nats of probabilities (..., C)."""
-    return -torch.special.xlogy(probabilities, probabilities).sum(-1)
+    found: Tensor = -torch.special.xlogy(probabilities, probabilities).sum(-1)
+    return found
 
 
 def _refuse_pool(party: Party, pool: Records, name: str, *, public: bool) -> None:
@@ -210,7 +211,9 @@ def _centres(party: Party, pool: Records, labelled: Records | None, count: int) 
             for each in (pool, *([labelled] if labelled is not None else []))
         )
     if known:
-        distance = torch.stack([_to_nearest(rows, part) for part in known[0].split(512)]).amin(0)
+        distance = torch.stack(
+            [_to_nearest(rows, part) for part in torch.split(known[0], 512)]
+        ).amin(0)
         chosen = []
     else:
         chosen = [int(torch.cdist(rows, rows.mean(0, keepdim=True)).argmin())]

@@ -31,10 +31,13 @@ class Joining(Protocol):
     model: nn.Module
     strategy: Strategy
     privacy: Privacy | None
-    make_private_sum: MakePrivateSum
     folder: Path | None
     callbacks: Sequence[Callable[[str, Any], None]]
     show_progress: bool | None
+
+    @property
+    def make_private_sum(self) -> MakePrivateSum:
+        """Function that makes the private sum."""
 
     def restore(self, snapshot: Snapshot) -> None:
         """Restore the state of the run at the time of the snapshot."""

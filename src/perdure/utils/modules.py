@@ -138,7 +138,7 @@ def state_of(module: nn.Module) -> Params:
     while waiting:
         prefix, part = waiting.pop()
         own = vars(part)
-        if own["_state_dict_hooks"] or own["_state_dict_pre_hooks"] or not _plain(type(part)):
+        if own["_state_dict_hooks"] or own["_state_dict_pre_hooks"] or not _plain(type(part)):  # type: ignore[arg-type]  # classes are hashable
             return dict(module.state_dict(keep_vars=True))
         for name, value in own["_parameters"].items():
             if value is not None:

@@ -102,7 +102,7 @@ class Processes:
         flat = torch.cat([value.detach().reshape(-1) for value in values]).cpu()
         with lost_processes():
             distributed.all_reduce(flat)
-        parts = flat.to(values[0].device).split([value.numel() for value in values])
+        parts = torch.split(flat.to(values[0].device), [value.numel() for value in values])
         return [part.view(value.shape) for part, value in zip(parts, values, strict=True)]
 
     def agree(self, digest: bytes) -> bool:
