@@ -175,8 +175,12 @@ def tune_run(
     if asked is None:
         allowed = "a config with the tables [search] and [search.space]"
         raise ConfigError.of("search", f"none in {source or 'the config'}", allowed)
-    given = {"trials": trials, "sampler": sampler, "seed": seed}
-    search = replace(asked, **{name: each for name, each in given.items() if each is not None})
+    search = replace(
+        asked,
+        trials=asked.trials if trials is None else trials,
+        sampler=asked.sampler if sampler is None else sampler,
+        seed=asked.seed if seed is None else seed,
+    )
     place = _place(config, search)
     refuse_private(config, config.arms[place], search)
     runs = TrialRuns(
