@@ -57,18 +57,17 @@ def toy_stream() -> Stream:
     return split(data, experiences=2, scenario="class")
 
 
-def learner_of(case: str, *, processes: int = 1, seed: int = 0, **given: object) -> Learner:
+def learner_of(case: str, *, seed: int = 0, **given: object) -> Learner:
     """Return a learner of a case, with a model in float64."""
     strategy, _, private = case.partition(" ")
-    given = {"batch_size": 7, "optimizer": partial(torch.optim.SGD, lr=0.1, momentum=0.9)} | given
-    return Learner(
-        model=mlp(input_shape=(6,), num_classes=4, hidden=(8,), seed=seed).double(),
-        strategy=CASES[strategy],
-        epochs=2,
-        privacy=PRIVACY if private else None,
-        processes=processes,
-        **given,
-    )
+    options = {
+        "optimizer": partial(torch.optim.SGD, lr=0.1, momentum=0.9),
+        "epochs": 2,
+        "batch_size": 7,
+        "privacy": PRIVACY if private else None,
+    }
+    model = mlp(input_shape=(6,), num_classes=4, hidden=(8,), seed=seed).double()
+    return Learner(model=model, strategy=CASES[strategy], **options | given)
 
 
 def in_two_processes(work: Callable[[], T]) -> tuple[T, str]:

@@ -106,6 +106,17 @@ def test_a_stopped_run_of_two_processes_resumes_in_both(tmp_path):
     assert_equal_trainings(both, fitted("DER++", None))
 
 
+def test_secret_noise_and_coins_come_from_process_0_alone(tmp_path):
+    """Processes with keys of their own would draw other rows, and end with other parameters."""
+    secret = Privacy(noise_multiplier=1.0, delta=1e-3)
+    both, error = in_two_processes(
+        lambda: fitted("A-GEM private", tmp_path, processes=2, privacy=secret)
+    )
+    assert error == ""
+    assert not both.private_sum.ledger.simulated
+    assert len(list(tmp_path.rglob("key"))) == 1
+
+
 def test_a_process_that_dies_stops_the_others_with_one_line():
     def dies(point, learner):
         if distributed.get_rank() == 1:

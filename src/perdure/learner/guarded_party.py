@@ -111,6 +111,7 @@ class GuardedParty(PartySettings):
             lock=self.lock,
             history=history,
             make=shared_sum(self.group, self.make_private_sum),
+            helps=self.group is not None and not self.group.first,
         )
         self.training = replace(self.training, schedule=private_sum.schedule)
         return private_sum

@@ -56,6 +56,7 @@ def open_private_sum(
     lock: FolderLock | None = None,
     history: History | None = None,
     make: MakePrivateSum = PrivateSum,
+    helps: bool = False,
 ) -> PrivateSum:
     """Calibrate the noise, open the ledger, and make the private sum of a session.
 
@@ -69,6 +70,7 @@ def open_private_sum(
         lock: lock of the folder, which is held while the ledger is written.
         history: earlier cost of a warm-started model, which is carried over into the ledger.
         make: function that makes the private sum; an audit gives its own.
+        helps: True in a process that gets all answers from process 0, which has folder and key.
 
     Raises:
         BudgetError: if the plan does not fit the budget.
@@ -86,7 +88,7 @@ def open_private_sum(
     kept = KeptNoise(folder)
     schedule = kept.recall(training) or scheduled(training)
     anchors = checkpoint_anchors(folder) if folder else []
-    key = _own_key(folder, privacy, client, anchors)
+    key = NoiseKey.unused() if helps else _own_key(folder, privacy, client, anchors)
     copies = (private_copy(folder), state_copy(key)) if folder else ()
     ledger = Ledger.open(
         folder / LEDGER if folder else None,

@@ -179,7 +179,7 @@ def lost_processes() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = str(error).strip().partition("\n")[0]
+        reason = str(error).strip().partition("\n")[0].partition(". ")[0]
         raise RunError(
             f"another process of this training ended or does not answer ({reason}); look at its "
             "error, and start all processes again: a run with a folder continues"

@@ -74,6 +74,11 @@ class NoiseKey:
         self.simulated = simulated
 
     @classmethod
+    def unused(cls) -> "NoiseKey":
+        """Return a random key that is stored nowhere, for a process that draws no noise."""
+        return cls(secrets.token_bytes(KEY_BYTES), simulated=False)
+
+    @classmethod
     def from_os(cls, path: Path) -> "NoiseKey":
         """Read the key at `path`, or create one and store it there with mode 0600.
 
