@@ -243,10 +243,11 @@ CHALLENGES = (
         name="interpretability",
         challenge="interpretability",
         measure="fidelity",
-        healthy={"explain": {"method": "kernel_shap", "samples": 4096}},
-        fault={"explain.samples": 128},
+        healthy={"explain": {"method": "lime", "samples": 4096}},
+        fault={"explain.samples": 132},
         remedy={"explain.samples": 2176},
         rules=("few samples",),
+        note="LIME; fewer samples than 130 are refused.",
     ),
     Challenge(
         name="sequences",
