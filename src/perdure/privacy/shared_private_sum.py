@@ -149,8 +149,10 @@ class SharedPrivateSum(PrivateSum):
         device = next(iter(params.values())).device
 
         def released(helped: Clipped) -> Message:
-            mine = super(SharedPrivateSum, self)
-            return Message(tensors=mine.reference(helped, params, step=step, purpose=purpose))
+            own = super(SharedPrivateSum, self).reference(
+                helped, params, step=step, purpose=purpose
+            )
+            return Message(tensors=own)
 
         message = self._with_help("reference", clipped, released)
         return {name: message.tensors[name].to(device) for name in params}
@@ -180,8 +182,7 @@ class SharedPrivateSum(PrivateSum):
         """Return (bins,) int64 counts plus integer noise, drawn by process 0."""
 
         def counted() -> Tensor:
-            mine = super(SharedPrivateSum, self)
-            return mine.count(counts, purpose=purpose, occasion=occasion)
+            return super(SharedPrivateSum, self).count(counts, purpose=purpose, occasion=occasion)
 
         return self._told("count", counted).to(counts.device)
 
@@ -189,8 +190,7 @@ class SharedPrivateSum(PrivateSum):
         """Return (k,) indices of high scores, chosen by process 0."""
 
         def selected() -> Tensor:
-            mine = super(SharedPrivateSum, self)
-            return mine.select(scores, purpose=purpose, occasion=occasion)
+            return super(SharedPrivateSum, self).select(scores, purpose=purpose, occasion=occasion)
 
         return self._told("select", selected).to(scores.device)
 

@@ -208,7 +208,9 @@ def with_processes(command: Sequence[str], count: int) -> Iterator[None]:
     """
     from torch import distributed
 
-    store = distributed.TCPStore("127.0.0.1", 0, count, is_master=True, wait_for_workers=False)
+    store = distributed.TCPStore(  # type: ignore[attr-defined]
+        "127.0.0.1", 0, count, is_master=True, wait_for_workers=False
+    )
     others = [
         # a list of arguments, so no shell reads it
         subprocess.Popen([*command, str(rank), str(count), str(store.port)])  # noqa: S603
@@ -251,7 +253,9 @@ def connect(rank: int, count: int, port: int) -> Processes:
     # Ctrl-C reaches every process of a terminal; process 0 stops the others
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with lost_processes():
-        store = distributed.TCPStore("127.0.0.1", port, count, is_master=False)
+        store = distributed.TCPStore(  # type: ignore[attr-defined]
+            "127.0.0.1", port, count, is_master=False
+        )
         store.set(_ready(rank), "")
         distributed.init_process_group(
             "gloo", store=store, rank=rank, world_size=count, timeout=TIMEOUT
