@@ -303,7 +303,7 @@ CHALLENGES = (
         measure="cpu_seconds",
         healthy={**CLASSES, "arms": [{"strategy": "naive"}], "training.epochs": 20},
         fault={"arms": [{"strategy": "joint"}]},
-        remedy={"arms": [{"strategy": "er_ace", "memory_size": 200}]},
+        remedy={"arms": [{"strategy": "replay", "memory_size": 200}]},
         rules=("compute need",),
         limits={"compute_need": {"operations": 2e9}},
         note="The declared limit is 2e9 operations for the training.",
@@ -338,7 +338,7 @@ CHALLENGES = (
         challenge="unstable loss surfaces",
         healthy={"model.activation": "tanh"},
         fault={"training.batch_size": 4, "training.learning_rate": 0.06},
-        remedy={"training.averaging": {"name": "ema", "decay": 0.998}},
+        remedy={"training.averaging": {"name": "swa", "start": 0.25}},
         rules=("unstable loss", "learning rate too high"),
     ),
 )
