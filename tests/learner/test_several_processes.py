@@ -19,6 +19,8 @@ from perdure.utils.processes import with_processes
 SHORT = ("DER++", "A-GEM private")
 ALL = ("Naive", "EWC", "DER++", "A-GEM", "Naive private", "EWC private", "A-GEM private")
 DEEP = "deployment: a second process imports everything again, and trains seven cases"
+forked = pytest.mark.deep(reason="deployment: a forked second process")
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 
 
 def assert_equal_trainings(both, alone):
@@ -40,24 +42,25 @@ def fitted(case, folder, **given):
     return learner
 
 
-@pytest.mark.parametrize("case", SHORT)
-def test_two_processes_equal_one_in_float64(case, tmp_path):
-    both, error = in_two_processes(
-        lambda: fitted(case, tmp_path / "two", processes=2, seed=distributed.get_rank())
-    )
-    assert error == ""
-    assert_equal_trainings(both, fitted(case, tmp_path / "one"))
+def assert_two_equal_one(cases, folder):
+    """Assert that two started processes and one have equal results in every case."""
+    command = [sys.executable, "-m", "helpers.shared_training", ",".join(cases)]
+    with with_processes(command, 2):
+        found = {case: fitted(case, folder / f"{case} 2", processes=2) for case in cases}
+    for case in cases:
+        assert_equal_trainings(found[case], fitted(case, folder / case))
+
+
+def test_two_processes_equal_one_in_float64(tmp_path):
+    assert_two_equal_one(SHORT, tmp_path)
 
 
 @pytest.mark.deep(reason=DEEP)
-def test_two_started_processes_equal_one_in_every_case(tmp_path):
-    command = [sys.executable, "-m", "helpers.shared_training", ",".join(ALL)]
-    with with_processes(command, 2):
-        found = {case: fitted(case, tmp_path / f"{case} 2", processes=2) for case in ALL}
-    for case in ALL:
-        assert_equal_trainings(found[case], fitted(case, tmp_path / case))
+def test_two_processes_equal_one_in_every_case(tmp_path):
+    assert_two_equal_one(ALL, tmp_path)
 
 
+@forked
 def test_a_plain_step_equals_torch_ddp_in_float64():
     """A mean over processes is the mean over rows if parts are equal; losses are float32."""
 
@@ -94,6 +97,7 @@ def test_a_plain_step_equals_torch_ddp_in_float64():
         torch.testing.assert_close(ours.params[name], value, rtol=0, atol=1e-8)
 
 
+@forked
 def test_a_stopped_run_of_two_processes_resumes_in_both(tmp_path):
     def stopped(point, learner):
         if point == "block.begin" and learner.position.experience == 1:
@@ -106,6 +110,7 @@ def test_a_stopped_run_of_two_processes_resumes_in_both(tmp_path):
     assert_equal_trainings(both, fitted("DER++", None))
 
 
+@forked
 def test_secret_noise_and_coins_come_from_process_0_alone(tmp_path):
     """Processes with keys of their own would draw other rows, and end with other parameters."""
     secret = Privacy(noise_multiplier=1.0, delta=1e-3)
@@ -147,6 +152,7 @@ def test_a_process_that_dies_stops_the_others_with_one_line():
     assert "\n" not in told
 
 
+@forked
 def test_processes_with_different_settings_are_refused():
     def work():
         learner_of("Naive", processes=2, l2=0.1 * distributed.get_rank()).fit(toy_stream())
