@@ -73,8 +73,9 @@ def imbalanced_adult(*, ratio: float = 1.0, records: int = 3_000) -> Dataset:
     data = adult()
     train = of_each(data.train.labels, [records, round(records / ratio)])
     test = of_each(data.test.labels, [1_500, 1_500])
-    parts = {"train": data.train.take(train), "test": data.test.take(test)}
-    return replace(data, name="imbalanced_adult", **parts)
+    return replace(
+        data, name="imbalanced_adult", train=data.train.take(train), test=data.test.take(test)
+    )
 
 
 def of_each(labels: Tensor, counts: Sequence[int]) -> Tensor:

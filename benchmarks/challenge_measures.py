@@ -71,7 +71,7 @@ def stored_bytes(done: Finished) -> float:
     arm = done.tables["arms"][0]
     train = done.learner.stream[0].train
     record = train.inputs[0].nbytes + train.labels[0].nbytes + train.ids[0].nbytes
-    return float(done.trial["state_bytes"]) + arm.get("memory_size", 0) * record
+    return float(done.trial["state_bytes"] + arm.get("memory_size", 0) * record)
 
 
 def multiply_adds(done: Finished) -> float:
@@ -79,7 +79,7 @@ def multiply_adds(done: Finished) -> float:
     learner = done.learner
     with torch.no_grad(), FlopCounterMode(display=False) as counted:
         learner.model(learner.stream[0].test.inputs[:1])
-    return counted.get_total_flops() / 2
+    return float(counted.get_total_flops()) / 2
 
 
 def exported_bytes(done: Finished) -> float:
@@ -96,7 +96,7 @@ def fidelity(done: Finished) -> float:
     predict = learner.predictor(0, after=0)
     inputs = learner.stream[0].test.inputs[:EXPLAINED]
     background = torch.zeros_like(inputs[:1])
-    kind = find_explainer(done.tables["explain"]["method"])
+    kind: Any = find_explainer(done.tables["explain"]["method"])  # its fields differ
     samples = done.tables["explain"]["samples"]
     found = []
     for number, seed in ((samples, done.seed), (REFERENCE, 10_000 + done.seed)):
@@ -104,7 +104,7 @@ def fidelity(done: Finished) -> float:
         explainer = kind(samples=number)
         found.append(explainer.explain(predict, inputs, background, generator=draws).values)
     rows = [each.flatten(1) - each.flatten(1).mean(1, keepdim=True) for each in found]
-    return 100 * float(torch.cosine_similarity(*rows, dim=1).mean())
+    return 100 * float(torch.cosine_similarity(rows[0], rows[1], dim=1).mean())
 
 
 MEASURES: dict[str, tuple[str, bool, Callable[[Finished], float]]] = {

@@ -1,5 +1,7 @@
 """Models of `challenges.py`, which names them as "challenge_models:NAME"."""
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -7,6 +9,10 @@ from torch import nn
 from perdure.data import digits
 from perdure.models import Classifier, mlp
 from perdure.utils import generator
+
+Norm = Literal["none", "layer", "group", "batch"]
+Activation = Literal["relu", "leaky_relu", "prelu", "gelu", "silu", "tanh"]
+Initialisation = Literal["default", "he", "xavier", "orthogonal"]
 
 
 def saddle(
@@ -27,7 +33,7 @@ def large(
     num_classes: int,
     seed: int,
     scale: float = 4.0,
-    norm: str | None = None,
+    norm: Norm | None = None,
 ) -> Classifier:
     """Make a deep MLP with tanh whose hidden weights are some times those of Xavier."""
     model = mlp(
@@ -51,9 +57,9 @@ def spoilt(
     num_classes: int,
     seed: int,
     fault: str,
-    activation: str = "relu",
-    init: str | None = None,
-    norm: str = "none",
+    activation: Activation = "relu",
+    init: Initialisation | None = None,
+    norm: Norm = "none",
     skip: bool = False,
     dropout: float = 0.0,
 ) -> nn.Module:
@@ -108,8 +114,9 @@ def transferred(input_shape: tuple[int, ...], num_classes: int, seed: int) -> Cl
     half = slice(0, len(records) // 2)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     for _ in range(20):
-        for rows in torch.randperm(half.stop).split(32):
+        for rows in torch.split(torch.randperm(half.stop), 32):
             optimizer.zero_grad()
-            F.cross_entropy(model(records.inputs[rows]), records.labels[rows]).backward()
+            loss = F.cross_entropy(model(records.inputs[rows]), records.labels[rows])
+            torch.autograd.backward(loss)
             optimizer.step()
     return model

@@ -265,7 +265,10 @@ def options(claim: Claim) -> dict[str, Any]:
     arms = {
         arm.name: {
             "strategy": described(arm.strategy),
-            "search": {name: list(bounds) for name, bounds in arm.search.items()},
+            "search": {
+                name: list(bounds) if isinstance(bounds, tuple | list) else described(bounds)
+                for name, bounds in arm.search.items()
+            },
             "model": described(arm.model),
             "optimizer": described(arm.optimizer),
             "training": dict(arm.training or claim.training),

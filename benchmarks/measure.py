@@ -40,6 +40,7 @@ FOREIGN = {
     "_SpectralNorm": "torch: the class that `spectral_norm` registers; the guard refuses it",
     "_pytree": "torch: the only walk over the arguments of an operation",
     "_make_wrapper_subclass": "torch: the one way to a tensor that holds no rows of its own",
+    "_compiled_call_impl": "torch: the only sign that `module.compile()` was called",
     "_C": "torch: the only switch that keeps a tensor subclass out of an operation",
     "_schema": "torch: the only list of the arguments that an operation writes to",
     "_to_copy": "torch: the operation behind `tensor.to`",

@@ -57,7 +57,7 @@ def select_records(
 
     Args:
         learner: learner that was trained, or prepared.
-        pool: records to choose from, with ids of their own; their labels may be any.
+        pool: (n, ...) records to choose from, with ids of their own; their labels may be any.
         count: number of records.
         method: measure of the use of a label; "random" to compare with.
         labelled: public records that have labels, the first centres of `coreset`; None for none,

@@ -267,15 +267,11 @@ class Learner(SessionFront):
         self._new_optimizer()
         if self.scheduler:  # refuse a schedule before anything is inspected, charged or written
             refuse_schedule(self.optimizer, self.scheduler, self.iterations)
-        self._validator = None
-        if self.validation:
-            private = self.privacy is not None
-            self._validator = Validator(self.validation, stream, self.seed, private=private)
-            stream = self._validator.stream
+        self._validator = self._new_validator(stream)
         self._session = Session(
             model=self.model,
             strategy=self.strategy,
-            stream=stream,
+            stream=self._validator.stream if self._validator else stream,
             epochs=self.epochs,
             iterations=self.iterations,
             blocks=self.blocks,
@@ -318,6 +314,12 @@ class Learner(SessionFront):
             )
         if self._group:
             refuse_different(self._group, self.fingerprint, private=self.privacy is not None)
+
+    def _new_validator(self, stream: Stream) -> Validator | None:
+        """Hold out records of a stream for validation; None without validation."""
+        given = self.validation
+        private = self.privacy is not None
+        return Validator(given, stream, self.seed, private=private) if given else None
 
     def close(self) -> None:
         """Release the lock of the folder; a later use of the learner takes it again."""
@@ -425,8 +427,7 @@ class Learner(SessionFront):
         snapshot = Store(self.folder).load() if self.folder else None
         if snapshot:
             self.restore_checkpoint(snapshot)
-        if self._group:
-            snapshot = restore_first(self, self._group, snapshot)
+        snapshot = restore_first(self, self._group, snapshot) if self._group else snapshot
         return snapshot is not None
 
     # ------------------------------------------------------------------ what it stands on
