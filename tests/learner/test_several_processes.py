@@ -18,7 +18,6 @@ from perdure.utils.processes import with_processes
 
 SHORT = ("DER++", "A-GEM private")
 ALL = ("Naive", "EWC", "DER++", "A-GEM", "Naive private", "EWC private", "A-GEM private")
-DEEP = "deployment: a second process imports everything again, and trains seven cases"
 forked = pytest.mark.deep(reason="deployment: a forked second process")
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 
@@ -55,7 +54,7 @@ def test_two_processes_equal_one_in_float64(tmp_path):
     assert_two_equal_one(SHORT, tmp_path)
 
 
-@pytest.mark.deep(reason=DEEP)
+@pytest.mark.deep(reason="deployment: a second process, and seven cases")
 def test_two_processes_equal_one_in_every_case(tmp_path):
     assert_two_equal_one(ALL, tmp_path)
 
