@@ -21,7 +21,10 @@ from perdure.strategies.bic import held_out
 from perdure.strategies.naive import Naive
 from perdure.testing.replay import replay, without_record
 
-REFUSED = {"mir": "couples the records of a batch"}
+REFUSED = {
+    "coral": "couples the records of a batch",
+    "mir": "couples the records of a batch",
+}
 """Strategies that are refused under privacy, and so have no replay: by name, with the reason."""
 SHORT = {
     ("agem", "correlated", "alone"),
