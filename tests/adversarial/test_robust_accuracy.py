@@ -18,7 +18,7 @@ from perdure.adversarial import (
     robust_accuracy,
     towards,
 )
-from perdure.errors import ConfigError
+from perdure.errors import ConfigError, NonFiniteError
 
 
 def seed(value=0):
@@ -167,6 +167,49 @@ def test_pgd_equals_the_adversarial_robustness_toolbox(digits, norm):
         lambda rows: F.cross_entropy(model(rows), labels, reduction="none"), inputs
     )
     assert np.abs(moved.numpy() - expected).max() < 1e-6
+
+
+def test_gradients_that_are_not_finite_do_not_look_robust(digits):
+    model, inputs, labels = digits
+
+    def imputing(rows):
+        # a distance of 0 has the gradient NaN, and a step along it is repaired by the model
+        rows = rows.nan_to_num(0.5)
+        return model(rows) + torch.sqrt((rows[:, :1] - rows[:, :1]).square())
+
+    attack = PGD(epsilon=0.1, random_start=False)
+    honest, hidden = (
+        measure_robustness(predict, inputs, labels, attack, generator=None)
+        for predict in (model, imputing)
+    )
+    assert honest.zero_gradients < 5
+    assert hidden.zero_gradients == 100
+    assert hidden.largest_change <= 0.1 + 1e-6
+    # the entry with the hidden gradient stays where it is, all others are attacked
+    assert abs(hidden.robust_accuracy - honest.robust_accuracy) <= 5
+
+
+def test_an_attack_that_makes_nan_is_refused_with_its_name(digits):
+    model, inputs, labels = digits
+
+    class Broken(FGSM):
+        def perturb(self, losses, inputs, *, generator=None):
+            return inputs / 0.0
+
+    with pytest.raises(NonFiniteError, match="Broken made NaN"):
+        robust_accuracy(
+            lambda rows: model(rows.nan_to_num(0.0)),
+            inputs,
+            labels,
+            Broken(epsilon=0.1),
+            generator=None,
+        )
+
+
+def test_labels_of_another_dtype_are_refused_by_name(digits):
+    model, inputs, labels = digits
+    with pytest.raises(ConfigError, match=r"^labels\.dtype = torch.int32"):
+        robust_accuracy(model, inputs, labels.int(), FGSM(epsilon=0.1), generator=None)
 
 
 @pytest.fixture(scope="module")

@@ -102,6 +102,24 @@ def test_token_numbers_of_an_embedding_are_explained_as_they_are():
     assert close(present.fidelity, torch.ones(2, 2))
 
 
+def test_a_background_that_a_cast_would_change_is_refused():
+    model = nn.Sequential(nn.Embedding(10, 2), nn.Flatten(), nn.Linear(8, 3))
+    with pytest.raises(ConfigError, match=r"^background = torch.float32"):
+        ExactShapley().explain(model, INPUTS, BACKGROUND + 0.9)
+    values = ExactShapley().explain(model, INPUTS, BACKGROUND.float()).values
+    assert torch.equal(values, ExactShapley().explain(model, INPUTS, BACKGROUND).values)
+
+
+@every
+def test_a_module_is_explained_in_evaluation_mode_and_left_alone(name):
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 3))
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    first, second = (values(name, model, inputs=INPUTS.float()) for _ in range(2))
+    assert torch.equal(first, second)
+    assert all(part.training for part in model.modules())
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
 @every
 def test_all_outputs_in_one_pass_equal_one_after_the_other(name):
     def bent(rows):

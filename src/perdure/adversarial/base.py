@@ -37,7 +37,18 @@ Limits = tuple[Tensor, Tensor]
 def input_gradient(losses: InputLosses, inputs: Tensor) -> Tensor:
     """Gradient (n, ...) of each record's loss with respect to that record.
 
-    Parameters get no gradient.
+    Entries that are NaN or infinite, as of a distance of 0, become 0: a step along them would leave
+    the ball. Parameters get no gradient.
+
+    Raises:
+        ConfigError: if inputs are not floating-point, or `losses` does not give one number per
+            record.
+    """
+    return raw_gradient(losses, inputs).nan_to_num(0.0, 0.0, 0.0)
+
+
+def raw_gradient(losses: InputLosses, inputs: Tensor) -> Tensor:
+    """Gradient (n, ...) as `input_gradient`, with entries that are NaN or infinite as they are.
 
     Raises:
         ConfigError: if inputs are not floating-point, or `losses` does not give one number per

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from perdure.adversarial.balls import Norm
-from perdure.adversarial.base import Attack, Logits, PerFeature, input_gradient
+from perdure.adversarial.base import Attack, Logits, PerFeature, raw_gradient
 from perdure.adversarial.objectives import OBJECTIVES, Objective
-from perdure.errors import ConfigError
+from perdure.errors import ConfigError, NonFiniteError
 from perdure.utils.chunking import PASS_BYTES, row_slices
 from perdure.utils.finite_outputs import finite_outputs
 from perdure.utils.modules import evaluating_with_gradients, trainable_parameters
@@ -38,8 +38,8 @@ class ThreatModelCard:
         clean_accuracy: percentage of records that are classified correctly without an attack.
         robust_accuracy: percentage of records that are classified correctly without and with it;
             an upper bound on the true robustness.
-        zero_gradients: percentage of records without a gradient of the cross entropy. A number
-            above 0 means that this loss hides the gradient from attacks.
+        zero_gradients: percentage of records whose gradient of the cross entropy is 0, NaN or
+            infinite. A number above 0 means that gradients are hidden from attacks.
         largest_change: largest change that the attack made, in the norm.
     """
 
@@ -109,7 +109,7 @@ def measure_robustness(
     Raises:
         ConfigError: if there are no records, if labels do not fit, if inputs are outside the bounds
             of the attack, or if an objective does not exist.
-        NonFiniteError: if logits are NaN or infinite.
+        NonFiniteError: if logits, or inputs after the attack, are NaN or infinite.
     """
     _check(inputs, labels, attack, objectives, batch_size)
     size = batch_size or _rows_of(inputs)
@@ -221,6 +221,11 @@ def _attacked(
     moved = attack.against(
         predict, inputs, labels, objectives=objectives, generator=generator
     ).detach()
+    if not bool(moved.isfinite().all()):
+        raise NonFiniteError(
+            f"{type(attack).__name__} made NaN or infinite inputs; allowed: finite inputs; "
+            "look for divisions by 0 in the attack"
+        )
     with torch.no_grad():
         left = finite_outputs(predict(moved)).argmax(1) == labels
     order = {"linf": torch.inf, "l2": 2, "l1": 1}[attack.norm]
@@ -229,11 +234,11 @@ def _attacked(
 
 
 def _blind(predict: Logits, inputs: Tensor, labels: Tensor) -> int:
-    """Count the records whose cross entropy has no gradient."""
-    gradient = input_gradient(
+    """Count the records whose cross entropy has no gradient, or one that is not finite."""
+    gradient = raw_gradient(
         lambda rows: F.cross_entropy(predict(rows), labels, reduction="none"), inputs
-    )
-    return int((gradient.flatten(1) == 0).all(1).sum())
+    ).flatten(1)
+    return int(((gradient == 0).all(1) | ~gradient.isfinite().all(1)).sum())
 
 
 def _rows_of(inputs: Tensor) -> int:
@@ -263,6 +268,8 @@ def _check(
             tuple(labels.shape),
             f"({len(inputs)},), one label per record, and at least one record",
         )
+    if labels.dtype != torch.int64:
+        raise ConfigError.of("labels.dtype", labels.dtype, "torch.int64; use labels.long()")
     if batch_size is not None and batch_size < 1:
         raise ConfigError.of("batch_size", batch_size, "1 or more, or None")
     unknown = [name for name in objectives if name not in get_args(Objective)]

@@ -1,6 +1,7 @@
 """Adapter that turns every kind of model into a function from tensors to float64 outputs."""
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from perdure.errors import ConfigError, PerdureError
 from perdure.utils.finite_outputs import finite_outputs
+from perdure.utils.modules import evaluating
 
 Rows = Tensor | np.ndarray[Any, Any]
 """Rows (n, ...) as a tensor or a numpy array."""
@@ -37,6 +39,8 @@ Predict = Callable[[Any], Any] | Classifier | Regressor
 class Model:
     """A model as a function from tensors (rows, ...) to float64 outputs (rows, outputs).
 
+    A module runs in evaluation mode; its modes and running statistics do not change.
+
     Args:
         call: function of tensors or of numpy arrays.
         dtype: dtype of the rows that the function takes.
@@ -54,7 +58,9 @@ class Model:
         Raises:
             ConfigError: if the shape does not fit, or outputs are NaN or infinite.
         """
-        answer = self.call(rows.cpu().numpy() if self.takes_arrays else rows)
+        module = self.call if isinstance(self.call, nn.Module) else None
+        with evaluating(module) if module else nullcontext():
+            answer = self.call(rows.cpu().numpy() if self.takes_arrays else rows)
         outputs = torch.as_tensor(answer, device=rows.device).detach()
         if outputs.shape == rows.shape[:1]:
             outputs = outputs[:, None]

@@ -92,13 +92,21 @@ def question(
     return Question(
         model=model,
         inputs=rows,
-        background=None if others is None else others.to(rows),
+        background=None if others is None else _cast(others, rows),
         targets=found,
         every=every,
         outputs=finite_scores(outputs.gather(1, found)),
         dtype=given.dtype if given.is_floating_point() else torch.get_default_dtype(),
         chunk=chunk or rows_per_pass(rows),
     )
+
+
+def _cast(background: Tensor, rows: Tensor) -> Tensor:
+    """Return the background in the dtype of the rows; a cast that changes a number is refused."""
+    cast = background.to(rows)
+    if not rows.is_floating_point() and not torch.equal(cast.to(background), background):
+        raise ConfigError.of("background", background.dtype, f"whole numbers, as {rows.dtype}")
+    return cast
 
 
 def _rows(rows: Rows, name: str, shape: torch.Size | None) -> Tensor:
