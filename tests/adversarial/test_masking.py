@@ -5,7 +5,6 @@ import torch
 from torch import nn
 
 from perdure.adversarial import PGD, check_masking
-from perdure.errors import ConfigError
 
 
 def seed(value=0):
@@ -54,6 +53,8 @@ def test_a_model_of_rounded_inputs_is_found_to_hide_gradients(task):
     assert "WARNING" in str(next(check for check in checks if not check.passed))
 
 
-def test_masking_is_checked_with_bounds_only(task):
-    with pytest.raises(ConfigError, match=r"^attack\.bounds = None"):
-        check_masking(*task, PGD(epsilon=0.1, bounds=None), generator=seed())
+def test_masking_is_checked_without_bounds_too(task):
+    checks = check_masking(*task, PGD(epsilon=0.05, bounds=None, steps=5), generator=seed())
+    assert failed(checks) == set()
+    free = next(check for check in checks if check.name == "an attack without limit")
+    assert free.robust_accuracy == 0

@@ -45,7 +45,8 @@ def test_attack_prints_and_stores_cards_and_checks(finished, tmp_path):
     assert all(card["robust_accuracy"] <= card["clean_accuracy"] for card in cards)
     assert cards[1]["robust_accuracy"] < cards[1]["clean_accuracy"]
     assert f"{cards[1]['robust_accuracy']:.1f}" in done.output
-    for word in ("PGD, linf 0.05, steps 5", "an attack without limit leaves"):
+    assert [card["experience"] for card in cards] == [0, 1]
+    for word in ("PGD, linf 0.05, steps 5", "an attack without limit leaves", "are left:"):
         assert word in done.output
 
 

@@ -9,7 +9,6 @@ from perdure.adversarial.balls import Norm, uniform_in_ball
 from perdure.adversarial.base import Attack, InputLosses, Logits, PerFeature
 from perdure.adversarial.pgd import PGD
 from perdure.adversarial.robust_accuracy import fixed, measure_robustness
-from perdure.errors import ConfigError
 
 SLACK = 1.0
 """Points by which a stronger attack may leave more records, because attacks are random."""
@@ -85,18 +84,17 @@ def check_masking(
         predict: module, or another differentiable function (k, ...) -> (k, classes) logits.
         inputs: (n, ...) inputs, within the bounds of the attack.
         labels: (n,) int64 labels.
-        attack: attack of the robust accuracy that is checked; it needs bounds.
+        attack: attack of the robust accuracy that is checked; without bounds, the attack without
+            limit may move an input by ten times the range of all inputs.
         generator: CPU generator for the random numbers of the attacks.
         surrogate: another model of the same classes, for the attack by transfer; None for none.
 
     Raises:
-        ConfigError: if the attack has no bounds, or arguments do not match.
+        ConfigError: if arguments do not match.
 
     Source: Carlini, Athalye, Papernot et al. 2019, "On evaluating adversarial robustness",
     section 4; Athalye, Carlini, Wagner 2018, section 3.1.
     """
-    if attack.bounds is None:
-        raise ConfigError.of("attack.bounds", None, "(low, high), for an attack without limit")
 
     def left(other: Attack) -> float:
         card = measure_robustness(predict, inputs, labels, other, generator=generator)
@@ -138,10 +136,12 @@ def _times(epsilon: PerFeature, factor: float) -> PerFeature:
 
 
 def _whole_range(inputs: Tensor, attack: Attack) -> float:
-    """Return a radius of a ball that contains every allowed input."""
-    assert attack.bounds is not None
-    lows, highs = (bound if isinstance(bound, tuple) else (bound,) for bound in attack.bounds)
-    span = max(highs) - min(lows)
+    """Return a radius of a ball that contains every allowed input, or far more than all inputs."""
+    if attack.bounds is None:
+        span = 10 * float(inputs.max() - inputs.min())
+    else:
+        lows, highs = (bound if isinstance(bound, tuple) else (bound,) for bound in attack.bounds)
+        span = max(highs) - min(lows)
     count: int = inputs[0].numel()
     radii: dict[Norm, float] = {"linf": span, "l2": span * count**0.5, "l1": span * count}
     return radii[attack.norm]

@@ -21,7 +21,8 @@ def attack(
     ] = None,
     norm: Annotated[str, typer.Option(help="Norm of the ball: linf, l2 or l1.")] = "linf",
     eps: Annotated[
-        float | None, typer.Option("--eps", help="Radius of the ball, in units of the inputs.")
+        float | None,
+        typer.Option("--eps", help="Radius of the ball; required."),
     ] = None,
     steps: Annotated[int, typer.Option(help="Gradient steps of PGD.")] = 20,
     restarts: Annotated[int, typer.Option(help="Random starts of PGD.")] = 1,
@@ -33,7 +34,8 @@ def attack(
         typer.Option(help="Smallest and largest input; default: 0 1 if test inputs lie there."),
     ] = None,
     check: Annotated[
-        bool, typer.Option("--check", help="Look for hidden gradients with stronger attacks.")
+        bool,
+        typer.Option("--check", help="Look for hidden gradients."),
     ] = False,
     records: Annotated[
         int | None, typer.Option(help="Test records of each experience; default: all.")
@@ -70,13 +72,22 @@ def attack(
         )
     console.print(_table(found))
     for model in found:
+        if model.checked is not None:
+            left = model.experiences[model.checked].robust_accuracy
+            told = f"{model.trial}, experience {model.checked + 1}, of which {left:.1f} % are left:"
+            console.print(told, highlight=False, markup=False)
         for sign in model.checks:
-            console.print(f"{model.trial}: {sign}", highlight=False, markup=False)
+            console.print(f"  {sign}", highlight=False, markup=False)
     console.print(f"threat model: {found[0].experiences[0].threat()}", highlight=False)
     if json is not None:
-        write_json(
-            json, {model.trial: [card.row() for card in model.experiences] for model in found}
-        )
+        rows = {
+            model.trial: [
+                {"experience": number, **card.row()}
+                for number, card in enumerate(model.experiences)
+            ]
+            for model in found
+        }
+        write_json(json, rows)
         console.print(f"written: {json}", markup=False, highlight=False)
 
 

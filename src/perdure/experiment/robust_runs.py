@@ -32,12 +32,15 @@ class AttackedModel:
     Args:
         trial: name of the arm, with its seed where the run has several.
         experiences: card of each experience, on its test records, in order.
-        checks: checks for hidden gradients, on the last experience; () if they were not asked for.
+        checked: index of the experience whose records are the most robust ones, which is checked
+            for hidden gradients; None if no check was asked for.
+        checks: checks for hidden gradients on its test records; () if they were not asked for.
     """
 
     trial: str
     experiences: tuple[ThreatModelCard, ...]
-    checks: tuple[MaskingCheck, ...]
+    checked: int | None = None
+    checks: tuple[MaskingCheck, ...] = ()
 
     @property
     def robust_accuracy(self) -> float:
@@ -105,8 +108,8 @@ def _attacked(
     stages = learner.stream.to(learner.device).stages
     last = len(learner.stream) - 1
     cards = []
-    for stage in stages:
-        test = _first(stage.test, records)
+    tests = [_first(stage.test, records) for stage in stages]
+    for stage, test in zip(stages, tests, strict=True):
         card = measure_robustness(
             learner.predictor(stage.last, after=last),
             test.inputs,
@@ -115,17 +118,19 @@ def _attacked(
             generator=generator(learner.seed, "attack", stage.number),
         )
         cards.append(card)
-    signs: tuple[MaskingCheck, ...] = ()
-    if checks:
-        assert isinstance(attack, PGD)
-        signs = check_masking(
-            learner.predictor(stages[-1].last, after=last),
-            test.inputs,
-            test.labels,
-            attack,
-            generator=generator(learner.seed, "masking"),
-        )
-    return AttackedModel(trial=trial, experiences=tuple(cards), checks=signs)
+    if not checks:
+        return AttackedModel(trial=trial, experiences=tuple(cards))
+    assert isinstance(attack, PGD)
+    # where nothing is left of the accuracy, a stronger attack can show nothing
+    best = max(range(len(cards)), key=lambda number: cards[number].robust_accuracy)
+    signs = check_masking(
+        learner.predictor(stages[best].last, after=last),
+        tests[best].inputs,
+        tests[best].labels,
+        attack,
+        generator=generator(learner.seed, "masking"),
+    )
+    return AttackedModel(trial=trial, experiences=tuple(cards), checked=best, checks=signs)
 
 
 def _first(records: Records, count: int | None) -> Records:
