@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -120,6 +121,13 @@ def test_a_wrong_search_is_refused_before_a_trial(tmp_path, old, new, error, mes
         ("trials = 2", "goals = ['seconds']", ConfigError, "depends on the records"),
         ("[model]", "[start]\nrun = 'runs/a'\n[model]", ConfigError, "a public start"),
         ("noise_multiplier = 2.0", "epsilon = [1.0, 1.0]", ConfigError, "one number in a search"),
+        ("training.learning_rate", "federation.fraction", ConfigError, "one learner"),
+        (
+            '"training.learning_rate" = [0.001, 1.0]',
+            '"federation.clients" = {choices = [2, 3]}',
+            ConfigError,
+            "one learner",
+        ),
         ("'charge_all'", "'select'", ConfigError, "search.sampler = 'tpe'.*needs trainings"),
         (
             "private = true",
@@ -234,6 +242,42 @@ def test_a_trial_beyond_the_announced_charges_is_refused(tmp_path):
     for value in ({"privacy.noise_multiplier": 1.9}, {"training.iterations": 7}):
         with pytest.raises(BudgetError, match="would charge more than the ends of the space"):
             refuse_larger(runs, bound, value)
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    """Folder of a private search that was stopped after its default."""
+    return _stopped(PRIVATE, tmp_path_factory.mktemp("begun"))
+
+
+def _stopped(text, folder):
+    def stop(line):
+        if line.startswith("default"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tune_run(text, folder, told=stop)
+    return folder
+
+
+def test_a_training_beyond_the_announced_total_is_refused(begun, tmp_path):
+    folder = tmp_path / "search"
+    shutil.copytree(begun, folder)
+    for name in ("other", "more"):
+        shutil.copytree(begun / "arms" / "default", folder / "arms" / name)
+    with pytest.raises(BudgetError, match="trial-0000 would exceed the announced epsilon"):
+        tune_run(PRIVATE, folder)
+    assert not (folder / "arms" / "trial-0000").exists()
+
+
+def test_a_trial_that_charged_more_than_announced_is_refused(begun, tmp_path):
+    longer = _stopped(PRIVATE.replace("iterations = 6", "iterations = 7"), tmp_path / "longer")
+    folder = tmp_path / "search"
+    shutil.copytree(begun, folder)
+    shutil.rmtree(folder / "arms")
+    shutil.copytree(longer / "arms", folder / "arms")
+    with pytest.raises(PrivacyError, match="was charged more than announced"):
+        tune_run(PRIVATE, folder)
 
 
 @pytest.mark.deep(reason="chaos: searches that are killed, and worker processes")

@@ -29,6 +29,7 @@ from perdure.experiment.private_searches import (
     announced,
     changes_of_charges,
     largest_charges,
+    refuse_beyond,
     refuse_larger,
     refuse_other_charges,
     refuse_private,
@@ -190,7 +191,7 @@ def tune_run(
         search=search,
         place=place,
     )
-    runs.check(search.ranges)
+    runs.check(search.ranges, refuse_private)
     if "robust_accuracy" in search.goals and config.attack is None:
         raise ConfigError.of("search.goals", search.goals, "robust_accuracy with [attack] only")
     drawing = Search(
@@ -307,18 +308,16 @@ class _Tuner:
     # -------------------------------------------------------------- all trials are shown
 
     def _search(self, bound: History, statement: str) -> Tuning:
+        self._refuse_before(bound, {DEFAULT: {}})
         default = self.runs.score(DEFAULT, {})
-        if self._changes:
-            refuse_other_charges(self.runs, bound, DEFAULT)
+        self._refuse_after(bound, DEFAULT)
         self.told(f"default: {self._in_words(default)}")
         with trial_workers(self.runs, self.search.batch) as scores:
 
             def evaluate(asked: Asked) -> Iterator[Score]:
-                for _, values in asked if self.runs.private else ():
-                    refuse_larger(self.runs, bound, values)
+                self._refuse_before(bound, {name_of(n): values for n, values in asked})
                 for (number, values), score in zip(asked, scores(asked), strict=True):
-                    if self._changes:
-                        refuse_other_charges(self.runs, bound, name_of(number))
+                    self._refuse_after(bound, name_of(number))
                     told = f"trial {number + 1}/{self._asked.trials}: {self._in_words(score)}"
                     self.told(f"{told}; {short_values(values)}")
                     yield score
@@ -341,6 +340,18 @@ class _Tuner:
         self._write_configs(bound, trials, best, front)
         write_json(self.folder / "result.json", result.row() | self._environment())
         return result
+
+    def _refuse_before(self, bound: History, next_ones: Mapping[str, Values]) -> None:
+        """Refuse trainings that could spend more than was announced, before they begin."""
+        if self.runs.private:
+            for values in next_ones.values():
+                refuse_larger(self.runs, bound, values)
+            refuse_beyond(self.runs, bound, next_ones)
+
+    def _refuse_after(self, bound: History, name: str) -> None:
+        """Refuse to go on after a training that spent more than was announced."""
+        if self.runs.private:
+            refuse_other_charges(self.runs, bound, name)
 
     def _in_words(self, score: Score) -> str:
         numbers = zip(self._asked.goals, score.values, strict=True)

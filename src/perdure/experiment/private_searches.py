@@ -6,7 +6,7 @@ the number of trainings and all others stay secret.
 """
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -19,11 +19,12 @@ from perdure.experiment.search_config import SearchConfig
 from perdure.experiment.search_space import Values, some_values
 from perdure.experiment.search_trials import TrialRuns, name_of
 from perdure.experiment.searches import Trial, random_values
+from perdure.experiment.spent_charges import own_charges
 from perdure.experiment.training_config import TrainingConfig
 from perdure.planning.budget import planned, scheduled
 from perdure.planning.training_plan import TrainingPlan
 from perdure.privacy.accounting.calibration import epsilon
-from perdure.privacy.accounting.charges import History, bounding, covers
+from perdure.privacy.accounting.charges import History, bounding, covers, merged
 from perdure.privacy.accounting.selection import Selection, selection_epsilon
 from perdure.privacy.ledger.account import Statement
 from perdure.privacy.ledger.merged import merge
@@ -37,6 +38,11 @@ SEED_BITS = 32
 
 def refuse_private(config: Config, arm: Arm, search: SearchConfig) -> None:
     """Refuse a search whose cost in privacy cannot be stated.
+
+    Args:
+        config: config of the search, or the one of a trial with its values.
+        arm: searched arm of that config.
+        search: search of the config.
 
     Raises:
         ConfigError: if a setting of the search does not fit the privacy of the arm.
@@ -154,16 +160,55 @@ def largest_charges(runs: TrialRuns, changes: Sequence[Values], *, whole: bool =
 
 
 def refuse_larger(runs: TrialRuns, bound: History, values: Values) -> None:
-    """Refuse values whose training would charge more than was announced.
+    """Refuse values whose training would charge more than was announced, or has no bound.
 
     Raises:
         BudgetError: names the values.
+        ConfigError: if the values together make a setting that `refuse_private` refuses.
     """
+    config = runs.config(values)
+    refuse_private(config, runs.arm(config), runs.search)
     if not covers(bound, planned_charges(runs, values)):
         raise BudgetError(
             f"a training with {values} would charge more than the ends of the space; leave the "
             "settings that change noise, rates or steps out of search.space, or give choices"
         )
+
+
+def refuse_beyond(runs: TrialRuns, bound: History, names: Collection[str]) -> None:
+    """Refuse the next trainings of `charge_all` if the search could exceed its announced epsilon.
+
+    Args:
+        runs: runs of the trials.
+        bound: charges that cover those of every training.
+        names: names of the next trainings; what they have spent so far is inside of `bound`.
+
+    Raises:
+        BudgetError: if earlier trainings have spent so much that these do not fit.
+        LedgerError: if the ledger of an earlier training is missing.
+    """
+    places = sorted((runs.folder / "arms").glob("*"))
+    spent = own_charges(place for place in places if place.name not in names)
+    most = _times(bound, runs.search.trials + 1)
+    total = merged((*spent, *_times(bound, len(names))))
+    delta = _delta(runs)
+    if not covers(most, total) and epsilon(total, delta=delta) > epsilon(most, delta=delta):
+        raise BudgetError(
+            f"the trainings in {runs.folder / 'arms'} have spent so much that {', '.join(names)} "
+            "would exceed the announced epsilon; begin a new search, and add the charges of this "
+            "one"
+        )
+
+
+def _times(bound: History, trainings: int) -> History:
+    """Return the charges of several trainings, each charged as `bound`."""
+    return tuple(replace(charge, steps=charge.steps * trainings) for charge in bound)
+
+
+def _delta(runs: TrialRuns) -> float:
+    privacy = runs.config({}).privacy
+    assert privacy is not None
+    return privacy.delta
 
 
 def announced(
@@ -183,8 +228,7 @@ def announced(
         spent = selection_epsilon(bound, privacy.delta, selection)
         accountant = "rdp"
     else:
-        times = [replace(charge, steps=charge.steps * trainings) for charge in bound]
-        spent = epsilon(times, delta=privacy.delta)
+        spent = epsilon(_times(bound, trainings), delta=privacy.delta)
         accountant = "pld"
     return Statement(
         epsilon=spent,
@@ -267,8 +311,8 @@ def refuse_other_charges(runs: TrialRuns, bound: History, name: str) -> None:
         if not covers(bound, account.charges(partition)):
             raise PrivacyError(
                 "a training of the search was charged more than announced, as after an unclean "
-                "stop of the machine, so the announced epsilon does not hold and nothing is "
-                "released; begin a new search, and add the charges of this one"
+                "stop of the machine, so the announced epsilon does not hold and there is no "
+                "result; begin a new search, and add the charges of this one"
             )
 
 

@@ -129,8 +129,16 @@ class TrialRuns:
         scored = [replace(each, test=held) for each, (_, held) in zip(first, parts, strict=True)]
         return replace(self.whole, experiences=tuple(scored))
 
-    def check(self, ranges: Mapping[str, Range | list[Any]]) -> None:
+    def check(
+        self,
+        ranges: Mapping[str, Range | list[Any]],
+        refuse: Callable[[Config, Arm, SearchConfig], None],
+    ) -> None:
         """Refuse paths and values that the config does not allow, before any training.
+
+        Args:
+            ranges: paths of settings and their values.
+            refuse: function that refuses a changed config with its arm.
 
         Raises:
             ConfigError: names the path and the value.
@@ -138,7 +146,8 @@ class TrialRuns:
         for path, given in ranges.items():
             for value in some_values(given):
                 try:
-                    self.arm(self.config({path: value}))
+                    changed = self.config({path: value})
+                    refuse(changed, self.arm(changed), self.search)
                 except (ConfigError, IndexError) as error:
                     raise ConfigError(f'search.space: "{path}" with {value!r}: {error}') from None
 
