@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from perdure.errors import BudgetError, ConfigError, PrivacyError, RunError
+from perdure.errors import BudgetError, ConfigError, PrivacyError, RunError, StorageError
 from perdure.experiment import parse, tune_run
 from perdure.experiment.private_searches import planned_charges, refuse_larger
 from perdure.experiment.search_trials import TrialRuns
@@ -46,6 +46,7 @@ PRIVATE = CONFIG.replace(
     "[privacy]\nnoise_multiplier = 2.0\nseed = 1\n[search]\nprivacy = 'charge_all'\ntrials = 2",
 ).replace("[[arms]]", "[[arms]]\nprivate = true")
 SELECT = PRIVATE.replace("'charge_all'", "'select'\nsampler = 'random'")
+SECRET = SELECT.replace("seed = 1\n", "").replace("iterations = 6", "iterations = 2")
 
 
 @pytest.fixture(scope="module")
@@ -204,18 +205,65 @@ def test_a_selection_without_its_key_is_refused(tmp_path):
     def stop(line):
         raise KeyboardInterrupt
 
-    text = SELECT.replace("seed = 1\n", "")
     with pytest.raises(KeyboardInterrupt):
-        tune_run(text, tmp_path, told=stop)
+        tune_run(SECRET, tmp_path, told=stop)
     key = tmp_path / "private" / "key"
     kept = key.read_bytes()
     with pytest.raises(KeyboardInterrupt):
-        tune_run(text, tmp_path, told=stop)
+        tune_run(SECRET, tmp_path, told=stop)
     assert key.read_bytes() == kept
     key.unlink()
     with pytest.raises(PrivacyError, match="the secret number of trainings; nothing is released"):
-        tune_run(text, tmp_path)
+        tune_run(SECRET, tmp_path)
     assert not key.exists()
+
+
+@pytest.fixture(scope="module")
+def kept_folders(tmp_path_factory):
+    """State directory, search whose result could not be written, and its folder from before."""
+    base = tmp_path_factory.mktemp("secret")
+    folder = base / "search"
+
+    def prepare(line):
+        if line.startswith("the trainings run"):
+            shutil.copytree(folder, base / "before")
+            (folder / "result.json" / "in the way").mkdir(parents=True)
+            for path in folder.iterdir():
+                os.utime(path, (1, 1))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PERDURE_STATE", str(base / "state"))
+        with pytest.raises(StorageError):
+            tune_run(SECRET, folder, told=prepare)
+    return base
+
+
+def test_a_selection_leaves_one_file_in_the_state_directory(kept_folders, monkeypatch):
+    state = kept_folders / "state"
+    assert len(list((kept_folders / "search" / "private" / "arms").iterdir())) > 0
+    assert [path.suffixes for path in state.rglob("*.*")] == [[".selection", ".json"]]
+    monkeypatch.setenv("PERDURE_STATE", str(state))
+    folder = kept_folders / "search"
+    shutil.rmtree(folder / "result.json")
+    assert tune_run(SECRET, folder).best is not None
+    assert [path.suffixes for path in state.rglob("*.*")] == [[".selection", ".json"]]
+    # nor does the time of a file tell for how long the search trained
+    ended = (folder / "result.json").stat().st_mtime
+    assert {path.stat().st_mtime for path in folder.rglob("*")} == {ended}
+
+
+def test_a_selection_that_was_put_back_is_not_released(kept_folders, monkeypatch):
+    monkeypatch.setenv("PERDURE_STATE", str(kept_folders / "state"))
+    with pytest.raises(PrivacyError, match="another release of this search"):
+        tune_run(SECRET, kept_folders / "before")
+    left = {path.name for path in (kept_folders / "before").iterdir()}
+    assert not left & {"best", "result.json"}
+
+
+def test_a_selection_gives_no_warning_for_a_training(tmp_path):
+    with pytest.warns(UserWarning, match=r"privacy\.delta") as given:
+        tune_run(SELECT.replace("seed = 1", "seed = 1\ndelta = 0.1"), tmp_path)
+    assert len(given) == 1
 
 
 def test_the_announced_epsilon_is_for_the_least_noise(tmp_path):

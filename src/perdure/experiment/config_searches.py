@@ -14,7 +14,6 @@ the records again without counting the search.
 """
 
 import json
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -28,6 +27,7 @@ from perdure.experiment.overrides import set_path, short_values, toml_text
 from perdure.experiment.private_searches import (
     announced,
     changes_of_charges,
+    forget_trainings,
     largest_charges,
     refuse_beyond,
     refuse_larger,
@@ -458,12 +458,12 @@ class _Tuner:
             privacy = self.runs.config({}).privacy
             assert privacy is not None
             best = selected(self.runs, privacy, bound)
-            if best is not None:
-                release_best(self.runs, best, self.folder)
             result = self._result(statement, (), None, best, (), statement)
+            key = selection_key(self.runs, privacy)
+            release_best(self.runs, key, best, result.row(), self.folder)
             write_json(path, result.row() | self._environment())
         # what stays secret is not kept; a stop before this line leaves it for the next call
-        shutil.rmtree(self.runs.folder, ignore_errors=True)
+        forget_trainings(self.runs, self.folder)
         row = json.loads(path.read_text())["best"]
         best = _trial(row) if row else None
         return self._result(statement, (), None, best, (), statement)

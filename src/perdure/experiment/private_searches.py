@@ -5,7 +5,11 @@ everything may be shown. With `select` only the best training is released; then 
 the number of trainings and all others stay secret.
 """
 
+import json
+import os
 import shutil
+import time
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
@@ -21,13 +25,16 @@ from perdure.experiment.search_trials import TrialRuns, name_of
 from perdure.experiment.searches import Trial, random_values
 from perdure.experiment.spent_charges import own_charges
 from perdure.experiment.training_config import TrainingConfig
+from perdure.learner.private_setup import declared_records, warn_of_delta
 from perdure.planning.budget import planned, scheduled
 from perdure.planning.training_plan import TrainingPlan
 from perdure.privacy.accounting.calibration import epsilon
 from perdure.privacy.accounting.charges import History, bounding, covers, merged
 from perdure.privacy.accounting.selection import Selection, selection_epsilon
 from perdure.privacy.ledger.account import Statement
+from perdure.privacy.ledger.anchors import heads_inside, state_selection
 from perdure.privacy.ledger.merged import merge
+from perdure.privacy.ledger.storage import SealedHead
 from perdure.privacy.noise.key import NoiseKey
 from perdure.privacy.settings import Privacy
 
@@ -251,7 +258,8 @@ def selected(runs: TrialRuns, privacy: Privacy, bound: History) -> Trial | None:
 
     Guarantee: `announced` of the search with `select`, if only the result is released. The number
     of trainings and their values come from a key in the private folder, so a search that was
-    stopped goes on with the same ones; values are drawn before any record is used.
+    stopped goes on with the same ones; values are drawn before any record is used. Outside of the
+    private folder no training leaves a file, and none gives a warning.
 
     Raises:
         BudgetError: if a training would charge more than `bound`.
@@ -263,10 +271,13 @@ def selected(runs: TrialRuns, privacy: Privacy, bound: History) -> Trial | None:
     for values in drawn:
         refuse_larger(runs, bound, values)
     done = []
-    for number, values in enumerate(drawn):
-        score = runs.score(name_of(number), values)
-        refuse_other_charges(runs, bound, name_of(number))
-        done.append(Trial(number=number, values=values, score=score))
+    warn_of_delta(privacy.delta, declared_records(runs.stream))
+    with heads_inside(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a warning for each training would tell their number
+        for number, values in enumerate(drawn):
+            score = runs.score(name_of(number), values)
+            refuse_other_charges(runs, bound, name_of(number))
+            done.append(Trial(number=number, values=values, score=score))
     higher = runs.higher_is_better(runs.search.goals[0])
     return (max if higher else min)(done, key=lambda t: t.score.values[0], default=None)
 
@@ -316,9 +327,61 @@ def refuse_other_charges(runs: TrialRuns, bound: History, name: str) -> None:
             )
 
 
-def release_best(runs: TrialRuns, best: Trial, folder: Path) -> None:
-    """Copy the model of the selected training out of the private folder."""
-    model = runs.folder / "checkpoint" / name_of(best.number) / "model.safetensors"
-    if model.exists():
+def release_best(
+    runs: TrialRuns, key: NoiseKey, best: Trial | None, row: Mapping[str, Any], folder: Path
+) -> None:
+    """Copy the model of the selected training out of the private folder, if this may be released.
+
+    The state directory records what is released before it is. So a folder that was put back from
+    before the release, and whose trainings ran again with other noise, releases nothing more.
+
+    Args:
+        runs: runs of the trials.
+        key: key of the selection.
+        best: selected training; None if there was none.
+        row: result that will be released.
+        folder: folder of the search.
+
+    Raises:
+        PrivacyError: if this search has released something else before.
+    """
+    model = _model(runs, best)
+    released = json.dumps(row, sort_keys=True).encode()
+    if model:
+        released += model.read_bytes()
+    head = SealedHead.seal(1, key.mac(released), key)
+    record = state_selection(key)
+    known = record.read() if record else None
+    if known is not None and known.head != head:
+        raise PrivacyError(
+            f"{known.where} records another release of this search, so {folder} was put back from "
+            "before it, and a second release would not be charged; nothing is released: begin a "
+            "new search in another folder, and add the epsilon of this one"
+        )
+    if record:
+        record.write(head)
+    if model:
         (folder / "best").mkdir(exist_ok=True)
         shutil.copyfile(model, folder / "best" / "model.safetensors")
+
+
+def _model(runs: TrialRuns, best: Trial | None) -> Path | None:
+    """Return the file with the model of a training; None if it has none."""
+    if best is None:
+        return None
+    path = runs.folder / "checkpoint" / name_of(best.number) / "model.safetensors"
+    return path if path.exists() else None
+
+
+def forget_trainings(runs: TrialRuns, folder: Path) -> None:
+    """Delete what stays secret, and give all files that are left the same time.
+
+    The times of the first and the last file would tell for how long the search trained.
+    """
+    if not runs.folder.exists():
+        return
+    now = time.time()
+    for path in folder.rglob("*"):
+        if runs.folder not in path.parents:
+            os.utime(path, (now, now))
+    shutil.rmtree(runs.folder, ignore_errors=True)
