@@ -2,6 +2,7 @@
 
 import os
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -97,16 +98,17 @@ def test_a_plain_step_equals_torch_ddp_in_float64():
 
 
 @forked
-def test_a_stopped_run_of_two_processes_resumes_in_both(tmp_path):
+@pytest.mark.parametrize("case", ["DER++", "A-GEM private"])
+def test_a_stopped_run_of_two_processes_resumes_in_both(case, tmp_path):
     def stopped(point, learner):
         if point == "block.begin" and learner.position.experience == 1:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        in_two_processes(lambda: fitted("DER++", tmp_path, processes=2, callbacks=[stopped]))
-    both, error = in_two_processes(lambda: fitted("DER++", tmp_path, processes=2))
+        in_two_processes(lambda: fitted(case, tmp_path / "two", processes=2, callbacks=[stopped]))
+    both, error = in_two_processes(lambda: fitted(case, tmp_path / "two", processes=2))
     assert error == ""
-    assert_equal_trainings(both, fitted("DER++", None))
+    assert_equal_trainings(both, fitted(case, tmp_path / "alone"))
 
 
 @forked
@@ -158,6 +160,48 @@ def test_processes_with_different_settings_are_refused():
 
     with pytest.raises(RunError, match="2 processes have different settings"):
         in_two_processes(work)
+
+
+CHANGES = {
+    "inputs": lambda records: replace(records, inputs=records.inputs.flip(0)),
+    "labels": lambda records: replace(records, labels=records.labels.flip(0)),
+    "ids": lambda records: replace(records, ids=records.ids.flip(0)),
+    "order": lambda records: records.map(lambda rows: rows.flip(0)),
+    "weights": lambda records: replace(records, weights=torch.ones(len(records))),
+    "attributes": lambda records: replace(records, attributes={"group": records.labels}),
+    "declared size": lambda records: records.declared(len(records) + 1),
+}
+"""One difference between the records of two processes, by name."""
+
+
+def changed_stream(change):
+    """Return the toy stream with other training records."""
+    stream = toy_stream()
+    return replace(
+        stream, experiences=tuple(replace(each, train=change(each.train)) for each in stream)
+    )
+
+
+@forked
+@pytest.mark.parametrize("case", ["Naive", "Naive private"])
+def test_processes_with_different_records_are_refused(case):
+    """A record in another row would be clipped in both processes, and count twice in the sum."""
+
+    def work():
+        refused = []
+        for name, change in CHANGES.items():
+            learner = learner_of(case, processes=2)
+            mine = changed_stream(change) if distributed.get_rank() else toy_stream()
+            try:
+                learner.fit(mine)
+            except RunError as error:
+                assert "different settings, models or records" in str(error)
+                refused.append(name)
+        assert refused == list(CHANGES)
+        learner_of(case, processes=2).fit(toy_stream())
+
+    _, error = in_two_processes(work)
+    assert error == ""
 
 
 def test_several_processes_without_a_group_are_refused():

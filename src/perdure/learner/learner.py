@@ -313,7 +313,7 @@ class Learner(SessionFront):
                 extra={"reset_optimizer": self.reset_optimizer, **validated, **self.driven_by},
             )
         if self._group:
-            refuse_different(self._group, self.fingerprint, private=self.privacy is not None)
+            refuse_different(self._group, self.fingerprint, stream)
 
     def _new_validator(self, stream: Stream) -> Validator | None:
         """Hold out records of a stream for validation; None without validation."""

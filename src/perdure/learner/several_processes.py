@@ -1,6 +1,7 @@
 """Training of one model by several processes: checks, one start, and one checkpoint for all."""
 
-import hashlib
+import hmac
+import secrets
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from perdure.contract.strategy import Strategy
+from perdure.data.experience import Stream
 from perdure.errors import ConfigError, RunError
 from perdure.learner.checkpoint import Snapshot
 from perdure.privacy.private_sum import MakePrivateSum, PrivateSum
@@ -21,7 +23,7 @@ from perdure.utils.processes import Message, Processes
 PRIVATE = "private/"
 """Prefix of the tensors of a snapshot that stay in the folder `private/`."""
 OF_THE_KEY = "stream.experiences"
-"""Setting whose digest is made with the curator's key, which process 0 alone has."""
+"""Setting that process 0's key changes under privacy; records are compared by another digest."""
 
 
 class Joining(Protocol):
@@ -106,26 +108,45 @@ def shared_sum(processes: Processes | None, make: MakePrivateSum) -> MakePrivate
     return partial(SharedPrivateSum, processes=processes) if processes else make
 
 
-def refuse_different(
-    processes: Processes, settings: dict[str, JSONValue], *, private: bool
-) -> None:
-    """Add the number of processes to the settings, and refuse processes with different ones.
+def refuse_different(processes: Processes, settings: dict[str, JSONValue], stream: Stream) -> None:
+    """Add the number of processes to the settings, and refuse other settings or records.
+
+    Two processes with other records would clip the same record twice, once in each of them.
 
     Args:
         processes: group of the processes.
         settings: fingerprint of the run.
-        private: True under privacy.
+        stream: stream with the training records, of which every row is read.
+
+    Guarantee: the digests that the processes exchange are keyed by a salt that process 0 draws for
+        this comparison; they are neither stored nor printed.
 
     Raises:
         RunError: in every process.
     """
     settings["processes"] = processes.count
-    own = {key: each for key, each in settings.items() if not (private and key == OF_THE_KEY)}
-    if not processes.agree(hashlib.sha256(canonical_text(own).encode()).digest()):
+    own = {key: each for key, each in settings.items() if key != OF_THE_KEY}
+    drawn = processes.from_first("salt", lambda: Message(facts={"salt": secrets.token_hex(32)}))
+    salt = bytes.fromhex(drawn.facts["salt"])
+    if not processes.agree(_salted_digest(salt, own, stream)):
         raise RunError(
             f"the {processes.count} processes have different settings, models or records; run the "
-            "same script in every process, with the same seeds"
+            "same script in every process, with the same seeds, and with the records in one order"
         )
+
+
+def _salted_digest(salt: bytes, settings: dict[str, JSONValue], stream: Stream) -> bytes:
+    """Return a keyed digest of 32 bytes of the settings, and of all that training can read."""
+    total = hmac.new(salt, canonical_text(settings).encode(), "sha256")
+    for experience in stream:
+        records = experience.train
+        facts = [records.partition, records.declared_size, experience.classes, experience.stage]
+        shown = {"inputs": records.inputs, "labels": records.labels, "ids": records.ids}
+        shown |= {f"attribute {name}": value for name, value in records.attributes.items()}
+        if records.weights is not None:
+            shown["weights"] = records.weights
+        total.update(canonical_text(facts).encode() + digest(shown))
+    return total.digest()
 
 
 def refuse_diverged(processes: Processes | None, model: nn.Module) -> None:
