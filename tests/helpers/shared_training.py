@@ -1,6 +1,6 @@
 """One training for one process and for several; run as a module, it is one of the others.
 
-python -m helpers.shared_training CASES RANK COUNT PORT trains every case; a case is a strategy,
+python -m helpers.shared_training CASES RANK COUNT MEETING trains every case; a case is a strategy,
 with " private" behind it under privacy.
 """
 
@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -19,7 +20,7 @@ from perdure import Learner, Privacy
 from perdure.data import Dataset, Records, Stream, split
 from perdure.models import mlp
 from perdure.strategies import AGEM, DER, EWC, Naive
-from perdure.utils.processes import connect
+from perdure.utils.processes import connect, rendezvous
 
 CASES = {
     "Naive": Naive(),
@@ -76,36 +77,34 @@ def in_two_processes(work: Callable[[], T]) -> tuple[T, str]:
     Returns:
         The answer of process 0, and the error message of process 1, or "".
     """
-    store = distributed.TCPStore("127.0.0.1", 0, 2, is_master=True, wait_for_workers=False)
-    reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:
-        signal.alarm(LONGEST)
+    with rendezvous() as meeting:
+        reading, writing = os.pipe()
+        child = os.fork()
+        if child == 0:
+            signal.alarm(LONGEST)
+            try:
+                connect(1, 2, meeting)
+                work()
+            except BaseException as error:
+                os.write(writing, f"{type(error).__name__}: {error}".encode())
+            finally:
+                os._exit(0)
+        os.close(writing)
         try:
-            connect(1, 2, store.port)
-            work()
-        except BaseException as error:
-            os.write(writing, f"{type(error).__name__}: {error}".encode())
+            connect(0, 2, meeting, timeout=timedelta(seconds=LONGEST))
+            answer = work()
         finally:
-            os._exit(0)
-    os.close(writing)
-    try:
-        distributed.init_process_group(
-            "gloo", store=store, rank=0, world_size=2, timeout=timedelta(seconds=LONGEST)
-        )
-        answer = work()
-    finally:
-        distributed.destroy_process_group()
-        with os.fdopen(reading) as file:
-            told = file.read()
-        os.waitpid(child, 0)
+            distributed.destroy_process_group()
+            with os.fdopen(reading) as file:
+                told = file.read()
+            os.waitpid(child, 0)
     return answer, told
 
 
-def follow(cases: str, rank: str, count: str, port: str) -> None:
+def follow(cases: str, rank: str, count: str, meeting: str) -> None:
     """Train every case as one of several processes, with a model of other initial values."""
     torch.set_num_threads(1)
-    connect(int(rank), int(count), int(port))
+    connect(int(rank), int(count), Path(meeting))
     for case in cases.split(","):
         learner_of(case, processes=int(count), seed=int(rank)).fit(toy_stream())
 

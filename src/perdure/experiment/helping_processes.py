@@ -1,7 +1,7 @@
 """Further processes of a configured run, which divide every batch with the process that writes it.
 
-python -m perdure.experiment.helping_processes CONFIG RANK COUNT PORT is one of them; `run` starts
-it.
+python -m perdure.experiment.helping_processes CONFIG RANK COUNT MEETING is one of them; `run`
+starts it.
 """
 
 import os
@@ -43,18 +43,18 @@ def announce(processes: Processes, arm: Arm, seed: int) -> None:
     processes.tell(TRIAL, Message(facts={"arm": arm.name, "seed": seed}))
 
 
-def follow(path: Path, rank: int, count: int, port: int) -> None:
+def follow(path: Path, rank: int, count: int, meeting: Path) -> None:
     """Take part in every training that process 0 announces, until it ends.
 
     Args:
         path: file of the config.
         rank: number of this process.
         count: number of processes.
-        port: port of process 0 on this machine.
+        meeting: file by which the processes meet.
     """
     config = read(path)
     torch.set_num_threads(config.threads)
-    processes = connect(rank, count, port)
+    processes = connect(rank, count, meeting)
     arms = {arm.name: arm for arm in config.arms}
     while True:
         chosen = processes.hear(TRIAL).facts
@@ -70,6 +70,6 @@ def follow(path: Path, rank: int, count: int, port: int) -> None:
 
 if __name__ == "__main__":
     try:
-        follow(Path(sys.argv[1]), *map(int, sys.argv[2:]))
+        follow(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))
     except PerdureError as error:
         sys.exit(f"process {sys.argv[2]}: {error}")

@@ -8,11 +8,14 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -57,6 +60,8 @@ class Processes:
     @classmethod
     def join(cls, count: int) -> "Processes":
         """Return the group of this process; start it from the environment of `torchrun` if needed.
+
+        The rendezvous of `torchrun` is the user's: it listens on all interfaces, without a secret.
 
         Args:
             count: expected number of processes.
@@ -190,6 +195,19 @@ def lost_processes() -> Iterator[None]:
 
 PAUSE = 0.05
 """Seconds between two looks at processes that begin."""
+INTERFACE = "GLOO_SOCKET_IFNAME"
+"""Environment variable with the network interface on which gloo listens."""
+
+
+@contextmanager
+def rendezvous() -> Iterator[Path]:
+    """Context manager of a new file by which processes of one user on this machine meet.
+
+    Its folder is open to this user alone, and is removed at the end. A `TCPStore` would listen on
+    every interface, and give the place of a process to whoever asks first.
+    """
+    with TemporaryDirectory(prefix="perdure-processes-") as folder:
+        yield Path(folder, "rendezvous")
 
 
 @contextmanager
@@ -199,8 +217,8 @@ def with_processes(command: Sequence[str], count: int) -> Iterator[None]:
     At the end they are stopped.
 
     Args:
-        command: command of the others; their number, `count` and a port are appended. They call
-            `connect` with these numbers.
+        command: command of the others; their number, `count` and the path of the rendezvous are
+            appended. They call `connect` with these values.
         count: number of processes with this one.
 
     Raises:
@@ -208,59 +226,72 @@ def with_processes(command: Sequence[str], count: int) -> Iterator[None]:
     """
     from torch import distributed
 
-    store = distributed.TCPStore(  # type: ignore[attr-defined]
-        "127.0.0.1", 0, count, is_master=True, wait_for_workers=False
-    )
-    others = [
-        # a list of arguments, so no shell reads it
-        subprocess.Popen([*command, str(rank), str(count), str(store.port)])  # noqa: S603
-        for rank in range(1, count)
-    ]
-    try:
-        ready = [_ready(rank) for rank in range(1, count)]
-        while not store.check(ready):
-            if any(each.poll() is not None for each in others):
-                raise RunError(
-                    f"one of the {count} processes ended before the training began; look at its "
-                    "error above"
-                )
-            time.sleep(PAUSE)
-        with lost_processes():
-            distributed.init_process_group(
-                "gloo", store=store, rank=0, world_size=count, timeout=TIMEOUT
-            )
+    with rendezvous() as meeting:
+        others = [
+            # a list of arguments, so no shell reads it
+            subprocess.Popen([*command, str(rank), str(count), str(meeting)])  # noqa: S603
+            for rank in range(1, count)
+        ]
         try:
-            yield
+            store = distributed.FileStore(str(meeting))
+            ready = [_ready(rank) for rank in range(1, count)]
+            while not store.check(ready):
+                if any(each.poll() is not None for each in others):
+                    raise RunError(
+                        f"one of the {count} processes ended before the training began; look at "
+                        "its error above"
+                    )
+                time.sleep(PAUSE)
+            connect(0, count, meeting)
+            try:
+                yield
+            finally:
+                distributed.destroy_process_group()
         finally:
-            distributed.destroy_process_group()
-    finally:
-        for each in others:
-            each.terminate()
-        for each in others:
-            each.wait()
+            for each in others:
+                each.terminate()
+            for each in others:
+                each.wait()
 
 
-def connect(rank: int, count: int, port: int) -> Processes:
-    """Join the group of the process that started this one by `with_processes`.
+def connect(rank: int, count: int, meeting: Path, *, timeout: timedelta = TIMEOUT) -> Processes:
+    """Join the group of a rendezvous on this machine; its processes listen on the loopback only.
 
     Args:
         rank: number of this process.
         count: number of processes.
-        port: port of process 0 on this machine.
+        meeting: file of `rendezvous`.
+        timeout: longest time that this process waits for the others.
+
+    Raises:
+        RunError: if the others do not join.
     """
     from torch import distributed
 
-    # Ctrl-C reaches every process of a terminal; process 0 stops the others
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with lost_processes():
-        store = distributed.TCPStore(  # type: ignore[attr-defined]
-            "127.0.0.1", port, count, is_master=False
-        )
+    if rank:
+        # Ctrl-C reaches every process of a terminal; process 0 stops the others
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with lost_processes(), _loopback_only():
+        store = distributed.FileStore(str(meeting))
         store.set(_ready(rank), "")
         distributed.init_process_group(
-            "gloo", store=store, rank=rank, world_size=count, timeout=TIMEOUT
+            "gloo", store=store, rank=rank, world_size=count, timeout=timeout
         )
     return Processes(rank=rank, count=count)
+
+
+@contextmanager
+def _loopback_only() -> Iterator[None]:
+    """Context manager in which a new group of gloo listens on the loopback interface only."""
+    before = os.environ.get(INTERFACE)
+    os.environ[INTERFACE] = "lo" if sys.platform == "linux" else "lo0"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[INTERFACE]
+        else:
+            os.environ[INTERFACE] = before
 
 
 def _ready(rank: int) -> str:
