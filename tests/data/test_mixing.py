@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torchvision.transforms import v2
 
 from helpers.learners import same_bits
-from perdure.data import Batch, CutMix, Mixup, Records, Views, shift_and_flip
+from helpers.toy_data import records
+from perdure.data import Batch, CutMix, Dataset, Mixup, Records, Views, joint, shift_and_flip
 from perdure.data.mixing import partners
 from perdure.errors import ConfigError, PrivacyError
 from perdure.learner import Learner
@@ -95,7 +96,7 @@ def test_views_of_a_mixed_row_are_mixed_alike():
 
 
 @pytest.mark.parametrize("strategy", [Naive(), DER(memory_size=8)])
-def test_training_on_mixed_pairs_is_reproducible(toy_stream, toy_model, strategy):
+def test_mixed_pairs_change_the_parameters_reproducibly(toy_stream, toy_model, strategy):
     ends = []
     for mixing in (Mixup(alpha=0.2), Mixup(alpha=0.2), None):
         learner = learner_with(toy_stream(), toy_model, strategy=strategy, mixing=mixing)
@@ -116,6 +117,34 @@ def test_mixing_is_refused_under_privacy(toy_stream, toy_model):
     )
     with pytest.raises(PrivacyError, match="into two rows"):
         learner.fit(toy_stream())
+
+
+@pytest.mark.parametrize("when", ["experience.begin", "step.gradient"])
+def test_mixing_set_in_a_private_run_is_refused(toy_stream, toy_model, when):
+    def mix(point, learner):
+        if point == when:
+            learner.session.mixing = Mixup()
+
+    learner = learner_with(
+        toy_stream(),
+        toy_model,
+        callbacks=[mix],
+        privacy=Privacy(noise_multiplier=1.0, seed=0),
+    )
+    with pytest.raises(PrivacyError, match="Mixup puts each record into two rows"):
+        learner.fit(toy_stream())
+
+
+def test_cut_images_change_the_parameters(toy_model):
+    shape = (1, 4, 6)
+    train, test = records(24), records(8, first_id=24, partition="test")
+    data = Dataset(name="toy", train=train, test=test, num_classes=4, input_shape=shape)
+    ends = []
+    for mixing in (CutMix(), None):
+        learner = learner_with(joint(data), toy_model, mixing=mixing)
+        learner.fit(joint(data))
+        ends.append(learner.model.state_dict())
+    assert not same_bits(*ends)
 
 
 def test_mixing_refuses_what_it_cannot_mix(toy_stream, toy_model):

@@ -71,17 +71,21 @@ class Mixing(CheckedFields):
         """
         name = type(self).__name__
         if private:
-            raise PrivacyError(
-                f"{name} puts each record into two rows, so clipping a row does not bound the "
-                "influence of a record; allowed: mixing=None under privacy; use "
-                "views=Views(...), which vary a record alone"
-            )
+            raise self.refusal()
         if not isinstance(stream.task, SingleLabel):
             given = f"{name} with the task {stream.task.name}"
             raise ConfigError.of("mixing", given, "None, or records with one class each")
         dtype = stream[0].train.inputs.dtype
         if not dtype.is_floating_point:
             raise ConfigError.of("mixing", f"{name} of inputs in {dtype}", "None, or float inputs")
+
+    def refusal(self) -> PrivacyError:
+        """Make the error of a private run."""
+        return PrivacyError(
+            f"{type(self).__name__} puts each record into two rows, so clipping a row does not "
+            "bound the influence of a record; allowed: mixing=None under privacy; use "
+            "views=Views(...), which vary a record alone"
+        )
 
     def attach(self, batch: Batch, seed: int) -> Batch:
         """Return the batch with mixed inputs, and with the other row of each pair, for `losses`.

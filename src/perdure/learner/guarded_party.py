@@ -48,7 +48,11 @@ class GuardedParty(PartySettings):
 
     @property
     def path(self) -> LossPath:
-        """Computation from rows to losses, with the current settings."""
+        """Computation from rows to losses, with the current settings.
+
+        Raises:
+            PrivacyError: for mixed pairs under privacy.
+        """
         known = self._path
         # asked for several times in a step; the settings hardly ever change
         if not (
@@ -60,6 +64,9 @@ class GuardedParty(PartySettings):
             and known.precision is self.precision
             and known.task is self.task
         ):
+            if self.mixing and self.privacy is not None:
+                # a callback or a user's own loop may have set it, after the first check
+                raise self.mixing.refusal()
             known = self._path = LossPath(
                 strategy=self.strategy,
                 adversary=self.adversary,

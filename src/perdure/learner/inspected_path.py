@@ -128,7 +128,13 @@ class Glance:
     """
 
     def __init__(self, model: nn.Module, path: LossPath) -> None:
-        self._things: list[object] = [path.strategy, path.adversary, path.views, path.task]
+        self._things: list[object] = [
+            path.strategy,
+            path.adversary,
+            path.views,
+            path.mixing,
+            path.task,
+        ]
         self._counts = list(map(len, HOOKS_OF_ALL))
         for module in model.modules():
             own = vars(module)

@@ -281,8 +281,8 @@ class Party(GuardedParty):
             return None
 
     def _varied(self, batch: Batch, step: int) -> Batch:
-        """Return the rows of a step after the attack, with their views."""
-        if self.adversary is None and self.views is None:
+        """Return the rows of a step after the attack, with their views, mixed in pairs."""
+        if self.adversary is None and self.views is None and self.mixing is None:
             return batch
         return self.path.changed(
             batch,
