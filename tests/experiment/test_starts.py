@@ -1,9 +1,11 @@
 """Start from the parameters of an earlier run, and the privacy that these carry."""
 
+import shutil
+
 import pytest
 import torch
 
-from perdure.errors import ConfigError, PrivacyError
+from perdure.errors import ConfigError, PrivacyError, RunError
 from perdure.experiment import load, parse, run, start_from
 from perdure.models import mlp
 
@@ -101,3 +103,40 @@ def test_a_public_start_is_free_and_stated(earlier, tmp_path):
     spent = [each["arms"][0]["epsilon"] for each in (result, fresh)]
     assert spent[0]["value"] == spent[1]["value"]
     assert "whose training records are declared public" in spent[0]["text"]
+
+
+OTHER = PLAIN.replace("own_data:blobs", "own_data:other_blobs")
+
+
+@pytest.mark.parametrize("arm", ["naive-plain", "naive-private"])
+def test_a_public_start_covers_all_runs_before_it(earlier, tmp_path, arm):
+    between = tmp_path / "between"
+    started(OTHER, earlier, between, arm)
+    refused = pytest.raises(ConfigError, match=r"public .*false for naive-private of .*earlier")
+    if arm == "naive-plain":
+        refused = pytest.raises(
+            PrivacyError, match=r"records of .*earlier public, .*own_data:blobs"
+        )
+    else:
+        with pytest.raises(ConfigError, match=r"false for naive-private of .*earlier"):
+            start_from(new_model(), between, public=True)
+    with refused:
+        started(PRIVATE, between, tmp_path / "run", "naive-plain", public="true")
+
+
+def test_a_private_run_keeps_the_public_start_before_it(earlier, tmp_path):
+    between = tmp_path / "between"
+    text = PRIVATE.replace("own_data:blobs", "own_data:other_blobs")
+    started(text, earlier, between, "naive-plain", public="true")
+    with pytest.raises(PrivacyError, match=r"records of .*earlier public, .*own_data:blobs"):
+        started(PRIVATE, between, tmp_path / "run", "naive-private")
+
+
+def test_a_start_without_its_earlier_run_is_refused(earlier, tmp_path):
+    gone = tmp_path / "gone"
+    shutil.copytree(earlier, gone)
+    between = tmp_path / "between"
+    started(OTHER, gone, between, "naive-plain")
+    shutil.rmtree(gone)
+    with pytest.raises(RunError, match=r"gone has no config\.toml, but .*between starts from it"):
+        started(PRIVATE, between, tmp_path / "run", "naive-plain", public="true")

@@ -14,8 +14,9 @@ class StartConfig(CheckedFields):
         arm: name of its arm; left out where it has one arm.
         seed: seed of its model; left out where it has one seed.
         new_head: keep the new head, for other classes, and copy the rest.
-        public: declare that the records of the earlier run are public, so that a private arm may
-            start from a run without privacy; the privacy statement says so.
+        public: declare that the records of the earlier run, and of all runs before it, are public,
+            so that a private arm may start from a run without privacy; the privacy statement says
+            so.
     """
 
     run: str
