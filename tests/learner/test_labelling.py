@@ -9,7 +9,8 @@ import torch
 from helpers.learners import SIMULATED
 from helpers.toy_data import records
 from perdure.data import Dataset, joint
-from perdure.errors import ConfigError, PrivacyError
+from perdure.data.records import Spent
+from perdure.errors import ConfigError, GuardError, PrivacyError
 from perdure.learner import Learner, pseudo_labels, select_records
 from perdure.models import mlp
 from perdure.strategies import Naive
@@ -20,10 +21,10 @@ def pool():
     return records(60, first_id=1000, partition="pool")
 
 
-def trained(**options):
+def trained(learnt=None, **options):
     data = Dataset(
         name="toy",
-        train=records(80),
+        train=records(80) if learnt is None else learnt,
         test=records(40, first_id=400, partition="toy-test"),
         num_classes=4,
         input_shape=(1, 4, 6),
@@ -44,6 +45,11 @@ def trained(**options):
 @pytest.fixture(scope="module")
 def learner():
     return trained()
+
+
+@pytest.fixture(scope="module")
+def private():
+    return trained(privacy=SIMULATED)
 
 
 def places(pool, ids):
@@ -128,11 +134,34 @@ def test_bald_needs_dropout_and_labels_need_a_threshold(learner, pool):
             part.p = kept
 
 
-def test_a_private_pool_is_refused(pool):
-    private = trained(privacy=SIMULATED)
+def test_a_private_pool_is_refused(private, pool):
     for ask in (partial(select_records, count=3), pseudo_labels):
         with pytest.raises(PrivacyError, match="a query about the pool, which no ledger entry"):
             ask(private, pool=pool)
         with pytest.raises(PrivacyError, match="records of the pool are training records"):
             ask(private, pool=records(80), public=True)
     assert len(select_records(private, pool, 3, public=True)) == 3
+
+
+def test_labels_of_a_plain_learner_are_refused_under_privacy(learner, pool):
+    few = records(5, first_id=3000, partition="labelled")
+    for labelled in (few, None):
+        more = pseudo_labels(learner, pool, threshold=0.01, labelled=labelled)
+        assert more.coupled_by == "pseudo_labels(...)"
+    with pytest.raises(GuardError, match=r"are made by pseudo_labels\(\.\.\.\)"):
+        trained(learnt=more, privacy=SIMULATED)
+
+
+def test_pseudo_labels_keep_the_marks_of_both_parts(private, pool):
+    few = records(5, first_id=3000, partition="labelled")
+    release = Spent(entry="a", noise_multiplier=1.0, simulated=True)
+    other = replace(release, entry="b")
+    ask = partial(pseudo_labels, private, threshold=0.01, public=True)
+    both = ask(
+        pool=replace(pool, coupled_by="one", drawn_by_position=True, spent=(release, other)),
+        labelled=replace(few, coupled_by="two", spent=(release,)),
+    )
+    assert both.coupled_by == "two and one" and both.drawn_by_position
+    assert both.spent == (release, other)
+    plain = ask(pool=pool, labelled=few)
+    assert plain.coupled_by == "" and plain.spent == () and not plain.drawn_by_position

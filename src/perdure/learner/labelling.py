@@ -53,7 +53,8 @@ def select_records(
     >>> chosen = pool.take(torch.isin(pool.ids, ids))
 
     Guarantee: none for the pool, which must be public. The labels of the pool are not read. A
-    private learner's parameters are released, so selection by them costs nothing.
+    private learner's parameters are released, so selection by them costs nothing. The choice of a
+    learner without privacy depends on its training records as they are.
 
     Args:
         learner: learner that was trained, or prepared.
@@ -117,7 +118,9 @@ def pseudo_labels(
     >>> more = pseudo_labels(learner, pool, threshold=0.95, labelled=few)
 
     Guarantee: none for the pool, which must be public. A private learner's parameters are released,
-    so its predictions cost nothing.
+    so its predictions cost nothing beyond its own epsilon; a later learner's ledger does not
+    contain that epsilon. Labels of a learner without privacy are marked (`Records.coupled_by`), and
+    a private learner refuses them.
 
     Args:
         learner: learner that was trained, or prepared.
@@ -128,7 +131,8 @@ def pseudo_labels(
         public: declare that the pool is public; needed for a private learner.
 
     Returns:
-        Records, of which only those of `labelled` have labels that a person gave.
+        Records, of which only those of `labelled` have labels that a person gave. They keep the
+        marks and the earlier releases (`Records.spent`) of both parts.
 
     Raises:
         ConfigError: if the threshold is not allowed, or an id is in both parts.
@@ -143,7 +147,9 @@ def pseudo_labels(
         raise ConfigError.of("threshold", threshold, "a number above 0 and at most 1")
     sure, predicted = outputs_for(party, pool.inputs, experience).softmax(-1).max(-1)
     kept = (sure >= threshold).to(pool.inputs.device)
-    chosen = replace(pool, labels=predicted.to(pool.labels)).take(kept)
+    chosen = replace(
+        pool, labels=predicted.to(pool.labels), coupled_by=_coupled_by(party, pool, labelled)
+    ).take(kept)
     if labelled is None:
         return chosen
     if bool(torch.isin(labelled.ids, chosen.ids).any()):
@@ -156,8 +162,22 @@ def pseudo_labels(
         attributes={},
         weights=None,
         declared_size=0,
+        ids_by_position=labelled.ids_by_position or chosen.ids_by_position,
+        drawn_by_position=labelled.drawn_by_position or chosen.drawn_by_position,
+        coupled_by=chosen.coupled_by,
         placed_by="",
+        public_facts=tuple(dict.fromkeys((*labelled.public_facts, *chosen.public_facts))),
+        spent=tuple(dict.fromkeys((*labelled.spent, *chosen.spent))),
     )
+
+
+def _coupled_by(party: Party, pool: Records, labelled: Records | None) -> str:
+    """Return the names of all functions that looked at the records of the result or its model."""
+    made = [each.coupled_by for each in (labelled, pool) if each is not None]
+    if party.privacy is None:
+        # each label is an output, without noise, of a model that may know private records
+        made.append("pseudo_labels(...)")
+    return " and ".join(dict.fromkeys(filter(None, made)))
 
 
 def entropy(probabilities: Tensor) -> Tensor:
