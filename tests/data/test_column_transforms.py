@@ -91,6 +91,19 @@ def test_a_private_learner_refuses_constants_of_its_own_records(toy_data, own):
         assert learner.fit(stream).shape == (2, 2)
 
 
+def test_positions_of_another_table_are_no_records_of_the_public_one(public):
+    def table(inputs, name):
+        return Records(inputs=inputs, labels=public.labels[: len(inputs)], partition=name)
+
+    scaling = column_scaling(table(public.inputs, "public"))
+    other = scaling.records(table(public.inputs + 1, "own"))
+    assert other.coupled_by == ""
+    shared = torch.cat([public.inputs[:20] + 1, public.inputs[5:6].clone()])
+    for inputs, name in ((shared, "own"), (public.inputs + 1, "public")):
+        found = scaling.records(table(inputs, name))
+        assert found.coupled_by.startswith("column_scaling(impute=None) of records without ids in")
+
+
 def test_a_config_changes_the_columns():
     table = '[data]\nname = "breast_cancer"\nexperiences = 1\nscale = true\nimpute = "mean"\n'
     rest = '[training]\niterations = 1\n[[arms]]\nstrategy = "naive"\n'

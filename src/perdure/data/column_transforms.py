@@ -6,7 +6,7 @@ The constants are computed by scikit-learn from *public* records. A row of the r
 record and on these constants only.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,6 +19,7 @@ from perdure.data.row_view import changed_rows
 from perdure.errors import ConfigError
 from perdure.tasks import SingleLabel
 from perdure.utils.checked_arguments import checked_arguments
+from perdure.utils.chunking import row_slices
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -33,11 +34,12 @@ class ColumnTransform:
 
     Guarantee: the result may be trained on with privacy, where the constants come from other
     records. Records whose ids are among those of the constants are marked (`Records.coupled_by`),
-    and a private learner refuses them.
+    and a private learner refuses them. If both have no ids but positions, and other partitions,
+    their inputs are compared instead, so give such data sets names of their own.
 
     Args:
         name: call that made the transform, for messages.
-        ids: ids of the records from which the constants come.
+        public: records from which the constants come.
         fill: (features,) numbers that replace missing ones; None to keep them.
         chosen: positions of the columns that are kept; None for all.
         shift: number that is subtracted from each kept column; None for 0.
@@ -46,7 +48,7 @@ class ColumnTransform:
     """
 
     name: str
-    ids: Tensor
+    public: Records
     fill: Tensor | None = None
     chosen: Tensor | None = None
     shift: Tensor | None = None
@@ -74,12 +76,22 @@ class ColumnTransform:
 
         The declared domain does not hold for the changed inputs, and is left out.
         """
-        own = torch.isin(records.ids.cpu(), self.ids).any()
         return replace(
             records,
             inputs=changed_rows(records.inputs, self),
             domain=None,
-            coupled_by=self.name if own else records.coupled_by,
+            coupled_by=self._made_from(records) or records.coupled_by,
+        )
+
+    def _made_from(self, records: Records) -> str:
+        """Name the transform if its constants may come from some of the records; else ""."""
+        if not _share_records(self.public, records):
+            return ""
+        if not (self.public.ids_by_position and records.ids_by_position):
+            return self.name
+        return (
+            f"{self.name} of records without ids in {self.public.partition!r} (if they are other "
+            "records, give each table a name, name=..., or ids=...)"
         )
 
     def dataset(self, data: Dataset) -> Dataset:
@@ -123,7 +135,7 @@ def column_scaling(public: Records, *, impute: Gaps | None = None) -> ColumnTran
     scaler = StandardScaler().fit(rows)
     return ColumnTransform(
         name=f"column_scaling(impute={impute!r})",
-        ids=public.ids.cpu(),
+        public=public,
         fill=fill,
         shift=torch.from_numpy(scaler.mean_),
         scale=torch.from_numpy(scaler.scale_),
@@ -157,7 +169,7 @@ def principal_components(
         weights = weights / torch.from_numpy(found.explained_variance_).clamp_min(1e-12).sqrt()
     return ColumnTransform(
         name=f"principal_components(count={count})",
-        ids=public.ids.cpu(),
+        public=public,
         shift=torch.from_numpy(found.mean_),
         weights=weights.contiguous(),
     )
@@ -203,7 +215,7 @@ def best_columns(
         raise ConfigError.of("score", score, f"a score that fits ({reason})") from error
     return ColumnTransform(
         name=f"best_columns(count={count})",
-        ids=public.ids.cpu(),
+        public=public,
         chosen=varying[torch.from_numpy(chosen.get_support(indices=True))],
     )
 
@@ -224,6 +236,25 @@ def _rows(public: Records, *, gaps: bool = False) -> "NDArray[Any]":
             "public", "inputs that are NaN or infinite", "numbers; column_scaling fills gaps"
         )
     return rows.numpy()
+
+
+def _share_records(public: Records, records: Records) -> bool:
+    """Return True if two sets may have a record in common."""
+    positions = public.ids_by_position and records.ids_by_position
+    if not positions or public.partition == records.partition:
+        return bool(torch.isin(records.ids.cpu(), public.ids.cpu()).any())
+    # positions in two tables do not identify records
+    if public.inputs.shape[1:] != records.inputs.shape[1:]:
+        return False
+    known = set(_row_bytes(public.inputs))
+    return any(row in known for row in _row_bytes(records.inputs))
+
+
+def _row_bytes(inputs: Tensor) -> Iterator[bytes]:
+    """Yield each row in float32, with one zero."""
+    for piece in row_slices(inputs):
+        for row in (inputs[piece].flatten(1).float().cpu() + 0.0).numpy():
+            yield row.tobytes()
 
 
 def _refuse_count(count: int, most: int) -> None:
