@@ -189,6 +189,32 @@ def test_a_healing_that_is_repeated_trains_nothing_again(outcome):
     assert [(folder / "result.json").read_bytes() for folder in again.folders] == before
 
 
+def test_a_restart_that_is_worse_is_withdrawn(tmp_path):
+    text = SLOW.replace("1e-6", "0.1")
+    result = run(parse(text), text, tmp_path / "small")
+    # the first finding misleads, and the second one proposes the same
+    result["arms"][0]["findings"] = [
+        finding_row(of("training.iterations", 1, rule="misleads")),
+        finding_row(of("training.iterations", 1, rule="alike")),
+        finding_row(of("training.reset_optimizer", True, rule="harmless", cause="memory")),
+    ]
+    (tmp_path / "small" / "result.json").write_text(json.dumps(result))
+    told = []
+    done = heal(text, tmp_path / "small", restarts=2, told=told.append)
+    worse, further = done.restarts
+    assert done.refused["misleads"] == worse["worse"]
+    assert re.fullmatch(r"made it worse: [\d.]+ -> [\d.]+", worse["worse"])
+    assert any("its remedies are withdrawn" in line for line in told)
+    # the search goes on from the first run, and the whole list stays in every restart
+    assert (further["start"], further["worse"]) == ("small", "")
+    assert further["changes"] == {"training.reset_optimizer": True}
+    assert done.best != done.folders[1]
+    assert "iterations = 8" in (done.best / "config.toml").read_text()
+    for folder in done.folders[1:]:
+        assert read_result(folder)["healing"] == list(done.restarts)
+    assert "worse, withdrawn" in next(iter(healing_table(done.restarts).columns[0].cells))
+
+
 def test_the_report_shows_findings_with_pictures_and_restarts(outcome):
     page = write_report(outcome.folders[0]).read_text()
     assert "learning rate range (learning rate): naive-plain" in page

@@ -90,7 +90,7 @@ def heal_run(
     from perdure.experiment.healing import RESTARTS, heal
     from perdure.experiment.result_schema import read_result
     from perdure.learner.progress import display
-    from perdure.report import findings_table, healing_table, write_report
+    from perdure.report import healing_table, write_report
     from perdure.report.table import table
 
     folder = out or Path("runs") / parse(text, source=source).name
@@ -107,15 +107,14 @@ def heal_run(
         )
     for each in outcome.folders:
         write_report(each, figures=True)
-    last = read_result(outcome.folders[-1])
-    console.print(table(last))
-    found = {arm["name"]: arm.get("findings", []) for arm in last["arms"]}
-    if any(found.values()):
-        console.print(findings_table(found))
+    best = read_result(outcome.best)
+    console.print(table(best))
+    print_findings(console, {arm["name"]: arm.get("findings", []) for arm in best["arms"]})
     if outcome.restarts:
         console.print(healing_table(outcome.restarts))
     else:
         console.print("no restart: no finding has a remedy that a setting applies")
     for rule, reason in outcome.refused.items():
         console.print(f"not applied, {rule}: {reason}", markup=False, highlight=False)
-    console.print(f"report: {outcome.folders[-1] / 'report.html'}")
+    console.print(f"best run: {outcome.best}; config: {outcome.best / 'config.toml'}")
+    console.print(f"report: {outcome.best / 'report.html'}")

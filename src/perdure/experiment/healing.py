@@ -1,5 +1,6 @@
 """Restarts of a run with the remedies of its findings, one cause at a time."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from perdure.experiment.config import Config, parse, table_of
 from perdure.experiment.examinations import examine_run
 from perdure.experiment.finding_rows import finding_of
 from perdure.experiment.overrides import changes_in_words, toml_text
+from perdure.experiment.paired_statistics import estimate
 from perdure.experiment.remedies import Healed, healed
 from perdure.experiment.result_schema import Restart, Result, read_result
 from perdure.experiment.run import run
@@ -33,13 +35,47 @@ class Healing(CheckedFields):
 
     Args:
         folders: folder of the first run, and of each restart, in order.
+        best: folder of the best run: most trainings that did not diverge, then the highest average
+            accuracy, as the mean over the arms.
         restarts: cause, remedies and measurements of each restart.
-        refused: findings of the last run whose remedies were not applied, from rule to reason.
+        refused: findings whose remedies were not applied or were withdrawn, from rule to reason.
     """
 
     folders: tuple[Path, ...]
+    best: Path
     restarts: tuple[Restart, ...] = ()
     refused: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """Finished run: its folder, config, result, and findings that the result lacks."""
+
+    folder: Path
+    text: str
+    result: Result
+    further: tuple[Finding, ...] = ()
+
+    @property
+    def score(self) -> tuple[int, float]:
+        """Number of trainings that did not diverge, and their mean accuracy, or minus the error."""
+        values = self.accuracies.values()
+        return len(values), self.sign * math.fsum(values) / max(1, len(values))
+
+    @property
+    def accuracies(self) -> dict[tuple[str, int], float]:
+        """Average accuracy of every training that did not diverge, by arm and seed."""
+        return {
+            (arm["name"], trial["seed"]): trial["average_accuracy"]
+            for arm in self.result["arms"]
+            for trial in arm["seeds"]
+            if trial["average_accuracy"] is not None
+        }
+
+    @property
+    def sign(self) -> int:
+        """-1 if the metric of the task is an error."""
+        return 1 if self.result["task"]["higher_is_better"] else -1
 
 
 @checked_arguments
@@ -56,9 +92,14 @@ def heal(
     """Run a config, and run it again with the remedies of its findings, one cause at a time.
 
     A restart is a run of its own, in the folder NAME-healed beside the first one, then
-    NAME-healed-2, and so on; no model or folder of an earlier run is changed. It ends when no
-    finding has a remedy that changes the config, or after the last restart. A stopped call
-    continues.
+    NAME-healed-2, and so on; no model of an earlier run is changed. It ends when no finding has a
+    remedy that changes the config, or after the last restart. A stopped call continues.
+
+    A finding in one arm changes the setting of all arms. A restart that lowers the average accuracy
+    below the best run's is worse: by more than one standard error of the paired differences of the
+    seeds, or with one seed by more than one point, or 1 % of an error. Its remedies are withdrawn,
+    and the next restart starts from the run before it. The accuracy of the best run is slightly too
+    high, because the same test records chose it.
 
     Guarantee: under privacy every restart uses the records again. The charges of all earlier runs
     are in the ledger of a restart (`[[privacy.spent]]`), and its epsilon is capped at
@@ -88,19 +129,27 @@ def heal(
     result = run(config, text, folders[0], progress, examine="full")
     # a run that was finished before may have been examined in part only
     known = examine_run(config) if finished else {}
-    plan = _next(text, result, source, [each for found in known.values() for each in found])
+    further = tuple(each for found in known.values() for each in found)
+    current = best = _Run(folder=folders[0], text=text, result=result, further=further)
+    plan = _next(current, done)
     while plan.cause and len(done) < restarts:
         assert isinstance(plan.config, str)
         name = f"{folders[0].name}-healed" + (f"-{len(done) + 1}" if done else "")
         told(f"restart {len(done) + 1}, {plan.cause}: {changes_in_words(plan.changes)}")
         text = _restarted(plan.config, name, config, folders, total_epsilon)
         folders.append(folders[0].with_name(name))
-        after = run(parse(text, source=name), text, folders[-1], progress, examine="full")
-        done.append(_compared(name, plan, result, after))
-        write_json(folders[-1] / "result.json", {**after, "healing": done})
-        result = read_result(folders[-1])
-        plan = _next(text, result, name)
-    return Healing(folders=tuple(folders), restarts=tuple(done), refused=plan.refused)
+        result = run(parse(text, source=name), text, folders[-1], progress, examine="full")
+        new = _Run(folder=folders[-1], text=text, result=result)
+        done.append(_compared(plan, current, new, best))
+        _record(folders[1:], done)
+        if done[-1]["worse"]:
+            told(f"restart {len(done)} {done[-1]['worse']}; its remedies are withdrawn")
+        else:
+            current = replace(new, result=read_result(new.folder))
+        best = max(new, best, key=lambda each: each.score)
+        plan = _next(current, done)
+    refused = {**plan.refused, **_withdrawn(done)}
+    return Healing(folders=tuple(folders), best=best.folder, restarts=tuple(done), refused=refused)
 
 
 def _check(config: Config, restarts: int, total_epsilon: float | None) -> None:
@@ -143,24 +192,67 @@ def _check_budget(config: Config, total_epsilon: float | None) -> None:
         )
 
 
-def _next(text: str, result: Result, source: str, further: Sequence[Finding] = ()) -> Healed:
-    """Return the config with the next remedies of a run's findings, and of further ones."""
-    rows = [row for arm in result["arms"] for row in arm.get("findings", ())]
-    return healed(text, [*map(finding_of, rows), *further], source=source)
+def _next(current: _Run, done: Sequence[Restart]) -> Healed:
+    """Return the config with the next remedies of a run's findings, without withdrawn ones."""
+    rows = [row for arm in current.result["arms"] for row in arm.get("findings", ())]
+    known = [*map(finding_of, rows), *current.further]
+    left = _withdrawn(done)
+    tried = [restart["changes"] for restart in done if restart["worse"]]
+    kept = [
+        finding
+        for finding in known
+        # another rule may propose a setting that was withdrawn
+        if finding.rule not in left and dict(finding.remedy.changes) not in tried
+    ]
+    return healed(current.text, kept, source=current.folder.name)
 
 
-def _compared(name: str, plan: Healed, before: Result, after: Result) -> Restart:
-    old = {arm["name"]: arm["average_accuracy"] for arm in before["arms"]}
+def _withdrawn(done: Sequence[Restart]) -> dict[str, str]:
+    """Return the rules whose remedies made a restart worse, with the reason."""
     return {
-        "run": name,
+        rule: restart["worse"] for restart in done if restart["worse"] for rule in restart["rules"]
+    }
+
+
+def _compared(plan: Healed, before: _Run, after: _Run, best: _Run) -> Restart:
+    old = {arm["name"]: arm["average_accuracy"] for arm in before.result["arms"]}
+    return {
+        "run": after.folder.name,
+        "start": before.folder.name,
         "cause": plan.cause,
         "rules": list(plan.rules),
         "changes": dict(plan.changes),
+        "worse": _worse(best, after),
         "arms": {
             arm["name"]: {"before": old[arm["name"]], "after": arm["average_accuracy"]}
-            for arm in after["arms"]
+            for arm in after.result["arms"]
         },
     }
+
+
+def _worse(best: _Run, after: _Run) -> str:
+    """Return the reason why a run is worse than the best one so far; "" if it is not."""
+    old, new = best.accuracies, after.accuracies
+    if len(new) < len(old):
+        return f"made it worse: {len(old) - len(new)} more trainings diverged"
+    if len(new) > len(old) or not old.keys() & new.keys():
+        return ""
+    changes: dict[int, list[float]] = {}
+    for arm, seed in sorted(old.keys() & new.keys()):
+        changes.setdefault(seed, []).append(best.sign * (new[arm, seed] - old[arm, seed]))
+    means = {seed: math.fsum(values) / len(values) for seed, values in changes.items()}
+    change = estimate(means, confidence=0.95)
+    # accuracies are in percent; an error has a unit of its own
+    point = 1.0 if best.sign > 0 else abs(best.score[1]) / 100
+    if change.mean >= -(point if change.standard_error is None else change.standard_error):
+        return ""
+    return f"made it worse: {abs(best.score[1]):.3g} -> {abs(after.score[1]):.3g}"
+
+
+def _record(folders: Sequence[Path], done: Sequence[Restart]) -> None:
+    """Write all restarts into the result of each of them."""
+    for folder in folders:
+        write_json(folder / "result.json", {**read_result(folder), "healing": list(done)})
 
 
 # --------------------------------------------------------------------------- privacy

@@ -228,19 +228,25 @@ class ArmChange(TypedDict):
 
 
 class Restart(TypedDict):
-    """Restart of a run with remedies: their cause, rules and settings, and each arm's change."""
+    """Restart of a run with remedies: their cause, rules and settings, and each arm's change.
+
+    `start` is the run whose config was changed. `worse` has the reason why the remedies were
+    withdrawn; "" if they were not.
+    """
 
     run: str
+    start: str
     cause: str
     rules: list[str]
     changes: dict[str, Any]
+    worse: str
     arms: dict[str, ArmChange]
 
 
 class Result(TypedDict):
     """Content of `result.json`: the result of a finished run.
 
-    `healing` has all restarts with remedies up to this run, in a run that is one.
+    `healing` has all restarts with remedies, in a run that is one.
     """
 
     schema: int

@@ -58,13 +58,18 @@ def healing_table(restarts: Sequence[Restart]) -> "Table":
     """
     drawn = _terminal_table("run", "cause", "changes", "arm", "before", "after")
     for restart in restarts:
-        head = [restart["run"], restart["cause"], changes_in_words(restart["changes"])]
+        head = [_restarted(restart), restart["cause"], changes_in_words(restart["changes"])]
         for arm, values in restart["arms"].items():
             cells = (*head, arm, _number(values["before"]), _number(values["after"]))
             drawn.add_row(*map(_plain, cells))
             head = ["", "", ""]
         drawn.add_section()
     return drawn
+
+
+def _restarted(restart: Restart) -> str:
+    """Return the name of a restart, marked if its remedies were withdrawn."""
+    return f"{restart['run']} (worse, withdrawn)" if restart["worse"] else restart["run"]
 
 
 def _terminal_table(*headers: str) -> "Table":
@@ -139,7 +144,7 @@ def _article(arm: str, row: FindingResult, picture: Picture | None) -> str:
 
 def _healing(result: Result) -> str:
     rows = "".join(
-        f"<tr><th scope='row'>{escape(restart['run'])}</th><td>{escape(restart['cause'])}</td>"
+        f"<tr><th scope='row'>{escape(_restarted(restart))}</th><td>{escape(restart['cause'])}</td>"
         f"<td>{escape(changes_in_words(restart['changes']))}</td><td>{escape(arm)}</td>"
         f"<td class='number'>{_number(values['before'])}</td>"
         f"<td class='number'>{_number(values['after'])}</td></tr>"
