@@ -1,7 +1,6 @@
 """Further processes of a configured run, which divide every batch with the process that writes it.
 
-python -m perdure.experiment.helping_processes CONFIG RANK COUNT MEETING is one of them; `run`
-starts it.
+`run` starts them.
 """
 
 import os
@@ -20,6 +19,8 @@ from perdure.utils.processes import Message, Processes, connect, with_processes
 
 TRIAL = "trial"
 """Kind of the message with the arm and the seed of the next training."""
+PROGRAM = "from perdure.experiment.helping_processes import main; main()"
+"""Program of another process; `python -m` would warn, because the package imports this module."""
 
 
 @contextmanager
@@ -33,7 +34,7 @@ def helped(config: Config, path: Path) -> Iterator[Processes | None]:
     if config.processes == 1:
         yield None
         return
-    command = [sys.executable, "-m", "perdure.experiment.helping_processes", str(path.resolve())]
+    command = [sys.executable, "-c", PROGRAM, str(path.resolve())]
     with with_processes(command, config.processes):
         yield Processes(rank=0, count=config.processes)
 
@@ -68,7 +69,8 @@ def follow(path: Path, rank: int, count: int, meeting: Path) -> None:
             trial.learner(stream, processes=count).fit(stream)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Take part as one of the other processes; the arguments are CONFIG RANK COUNT MEETING."""
     try:
         follow(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))
     except PerdureError as error:
