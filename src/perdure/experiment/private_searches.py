@@ -194,7 +194,7 @@ def refuse_beyond(runs: TrialRuns, bound: History, names: Collection[str]) -> No
         BudgetError: if earlier trainings have spent so much that these do not fit.
         LedgerError: if the ledger of an earlier training is missing.
     """
-    places = sorted((runs.folder / "arms").glob("*"))
+    places = [place for place in (runs.folder / "arms").glob("*") if place.is_dir()]
     spent = own_charges(place for place in places if place.name not in names)
     most = _times(bound, runs.search.trials + 1)
     total = merged((*spent, *_times(bound, len(names))))
