@@ -91,7 +91,7 @@ def test_a_private_learner_refuses_constants_of_its_own_records(toy_data, own):
         assert learner.fit(stream).shape == (2, 2)
 
 
-def test_positions_of_another_table_are_no_records_of_the_public_one(public):
+def test_positions_in_another_table_are_other_records(public):
     def table(inputs, name):
         return Records(inputs=inputs, labels=public.labels[: len(inputs)], partition=name)
 

@@ -11,6 +11,8 @@ from perdure.cli.local_modules import local_modules
 from perdure.errors import ConfigError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from perdure.adversarial import Attack
 
 
@@ -70,6 +72,14 @@ def attack(
             checks=check,
             progress=lambda trial: console.print(f"attacking {trial}", style="dim"),
         )
+    _show(found, console)
+    if json is not None:
+        write_json(json, _rows(found))
+        console.print(f"written: {json}", markup=False, highlight=False)
+
+
+def _show(found: list[Any], console: "Console") -> None:
+    """Print the table of all models, the checks of each, and the threat model."""
     console.print(_table(found))
     for model in found:
         if model.checked is not None:
@@ -79,16 +89,16 @@ def attack(
         for sign in model.checks:
             console.print(f"  {sign}", highlight=False, markup=False)
     console.print(f"threat model: {found[0].experiences[0].threat()}", highlight=False)
-    if json is not None:
-        rows = {
-            model.trial: [
-                {"experience": number, **card.row()}
-                for number, card in enumerate(model.experiences)
-            ]
-            for model in found
-        }
-        write_json(json, rows)
-        console.print(f"written: {json}", markup=False, highlight=False)
+
+
+def _rows(found: list[Any]) -> dict[str, list[dict[str, Any]]]:
+    """Return the cards of every model, by its name."""
+    return {
+        model.trial: [
+            {"experience": number, **card.row()} for number, card in enumerate(model.experiences)
+        ]
+        for model in found
+    }
 
 
 def _attack(norm: str, eps: float, steps: int, restarts: int, autoattack: bool) -> "Attack":

@@ -233,7 +233,7 @@ def with_processes(command: Sequence[str], count: int) -> Iterator[None]:
             for rank in range(1, count)
         ]
         try:
-            store = distributed.FileStore(str(meeting))
+            store = distributed.FileStore(str(meeting))  # type: ignore[attr-defined]
             ready = [_ready(rank) for rank in range(1, count)]
             while not store.check(ready):
                 if any(each.poll() is not None for each in others):
@@ -272,7 +272,7 @@ def connect(rank: int, count: int, meeting: Path, *, timeout: timedelta = TIMEOU
         # Ctrl-C reaches every process of a terminal; process 0 stops the others
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     with lost_processes(), _loopback_only():
-        store = distributed.FileStore(str(meeting))
+        store = distributed.FileStore(str(meeting))  # type: ignore[attr-defined]
         store.set(_ready(rank), "")
         distributed.init_process_group(
             "gloo", store=store, rank=rank, world_size=count, timeout=timeout
