@@ -116,7 +116,7 @@ def test_share_memory_skips_parameters_of_another_shape():
     first = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
     second = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 4))
     own = second[1].weight.clone()
-    share_memory(second, first)
+    share_memory(state_of(second), state_of(first))
     with torch.no_grad():
         first[0].weight.fill_(7.0)
     assert second[0].weight.eq(7.0).all()

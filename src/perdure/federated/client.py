@@ -14,21 +14,29 @@ goes back to that exchange and gives the identical reply.
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from functools import wraps
 from pathlib import Path
 from typing import cast
+from weakref import ReferenceType, ref
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from perdure.data.experience import Stream
 from perdure.data.record_identity import refuse_records_in_two_partitions
-from perdure.errors import LedgerError
+from perdure.errors import FederationError, LedgerError
 from perdure.federated.client_store import FRESH, ClientSession, restore, save
 from perdure.federated.flower_adapter import error_reply
 from perdure.federated.held_arrays import message_of
 from perdure.federated.ledger_heads import LEDGER, reported, require_known
-from perdure.federated.messages import load_record, read_tensors, shared, to_record
+from perdure.federated.messages import (
+    load_record,
+    load_shared,
+    read_tensors,
+    shared,
+    to_record,
+)
 from perdure.federated.party_checks import (
     owner_of,
     refuse_folder,
@@ -38,7 +46,8 @@ from perdure.federated.party_checks import (
 from perdure.federated.state_merging import sent
 from perdure.learner.folder_claims import client_folder
 from perdure.learner.learner import Learner
-from perdure.utils.modules import share_memory
+from perdure.types import Params
+from perdure.utils.modules import own_memory, share_memory
 
 MakeParty = Callable[[int], tuple[Learner, Stream]]
 """Function from a client's number to its new learner and its stream."""
@@ -62,6 +71,7 @@ class ClientSessions:
         self._seats: dict[int, ClientSession] = {}
         self._open: Learner | None = None
         self._first: Learner | None = None
+        self._sharing: list[ReferenceType[Learner]] = []
         self.private = True
 
     def take(self, client: int, exchange: int) -> ClientSession:
@@ -91,10 +101,13 @@ class ClientSessions:
         learner.folder = client_folder(self._folder, client) if self._folder else None
         self._open = learner
         learner.prepare(stream)
+        received = shared(learner.model)
+        learner.session.received = frozenset(received)
         if learner.privacy is None and self._first.privacy is None:
-            # Every exchange replaces the parameters, so a client needs none between exchanges, and
-            # the memory that all clients use stays in the processor's cache.
-            share_memory(learner.model, self._first.model)
+            # Every exchange begins with the server's parameters, so a client needs none between
+            # exchanges, and the memory that all clients use stays in the processor's cache.
+            share_memory(received, shared(self._first.model))
+            self._sharing.append(ref(learner))
         return restore(learner, exchange)
 
     def put(self, client: int, seat: ClientSession, exchange: int) -> None:
@@ -108,6 +121,18 @@ class ClientSessions:
         if self._open is not None:
             self._open.close()
         self._open = None
+
+    def part(self, values: Params) -> None:
+        """Give every learner that shares memory its own again, with the server's parameters.
+
+        Args:
+            values: parameters and buffers of the server's model, as `shared` returns them.
+        """
+        for learner in filter(None, [each() for each in self._sharing]):
+            own_memory(shared(learner.model))
+            with suppress(FederationError):  # a model that does not fit was refused when it came
+                load_shared(learner.model, values)
+        self._sharing = []
 
     def _held(self, learner: Learner) -> bool:
         """Lock a learner's folder again; return False if its ledger was written to meanwhile."""
@@ -133,18 +158,23 @@ def client_app(
     Args:
         make: function from a client's number to its new learner and its stream; client number and
             folder are set by the app. The models of all parties must start with the same
-            parameters, from one seed: SI's anchor, CWR*'s base and new starts use the client's own
-            first parameters. All clients of this process without privacy keep their parameters in
-            the same memory, so read a client's model only in callbacks of its learner.
+            parameters, from one seed: SI's anchor and CWR*'s base are the client's own first
+            parameters. All clients of this process without privacy keep their parameters in the
+            same memory, so read a client's model only in callbacks of its learner, where it has
+            the client's own.
         folder: folder of the run; the state of client 3 is in its subfolder `clients/003`. None to
             keep the state in this process only. If a learner has no owner, the owner of its ledger
             is client-3.
         distinct: under privacy, True if no two clients of this process hold the same record; if
             False, the ids of their records are compared when each client is built.
     """
-    app = ClientApp()
     place = None if folder is None else Path(folder)
-    seats = ClientSessions(make, place, distinct=distinct)
+    return app_of(ClientSessions(make, place, distinct=distinct))
+
+
+def app_of(seats: ClientSessions) -> ClientApp:
+    """Build the Flower app that answers messages with the learners of `seats`."""
+    app = ClientApp()
 
     def answering(handler: Handler) -> Handler:
         @wraps(handler)
@@ -193,7 +223,7 @@ def client_app(
 def _opened(
     message: Message, context: Context, seats: ClientSessions
 ) -> tuple[dict[str, int], ClientSession]:
-    """Prepare a client for an exchange: load its own state, its records, and the server's message.
+    """Prepare a client for an exchange: load its own state, the server's message, and its records.
 
     Returns:
         Numbers of the exchange from the message, and the client's session.
@@ -205,15 +235,15 @@ def _opened(
     refuse_privacy(learner, _number(context), asked=bool(task["private"]))
     private_sum = learner.private_sum
     require_known(private_sum.ledger if private_sum else None, message)
-    arrays = cast(ArrayRecord, message.content["arrays"])
+    # First of all, because until now the model has the parameters of the client's last exchange, or
+    # of the client that used the memory last. Callbacks and rankings of records read the model.
+    load_record(learner.model, cast(ArrayRecord, message.content["arrays"]))
     while learner.position.experience < task["experience"]:
         # The client did not train in this experience. The server asks it to consolidate only if
         # this needs the global model or other clients.
         learner.begin(learner.position.experience)
-        load_record(learner.model, arrays)
         learner.finish()
     learner.begin(task["experience"])
-    load_record(learner.model, arrays)
     if "state" in message.content:
         new = read_tensors(message, "state")
         combined = learner.state.replace(

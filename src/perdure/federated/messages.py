@@ -51,11 +51,16 @@ def read_metric(message: Message, name: str) -> float:
 
 
 def shared(model: nn.Module) -> Params:
-    """Parameters and floating-point buffers of a model; integer buffers stay with the client.
+    """Floating-point and complex parameters and buffers of a model.
 
-    The tensors are those of the model, not detached.
+    Integers, such as the counters of BatchNorm, stay with the client. The tensors are those of the
+    model, not detached.
     """
-    return {name: value for name, value in state_of(model).items() if value.is_floating_point()}
+    return {
+        name: value
+        for name, value in state_of(model).items()
+        if value.is_floating_point() or value.is_complex()
+    }
 
 
 def load_shared(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:

@@ -30,7 +30,7 @@ from perdure.data.value_checks import check_streams
 from perdure.errors import ConfigError, FederationError
 from perdure.federated.attendance import Attendance
 from perdure.federated.averaging import HeldFedAvg
-from perdure.federated.client import client_app
+from perdure.federated.client import ClientSessions, app_of
 from perdure.federated.client_store import FRESH
 from perdure.federated.flower_adapter import (
     Cohort,
@@ -347,7 +347,8 @@ def run_federation(
 ) -> Server:
     """Train one model on the streams of all clients, and return the server with the model.
 
-    With a folder, a stopped run continues and gives the bit-identical result.
+    With a folder, a stopped run continues and gives the bit-identical result. Afterwards the
+    learners of clients in this process without privacy have the global parameters.
 
     Args:
         make_learner: function from a client's number to a new learner; all learners must be equal,
@@ -396,9 +397,8 @@ def run_federation(
     if learner.privacy:
         refuse_records_in_two_partitions(streams)
     check_streams(streams, training=bool(learner.privacy))
-    client = client_app(
-        lambda number: (make_learner(number), streams[number]), folder, distinct=True
-    )
+    seats = ClientSessions(lambda n: (make_learner(n), streams[n]), folder, distinct=True)
+    client = app_of(seats)
     server = Server(
         learner=learner,
         stream=streams[0],
@@ -410,8 +410,11 @@ def run_federation(
         if engine == "ray":
             simulate(server_app(server), client, federation.clients)
             return server
-        with InProcessGrid(client, federation.clients, replied, listen).running() as grid:
-            server.serve(grid)
+        try:
+            with InProcessGrid(client, federation.clients, replied, listen).running() as grid:
+                server.serve(grid)
+        finally:
+            seats.part(shared(server.learner.model))
     return server
 
 

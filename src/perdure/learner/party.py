@@ -70,6 +70,8 @@ class Party(GuardedParty):
         )
         self.lock = FolderLock(self.folder) if self.folder else None
         self._opened: PrivateSum | None = None
+        self.received: frozenset[str] = frozenset()
+        """Names of values that a server has sent for the experience, so no restart resets them."""
         self.hold()
         try:
             self._lay_out()
@@ -170,7 +172,10 @@ class Party(GuardedParty):
             self.average.clear()
             self.moves.last = {}
             if plan.restart:
-                self.model.load_state_dict(self._initial)
+                self.model.load_state_dict(
+                    {n: t for n, t in self._initial.items() if n not in self.received},
+                    strict=not self.received,
+                )
         self._steps = self.training.steps(index) if self.averaging else 0
         if self.private_sum:
             self._watch = WriteWatch(self.model)

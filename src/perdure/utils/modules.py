@@ -158,17 +158,27 @@ def _plain(kind: type[nn.Module]) -> bool:
     return all(getattr(kind, name) is getattr(nn.Module, name) for name in STATE_METHODS)
 
 
-def share_memory(module: nn.Module, other: nn.Module) -> None:
-    """Let the parameters of a module use the memory of the other's, on the processor.
+def share_memory(tensors: Params, others: Params) -> None:
+    """Let the parameters among named tensors use the memory of the others', on the processor.
 
-    They get the values of the other's parameters. A parameter without a counterpart of the same
-    name, shape, strides and dtype keeps its own memory.
+    They get the values of the others. A parameter without a counterpart of the same name, shape,
+    strides and dtype keeps its own memory.
     """
-    known = dict(other.named_parameters())
-    for name, own in module.named_parameters():
-        value = known.get(name)
-        if value is not None and _layout(own) == _layout(value) and own.device.type == "cpu":
+    for name, own in tensors.items():
+        value = others.get(name)
+        if value is not None and _layout(own) == _layout(value) and _is_shareable(own):
             own.data = value.data
+
+
+def own_memory(tensors: Params) -> None:
+    """Move the parameters among named tensors out of the memory that they share with others."""
+    for own in tensors.values():
+        if _is_shareable(own):
+            own.data = own.data.clone()
+
+
+def _is_shareable(value: Tensor) -> bool:
+    return isinstance(value, nn.Parameter) and value.device.type == "cpu"
 
 
 def _layout(value: Tensor) -> tuple[object, ...]:
