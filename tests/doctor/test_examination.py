@@ -254,6 +254,19 @@ def test_every_examining_rule_has_a_fault_and_a_docstring():
         assert all(f"{word}:" in told for word in ("Symptom", "Remedy", "Source")), name
 
 
+def test_samples_are_compared_with_superpixels():
+    images = stream_of(INPUTS[:, :1, None, None].expand(-1, 1, 8, 8), LABELS)
+
+    def found(**options):
+        explained = case(stream=images, explainer=KernelSHAP(**options))
+        return [each.remedy.changes for each in examined(explained, chosen=["few_samples"])]
+
+    assert found(samples=200) == [{"explain.samples": 2176}]
+    assert found(samples=200, cells=2) == []
+    assert found(samples=14, cells=2) == []
+    assert found(samples=12, cells=2) == [{"explain.samples": 14}]
+
+
 def test_a_loss_that_balances_classes_needs_no_other():
     skewed = stream_of(INPUTS, SKEWED, classes=2)
     chosen = ["class_imbalance"]

@@ -16,12 +16,12 @@ BASE = 2048
 class FewSamples(Rule):
     """Find explanations with fewer samples than a linear model of all features needs.
 
-    KernelSHAP and LIME fit a linear model of d features. With fewer samples than features it is not
-    determined, and with few more it follows the draw of the samples.
+    KernelSHAP and LIME fit a linear model of d features, or of d superpixels (`cells`). With fewer
+    samples than d it is not determined, and with few more it follows the draw of the samples.
 
     Symptom: the explainer has `samples`, and there are fewer than `each` for each feature.
 
-    Remedy: `explain.samples`, 2 d + 2048.
+    Remedy: `explain.samples`, 2 d + 2048, or all 2^d - 2 coalitions if they are fewer.
 
     Source: Lundberg and Lee 2017; the default of shap.KernelExplainer, 2 d + 2048.
 
@@ -38,16 +38,29 @@ class FewSamples(Rule):
     def examine(self, case: Case) -> Finding | None:
         """Compare the samples of the explainer with the features of a record."""
         samples = getattr(case.explainer, "samples", None)
-        features = math.prod(case.stream.input_shape)
+        features = _players(case)
         if not isinstance(samples, int) or samples >= self.each * features:
             return None
         # all coalitions of few features are enough
-        if features < 30 and samples >= 2**features - 2:
+        most = 2 ** min(features, 30) - 2
+        if samples >= most:
             return None
-        more = 2 * features + BASE
+        more = min(2 * features + BASE, most)
+        grouped = features < math.prod(case.stream.input_shape)
         return self.finding(
-            f"an explanation of {features} features has {samples} samples",
+            f"an explanation of {features} {'superpixels' if grouped else 'features'} has {samples} "
+            "samples",
             measured=samples / features,
             threshold=self.each,
             remedy=Remedy(advice=f"samples = {more}", changes={"explain.samples": more}),
         )
+
+
+def _players(case: Case) -> int:
+    """Return the number of features, or of superpixels, that are explained."""
+    shape = tuple(case.stream.input_shape)
+    cells = getattr(case.explainer, "cells", None)
+    # the explainer refuses cells that do not fit the records, in words of its own
+    if not isinstance(cells, int) or len(shape) < 2 or cells > min(shape[-2:]):
+        return math.prod(shape)
+    return int(cells**2)
