@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from perdure import Learner, Privacy
-from perdure.adversarial import FGSM
+from perdure.adversarial import FGSM, PGD
 from perdure.data import digits, iid, joint, permuted, split
 from perdure.doctor import Finding, Monitor, Remedy, Rule, Trace, in_order
 from perdure.doctor.rules import find
@@ -187,6 +187,21 @@ def test_a_monitor_finds_a_model_that_an_attack_misleads():
 
     assert rules_under(FGSM(epsilon=0.3)) == ["fragile to attacks"]
     assert rules_under(FGSM(epsilon=0.001)) == []
+
+
+def test_a_hardened_model_needs_a_stronger_attack():
+    trace = replace(course((), ()), clean=80.0, attacked=20.0, attack_epsilon=0.2)
+
+    def remedy(adversary):
+        found = find("fragile_to_attacks")().watch(replace(trace, adversary=adversary))
+        return found.remedy.advice, found.remedy.changes["training.adversary"]
+
+    assert remedy(None)[0] == "adversarial training"
+    advice, attack = remedy(FGSM(epsilon=0.1))
+    assert advice.startswith("stronger adversarial training than the present FGSM")
+    assert (attack["steps"], attack["epsilon"]) == (5, 0.2)
+    assert remedy(PGD(epsilon=0.3, steps=7))[1]["steps"] == 14
+    assert remedy(PGD(epsilon=0.3, steps=7))[1]["epsilon"] == 0.3
 
 
 def course(train, public):

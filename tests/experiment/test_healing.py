@@ -12,7 +12,7 @@ from dataclasses import fields, replace
 import pytest
 
 from perdure import models
-from perdure.doctor import Finding, Remedy, rules
+from perdure.doctor import Finding, Remedy, Trace, rules
 from perdure.errors import ConfigError, LedgerError
 from perdure.experiment import examine_run, heal, healed, parse, read_result, run
 from perdure.experiment.calls import parameters
@@ -23,6 +23,7 @@ from perdure.experiment.training_config import TrainingConfig
 from perdure.models import ModelConfig
 from perdure.privacy import Privacy
 from perdure.report import findings_table, healing_table, write_report
+from perdure.report.findings import finding_pictures, remedy_in_words
 
 CONFIG = """
 name = "small"
@@ -222,6 +223,23 @@ def test_the_report_shows_findings_with_pictures_and_restarts(outcome):
     page = write_report(outcome.folders[1]).read_text()
     assert "Restarts with remedies" in page
     assert healing_table(outcome.restarts).row_count == len(outcome.restarts)
+
+
+def test_remedies_are_shown_as_they_stand_in_a_config():
+    trace = Trace(experience=0, steps=0, done=0, private=False, names=(), matrices=())
+    trace = replace(trace, clean=80.0, attacked=20.0, attack_epsilon=0.25)
+    shown = remedy_in_words(finding_row(rules.find("fragile_to_attacks")().watch(trace)))
+    attack = '{name = "pgd", epsilon = 0.25, steps = 5, step_size = 0.1}'
+    assert shown == f"adversarial training (training.adversary = {attack})"
+
+
+def test_pictures_of_findings_count_in_whole_numbers(outcome):
+    row = {**finding_row(RATE), "series": [0.2, 0.4], "threshold": 0.3}
+    result = read_result(outcome.folders[0])
+    result["arms"][0]["findings"] = [row]
+    (picture,) = finding_pictures(result)
+    ticks = picture.figure.axes[0].get_xticks()
+    assert all(float(tick).is_integer() for tick in ticks)
 
 
 def test_the_table_of_findings_has_one_line_a_rule():

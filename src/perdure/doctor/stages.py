@@ -75,7 +75,13 @@ class StageRecorder:
         clean, attacked = (sum(each) / len(numbers) for each in zip(*numbers, strict=True))
         epsilon = self.attack.epsilon
         radius = max(epsilon) if isinstance(epsilon, tuple) else epsilon
-        return replace(trace, clean=clean, attacked=attacked, attack_epsilon=float(radius))
+        return replace(
+            trace,
+            clean=clean,
+            attacked=attacked,
+            attack_epsilon=float(radius),
+            adversary=learner.adversary,
+        )
 
 
 def _own(learner: Learner, ended: int) -> Tensor:

@@ -12,6 +12,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from perdure.adversarial import Attack
 from perdure.doctor.curvature import Curvature
 from perdure.learner.group_measures import GroupMeasures
 from perdure.utils.checked_fields import CheckedFields
@@ -128,6 +129,7 @@ class Trace:
             attack.
         attacked: accuracy on the same records under the attack.
         attack_epsilon: radius of the attack.
+        adversary: attack of adversarial training; None for none.
     """
 
     experience: int
@@ -163,6 +165,7 @@ class Trace:
     clean: float | None = None
     attacked: float | None = None
     attack_epsilon: float | None = None
+    adversary: Attack | None = None
 
     @property
     def share(self) -> float:

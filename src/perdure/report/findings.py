@@ -181,6 +181,7 @@ def _picture_name(number: int) -> str:
 
 def _drawn(row: FindingResult, name: str) -> Picture:
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     values = [float("nan") if value is None else value for value in row["series"]]
     known = [value for value in row["series"] if value is not None]
@@ -192,6 +193,7 @@ def _drawn(row: FindingResult, name: str) -> Picture:
         axes.axhline(limit, color=LIMIT, linewidth=0.9, linestyle="--")
     if min(known) > 0 and max(known) > 1000 * min(known):
         axes.set_yscale("log")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_title(row["rule"])
     return Picture(
         name=name,

@@ -20,6 +20,7 @@ GAPS = (
 """Keys of differences between groups, and their names."""
 CAPTION = (
     "Groups of the public test records at the end of the stream, in percent, as means over seeds. "
+    "A finding of unequal groups measures an experience right after its training. "
     "Differences are those of the largest and the smallest group, by fairlearn."
 )
 
@@ -36,7 +37,13 @@ def groups_table(result: Result) -> "Table | None":
     from rich import box
     from rich.table import Table
 
-    drawn = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    drawn = Table(
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        show_edge=False,
+        caption=CAPTION,
+        caption_justify="left",
+    )
     for column in COLUMNS:
         drawn.add_column(column, overflow="fold")
     for row in rows:

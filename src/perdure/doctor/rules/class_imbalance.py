@@ -68,5 +68,6 @@ class ClassImbalance(Rule):
         shown = [max(1, count) for count in counts]
         loss = {"name": "balanced_softmax", "counts": shown if case.privacy else "balanced"}
         return Remedy(
-            advice=f"BalancedSoftmax(counts={loss['counts']!r})", changes={"training.loss": loss}
+            advice="a loss that balances the classes, BalancedSoftmax",
+            changes={"training.loss": loss},
         )

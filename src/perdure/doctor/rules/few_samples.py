@@ -47,9 +47,9 @@ class FewSamples(Rule):
             return None
         more = min(2 * features + BASE, most)
         grouped = features < math.prod(case.stream.input_shape)
+        noun = "superpixels" if grouped else "features"
         return self.finding(
-            f"an explanation of {features} {'superpixels' if grouped else 'features'} has {samples} "
-            "samples",
+            f"an explanation of {features} {noun} has {samples} samples",
             measured=samples / features,
             threshold=self.each,
             remedy=Remedy(advice=f"samples = {more}", changes={"explain.samples": more}),

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+from perdure.adversarial import Attack
 from perdure.doctor.finding import Cause, Finding, Remedy
 from perdure.doctor.rules.base import Rule
 from perdure.doctor.trace import Trace
@@ -21,7 +22,8 @@ class FragileToAttacks(Rule):
     Symptom: at the end of the stream, the accuracy on public test records under the attack is below
     `share` of the accuracy without it.
 
-    Remedy: adversarial training, `training.adversary`.
+    Remedy: adversarial training, `training.adversary`; a stronger one if the training has one: more
+    steps, a larger epsilon, or more epochs.
 
     Source: Madry et al. 2018, "Towards deep learning models resistant to adversarial attacks".
 
@@ -42,20 +44,34 @@ class FragileToAttacks(Rule):
         share = trace.attacked / trace.clean
         if share >= self.share:
             return None
-        attack = {
-            "name": "pgd",
-            "epsilon": trace.attack_epsilon,
-            "steps": STEPS,
-            "step_size": 2 * trace.attack_epsilon / STEPS,
-        }
         return self.finding(
             f"accuracy on public records falls from {trace.clean:.0f} to {trace.attacked:.0f} % "
             "under the attack",
             measured=share,
             threshold=self.share,
-            remedy=Remedy(
-                advice=f"adversarial training: training.adversary = {attack}",
-                changes={"training.adversary": attack},
-            ),
+            remedy=_remedy(trace.attack_epsilon, trace.adversary),
             experience=trace.experience,
         )
+
+
+def _remedy(epsilon: float, present: Attack | None) -> Remedy:
+    """Return adversarial training, or a stronger one than the present one.
+
+    Args:
+        epsilon: radius of the attack that misled the model.
+        present: attack of the training; None for none.
+    """
+    steps = STEPS
+    advice = "adversarial training"
+    if present is not None:
+        radius = present.epsilon
+        epsilon = max(epsilon, max(radius) if isinstance(radius, tuple) else radius)
+        # an attack of one step has no such field
+        steps = max(STEPS, 2 * int(getattr(present, "steps", 1)))
+        name = type(present).__name__
+        advice = (
+            f"stronger adversarial training than the present {name}: more steps, a larger epsilon, "
+            "or more epochs"
+        )
+    attack = {"name": "pgd", "epsilon": epsilon, "steps": steps, "step_size": 2 * epsilon / steps}
+    return Remedy(advice=advice, changes={"training.adversary": attack})

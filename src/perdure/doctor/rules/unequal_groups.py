@@ -58,7 +58,8 @@ class UnequalGroups(Rule):
             threshold=self.ratio,
             remedy=self._remedy(trace),
             series=tuple(rates.values()),
-            series_name=f"{'selection rate' if of_selection else 'accuracy'} of each group",
+            series_name=f"{'selection rate' if of_selection else 'accuracy'} of each group, right "
+            "after the training of this experience",
             experience=trace.experience,
         )
 
@@ -70,8 +71,7 @@ class UnequalGroups(Rule):
             weights["class_counts"] = [list(row) for row in trace.group_counts]
         else:
             weights["counts"] = "reweighing"
-        told = ", ".join(f"{name}={value!r}" for name, value in weights.items())
         return Remedy(
-            advice=f"group_weights = GroupWeights({told})",
+            advice="weights of groups and classes, by GroupWeights",
             changes={"training.group_weights": weights},
         )

@@ -60,7 +60,8 @@ class UnstableLoss(Rule):
             series=trace.public_losses,
             series_name="public loss",
             remedy=Remedy(
-                advice="averaging=EMA()", changes={"training.averaging": {"name": "ema"}}
+                advice="an average of the weights, EMA",
+                changes={"training.averaging": {"name": "ema"}},
             ),
             experience=trace.experience,
             step=trace.done,
