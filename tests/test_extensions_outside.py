@@ -250,7 +250,9 @@ def test_a_config_can_use_extensions_from_another_package(installed, tmp_path):
         "Shrink(strength=0.002)",
     ]
     assert result["stream"]["classes"] == [[0, 1], [2, 3]]
-    assert result["attack"] == {"name": "darken", "epsilon": 0.2, "norm": "linf"}
+    objectives = ["rescaled_cross_entropy", "margin"]
+    expected = {"name": "darken", "epsilon": 0.2, "norm": "linf", "objectives": objectives}
+    assert result["attack"] == expected
     assert result["explanations"]["method"] == "occlusion"
     folders = {path.name for path in (tmp_path / "run" / "checkpoint").iterdir()}
     assert folders == {"shrink-plain", "somebody.extensions.Shrink-plain"}
