@@ -13,7 +13,7 @@ from perdure.explain import find as find_explainer
 
 pgd = PGD(epsilon=0.1, steps=5, bounds=None)
 PGD(steps=5)  # E[call-arg]: "epsilon"
-PGD(epsilon=0.1, norm="l1")  # E[arg-type]: "norm"
+PGD(epsilon=0.1, norm="l3")  # E[arg-type]: "norm"
 FGSM(epsilon=0.1, steps=5)  # E[call-arg]: "steps"
 MISSING(epsilon=0.1)
 reveal_type(find_attack("pgd"))  # N: type[perdure.adversarial.base.Attack]
