@@ -11,6 +11,7 @@ import io
 import os
 import socket
 import struct
+import sys
 import tempfile
 import zipfile
 from collections import Counter
@@ -156,6 +157,12 @@ def blobs(per_class=12, classes=4, features=5, seed=0, first_id=0):
         0, 1
     )
     return Records(inputs=inputs, labels=labels, ids=first_id + torch.arange(len(labels)))
+
+
+@pytest.fixture
+def helpers_in_programs(monkeypatch):
+    """Let programs that a test starts import `helpers`, as the test does."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@ loaded.
 """
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -32,11 +31,11 @@ def test_a_memory_mapped_stream_is_trained_without_a_copy(tmp_path):
         ("replay", "private"),
     ],
 )
+@pytest.mark.usefixtures("helpers_in_programs")
 def test_training_on_a_6_gb_stream_uses_less_than_1_gb(tmp_path, strategy, mode):
     file = tmp_path / "inputs.bin"
     done = subprocess.run(
         [sys.executable, "-m", "helpers.mapped_stream", str(file), "6000", strategy, mode],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         cwd=Path(__file__).parents[1],
         capture_output=True,
         text=True,

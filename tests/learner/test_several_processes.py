@@ -51,11 +51,13 @@ def assert_two_equal_one(cases, folder):
         assert_equal_trainings(found[case], fitted(case, folder / case))
 
 
+@pytest.mark.usefixtures("helpers_in_programs")
 def test_two_processes_equal_one_in_float64(tmp_path):
     assert_two_equal_one(SHORT, tmp_path)
 
 
 @pytest.mark.deep(reason="deployment: a second process, and seven cases")
+@pytest.mark.usefixtures("helpers_in_programs")
 def test_two_processes_equal_one_in_every_case(tmp_path):
     assert_two_equal_one(ALL, tmp_path)
 
