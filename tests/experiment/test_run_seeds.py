@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import statistics
 import subprocess
@@ -115,7 +116,9 @@ def test_a_training_that_diverges_is_reported_and_others_run(finished):
     folder, result = finished
     wild = result["arms"][1]
     assert [each["trial"] for each in wild["failures"]] == ["wild-seed-3", "wild-seed-1"]
-    assert "the loss is NaN or infinite in step 1 of experience 1" in wild["failures"][0]["failure"]
+    # other processors round to infinity one step later
+    reason = wild["failures"][0]["failure"]
+    assert re.search(r"the loss is NaN or infinite in step \d of experience 1", reason)
     assert wild["average_accuracy"] is None and wild["accuracy_matrix"] == []
     assert result["arms"][2]["average_accuracy"] > 0
     assert "wild-seed-3: EWC: " in answer(result)

@@ -181,7 +181,7 @@ def test_a_repeated_token_changes_the_sum_by_at_most_its_norm():
 
 
 @pytest.mark.parametrize("n", [256, pytest.param(4096, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("share", [2e-4, 2e-2])
+@pytest.mark.parametrize("share", [2e-4, 2e-3, 2e-2])
 @pytest.mark.parametrize(
     "name", ["ghost", "convolution, ghost", "rows", "convolution", "embedding"]
 )
@@ -201,6 +201,20 @@ def test_cancelling_positions_change_the_sum_by_their_norm(name, share, n):
     for moved, own in moves(model, x, backs, CLIP, places=[n // 2]):
         assert 0 < size(moved) <= 1 + MOST
         assert size(difference(moved, own(model, x, backs))) <= MOST
+
+
+@pytest.mark.parametrize("share", [5e-4, 2e-3])
+def test_a_plain_record_among_cancelling_ones_moves_its_norm(share):
+    """The rounding of the others changes with one more record, in any direction."""
+    n = 512
+    x = (100 * randn(1, 1, 60, draw=place())).repeat(n, 2, 1)
+    backs = 100 * randn(1, 1, 50, draw=place()).repeat(n, 2, 1)
+    backs[:, 1] *= -1 / (1 + share)
+    backs[n // 2] *= torch.tensor([[1.0], [0.0]])
+    for moved, own in moves(nn.Linear(60, 50), x, backs, CLIP, places=[n // 2]):
+        row = own(nn.Linear(60, 50).double(), x.double(), backs.double())
+        assert size(moved) <= 1 + MOST
+        assert size(difference(moved, row)) <= MOST
 
 
 @pytest.mark.parametrize("value", [1e30, float("nan")])
