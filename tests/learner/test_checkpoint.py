@@ -95,8 +95,33 @@ def test_the_error_of_a_damaged_checkpoint_names_complete_ones(tmp_path, name, c
     with pytest.raises(
         RunError, match=r"checkpoint 000002 in .* cannot be read .*complete ones: \[1, 2\]"
     ):
-        store.load()
+        store.load(2)
     assert int(store.load(1).tensors["count"]) == 1
+
+
+@pytest.mark.parametrize("place", ["checkpoint", "private"])
+def test_a_changed_number_is_found_and_the_older_copy_loaded(tmp_path, place):
+    """Eight bytes of a tensor are other numbers, which safetensors does not see."""
+    store = Store(tmp_path)
+    for number in (1, 2):
+        store.save(number, snapshot(number))
+    path = tmp_path / place / "000002.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[:-8] + bytes(each ^ 1 for each in content[-8:]))
+    with pytest.raises(RunError, match=r"000002.safetensors: its checksum is wrong"):
+        store.load(2)
+    with pytest.warns(UserWarning, match=r"checksum is wrong.* continued from 000001"):
+        assert int(store.load().tensors["count"]) == 1
+
+
+def test_a_changed_number_in_the_facts_is_refused(tmp_path):
+    store = Store(tmp_path)
+    store.save(1, snapshot(1))
+    path = store.public / "000001.json"
+    path.write_text(path.read_text().replace('"step": 1', '"step": 2'))
+    for read in (store.load, lambda: store.facts(1)):
+        with pytest.raises(RunError, match=r"000001.json cannot be read \(its checksum is wrong"):
+            read()
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b'{"number": null}', b"[3]"])

@@ -1,9 +1,13 @@
 """Checkpoints as safetensors and JSON files, written atomically; private rows are separate.
 
-Pickle is never used.
+Pickle is never used. Every file contains the SHA-256 of its values, so that a file that the disk
+has changed is found. The one of private rows is in `private/`, because whoever guesses the rows
+could confirm them by it.
 """
 
+import hashlib
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,9 +19,12 @@ from torch.optim import Optimizer
 
 from perdure.errors import ConfigError, RunError
 from perdure.utils.atomic_files import save_tensors, write_json, writing
+from perdure.utils.hashing import digest
 
 PROGRESS = "progress"
 """Key, in the facts of a checkpoint, of the evaluations that were made inside stages."""
+SUM = "sha256"
+"""Name of the SHA-256 of a file's values, in the file."""
 KEEP = 2
 """Number of kept checkpoints; the last but one survives a crash while a new one is written."""
 
@@ -70,9 +77,11 @@ class Store:
             StorageError: if a file cannot be written; the last checkpoint stays complete.
         """
         name = f"{number:06d}.safetensors"
-        save_tensors(self.private / name, snapshot.private, private=True)
-        save_tensors(self.public / name, snapshot.tensors)
-        write_json(self.public / f"{number:06d}.json", dict(snapshot.facts))
+        for folder, tensors in ((self.private, snapshot.private), (self.public, snapshot.tensors)):
+            own = {SUM: digest(tensors).hex()}
+            save_tensors(folder / name, tensors, private=folder == self.private, metadata=own)
+        facts = dict(snapshot.facts)
+        write_json(self.public / f"{number:06d}.json", facts | {SUM: _sum_of(facts)})
         write_json(self._latest, {"number": number})
         self._drop(number - KEEP)
 
@@ -102,33 +111,58 @@ class Store:
         """
         path = self.public / f"{number:06d}.json"
         try:
-            return dict(json.loads(path.read_text()))
-        except (OSError, ValueError, TypeError) as error:
-            raise RunError(f"{path} cannot be read ({error}); restore it from a backup") from None
+            facts = dict(json.loads(path.read_text()))
+            if facts.pop(SUM) != _sum_of(facts):
+                raise ValueError("its checksum is wrong")
+            return facts
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise RunError(
+                f"{path} cannot be read ({error or repr(error)}); restore it from a backup"
+            ) from None
 
     def load(self, number: int | None = None) -> Snapshot | None:
         """Load checkpoint `number`, by default the last one; None if there is none.
 
+        If the tensors of the last one are damaged, the last but one is loaded with a warning. A run
+        that continues from there takes the same steps again.
+
         Raises:
             RunError: if the checkpoint is missing or damaged.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
         numbers = self.numbers()
-        if number is None and not numbers:
-            return None
-        name = f"{numbers[-1] if number is None else number:06d}"
+        if number is not None or not numbers:
+            return None if number is None else self._loaded(number, numbers)
+        facts = self.facts(numbers[-1])
+        try:
+            return self._loaded(numbers[-1], numbers, facts)
+        except RunError as error:
+            if len(numbers) == 1:
+                raise
+            older = self._loaded(numbers[-2], numbers)
+            warnings.warn(f"{error}; continued from {numbers[-2]:06d}", stacklevel=2)
+            return older
+
+    def _loaded(
+        self, number: int, numbers: Sequence[int], facts: dict[str, Any] | None = None
+    ) -> Snapshot:
+        """Load a checkpoint, and check that the disk has not changed it.
+
+        Args:
+            number: number of the checkpoint.
+            numbers: numbers of the complete checkpoints, for errors.
+            facts: its JSON values, if they are already loaded.
+        """
+        name = f"{number:06d}.safetensors"
         try:
             return Snapshot(
-                tensors=load_file(self.public / f"{name}.safetensors"),
-                private=load_file(self.private / f"{name}.safetensors"),
-                facts=json.loads((self.public / f"{name}.json").read_text()),
+                tensors=_checked(self.public / name),
+                private=_checked(self.private / name),
+                facts=self.facts(number) if facts is None else facts,
             )
-        except (OSError, ValueError, SafetensorError) as error:
-            known = f"complete ones: {numbers or 'none'}"
+        except (OSError, ValueError, RunError) as error:
             raise RunError(
-                f"checkpoint {name} in {self.public} cannot be read ({error}); {known}"
+                f"checkpoint {number:06d} in {self.public} cannot be read ({error}); complete "
+                f"ones: {list(numbers) or 'none'}"
             ) from None
 
     def _drop(self, up_to: int) -> None:
@@ -137,6 +171,30 @@ class Store:
                 if int(path.stem) <= up_to:
                     with writing(path):
                         path.unlink()
+
+
+def _sum_of(facts: dict[str, Any]) -> str:
+    """Return the SHA-256 of JSON values, as they read when they are loaded again."""
+    return hashlib.sha256(json.dumps(json.loads(json.dumps(facts))).encode()).hexdigest()
+
+
+def _checked(path: Path) -> dict[str, Tensor]:
+    """Load the tensors of a file.
+
+    Raises:
+        ValueError: if the file is damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            expected = (file.metadata() or {}).get(SUM)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path.name}: {error}") from None
+    if digest(tensors).hex() != expected:
+        raise ValueError(f"{path}: its checksum is wrong")
+    return tensors
 
 
 def flatten_optimizer(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:

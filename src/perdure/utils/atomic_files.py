@@ -82,16 +82,22 @@ def write_json(path: Path, value: object) -> None:
     write_atomically(path, (json.dumps(value, indent=1, allow_nan=True) + "\n").encode())
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], *, private: bool = False) -> None:
+def save_tensors(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    *,
+    private: bool = False,
+    metadata: dict[str, str] | None = None,
+) -> None:
     """Write tensors as safetensors; tensors that share memory are written separately.
 
     Args:
         path: path of the file.
+        tensors: name to tensor.
+        private: True if only the owner may read the file.
+        metadata: text by name for the head of the file.
     """
     from safetensors.torch import save
 
-    write_atomically(
-        path,
-        save({name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}),
-        private=private,
-    )
+    own = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+    write_atomically(path, save(own, metadata=metadata), private=private)
