@@ -30,6 +30,8 @@ PACKAGES = {
     "perdure.queries": "Sums over records",
     "perdure.federated": "Federations",
     "perdure.adversarial": "Attacks and adversarial training",
+    "perdure.adversarial.certificates": "Certificates: interval bounds and randomised smoothing",
+    "perdure.adversarial.defences": "Losses of adversarial training",
     "perdure.explain": "Explainers",
     "perdure.auditing": "Attacks on the privacy of a run",
     "perdure.loggers": "Curves for TensorBoard, MLflow, Weights & Biases",
@@ -237,6 +239,7 @@ def _extensions() -> dict[str, tuple[str, ...]]:
     return {
         "`[data]`, `name`": datasets.names(),
         "`[attack]` and `adversary`, `name`": adversarial.names(),
+        "`defence`, `name`": adversarial.defences.names(),
         "`[explain]`, `method`": explain.names(),
         "`[[loggers]]`, `name`": loggers.names(),
         "`[[arms]]`, `strategy`": strategies.names(),

@@ -204,6 +204,20 @@ def test_a_hardened_model_needs_a_stronger_attack():
     assert remedy(PGD(epsilon=0.3, steps=7))[1]["epsilon"] == 0.3
 
 
+def test_a_collapse_of_fast_adversarial_training_is_found():
+    rule = find("catastrophic_overfitting")()
+    trace = replace(course((), ()), adversary=FGSM(epsilon=0.1))
+
+    def found(*robust):
+        return rule.watch(replace(trace, robust=robust))
+
+    assert found(30.0, 60.0, 20.0).remedy.changes["training.validation.patience"] == 1
+    assert "from 60 to 20 %" in found(30.0, 60.0, 20.0).evidence
+    assert found(30.0, 60.0, 50.0) is None  # a small fall is chance
+    assert found(15.0, 2.0) is None  # never robust
+    assert rule.watch(replace(trace, robust=(60.0, 20.0), adversary=None)) is None
+
+
 def course(train, public):
     """A trace of 12 probes, 10 steps apart, with the loss of a step and of a probe at each."""
     probes = [Probe(step=10 * at, layers=Layers(), loss=loss) for at, loss in enumerate(public)]

@@ -11,6 +11,7 @@ from helpers.config_errors import ARM, HEAD, refusal
 from perdure.adversarial import FGSM, PGD
 from perdure.errors import ConfigError
 from perdure.experiment.arm import ArmRun, open_stream
+from perdure.experiment.attack_config import AttackConfig
 from perdure.experiment.config import (
     Arm,
     Config,
@@ -21,7 +22,7 @@ from perdure.experiment.config import (
 )
 from perdure.experiment.from_tables import build
 from perdure.experiment.metrics_log import MetricsLog
-from perdure.experiment.training_config import OPTIMIZERS, AttackConfig, TrainingConfig
+from perdure.experiment.training_config import OPTIMIZERS, TrainingConfig
 from perdure.explain import KernelSHAP
 from perdure.privacy.settings import Privacy
 from perdure.strategies import find, names

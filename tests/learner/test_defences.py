@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from helpers.learners import SIMULATED, bits
 from perdure.adversarial import FGSM, PGD, robust_accuracy
 from perdure.contract.combine import Combine
+from perdure.contract.context import contexts
 from perdure.contract.strategy import Strategy
 from perdure.data.augmentation import Views
 from perdure.data.records import Batch
@@ -156,6 +157,7 @@ def test_an_adversary_moves_no_statistics_and_keeps_rows_apart(toy_stream):
             params,
             rows,
             torch.Generator(),
+            context=contexts(stream, "cpu")(0),
         ).inputs
         for rows in (batch.take(slice(0, 1)), batch)
     )

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from perdure.adversarial import FGSM, PGD
+from perdure.contract.context import Context
 from perdure.contract.strategy import Strategy
 from perdure.data.augmentation import Views, shift_and_flip
 from perdure.data.experience import Experience, Stream
@@ -219,6 +220,9 @@ def test_a_record_is_attacked_alike_in_small_and_large_batches():
     inputs += 1e9 * (1 + 1e-3 * torch.rand(4, 1, 1, 1, generator=place))
     batch = Batch.current(Records(inputs=inputs, labels=torch.zeros(4).long()), 0)
 
+    every = torch.ones(1, 10).bool()
+    context = Context(scenario="domain", experience=0, task_classes=every, seen=every[0])
+
     def attacked(rows):
         path = LossPath(strategy=Naive(), adversary=FGSM(epsilon=1e6, bounds=None))
         return path.changed(
@@ -229,6 +233,7 @@ def test_a_record_is_attacked_alike_in_small_and_large_batches():
             seed_of=lambda purpose: 0,
             watched=nullcontext,
             private=True,
+            context=context,
         ).inputs
 
     whole = attacked(batch)

@@ -203,6 +203,8 @@ class Recorder:
             learning_rate=float(self.learner.current_optimizer.param_groups[0].get("lr", 0.0)),
             mixed_loss=self._is_mixed(),
             robust_loss=self._resists_wrong_labels(),
+            robust=self._robust(),
+            adversary=self.learner.adversary,
             sharpness=self.sharpness,
             curvature=self.curvature,
         )
@@ -213,9 +215,17 @@ class Recorder:
             isinstance(part, nn.modules.dropout._DropoutNd) and part.p > 0
             for part in learner.model.modules()
         )
-        changed = bool(learner.adversary or learner.views or learner.mixing)
+        changed = bool(learner.adversary or learner.views or learner.mixing or learner.defence)
         memory = learner.training.of(learner.stream[self.experience]).memory
         return dropout or changed or (memory is not None and self.experience > 0)
+
+    def _robust(self) -> tuple[float, ...]:
+        """Return the accuracies under the attack of a validation, in this experience."""
+        validation = self.learner.validation
+        if validation is None or validation.attack is None:
+            return ()
+        measured = self.learner.validated
+        return tuple(score for index, _, score in measured if index == self.experience)
 
     def _resists_wrong_labels(self) -> bool:
         loss = self._context.task.loss

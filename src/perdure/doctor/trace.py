@@ -130,6 +130,8 @@ class Trace:
         attacked: accuracy on the same records under the attack.
         attack_epsilon: radius of the attack.
         adversary: attack of adversarial training; None for none.
+        robust: accuracies under attack on the validation records of the experience, in percent,
+            oldest first; () without a `Validation(attack=...)`.
     """
 
     experience: int
@@ -166,6 +168,7 @@ class Trace:
     attacked: float | None = None
     attack_epsilon: float | None = None
     adversary: Attack | None = None
+    robust: tuple[float, ...] = ()
 
     @property
     def share(self) -> float:

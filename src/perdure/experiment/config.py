@@ -91,6 +91,7 @@ from perdure.contract.combine import Combine
 from perdure.contract.strategy import Strategy
 from perdure.data.groups import Groups
 from perdure.errors import ConfigError, StrategyError
+from perdure.experiment.attack_config import AttackConfig
 from perdure.experiment.data_config import DataConfig
 from perdure.experiment.field_checks import COUNTS, check, counts
 from perdure.experiment.from_tables import (
@@ -106,7 +107,7 @@ from perdure.experiment.loss_config import LossConfig
 from perdure.experiment.model_config import BuiltModel
 from perdure.experiment.search_config import SearchConfig
 from perdure.experiment.start_config import StartConfig
-from perdure.experiment.training_config import AttackConfig, TrainingConfig
+from perdure.experiment.training_config import TrainingConfig
 from perdure.experiment.trial_names import arm_name, trial_name
 from perdure.explain import Explainer
 from perdure.explain import find as find_explainer

@@ -14,6 +14,7 @@ import torch
 from torch.optim import lr_scheduler
 
 from perdure import adversarial, explain, loggers, models, strategies
+from perdure.adversarial import defences
 from perdure.data import datasets
 from perdure.data.groups import Groups, GroupWeights
 from perdure.errors import ConfigError, PerdureError
@@ -124,6 +125,11 @@ def tables() -> list[Table]:
             Table(title=f'[training.averaging] name = "{name}"', keys=_plain_keys(kind()))
             for name, kind in AVERAGES.items()
         ),
+        Table(
+            title="[training.defence]",
+            keys=(_named("name", defences.names(), "name of the defence."),),
+        ),
+        *_of_extensions("[training.defence] name = {!r}", defences),
         Table(title="[training.sharpness]", keys=_plain_keys(SAM())),
         Table(title="[training.validation]", keys=_plain_keys(ValidationConfig())),
         Table(title="[training.group_weights]", keys=_plain_keys(GroupWeights(attribute="group"))),
@@ -134,7 +140,9 @@ def tables() -> list[Table]:
         Table(title="[privacy.clipping]", keys=_plain_keys(Adaptive())),
         Table(title="[[privacy.spent]]", keys=_plain_keys(_CHARGE)),
         Table(title="[attack]", keys=(_named("name", adversarial.names(), "name of the attack."),)),
-        *_of_extensions("[attack] and [training.adversary] name = {!r}", adversarial),
+        *_of_extensions(
+            "[attack], [training.adversary], [training.validation.attack] name = {!r}", adversarial
+        ),
         Table(title="[explain]", keys=_explain()),
         *_of_extensions("[explain] method = {!r}", explain),
         Table(title="[fairness]", keys=_plain_keys(Groups(attribute="group"))),

@@ -16,6 +16,7 @@ import torch
 from perdure.adversarial import OBJECTIVES
 from perdure.data.experience import Stream, declared_size_of
 from perdure.data.groups import Groups
+from perdure.experiment.attack_config import AttackConfig
 from perdure.experiment.config import Arm, Config
 from perdure.experiment.result_schema import (
     SCHEMA,
@@ -28,7 +29,6 @@ from perdure.experiment.result_schema import (
     Result,
     Spending,
 )
-from perdure.experiment.training_config import AttackConfig
 from perdure.learner.folder_claims import refuse_missing_ledgers
 from perdure.learner.group_measures import group_measures
 from perdure.learner.learner import Learner

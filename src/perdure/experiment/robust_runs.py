@@ -17,6 +17,7 @@ from perdure.adversarial import (
 from perdure.data.records import Records
 from perdure.errors import ConfigError
 from perdure.experiment.arm import open_stream
+from perdure.experiment.attack_config import AttackConfig
 from perdure.experiment.config import read
 from perdure.experiment.run import load
 from perdure.experiment.trained_models import trials
@@ -144,8 +145,6 @@ def unit_bounds(run: Path | str, attack: Attack) -> Attack:
         run: folder of the run.
         attack: attack with default bounds.
     """
-    from perdure.experiment.training_config import AttackConfig
-
     stream = open_stream(read(Path(run) / "config.toml"))
     chosen = AttackConfig(name="attack", attack=replace(attack), bounds_given=False)
     return chosen.on(stream)

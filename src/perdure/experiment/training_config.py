@@ -1,7 +1,7 @@
 """Tables `[training]` and `[private_training]` of a config, and the tables inside them."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -10,16 +10,14 @@ from torch import nn
 from torch.optim import Optimizer, lr_scheduler
 from torch.optim.lr_scheduler import LRScheduler
 
-from perdure.adversarial import Attack
-from perdure.adversarial import find as find_attack
-from perdure.adversarial import names as attack_names
-from perdure.data.experience import Stream
 from perdure.data.groups import GroupWeights
 from perdure.errors import ConfigError
+from perdure.experiment.attack_config import AttackConfig
 from perdure.experiment.averaging_config import AveragingConfig
 from perdure.experiment.calls import arguments, of_module, parameters
+from perdure.experiment.defence_config import DefenceConfig
 from perdure.experiment.field_checks import COUNTS, check, counts
-from perdure.experiment.from_tables import extension, named_option
+from perdure.experiment.from_tables import named_option
 from perdure.experiment.loss_config import LossConfig
 from perdure.experiment.mixing_config import MixingConfig
 from perdure.experiment.validation_config import ValidationConfig
@@ -29,7 +27,6 @@ from perdure.learner.schedules import MakeSchedule, WarmUp, refuse_schedule
 from perdure.learner.share_of_steps import STEPS_OR_SHARE, are_steps, steps_of
 from perdure.learner.step_changes import SAM
 from perdure.utils.checked_fields import CheckedFields
-from perdure.utils.chunking import row_slices
 
 NEED_MORE = ("LBFGS", "SparseAdam", "Muon")
 """Optimisers of torch that a config may not name.
@@ -73,41 +70,6 @@ WHOLE = ("T_max", "total_steps")
 OF_SCHEDULES = ("optimizer", "last_epoch", "epochs", "steps_per_epoch", "scale_fn", "verbose")
 """Parameters of schedules that a config may not give."""
 OF_PACKAGE = '"module:name" of a class, such as "pytorch_optimizer:SOAP" of perdure[optimizers]'
-
-
-@dataclass(frozen=True, kw_only=True)
-class AttackConfig(CheckedFields):
-    """Table of a config that names an attack: `[attack]` or `[training.adversary]`.
-
-    Args:
-        name: name of an attack, or "my_package.my_module:MyAttack".
-        attack: attack with the values of its own fields.
-        bounds_given: True to use the input bounds of `attack`. Otherwise inputs stay in [0, 1]
-            where all public test inputs lie there, and are unbounded elsewhere.
-    """
-
-    TABLE: ClassVar[str] = "a table with name = NAME and the attack's own fields"
-
-    name: str
-    attack: Attack
-    bounds_given: bool = True
-
-    @classmethod
-    def from_table(cls, table: Mapping[str, Any], where: str) -> "AttackConfig":
-        """Find the attack by its name, and build the attack from the table's other keys."""
-        name, attack = extension(find_attack, attack_names, "name", table, where)
-        return cls(name=name, attack=attack, bounds_given="bounds" in table)
-
-    def on(self, stream: Stream) -> Attack:
-        """Return the attack with the bounds that hold for a stream's inputs."""
-        if self.bounds_given:
-            return self.attack
-        unit = all(
-            bool(((rows >= 0) & (rows <= 1)).all())
-            for e in stream
-            for rows in (e.test.inputs[piece] for piece in row_slices(e.test.inputs))
-        )
-        return replace(self.attack, bounds=(0.0, 1.0) if unit else None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,6 +167,8 @@ class TrainingConfig(CheckedFields):
         adversary: attack that moves every batch before its gradient (adversarial training).
         views: random versions of every record (augmentation).
         mixing: mixed pairs of records (mixup or CutMix); not for private arms.
+        defence: losses of rows and their perturbed versions, such as trades; left out for the loss
+            of the perturbed rows.
         warmup: first steps of every experience, a number or a share of all, in which the learning
             rate rises linearly; then `schedule` begins.
         averaging: average of the parameters, by which the model answers.
@@ -240,6 +204,7 @@ class TrainingConfig(CheckedFields):
     adversary: AttackConfig | None = None
     views: ViewsConfig | None = None
     mixing: MixingConfig | None = None
+    defence: DefenceConfig | None = None
     warmup: int | float | None = None
     averaging: AveragingConfig | None = None
     sharpness: SAM | None = None

@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+from perdure.adversarial import Attack
+from perdure.data.experience import Stream
+from perdure.experiment.attack_config import AttackConfig
 from perdure.learner.validation import Validation
 from perdure.utils.checked_fields import CheckedFields
 
@@ -15,22 +18,28 @@ class ValidationConfig(CheckedFields):
         every: steps between two measurements, a number or a share of the steps of an experience.
         patience: measurements in a row without an improvement that end the experience.
         keep_best: end the experience with the parameters of the best measurement.
+        attack: attack under which the accuracy is measured, against catastrophic overfitting of
+            fast adversarial training; left out for the metric of the task.
     """
 
     share: float = 0.1
     every: int | float = 0.1
     patience: int = 3
     keep_best: bool = True
+    attack: AttackConfig | None = None
 
     def __post_init__(self) -> None:
-        _ = self.validation  # its checks
+        self._with(None)  # its checks
 
-    @property
-    def validation(self) -> Validation:
-        """Settings as the argument `validation` of `Learner`."""
+    def on(self, stream: Stream) -> Validation:
+        """Return the argument `validation` of `Learner`, with an attack that fits the stream."""
+        return self._with(self.attack.on(stream) if self.attack else None)
+
+    def _with(self, attack: Attack | None) -> Validation:
         return Validation(
             share=self.share,
             every=self.every,
             patience=self.patience,
             keep_best=self.keep_best,
+            attack=attack,
         )

@@ -254,6 +254,7 @@ def _training(learner: Learner) -> dict[str, Any]:
         "precision": learner.precision,
         "seed": learner.seed,
         "adversary": None if learner.adversary is None else repr(learner.adversary),
+        "defence": None if learner.defence is None else repr(learner.defence),
         "device": str(learner.device),
     }
 

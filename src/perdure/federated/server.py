@@ -111,17 +111,20 @@ class Server:
         bare: dict[str, Any] = {
             "privacy": None,
             "adversary": None,
+            "defence": None,
             "folder": None,
             "callbacks": (),
             "matrix": [],
         }
         # privacy of the clients is a setting of the run, although the server has no private data
-        self._settings = {
+        self._settings: dict[str, object] = {
             "federation": self.federation.facts()
             | {"aggregator": plain_attributes(self.federation.aggregator)},
             "privacy": self.learner.privacy,
             "adversary": self.learner.adversary,
         }
+        if self.learner.defence:
+            self._settings["defence"] = self.learner.defence
         self.learner = replace(self.learner, **bare)
         self.stream = public(self.stream)
         self.exchanges = len(self.stream) * (self.federation.rounds + 1)

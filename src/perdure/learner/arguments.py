@@ -8,6 +8,7 @@ from torch import device, nn
 from torch.optim import Optimizer
 
 from perdure.adversarial.base import Attack
+from perdure.adversarial.defences.base import Defence
 from perdure.contract.strategy import Strategy
 from perdure.data.augmentation import Views
 from perdure.data.experience import Stream
@@ -23,10 +24,11 @@ KINDS: dict[str, tuple[type, str]] = {
     "adversary": (Attack, "None, or an instance of an attack, such as PGD()"),
     "views": (Views, "None, or perdure.data.Views"),
     "mixing": (Mixing, "None, or perdure.data.Mixup or CutMix, such as Mixup(alpha=0.2)"),
+    "defence": (Defence, "None, or a defence, such as TRADES()"),
     "loss": (Loss, "None, or a loss of perdure.tasks.losses, such as Focal(gamma=2.0)"),
 }
 """Required type of each argument, and its description for messages."""
-OPTIONAL = ("privacy", "adversary", "views", "mixing", "loss")
+OPTIONAL = ("privacy", "adversary", "views", "mixing", "defence", "loss")
 PLAIN = (
     "seed",
     "device",
@@ -111,6 +113,9 @@ def check_arguments(given: Mapping[str, Any]) -> None:
     if given["views"] and given["adversary"]:
         allowed = "None with an adversary, which changes the record itself"
         raise ConfigError.of("views", given["views"], allowed)
+    if given["mixing"] and given["defence"]:
+        allowed = "None with a defence, which needs rows of one class"
+        raise ConfigError.of("mixing", given["mixing"], allowed)
 
 
 def _check_norm(value: object) -> None:

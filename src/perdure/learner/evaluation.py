@@ -6,6 +6,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from perdure.adversarial.base import Attack
+from perdure.adversarial.robust_accuracy import robust_accuracy
 from perdure.contract.forward import Forward
 from perdure.data.experience import Stream
 from perdure.data.record_identity import LearntRows
@@ -126,6 +128,31 @@ def score_of(party: Party, records: Records, experience: int | None) -> float:
     outputs = outputs_for(party, records.inputs, experience)
     labels = records.labels.to(outputs.device)
     return evaluate(records.task, lambda rows: outputs, records.inputs, labels, max(1, len(labels)))
+
+
+def robust_score_of(
+    party: Party, records: Records, attack: Attack, draws: torch.Generator
+) -> float:
+    """Measure the accuracy of a party under attack on records of its open experience, in percent.
+
+    Guarantee: none for `records`, as in `score_of`.
+
+    Args:
+        party: party in an open experience, with records of one class each.
+        records: public records to measure the party on.
+        attack: attack on every record.
+        draws: generator of the attack's random numbers.
+
+    Raises:
+        ConfigError: if the records are outside the bounds of the attack.
+        PrivacyError: if the model was trained with privacy, and on some of these records.
+    """
+    refuse_learnt_records(party, records, "records")
+    now = party.position.experience
+    rows = records.to(party.device)
+    with evaluating(party.model):
+        answer = predictor(party, now, after=now)
+        return robust_accuracy(answer, rows.inputs, rows.labels, attack, generator=draws)
 
 
 def _asked(stream: Stream, experience: int | None, after: int) -> int:

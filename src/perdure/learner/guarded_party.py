@@ -61,21 +61,30 @@ class GuardedParty(PartySettings):
             and known.adversary is self.adversary
             and known.views is self.views
             and known.mixing is self.mixing
+            and known.defence is self.defence
             and known.precision is self.precision
             and known.task is self.task
         ):
             if self.mixing and self.privacy is not None:
                 # a callback or a user's own loop may have set it, after the first check
                 raise self.mixing.refusal()
+            self.refuse_defence()
             known = self._path = LossPath(
                 strategy=self.strategy,
                 adversary=self.adversary,
                 views=self.views,
                 mixing=self.mixing,
+                defence=self.defence,
                 precision=self.precision,
                 task=self.task,
             )
         return known
+
+    def refuse_defence(self) -> None:
+        """Refuse a defence that does not fit task, attack or privacy."""
+        if self.defence is not None:
+            private = self.privacy is not None
+            self.defence.refuse_misfits(self.stream.task, self.adversary, private=private)
 
     def inspection(self) -> Inspection:
         """Inspection of the current model, losses and state by the guard."""

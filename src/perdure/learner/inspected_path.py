@@ -133,6 +133,7 @@ class Glance:
             path.adversary,
             path.views,
             path.mixing,
+            path.defence,
             path.task,
         ]
         self._counts = list(map(len, HOOKS_OF_ALL))

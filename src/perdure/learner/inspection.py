@@ -146,6 +146,7 @@ class Inspection:
                 parameters,
                 batch,
                 draws,
+                context=self.rows.context_of(index),
             )
 
     def draws(self, index: int, inputs: Tensor) -> bool:
@@ -183,6 +184,7 @@ class Inspection:
             seed_of=lambda purpose: derive(self.seed, "guard"),
             watched=nullcontext,
             private=True,
+            context=self.rows.context_of(index),
         )
         at_once = None if math.isinf(self.at_once) else int(self.at_once)
         return clipped_gradient(

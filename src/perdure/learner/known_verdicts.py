@@ -150,6 +150,7 @@ def _facts(inspection: Inspection) -> Iterator[Hashable]:
     yield from _modules(inspection.model)
     yield _state(inspection.state)
     yield described((path.strategy, path.adversary, path.views, path.precision, path.task))
+    yield described(path.defence)
     privacy = training.privacy
     yield CODE.version()
     # the self test of clipping clips per layer or at once; the guard reads no other kind

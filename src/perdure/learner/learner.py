@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from perdure.adversarial.base import Attack
+from perdure.adversarial.defences.base import Defence
 from perdure.contract.strategy import Strategy
 from perdure.data.augmentation import Views
 from perdure.data.experience import Stream
@@ -84,15 +85,13 @@ class Learner(SessionFront):
         evaluate_every: in a stage of several experiences, evaluate the model also after every so
             many experiences (`progress`); None to evaluate at the end of each stage only.
         batch_size: number of new records per step.
-        micro_batch_size: number of rows in one pass through the model, to limit memory; results and
-            charges do not change, up to rounding.
+        micro_batch_size: rows in one pass, to limit memory; results change by rounding only.
         seed: seed of all random numbers except private noise.
         device: device of records and model.
         privacy: None, or record-level differential privacy.
         adversary: an attack applied to every batch before its gradient (adversarial training).
         views: random versions of every record, averaged inside its loss (augmentation).
-        precision: precision of the passes through the model in training; parameters, norms and sums
-            stay in float32.
+        precision: precision of the passes in training; norms and sums stay in float32.
         reset_optimizer: start every experience with a new optimiser.
         callbacks: functions, called as callback(point, learner) at every point in `POINTS`; one
             with a method `close` is closed when `fit` ends.
@@ -108,8 +107,7 @@ class Learner(SessionFront):
             model answers by it, and becomes it at the end of an experience, before the strategy
             consolidates; in a federation at the end of each round.
         sharpness: SAM() for gradients at the worst parameters nearby; None for plain ones.
-        l1: factor of the sum of absolute values of the trained parameters, added to the loss by
-            its subgradient.
+        l1: factor of the sum of absolute values of the trained parameters in the loss.
         l2: factor of half the sum of their squares, added to the loss by its gradient.
         gradient_noise: variance of normal noise on the gradient in the first step of an experience;
             in step t it is divided by (1 + t)^0.55.
@@ -117,8 +115,7 @@ class Learner(SessionFront):
             step and in effect only while its gradient is computed.
         validation: measurements on validation records in `fit`, which end an experience early or
             choose its best parameters; None for none.
-        loss: loss of every record (see `perdure.tasks.losses`); None for the loss of the task.
-            Evaluation does not change.
+        loss: training loss of every record (see `perdure.tasks.losses`); None for the task's.
         max_grad_norm: largest L2 norm of the whole gradient, after penalty and projection, as
             `torch.nn.utils.clip_grad_norm_`; None for no bound. Under privacy it costs nothing.
         processes: number of processes that divide every batch, started by `torchrun`; process 0
@@ -126,6 +123,7 @@ class Learner(SessionFront):
         mixing: mixed pairs of records, Mixup() or CutMix(); refused under privacy.
         group_weights: factors of the losses of groups of records, from declared counts.
         fine_tune: parameters to train: "all", "head", or beginnings of names; None: as they are.
+        defence: losses of rows and their perturbed versions, as TRADES(); None: perturbed rows.
     """
 
     model: nn.Module
@@ -168,6 +166,7 @@ class Learner(SessionFront):
     mixing: Mixing | None = None
     group_weights: GroupWeights | None = None
     fine_tune: Train | None = None
+    defence: Defence | None = None
     _session: Session | None = field(default=None, init=False, repr=False)
     _validator: Validator | None = field(default=None, init=False, repr=False)
     _rates: ReplayedRates | None = field(default=None, init=False, repr=False)
@@ -303,6 +302,7 @@ class Learner(SessionFront):
             mixing=self.mixing,
             group_weights=self.group_weights,
             fine_tune=self.fine_tune,
+            defence=self.defence,
         )
         if self.folder or self.driven_by or self._group:
             validated = {"validation": self.validation.settings()} if self.validation else {}

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from perdure.adversarial.base import Attack
+from perdure.adversarial.defences.base import PROGRESS, Defence
 from perdure.contract.context import Context
 from perdure.contract.curator import Losses
 from perdure.contract.forward import Forward
@@ -52,6 +53,7 @@ class LossPath:
         adversary: attack on the rows; None for none.
         views: random versions of the rows; None for none.
         mixing: mixed pairs of the rows, without privacy only; None for none.
+        defence: losses of rows and their perturbed versions; None for those of perturbed rows.
         precision: precision of the passes through the model.
         task: meaning of the rows' targets.
     """
@@ -60,6 +62,7 @@ class LossPath:
     adversary: Attack | None = None
     views: Views | None = None
     mixing: Mixing | None = None
+    defence: Defence | None = None
     precision: Literal["float32", "bfloat16"] = "float32"
     task: Task = field(default_factory=SingleLabel)
 
@@ -70,8 +73,14 @@ class LossPath:
         """
         strategy = self.strategy
 
-        def of_rows(rows: Batch) -> Tensor:
+        def undefended(rows: Batch) -> Tensor:
             return strategy.losses(forward, rows, context, state)
+
+        def of_rows(rows: Batch) -> Tensor:
+            # only the rows of a step have been prepared; a release asks for plain losses
+            if self.defence is None or PROGRESS not in rows.stored:
+                return undefended(rows)
+            return self.defence.losses(undefended, forward, rows, context)
 
         def weighted(rows: Batch) -> Tensor:
             losses = self.views.losses(of_rows, rows) if self.views else of_rows(rows)
@@ -95,8 +104,13 @@ class LossPath:
         params: Mapping[str, Tensor],
         batch: Batch,
         generator: torch.Generator,
+        *,
+        context: Context,
+        progress: float = 0.0,
     ) -> Batch:
-        """Return the inputs of the batch after the attack, each changed to raise its own loss.
+        """Return the rows after the attack, each changed to raise its own loss.
+
+        With a defence, the rows are as before, and have the changed inputs beside them.
 
         The attack runs without hooks, and in evaluation mode: it moves no running statistics, and
         the change of a row does not depend on the other rows of its batch.
@@ -107,15 +121,27 @@ class LossPath:
             params: parameters of the model.
             batch: rows to attack.
             generator: random generator of the attack.
+            context: public facts of the experience.
+            progress: share of the steps of the experience that are done.
         """
         assert self.adversary is not None
         fixed = Forward(model, {name: value.detach() for name, value in params.items()})
 
+        def of_rows(rows: Batch) -> Tensor:
+            return losses(fixed, rows)
+
         def of_inputs(inputs: Tensor) -> Tensor:
-            return losses(fixed, replace(batch, inputs=inputs))
+            return of_rows(replace(batch, inputs=inputs))
 
         with evaluating_with_gradients(model):
-            inputs = self.adversary.perturb(of_inputs, batch.inputs, generator=generator)
+            raised = (
+                self.defence.objective(of_rows, fixed, batch, context)
+                if self.defence
+                else of_inputs
+            )
+            inputs = self.adversary.perturb(raised, batch.inputs, generator=generator)
+        if self.defence:
+            return self.defence.attach(batch, inputs, progress)
         return replace(batch, inputs=inputs)
 
     def changed(
@@ -128,6 +154,8 @@ class LossPath:
         seed_of: Callable[[str], Seed],
         watched: Callable[[], AbstractContextManager[None]],
         private: bool,
+        context: Context,
+        progress: float = 0.0,
     ) -> Batch:
         """Return the rows of a step after the attack, with their views, mixed in pairs.
 
@@ -143,14 +171,20 @@ class LossPath:
             seed_of: function from a purpose to the seed of its random numbers.
             watched: context manager around a private pass.
             private: True to fill small batches with blank rows.
+            context: public facts of the experience.
+            progress: share of the steps of the experience that are done.
         """
-        if not len(batch) or not (self.adversary or self.views or self.mixing):
+        if not len(batch) or not (self.adversary or self.views or self.mixing or self.defence):
             return batch
         rows = filled_batch(batch) if private else batch
         if self.adversary is not None:
             draws = generator_from(seed_of("adversary"))
             with watched():
-                rows = self.perturbed(losses, model, params, rows, draws)
+                rows = self.perturbed(
+                    losses, model, params, rows, draws, context=context, progress=progress
+                )
+        elif self.defence is not None:
+            rows = self.defence.attach(rows, None, progress)
         rows = self.with_views(rows, seed_of("views"))
         if self.mixing:
             seed = seed_of("mixing")
@@ -164,9 +198,11 @@ class LossPath:
 
     @property
     def foreign_changes(self) -> str:
-        """Name of the attack or the views if they are user code; "" if they are not."""
+        """Name of the attack, defence or views if they are user code; "" if they are not."""
         if self.adversary is not None and not is_own_attack(self.adversary):
             return f"the attack {type(self.adversary).__name__}"
+        if self.defence is not None and not is_own_defence(self.defence):
+            return f"the defence {type(self.defence).__name__}"
         if self.views is not None and not is_own_view(self.views):
             kind = type(self.views)
             return "the views" if kind is Views else f"the views {kind.__name__}"
@@ -208,6 +244,13 @@ def is_own_loss(loss: Loss) -> bool:
 def is_own_attack(adversary: Attack) -> bool:
     """Return True if an attack is one of this library's, with unchanged methods."""
     return is_own(type(adversary), ATTACKS) and keeps_methods(adversary, "perturb")
+
+
+def is_own_defence(defence: Defence) -> bool:
+    """Return True if a defence is one of this library's, with unchanged methods."""
+    return is_own(type(defence), ATTACKS) and keeps_methods(
+        defence, "losses", "objective", "attach"
+    )
 
 
 def is_own_view(views: Views) -> bool:

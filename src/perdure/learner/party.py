@@ -124,6 +124,7 @@ class Party(GuardedParty):
         refuse_misfits(model, self.training, self.stream, self.adversary, self.views)
         if self.mixing:
             self.mixing.refuse_misfits(self.stream, private=private)
+        self.refuse_defence()
         spec = spec_of(model, detached_copies(self.params), self.stream, private=private)
         self.state: State = require_state("init", self.strategy, self.strategy.init(spec))
         self.held = HeldRecords(
@@ -176,7 +177,7 @@ class Party(GuardedParty):
                     {n: t for n, t in self._initial.items() if n not in self.received},
                     strict=not self.received,
                 )
-        self._steps = self.training.steps(index) if self.averaging else 0
+        self._steps = self.training.steps(index) if self.averaging or self.defence else 0
         if self.private_sum:
             self._watch = WriteWatch(self.model)
         if self._inspected:
@@ -287,7 +288,7 @@ class Party(GuardedParty):
 
     def _varied(self, batch: Batch, step: int) -> Batch:
         """Return the rows of a step after the attack, with their views, mixed in pairs."""
-        if self.adversary is None and self.views is None and self.mixing is None:
+        if not (self.adversary or self.views or self.mixing or self.defence):
             return batch
         return self.path.changed(
             batch,
@@ -297,6 +298,8 @@ class Party(GuardedParty):
             seed_of=lambda purpose: self.seed_of(purpose, step),
             watched=self.private_pass,
             private=self.privacy is not None,
+            context=self.held.context,
+            progress=step / self._steps if self._steps else 0.0,
         )
 
     def references(self) -> tuple[Params, ...]:

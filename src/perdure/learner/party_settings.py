@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from perdure.adversarial.base import Attack
+from perdure.adversarial.defences.base import Defence
 from perdure.contract.strategy import Strategy
 from perdure.data.augmentation import Views
 from perdure.data.experience import Stream
@@ -36,6 +37,7 @@ OPTIONS = (
     "weight_noise",
     "max_grad_norm",
     "mixing",
+    "defence",
     "group_weights",
     "fine_tune",
 )
@@ -85,6 +87,7 @@ class PartySettings:
     mixing: Mixing | None = None
     group_weights: GroupWeights | None = None
     fine_tune: Train | None = None
+    defence: Defence | None = None
 
     @property
     def options(self) -> dict[str, object]:

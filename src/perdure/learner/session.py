@@ -79,6 +79,7 @@ class Session(Party):
         adversary: attack applied to every batch before its gradient.
         views: random versions of every record, averaged inside its loss.
         mixing: mixed pairs of rows, Mixup() or CutMix(); not under privacy.
+        defence: losses of rows and their perturbed versions, such as TRADES().
         loss: loss of every record (see `perdure.tasks.losses`); None for the loss of the task.
         max_grad_norm: largest L2 norm of the whole gradient, after penalty and projection; None for
             no bound.

@@ -7,15 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from perdure.adversarial.base import Attack
 from perdure.data.experience import Stream
 from perdure.data.held_out import hold_out
 from perdure.data.records import Records
 from perdure.errors import ConfigError, PrivacyError
-from perdure.learner.evaluation import score_of
+from perdure.learner.evaluation import robust_score_of, score_of
 from perdure.learner.party import Party
 from perdure.learner.share_of_steps import STEPS_OR_SHARE, are_steps, steps_of
+from perdure.tasks import SingleLabel, refuse_other_tasks
 from perdure.utils.checked_fields import CheckedFields
 from perdure.utils.hashing import digest
+from perdure.utils.seeding import generator
 
 FACTS = "validation"
 """Key, in the facts of a checkpoint, of the measurements on validation records."""
@@ -36,6 +39,11 @@ class Validation(CheckedFields):
     no privacy; they may choose the best parameters under privacy, but not the number of steps,
     because the epsilon of a number of steps that depends on releases is not known.
 
+    With an `attack`, the model is measured by its accuracy under the attack. Fast adversarial
+    training may collapse within an epoch to models that only its own attack cannot fool
+    (catastrophic overfitting, Wong et al. 2020, section 5.4); the measurement sees it, `patience`
+    stops the training, and `keep_best` goes back to the parameters before.
+
     Args:
         share: share of the records of an experience that is held out, between 0 and 1; not used
             with `records`.
@@ -45,6 +53,8 @@ class Validation(CheckedFields):
             None to take all steps.
         keep_best: end the experience with the parameters of the best measurement.
         records: public validation records of each experience, in order; () to hold records out.
+        attack: attack under which the accuracy is measured, such as PGD(epsilon=0.1, steps=5); None
+            for the metric of the task.
     """
 
     share: float = 0.1
@@ -52,6 +62,7 @@ class Validation(CheckedFields):
     patience: int | None = 3
     keep_best: bool = True
     records: Sequence[Records] = ()
+    attack: Attack | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.share < 1:
@@ -68,7 +79,8 @@ class Validation(CheckedFields):
             f"{len(each)} records, {digest({'inputs': each.inputs, 'labels': each.labels}).hex()}"
             for each in self.records
         ]
-        return {**own, "records": seen}
+        attacked = {} if self.attack is None else {"attack": self.attack}
+        return {**own, "records": seen, **attacked}
 
     def refuse_private(self) -> None:
         """Refuse settings that break the privacy of training records.
@@ -101,6 +113,9 @@ class Validator:
     def __init__(self, validation: Validation, stream: Stream, seed: int, *, private: bool) -> None:
         self._settings = validation
         self._private = private
+        self._seed = seed
+        if validation.attack is not None:
+            refuse_other_tasks(stream.task, (SingleLabel,), "validation.attack", "it needs classes")
         self.stream = stream
         """Stream without the held-out records."""
         self.records = list(validation.records)
@@ -154,9 +169,14 @@ class Validator:
     def _measure(self, party: Party, step: int) -> None:
         index = party.position.experience
         by_task = party.stream.scenario == "task"
-        score = score_of(party, self.records[index], index if by_task else None)
+        attack = self._settings.attack
+        if attack is None:
+            score = score_of(party, self.records[index], index if by_task else None)
+        else:
+            draws = generator(self._seed, "validation attack", index, step)
+            score = robust_score_of(party, self.records[index], attack, draws)
         self.history.append((index, step, score))
-        sign = 1 if party.stream.task.metric.higher_is_better else -1
+        sign = 1 if attack or party.stream.task.metric.higher_is_better else -1
         if self._best is None or sign * score > sign * self._best:
             self._best = score
             self._misses = 0

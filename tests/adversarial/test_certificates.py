@@ -1,0 +1,209 @@
+"""Certificates: interval bounds hold for every input of the ball, smoothing has its closed form."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from perdure.adversarial import PGD, robust_accuracy
+from perdure.adversarial.certificates import (
+    ABSTAINED,
+    Smoothing,
+    ball,
+    between,
+    certify_by_bounds,
+    lower_bound,
+    worst_logits,
+)
+from perdure.errors import ConfigError
+from perdure.models import cnn, wrap
+
+
+def seed(value=0):
+    return torch.Generator().manual_seed(value)
+
+
+def network():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        layers = nn.Sequential(
+            nn.Conv2d(1, 4, 3, padding=1),
+            nn.BatchNorm2d(4),
+            nn.ReLU(inplace=True),
+            nn.MaxPool2d(2),
+            nn.Conv2d(4, 4, 3, stride=2),
+            nn.Tanh(),
+            nn.AvgPool2d(1),
+            nn.Flatten(),
+            nn.Dropout(),
+            nn.Linear(16, 8),
+            nn.LeakyReLU(0.1),
+            nn.Linear(8, 3),
+        )
+        layers(torch.rand(20, 1, 10, 10))  # statistics of the normalisation
+    return wrap(layers, head="11").eval()
+
+
+def test_outputs_of_every_input_lie_within_interval_bounds():
+    model = network()
+    inputs = torch.rand(5, 1, 10, 10, generator=seed())
+    labels = torch.tensor([0, 1, 2, 0, 1])
+    with torch.no_grad():
+        lower, upper = model(between(inputs - 0.1, inputs + 0.1)).ends()
+        worst = worst_logits(model, ball(inputs, 0.1, None), labels)
+        loose = upper - lower.gather(1, labels.unsqueeze(1))
+        for number in range(200):
+            change = 0.2 * torch.rand(inputs.shape, generator=seed(number)) - 0.1
+            change = change.sign() * 0.1 if number % 2 else change
+            outputs = model(inputs + change)
+            assert (outputs >= lower - 1e-5).all() and (outputs <= upper + 1e-5).all()
+            assert (outputs - outputs.gather(1, labels.unsqueeze(1)) <= worst + 1e-5).all()
+    others = torch.ones(5, 3).scatter(1, labels.unsqueeze(1), 0).bool()
+    assert (worst < loose - 1e-4)[others].all()  # differences of weights are tighter than of ends
+
+
+def test_interval_bounds_of_a_linear_model_are_exact():
+    model = nn.Linear(6, 3)
+    inputs = torch.rand(4, 6, generator=seed())
+    labels = torch.tensor([0, 1, 2, 0])
+    weight = model.weight.detach()
+    change = weight - weight[labels].unsqueeze(1)
+    logits = model(inputs)
+    exact = logits - logits.gather(1, labels.unsqueeze(1)) + 0.2 * change.abs().sum(2)
+    found = worst_logits(model, ball(inputs, 0.2, None), labels)
+    assert torch.allclose(found, exact, atol=1e-5)
+
+
+def test_sums_and_products_of_intervals_have_their_rules():
+    box = between(torch.tensor([[-1.0, 2.0]]), torch.tensor([[1.0, 4.0]]))
+    lower, upper = (2 * box - box / -4 + 1).ends()
+    assert torch.allclose(lower, torch.tensor([[-1.25, 5.5]]))
+    assert torch.allclose(upper, torch.tensor([[3.25, 10.0]]))
+    lower, upper = (1 - box).ends()
+    assert torch.allclose(lower, torch.tensor([[0.0, -3.0]]))
+
+
+def test_layers_without_a_rule_are_refused_with_the_reason():
+    box = between(torch.zeros(2, 1, 8, 8), torch.ones(2, 1, 8, 8))
+    with pytest.raises(ConfigError, match="group_norm: it divides by a spread of the input"):
+        cnn(input_shape=(1, 8, 8), num_classes=2, seed=0)(box)
+    with pytest.raises(ConfigError, match="no rule for softmax"):
+        box.softmax(1)
+    with pytest.raises(ConfigError, match="no rule for rdiv"):
+        1 / box
+    with pytest.raises(ConfigError, match="batch_norm"):
+        nn.BatchNorm2d(1)(box)
+    with pytest.raises(ConfigError, match="got lost"):
+        worst_logits(lambda rows: torch.zeros(len(rows), 2), box, torch.tensor([0, 1]))
+
+
+def trained(epsilon):
+    """Return a model of two classes in the plane that certifies many records, with the records."""
+    inputs = torch.rand(300, 2, generator=seed())
+    labels = (inputs[:, 0] > 0.5).long()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(2, 16), nn.ReLU(), nn.Linear(16, 2))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    for _ in range(120):
+        worst = worst_logits(model, ball(inputs, epsilon, (0.0, 1.0)), labels)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(worst, labels).backward()
+        optimizer.step()
+    return model, inputs, labels
+
+
+def test_no_certified_input_is_broken_in_10000_tries():
+    model, inputs, labels = trained(0.1)
+    card = certify_by_bounds(model, inputs, labels, epsilon=0.1)
+    assert 50 < card.certified_accuracy < card.clean_accuracy
+    with torch.no_grad():
+        worst = worst_logits(model, ball(inputs, 0.1, (0.0, 1.0)), labels)
+        sure = worst.scatter(1, labels.unsqueeze(1), -math.inf).amax(1) < 0
+        tries = inputs[sure].repeat(10000 // int(sure.sum()) + 1, 1)[:10000]
+        own = labels[sure].repeat(10000 // int(sure.sum()) + 1)[:10000]
+        corners = torch.rand(tries.shape, generator=seed(1)).sub(0.5).sign() * 0.1
+        assert (model((tries + corners).clamp(0, 1)).argmax(1) == own).all()
+    attack = PGD(epsilon=0.1, steps=10)
+    kept = robust_accuracy(model, inputs, labels, attack, generator=seed())
+    assert card.certified_accuracy <= kept + 1e-9
+    loose = PGD(epsilon=0.1, steps=10, restarts=3)
+    robust = robust_accuracy(model, inputs[sure], labels[sure], loose, generator=seed())
+    assert robust == 100
+    assert "a proof" in str(card) and card.row()["norm"] == "linf"
+
+
+def test_the_radius_on_a_linear_classifier_is_the_closed_form():
+    """Noise moves w x + b by a normal number, so the share of a class is Phi(margin / sigma)."""
+    direction = torch.tensor([3.0, 4.0]) / 5
+
+    def predict(rows):
+        score = rows @ direction - 0.2
+        return torch.stack([-score, score], 1)
+
+    inputs = torch.tensor([[0.5, 0.5], [0.1, 0.1], [0.2, 0.11]])
+    distance = (inputs @ direction - 0.2).abs()
+    smooth = Smoothing(predict=predict, deviation=0.5, samples=100_000, batch_size=100_000)
+    classes, radii = smooth.certify(inputs, generator=seed())
+    # the bound is exact, so it lies below the true radius; 1e5 samples bring it close
+    assert (radii <= distance).all()
+    assert torch.allclose(radii, distance.double(), atol=0.01)
+    assert classes.tolist() == [1, 0, ABSTAINED] or classes.tolist() == [1, 0, 1]
+
+
+def test_no_record_is_broken_inside_its_smoothed_radius():
+    """Moved by 0.9 of its radius in 100 directions, the class with most votes is the same."""
+    model, inputs, _ = trained(0.0)
+    smooth = Smoothing(predict=model, deviation=0.2, samples=2000)
+    classes, radii = smooth.certify(inputs[:100], generator=seed())
+    sure = classes != ABSTAINED
+    assert sure.sum() > 50
+    directions = nn.functional.normalize(torch.randn(100, 2, generator=seed(1)), dim=1)
+    noise = 0.2 * torch.randn(4000, 2, generator=seed(2))
+    for row, own, radius in zip(inputs[:100][sure], classes[sure], radii[sure], strict=True):
+        moved = row + 0.9 * radius.float() * directions
+        with torch.no_grad():
+            rows = (moved.unsqueeze(1) + noise[::20]).flatten(0, 1)
+            share = (model(rows).argmax(1) == own).view(100, -1).double().mean(1)
+        assert share.min() > 0.5 - 3 * 0.5 / 200**0.5
+
+
+def test_smoothing_abstains_where_two_classes_are_equally_likely():
+    smooth = Smoothing(predict=lambda rows: torch.cat([rows, -rows], 1), deviation=1.0)
+    inputs = torch.tensor([[0.0], [3.0]])
+    assert smooth.classes(inputs, generator=seed()).tolist() == [ABSTAINED, 0]
+    classes, radii = smooth.certify(inputs, generator=seed())
+    assert classes.tolist() == [ABSTAINED, 0]
+    assert radii[0] == 0 and radii[1] > 1
+    card = smooth.certificate(inputs, torch.tensor([0, 0]), epsilon=1.0, generator=seed())
+    assert (card.certified_accuracy, card.confidence) == (50.0, 0.999)
+
+
+def test_the_confidence_bound_is_exact():
+    """P[Binomial(n, bound) >= hits] is alpha at the Clopper-Pearson bound, by the sum of terms."""
+    bound = lower_bound(17, 20, 0.01)
+    terms = [math.comb(20, k) * bound**k * (1 - bound) ** (20 - k) for k in range(17, 21)]
+    assert sum(terms) == pytest.approx(0.01, rel=1e-9)
+    assert lower_bound(0, 20, 0.01) == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "field"),
+    [
+        ({"deviation": 0.0}, "deviation"),
+        ({"deviation": 0.1, "alpha": 1.0}, "alpha"),
+        ({"deviation": 0.1, "samples": 0}, "samples"),
+    ],
+)
+def test_smoothing_refuses_a_wrong_value_by_name(given, field):
+    with pytest.raises(ConfigError, match=field):
+        Smoothing(predict=nn.Identity(), **given)
+
+
+def test_certificates_refuse_inputs_outside_the_bounds():
+    model = nn.Linear(2, 2)
+    with pytest.raises(ConfigError, match="bounds"):
+        certify_by_bounds(model, torch.full((1, 2), 2.0), torch.tensor([0]), epsilon=0.1)
+    with pytest.raises(ConfigError, match="labels"):
+        certify_by_bounds(model, torch.zeros(1, 2), torch.tensor([0.0]), epsilon=0.1)
