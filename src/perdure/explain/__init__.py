@@ -1,4 +1,4 @@
-"""Explanations on plain tensors: Shapley values, local linear models, and their pictures.
+"""Explanations on plain tensors: Shapley values, local linear models, measures, and pictures.
 
     from perdure.explain import find    # find("kernel_shap") is KernelSHAP
 
@@ -10,6 +10,15 @@ from typing import TYPE_CHECKING, TypeGuard
 from perdure.explain._model import Predict
 from perdure.explain.base import Attribution, Explainer
 from perdure.explain.exact_shapley import ExactShapley
+from perdure.explain.fidelity import (
+    deletion_area,
+    faithfulness_correlation,
+    insertion_area,
+    max_sensitivity,
+    rank_correlation,
+    sparsity,
+    top_overlap,
+)
 from perdure.explain.groups import column_groups, grid_groups, segment_groups, token_groups
 from perdure.explain.kernel_shap import KernelSHAP
 from perdure.explain.lime import LIME, LocalModel
@@ -26,13 +35,20 @@ __all__ = [
     "LocalModel",
     "Predict",
     "column_groups",
+    "deletion_area",
+    "faithfulness_correlation",
     "find",
     "grid_groups",
     "heat_maps",
+    "insertion_area",
+    "max_sensitivity",
     "names",
+    "rank_correlation",
     "segment_groups",
+    "sparsity",
     "stability",
     "token_groups",
+    "top_overlap",
 ]
 
 
@@ -46,7 +62,7 @@ _EXTENSIONS = Extensions(
     group="perdure.explainers",
     fits=_is_explainer,
     wanted="a subclass of perdure.explain.Explainer",
-    helpers=("base", "groups", "plots", "stability"),
+    helpers=("base", "fidelity", "groups", "plots", "stability"),
 )
 
 
