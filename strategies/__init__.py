@@ -18,6 +18,7 @@ from perdure.utils import Extensions, is_proper_subclass
 
 if TYPE_CHECKING:
     from perdure.strategies.agem import AGEM
+    from perdure.strategies.attribution_distillation import AttributionDistillation
     from perdure.strategies.bic import BiC
     from perdure.strategies.coda_prompt import CODAPrompt
     from perdure.strategies.coral import Coral
@@ -63,6 +64,7 @@ __all__ = [
     "OGD",
     "SI",
     "SLDA",
+    "AttributionDistillation",
     "BiC",
     "CODAPrompt",
     "CWRStar",

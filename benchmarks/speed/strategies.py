@@ -46,6 +46,7 @@ from perdure.strategies import (
     MIR,
     OGD,
     SI,
+    AttributionDistillation,
     BiC,
     CODAPrompt,
     CWRStar,
@@ -143,6 +144,8 @@ CHOSEN = 10
 CASES: dict[str, Case] = {
     "naive": Case(strategy=Naive()),
     "agem": Case(strategy=AGEM(memory_size=MEMORY), forward=2, backward=2),
+    # the rows, and the rows without each of nine groups, for the model and the teacher
+    "attribution_distillation": Case(strategy=AttributionDistillation(), forward=20, backward=10),
     "bic": Case(strategy=BiC(memory_size=MEMORY), forward=2),
     "coda_prompt": Case(strategy=CODAPrompt(), model=composed_prompts),
     "cwr_star": Case(strategy=CWRStar(), backward=0),

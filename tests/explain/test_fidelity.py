@@ -99,7 +99,7 @@ def test_a_constant_model_has_the_faithfulness_0():
     assert faithfulness_correlation(constant, INPUTS, found, BACKGROUND).tolist() == [0.0, 0.0]
 
 
-def test_sensitivity_is_0_for_constants_and_grows_with_the_radius():
+def test_sensitivity_is_0_for_constants_and_grows_by_radius():
     still = max_sensitivity(lambda rows: explained(torch.ones_like(rows)), INPUTS, radius=0.1)
     assert still.tolist() == [0.0, 0.0]
 

@@ -67,7 +67,21 @@ def insertion_area(
 ) -> Tensor:
     """Area under the output while features are added to the background; larger is better.
 
-    Features enter in the order of `deletion_area`, which see for the arguments.
+    Features enter in the order in which `deletion_area` removes them.
+
+    Args:
+        predict: see `deletion_area`.
+        inputs: (n, ...) the explained instances.
+        found: see `deletion_area`.
+        background: (b, ...) rows that features enter.
+        steps: see `deletion_area`.
+        chunk: see `deletion_area`.
+
+    Returns:
+        (n,) or (n, k) areas in units of the output.
+
+    Raises:
+        ConfigError: if an argument is not allowed.
 
     Source: Petsiuk, Das, Saenko 2018, "RISE", section 4.1.
     """
