@@ -127,7 +127,7 @@ def falling(optimizer: Optimizer, steps: int) -> LambdaLR:
 METHODS: dict[str, tuple[Callable[[int], dict[str, Any]], int]] = {
     "fast": (fast, 20),
     "trades": (trades, 10),
-    "ibp": (bounds, 50),
+    "ibp": (bounds, 40),
 }
 """Function that makes the arguments of `Learner`, and default number of epochs, by method."""
 

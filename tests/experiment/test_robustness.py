@@ -65,3 +65,42 @@ def test_the_log_and_the_report_have_the_robust_rows(attacked):
     assert "Robustness kept and lost over time" in page
     assert "rescaled_cross_entropy and margin" in page
     assert "test records without a gradient" in page
+
+
+CERTIFIED = """
+name = "certified"
+[data]
+name = "digits"
+experiences = 2
+[model]
+hidden = [16]
+[training]
+iterations = 60
+learning_rate = 0.01
+defence = {name = "interval_bounds", epsilon = 0.03}
+[attack]
+name = "pgd"
+epsilon = 0.03
+steps = 5
+[certificate]
+method = "interval_bounds"
+epsilon = 0.03
+records = 10000
+[[arms]]
+strategy = "naive"
+"""
+
+
+def test_the_certified_matrix_lies_below_the_robust_matrix(tmp_path):
+    result = run(parse(CERTIFIED), CERTIFIED, tmp_path)
+    [arm] = result["arms"]
+    certified = arm["certified_matrix"]
+    assert certified[0][0] > 20 and certified[0][1] is None
+    for i, (row, robust) in enumerate(zip(certified, arm["robust_matrix"], strict=True)):
+        assert all(row[j] <= robust[j] + 1e-9 for j in range(i + 1))
+    assert arm["certified_accuracy"] == pytest.approx(sum(certified[1]) / 2)
+    assert arm["certified_forgetting"] == pytest.approx(certified[0][0] - certified[1][0])
+    page = write_report(tmp_path).read_text()
+    assert "Certified accuracy kept and lost over time" in page
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert rows[1]["certified"] == certified[1]

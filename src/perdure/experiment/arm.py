@@ -14,6 +14,7 @@ from perdure.adversarial import Attack
 from perdure.data.experience import Stream
 from perdure.doctor import Finding, Monitor, in_order
 from perdure.errors import NonFiniteError, RunawayError
+from perdure.experiment.certified import certified_after, certified_numbers
 from perdure.experiment.config import Arm, Config
 from perdure.experiment.finding_rows import finding_of, finding_row
 from perdure.experiment.metrics_log import MetricsLog
@@ -29,7 +30,6 @@ from perdure.experiment.results import (
     spending,
 )
 from perdure.experiment.robustness import (
-    RobustnessRow,
     robust_numbers,
     robustness_after,
     without_robustness,
@@ -267,7 +267,8 @@ class ArmRun:
             "by_class": [class_row(each) for each in classes] if classes else None,
             "by_group": group_rows(learner, self.stream, fairness) if fairness else None,
             "state_bytes": sum(value.nbytes for value in learner.state.values()),
-            **robust_numbers(self._robustness()),
+            **robust_numbers(self._rows_of("robustness")),
+            **certified_numbers(self._rows_of("certified")),
             "seconds": self._seconds(),
         }
 
@@ -287,6 +288,7 @@ class ArmRun:
             "by_group": None,
             "state_bytes": 0,
             **without_robustness(),
+            **certified_numbers([]),
             "seconds": self._seconds(),
         }
 
@@ -381,6 +383,10 @@ class ArmRun:
             row["robustness"] = robustness_after(
                 learner, self.stream, self._attack, index, self.config.seed
             )
+        if self.config.certificate is not None:
+            row["certified"] = certified_after(
+                learner, self.stream, self.config.certificate, index, self.config.seed
+            )
         self.log.append(row)
 
     @cached_property
@@ -439,10 +445,10 @@ class ArmRun:
 
     # ------------------------------------------------------------------ what is measured at the end
 
-    def _robustness(self) -> list[RobustnessRow]:
-        """Return the rows of robustness after each stage; [] without an attack."""
+    def _rows_of(self, name: str) -> list[Any]:
+        """Return the measurements of this name after each stage; [] if there are none."""
         lines = [self.log.rows.get((self.name, stage.number), {}) for stage in self.stream.stages]
-        return [line["robustness"] for line in lines if "robustness" in line]
+        return [line[name] for line in lines if name in line]
 
     def _privacy(self) -> PrivacyResult:
         account = self._account()

@@ -92,6 +92,7 @@ from perdure.contract.strategy import Strategy
 from perdure.data.groups import Groups
 from perdure.errors import ConfigError, StrategyError
 from perdure.experiment.attack_config import AttackConfig
+from perdure.experiment.certified import CertificateConfig
 from perdure.experiment.data_config import DataConfig
 from perdure.experiment.field_checks import COUNTS, check, counts
 from perdure.experiment.from_tables import (
@@ -302,6 +303,7 @@ class Config(CheckedFields):
         federation: clients and rounds; left out for one learner.
         privacy: differential privacy of the private arms.
         attack: attack for robust accuracy.
+        certificate: certificate of the accuracy that no attack in a ball can lower.
         explain: explainer, and number of test records to explain.
         fairness: groups of test records that are measured at the end, and compared by the monitor.
         start: earlier run whose parameters the models start from; left out for new models.
@@ -324,6 +326,7 @@ class Config(CheckedFields):
     federation: FederationConfig | None = None
     privacy: Privacy | None = None
     attack: AttackConfig | None = None
+    certificate: CertificateConfig | None = None
     explain: ExplainConfig | None = None
     fairness: Groups | None = None
     start: StartConfig | None = None

@@ -20,6 +20,7 @@ from perdure.data.groups import Groups, GroupWeights
 from perdure.errors import ConfigError, PerdureError
 from perdure.experiment.averaging_config import AVERAGES
 from perdure.experiment.calls import REQUIRED, parameters
+from perdure.experiment.certified import CertificateConfig
 from perdure.experiment.config import (
     ALLOWED_NAMES,
     COMBINE,
@@ -142,6 +143,10 @@ def tables() -> list[Table]:
         Table(title="[attack]", keys=(_named("name", adversarial.names(), "name of the attack."),)),
         *_of_extensions(
             "[attack], [training.adversary], [training.validation.attack] name = {!r}", adversarial
+        ),
+        Table(
+            title="[certificate]",
+            keys=_plain_keys(CertificateConfig(method="smoothing", epsilon=0.1)),
         ),
         Table(title="[explain]", keys=_explain()),
         *_of_extensions("[explain] method = {!r}", explain),

@@ -111,6 +111,9 @@ class Numbers(TypedDict):
     robust_forgetting: NotRequired[float | None]
     robust_backward_transfer: NotRequired[float | None]
     zero_gradients: NotRequired[float | None]
+    certified_accuracy: NotRequired[float | None]
+    certified_matrix: NotRequired[Sequence[Sequence[float | None]] | None]
+    certified_forgetting: NotRequired[float | None]
     seconds: float
 
 
@@ -258,6 +261,7 @@ class Result(TypedDict):
     federation: dict[str, Any] | None
     environment: dict[str, Any]
     attack: AttackResult | None
+    certificate: NotRequired[dict[str, Any] | None]
     arms: list[ArmResult]
     epsilon_of_all_arms: Epsilon | None
     explanations: Explanations | None

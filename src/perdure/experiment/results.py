@@ -83,6 +83,7 @@ def summary(
         "federation": federation_row(first, stream),
         "environment": versions() | {k: v for k, v in machine().items() if v is not None},
         "attack": attack_row(config.attack),
+        "certificate": asdict(config.certificate) if config.certificate else None,
         "arms": arms,
         "epsilon_of_all_arms": epsilon_of_all_arms(merged, config.privacy.delta)
         if merged and config.privacy

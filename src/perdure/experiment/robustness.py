@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import TypedDict
 
 import torch
+from torch import Tensor
 
 from perdure.adversarial import Attack, ThreatModelCard, measure_robustness
 from perdure.data.experience import Stream
@@ -71,22 +72,24 @@ def robust_numbers(rows: Sequence[RobustnessRow]) -> RobustNumbers:
     """Return the robust measures of an arm, from its rows after each stage; none for no rows."""
     if not rows:
         return without_robustness()
-    width = len(rows[-1]["robust"])
-    matrix: list[list[float | None]] = [
-        [*row["robust"], *[None] * (width - len(row["robust"]))] for row in rows
-    ]
     last = rows[-1]
-    known = torch.tensor(
-        [[float("nan") if value is None else value for value in row] for row in matrix]
-    )
+    matrix, known = matrix_of([row["robust"] for row in rows])
     several = len(rows) > 1
     return {
-        "robust_accuracy": sum(last["robust"]) / width,
+        "robust_accuracy": sum(last["robust"]) / len(last["robust"]),
         "robust_matrix": matrix,
         "robust_forgetting": forgetting(known) if several else None,
         "robust_backward_transfer": backward_transfer(known) if several else None,
         "zero_gradients": last["zero_gradients"],
     }
+
+
+def matrix_of(rows: Sequence[Sequence[float]]) -> tuple[list[list[float | None]], Tensor]:
+    """Return rows of growing length as a square matrix, with None, and with NaN as a tensor."""
+    width = len(rows[-1])
+    matrix: list[list[float | None]] = [[*row, *[None] * (width - len(row))] for row in rows]
+    known = [[float("nan") if value is None else value for value in row] for row in matrix]
+    return matrix, torch.tensor(known)
 
 
 def without_robustness() -> RobustNumbers:

@@ -3,7 +3,7 @@
 import math
 import statistics
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from perdure.experiment.config import Arm
 from perdure.experiment.finding_rows import each_once
@@ -12,7 +12,10 @@ from perdure.experiment.result_schema import MEASURES, ArmResult, TrialResult
 ROBUST = ("robust_forgetting", "robust_backward_transfer", "zero_gradients")
 """Keys of a trial's result that it has only since robustness is measured over time."""
 
-AVERAGED = (*MEASURES, "robust_accuracy", *ROBUST)
+CERTIFIED = ("certified_accuracy", "certified_forgetting")
+"""Keys of a trial's result that it has only since certificates are measured."""
+
+AVERAGED = (*MEASURES, "robust_accuracy", *ROBUST, *CERTIFIED)
 """Keys of a trial's result that are averaged over seeds, with a standard error."""
 
 
@@ -34,7 +37,8 @@ def arm_result(arm: Arm, trials: Sequence[TrialResult]) -> ArmResult:
         "options": repr(arm.strategy),
         "private": arm.private,
         "accuracy_matrix": _mean_matrix([trial["accuracy_matrix"] for trial in done]),
-        "robust_matrix": _robust_matrix(done),
+        "robust_matrix": _matrix_of(done, "robust_matrix"),
+        "certified_matrix": _matrix_of(done, "certified_matrix"),
         **{name: mean(values) for name, values in columns.items()},
         "calibration_error": _mean_rows(calibrated) if calibrated else None,
         "state_bytes": max(trial["state_bytes"] for trial in trials),
@@ -54,9 +58,11 @@ def arm_result(arm: Arm, trials: Sequence[TrialResult]) -> ArmResult:
     return cast(ArmResult, row)
 
 
-def _robust_matrix(trials: Sequence[TrialResult]) -> list[list[float | None]] | None:
-    """Average the matrices of robust accuracy over seeds; None without an attack."""
-    known = [matrix for trial in trials if (matrix := trial.get("robust_matrix"))]
+def _matrix_of(
+    trials: Sequence[TrialResult], name: Literal["robust_matrix", "certified_matrix"]
+) -> list[list[float | None]] | None:
+    """Average the matrices of a measure over seeds; None if it was not measured."""
+    known = [matrix for trial in trials if (matrix := trial.get(name))]
     return _mean_matrix(known) if known else None
 
 

@@ -14,8 +14,13 @@ def refuse_unmeasurable(config: Config, stream: Stream) -> None:
         ConfigError: names the table of the config.
         DataError: if test records do not have the attribute of the groups.
     """
-    if config.attack or config.explain:
-        name = "[attack]" if config.attack else "[explain]"
+    asked = {
+        "[attack]": config.attack,
+        "[certificate]": config.certificate,
+        "[explain]": config.explain,
+    }
+    name = next((table for table, given in asked.items() if given), "")
+    if name:
         refuse_other_tasks(stream.task, (SingleLabel,), name, "it asks for the class of a record")
     if config.fairness:
         refuse_groups(stream, config.fairness)

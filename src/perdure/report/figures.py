@@ -65,7 +65,8 @@ def pictures(result: Result, run: Path) -> list[Picture]:
             _stream(result),
             _matrices(result) if _measured(result) else None,
             _curves(result) if _measured(result) else None,
-            _robust_matrices(result) if _attacked(result) else None,
+            _robust_matrices(result) if _has(result, "robust_matrix") else None,
+            _certified_matrices(result) if _has(result, "certified_matrix") else None,
             _epsilons(result),
             _explanations(result, run),
             *finding_pictures(result),
@@ -147,10 +148,34 @@ def _robust_matrices(result: Result) -> Picture:
     )
 
 
-def _attacked(result: Result) -> bool:
-    """Return True if all trained arms have robust accuracies over time."""
+def _certified_matrices(result: Result) -> Picture:
+    figure, panels = _panels(result, 2.45)
+    for arm, _, axes in panels:
+        rows = arm.get("certified_matrix") or []
+        shaded = _matrix(axes, array(rows), (0.0, 100.0), result["task"])
+    _label_matrices(figure, [axes for *_, axes in panels], shaded, "certified accuracy (%)")
+    figure.supxlabel("certified accuracy on experience", fontsize=8.5, color=MUTED)
+    chosen = result.get("certificate") or {}
+    method = str(chosen.get("method", "")).replace("_", " ")
+    told = [
+        f"{label} {decimal(arm.get('certified_accuracy'), 1)} %"
+        for arm, label in by_privacy(_measured(result))
+    ]
+    return Picture(
+        name="certified_matrix",
+        title="Certified accuracy kept and lost over time",
+        caption=f"Share of test records of each experience so far that no attack within "
+        f"{chosen.get('epsilon', 0):g} can mislead ({method}), one matrix per arm, as above.",
+        alternative="Heat maps of certified accuracy per experience, one per arm. Mean at the "
+        f"end: {', '.join(told)}.",
+        figure=figure,
+    )
+
+
+def _has(result: Result, matrix: str) -> bool:
+    """Return True if all trained arms have this matrix of accuracies over time."""
     arms = _measured(result)
-    return bool(arms) and all(arm.get("robust_matrix") for arm in arms)
+    return bool(arms) and all(arm.get(matrix) for arm in arms)
 
 
 def _span(result: Result) -> tuple[float, float]:

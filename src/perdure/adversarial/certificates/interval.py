@@ -236,6 +236,16 @@ def _quotient(func: Operation, args: Sequence[Any], kwargs: dict[str, Any]) -> I
     return _product(func, args, kwargs) if isinstance(args[0], Interval) else None
 
 
+def _masked(func: Operation, args: Sequence[Any], kwargs: dict[str, Any]) -> Interval | None:
+    """Entries of an interval where a mask is True, and a number elsewhere."""
+    mask, first, number = args
+    if kwargs or not isinstance(first, Interval) or isinstance(number, Tensor):
+        return None
+    middle = func(mask, first.as_subclass(Tensor), number)
+    # a number far below all logits keeps the differences of the weights for the others
+    return _interval(middle, func(mask, first.radius, 0.0), first.layer)
+
+
 def _intervals(args: Sequence[Any]) -> int:
     return sum(isinstance(each, Interval) for each in args)
 
@@ -246,6 +256,7 @@ RULES: Mapping[str, Rule] = {
     **dict.fromkeys(MONOTONE, _monotone),
     "batch_norm": _normalised,
     "dropout": _dropped,
+    "where": _masked,
     **dict.fromkeys(("add", "radd", "sub", "rsub"), _sum),
     **dict.fromkeys(("mul", "rmul"), _product),
     **dict.fromkeys(("div", "truediv"), _quotient),
