@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from helpers.config_errors import ARM, HEAD, refusal
 from perdure.adversarial import PGD
 from perdure.errors import ConfigError
-from perdure.experiment.config import Config, FederationConfig, parse
+from perdure.experiment.config import Config, parse
 from perdure.experiment.data_config import DataConfig
+from perdure.experiment.federation_table import FederationConfig
 from perdure.experiment.from_tables import build
 from perdure.experiment.search_config import SearchConfig
 from perdure.experiment.training_config import TrainingConfig
@@ -204,6 +205,10 @@ WRONG = {
     ("federation", "clients"): COUNTS,
     ("federation", "rounds"): COUNTS,
     ("federation", "fraction"): (*POSITIVE, "1.01"),
+    ("federation", "quorum"): (*POSITIVE, "1.01"),
+    ("federation", "deadline"): POSITIVE,
+    ("federation", "grace"): ("-0.5", "nan", "inf", "true", '"1"'),
+    ("federation", "max_update_norm"): POSITIVE,
     ("federation", "aggregator"): (*CHOICES, '"FedProx"', '"DifferentialPrivacy"'),
     ("federation", "aggregator_options"): ("3", "[]", "{beta = 0.5}", "{fraction_train = 0.5}"),
     ("federation", "split"): CHOICES,

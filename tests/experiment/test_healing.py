@@ -16,8 +16,8 @@ from perdure.doctor import Finding, Remedy, Trace, rules
 from perdure.errors import ConfigError, LedgerError
 from perdure.experiment import examine_run, heal, healed, parse, read_result, run
 from perdure.experiment.calls import parameters
-from perdure.experiment.config import FederationConfig
 from perdure.experiment.data_config import DataConfig
+from perdure.experiment.federation_table import FederationConfig
 from perdure.experiment.finding_rows import finding_of, finding_row
 from perdure.experiment.training_config import TrainingConfig
 from perdure.models import ModelConfig

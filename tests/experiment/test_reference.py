@@ -11,8 +11,9 @@ from perdure import adversarial, explain, loggers, models, strategies
 from perdure.data.augmentation import Views
 from perdure.errors import ConfigError
 from perdure.experiment import reference
-from perdure.experiment.config import Arm, Config, FederationConfig
+from perdure.experiment.config import Arm, Config
 from perdure.experiment.data_config import DataConfig
+from perdure.experiment.federation_table import FederationConfig
 from perdure.experiment.model_config import BUILDERS, GIVEN
 from perdure.experiment.overrides import toml_value
 from perdure.experiment.search_config import SearchConfig

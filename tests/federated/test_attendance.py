@@ -35,7 +35,7 @@ def test_the_last_exchange_with_each_client_is_recorded(clients, rounds, fractio
         assert attendance.asked == asked
         for client in asked:
             last[client] = exchange
-        attendance.advance()
+        attendance.advance(asked)
 
 
 def test_attendance_draws_the_clients_of_each_round_once(monkeypatch):
@@ -51,7 +51,7 @@ def test_attendance_draws_the_clients_of_each_round_once(monkeypatch):
     for _ in range(2 * 41):
         assert attendance.asked is not None
         assert attendance.previous is not None
-        attendance.advance()
+        attendance.advance(attendance.asked)
     assert drawn == [(e, number) for e in range(2) for number in range(40)]
 
 

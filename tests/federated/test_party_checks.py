@@ -11,7 +11,7 @@ from perdure.privacy.settings import Privacy
 from perdure.strategies import Naive
 
 SECRET = Privacy(noise_multiplier=1.0)
-THREE = Federation(clients=3, rounds=1)
+THREE = Federation(clients=3, rounds=1, quorum=1.0)
 
 
 @pytest.fixture

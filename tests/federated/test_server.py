@@ -304,7 +304,7 @@ def test_privacy_refuses_one_record_at_two_clients(stream, built):
     """Each client's ledger counts only its own use of the record, and no ledger counts the sum."""
     one = short(stream, 1)
     make = maker(one, Naive(), privacy=SIMULATED)
-    federation = Federation(clients=2, rounds=1)
+    federation = Federation(clients=2, rounds=1, quorum=1.0)
     told = "partition 'experience-0' of client 0 and partition 'experience-0' of client 1 contain"
     if built == "by run_federation":
         with pytest.raises(GuardError, match=told):

@@ -52,4 +52,6 @@ def hard(stream):
     """Return streams and a federation with optimiser moments, memory and idle clients."""
     streams = dirichlet(short(stream, 2), clients=4, alpha=0.5, min_size=8, exact=False)
     aggregator = FedAdam(eta=0.02, beta_1=0.9, beta_2=0.99)
-    return streams, Federation(clients=4, rounds=3, fraction=0.5, aggregator=aggregator, seed=2)
+    return streams, Federation(
+        clients=4, rounds=3, fraction=0.5, aggregator=aggregator, seed=2, quorum=1.0
+    )

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from perdure.errors import ConfigError
-from perdure.experiment.config import FederationConfig, read_text
+from perdure.experiment.config import read_text
+from perdure.experiment.federation_table import FederationConfig
 from perdure.experiment.trial_names import arm_name, trial_name
 
 

@@ -313,6 +313,10 @@ class ArmRun:
             fraction=chosen.fraction,
             aggregator=make_aggregator(chosen.aggregator, chosen.aggregator_options),
             seed=seed,
+            quorum=chosen.quorum,
+            deadline=chosen.deadline,
+            grace=chosen.grace,
+            max_update_norm=chosen.max_update_norm,
         )
         # callbacks that watch a run cannot be sent to Ray's processes
         party = (

@@ -83,7 +83,7 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 
@@ -94,6 +94,7 @@ from perdure.errors import ConfigError, StrategyError
 from perdure.experiment.attack_config import AttackConfig
 from perdure.experiment.certified import CertificateConfig
 from perdure.experiment.data_config import DataConfig
+from perdure.experiment.federation_table import FederationConfig
 from perdure.experiment.field_checks import COUNTS, check, counts
 from perdure.experiment.from_tables import (
     build,
@@ -123,46 +124,6 @@ PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 ALLOWED_NAMES = "letters, digits, . - _, at most 100"
 LARGEST = 2**63 - 1
 """Largest whole number of TOML; larger numbers are refused."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class FederationConfig(CheckedFields):
-    """Clients, rounds and split of a federation.
-
-    Args:
-        clients: number of parties.
-        rounds: rounds in each experience.
-        fraction: share of the clients that train in a round.
-        aggregator: class of flwr.serverapp.strategy.
-        aggregator_options: arguments of the aggregator, such as {server_learning_rate = 0.5}.
-        split: `dirichlet` for an uneven split of the records over the clients, `iid` for an even
-            one.
-        alpha: concentration of the Dirichlet split by class; a small value is an uneven split.
-        min_size: fewest records of a client in an experience.
-        client_sizes: public number of training records, a list for every client with a number for
-            every experience; left out for the numbers that the split gives.
-        engine: `inprocess`, or `ray` for Flower's simulation engine.
-    """
-
-    clients: int = 10
-    rounds: int = 3
-    fraction: float = 1.0
-    aggregator: str = "FedAvg"
-    aggregator_options: Mapping[str, Any] = field(default_factory=dict)
-    split: Literal["dirichlet", "iid"] = "dirichlet"
-    alpha: float = 1.0
-    min_size: int = 10
-    client_sizes: tuple[tuple[int, ...], ...] | None = None
-    engine: Literal["inprocess", "ray"] = "inprocess"
-
-    def __post_init__(self) -> None:
-        check(self, "clients rounds min_size", counts, COUNTS)
-        check(self, "fraction", lambda value: 0 < value <= 1, "a number above 0 and at most 1")
-        check(self, "alpha", lambda value: 0 < value <= 1e9, "a number above 0 and at most 1e9")
-        if self.aggregator != "FedAvg" or self.aggregator_options:
-            from perdure.experiment.federation_config import make_aggregator
-
-            make_aggregator(self.aggregator, self.aggregator_options)
 
 
 @dataclass(frozen=True, kw_only=True)

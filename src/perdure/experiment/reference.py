@@ -21,15 +21,9 @@ from perdure.errors import ConfigError, PerdureError
 from perdure.experiment.averaging_config import AVERAGES
 from perdure.experiment.calls import REQUIRED, parameters
 from perdure.experiment.certified import CertificateConfig
-from perdure.experiment.config import (
-    ALLOWED_NAMES,
-    COMBINE,
-    Arm,
-    Config,
-    ExplainConfig,
-    FederationConfig,
-)
+from perdure.experiment.config import ALLOWED_NAMES, COMBINE, Arm, Config, ExplainConfig
 from perdure.experiment.data_config import OF_LOADERS, STREAMS, DataConfig, keys_of
+from perdure.experiment.federation_table import FederationConfig
 from perdure.experiment.field_checks import COUNTS
 from perdure.experiment.from_tables import described, read_hints
 from perdure.experiment.loss_config import LossConfig

@@ -1,6 +1,6 @@
 """Clients that take part in each exchange of a federation, and each client's last exchange."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from perdure.federated.client_store import FRESH
 from perdure.federated.settings import Federation
@@ -9,21 +9,29 @@ from perdure.federated.settings import Federation
 class Attendance:
     """Clients of each exchange of a federation, followed from one exchange to the next.
 
-    It depends only on the settings, so a server that was stopped can compute it again. An exchange
-    takes the same time late in a run as early.
+    A client takes part in an exchange if the server accepted its reply. An exchange takes the same
+    time late in a run as early.
 
     Args:
         federation: settings, which draw the clients of a training round.
         all_consolidate: function from an experience's index to True if all clients take part in its
             consolidation, and to False if only the clients that trained in it do.
+        exchange: number of the next exchange.
+        previous: last earlier exchange of each client, from a checkpoint; None for a new run.
     """
 
-    def __init__(self, federation: Federation, all_consolidate: Callable[[int], bool]) -> None:
+    def __init__(
+        self,
+        federation: Federation,
+        all_consolidate: Callable[[int], bool],
+        exchange: int = 0,
+        previous: Sequence[int] | None = None,
+    ) -> None:
         self._federation = federation
         self._all_consolidate = all_consolidate
         self._asked: list[int] | None = None
-        self._previous = [FRESH] * federation.clients
-        self.exchange = 0
+        self._previous = list(previous or [FRESH] * federation.clients)
+        self.exchange = exchange
 
     @property
     def previous(self) -> Sequence[int]:
@@ -35,14 +43,18 @@ class Attendance:
 
     @property
     def asked(self) -> list[int]:
-        """Clients that take part in the current exchange, ascending."""
+        """Clients that are asked to take part in the current exchange, ascending."""
         if self._asked is None:
             self._asked = self._drawn()
         return self._asked
 
-    def advance(self) -> None:
-        """Go to the next exchange."""
-        for client in self.asked:
+    def advance(self, present: Collection[int]) -> None:
+        """Go to the next exchange.
+
+        Args:
+            present: clients whose replies were accepted.
+        """
+        for client in present:
             self._previous[client] = self.exchange
         self._asked = None
         self.exchange += 1

@@ -4,6 +4,7 @@ Flower's own FedAvg uses `np.save` and `np.load` in every round, and copies the 
 client twice.
 """
 
+import copy
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeGuard, cast
 
@@ -95,3 +96,23 @@ def _weighted_sum(arrays: Sequence[NDArray[Any]], factors: Sequence[float]) -> N
             np.multiply(array[start : start + PIECE], factor, out=product)
             piece += product
     return total
+
+
+def ready(aggregator: Strategy) -> Strategy:
+    """Return a copy of a user's aggregator that asks every client of a round, however few.
+
+    The copy uses perdure's names for the records in messages.
+    """
+    fresh = copy.deepcopy(aggregator)
+    if HeldFedAvg.replaces(fresh):
+        fresh = HeldFedAvg(fresh)
+    settings: dict[str, object] = {
+        "fraction_train": 1.0,
+        "min_train_nodes": 1,
+        "min_available_nodes": 1,
+        "arrayrecord_key": "arrays",
+    }
+    for name, value in settings.items():
+        if hasattr(fresh, name):
+            setattr(fresh, name, value)
+    return fresh

@@ -6,7 +6,8 @@
                      and the declared size
     train.finish     receives final global parameters, consolidates and updates memory, sends the
                      strategy's shared state
-    query.partition  sends the number of the partition that this node holds
+    query.partition  receives the server's version, sends its own, the number of the partition that
+                     this node holds, and its declared sizes if the server does not know them
 
 A client's private state (optimiser, strategy state, memory, ledger, key) never leaves it. It is
 saved on the client's disk after every exchange, so that a client that is asked again after a crash
@@ -43,6 +44,8 @@ from perdure.federated.party_checks import (
     refuse_privacy,
     refuse_validation,
 )
+from perdure.federated.reply_checks import EXCHANGE
+from perdure.federated.roster import require_site, site
 from perdure.federated.state_merging import sent
 from perdure.learner.folder_claims import client_folder
 from perdure.learner.learner import Learner
@@ -109,6 +112,10 @@ class ClientSessions:
             share_memory(received, shared(self._first.model))
             self._sharing.append(ref(learner))
         return restore(learner, exchange)
+
+    def declared_sizes(self, client: int) -> list[int]:
+        """Return the declared number of a client's records in every experience."""
+        return [each.train.declared_size for each in self._make(client)[1]]
 
     def put(self, client: int, seat: ClientSession, exchange: int) -> None:
         """Save the client, and keep it in its state after `exchange`."""
@@ -192,9 +199,11 @@ def app_of(seats: ClientSessions) -> ClientApp:
     @app.query("partition")
     @answering
     def partition(message: Message, context: Context) -> Message:
-        return Message(
-            RecordDict({"metrics": MetricRecord({"partition": _number(context)})}), reply_to=message
-        )
+        require_site(message.content.get("site"))
+        facts = MetricRecord({"partition": _number(context)})
+        if cast(ConfigRecord, message.content["task"])["sizes"]:
+            facts["sizes"] = seats.declared_sizes(_number(context))
+        return Message(RecordDict({"metrics": facts, "site": site()}), reply_to=message)
 
     @app.train()
     @answering
@@ -257,7 +266,13 @@ def _reply(
     message: Message, learner: Learner, task: dict[str, int], **records: ArrayRecord
 ) -> Message:
     size = MetricRecord({"num-examples": learner.training.declared_pool_size(task["experience"])})
-    answer: dict[str, ArrayRecord | MetricRecord | ConfigRecord] = {**records, "metrics": size}
+    # with its number, so that an answer to an earlier exchange is not taken for the present one
+    exchange = ConfigRecord({EXCHANGE: task["exchange"]})
+    answer: dict[str, ArrayRecord | MetricRecord | ConfigRecord] = {
+        **records,
+        "metrics": size,
+        EXCHANGE: exchange,
+    }
     if learner.private_sum is not None:
         answer[LEDGER] = reported(learner.private_sum.ledger)
     return Message(message_of(answer), reply_to=message)

@@ -11,7 +11,6 @@ import importlib.util
 import logging
 import os
 import random
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -19,7 +18,6 @@ import numpy as np
 import torch
 from flwr.app import (
     ArrayRecord,
-    ConfigRecord,
     Context,
     Error,
     Message,
@@ -44,7 +42,7 @@ from perdure.errors import (
     RunawayError,
 )
 from perdure.federated.held_arrays import copied
-from perdure.federated.messages import read_metric, to_record
+from perdure.federated.messages import to_record
 from perdure.types import Params
 
 Listen = Callable[[Message], None]
@@ -55,6 +53,8 @@ MessageProgress = Callable[[int, int], None]
 IDENTITY = {"_task_id": 1, "_run_id": 1, "_node_id": 0}
 """Identity of the process that Flower needs before messages can be created."""
 CLIENT_FAILED = 2
+UNREACHABLE = {3, 4, 5}
+"""Flower's codes of errors for messages and replies that did not arrive."""
 TELLING_NOTHING: frozenset[type[Exception]] = frozenset(
     {BudgetError, FederationError, GuardError, LedgerError}
 )
@@ -65,9 +65,6 @@ do not count.
 """
 IN_THE_LOG = "see the client's log"
 RAY_USAGE = "RAY_USAGE_STATS_ENABLED"
-WAIT = 120.0
-PAUSE = 0.1
-"""Seconds to wait for nodes to connect, and seconds between two checks."""
 log = logging.getLogger(__name__)
 
 
@@ -161,16 +158,36 @@ class InProcessGrid(Grid):
             message.content = copied(message.content)
             if self._listen:
                 self._listen(message)
-            try:
-                reply = self._app(message, self._contexts[message.metadata.dst_node_id])
-            except Exception as error:
-                reply = error_reply(message, error)
+            reply = self._reply(message)
             if self._listen:
                 self._listen(reply)
             self._replies[ids[-1]] = reply
             if self._progress:
                 self._progress(done, len(waiting))
         return ids
+
+    def _reply(self, message: Message) -> Message:
+        """Return a node's reply, or an error in its place."""
+        before = dict(vars(message.metadata))
+        asked = (message.metadata.dst_node_id, message.metadata.message_id)
+        failed: Exception
+        try:
+            reply = self._app(message, self._contexts[asked[0]])
+            if not isinstance(reply, Message):
+                raise FederationError(f"the app returned {type(reply).__name__} for a message")
+            given = (reply.metadata.src_node_id, reply.metadata.reply_to_message_id)
+        except Exception as error:
+            failed = error
+        else:
+            if given == asked:
+                return reply
+            # A SuperLink knows its nodes by their keys; here nobody else can notice a false name.
+            failed = FederationError(
+                f"it says that it is node {given[0]} and answers message {given[1]}; allowed: node "
+                f"{asked[0]} and message {asked[1]}"
+            )
+        vars(message.metadata).update(before)  # the client may have changed the sender here, too
+        return error_reply(message, failed)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Return the replies to these messages, each once."""
@@ -244,54 +261,6 @@ def error_reply(message: Message, error: Exception, *, private: bool = False) ->
         log.error("a client app stopped", exc_info=error)
     text = (str(error).strip().splitlines() or ["no message"])[0] if told else IN_THE_LOG
     return Message(Error(CLIENT_FAILED, f"{type(error).__name__}: {text}"), reply_to=message)
-
-
-def wait_for_clients(grid: Grid, clients: int) -> list[int]:
-    """Wait until all clients are connected; return the node ids in order of client numbers."""
-    nodes = sorted(grid.get_node_ids())
-    patience = time.monotonic() + WAIT
-    while len(nodes) < clients and time.monotonic() < patience:
-        time.sleep(PAUSE)
-        nodes = sorted(grid.get_node_ids())
-    messages = [
-        Message(RecordDict({"task": ConfigRecord({})}), node, "query.partition") for node in nodes
-    ]
-    replies = answers(grid, messages, {node: place for place, node in enumerate(nodes)})
-    found = {int(read_metric(reply, "partition")): reply.metadata.src_node_id for reply in replies}
-    if sorted(found) != list(range(clients)) or len(nodes) != clients:
-        raise FederationError(
-            f"{len(nodes)} nodes have the partitions {sorted(found)}; allowed: each of 0 .. "
-            f"{clients - 1} once; start as many nodes as federation.clients"
-        )
-    return [found[client] for client in range(clients)]
-
-
-def answers(grid: Grid, messages: Sequence[Message], clients: Mapping[int, int]) -> list[Message]:
-    """Send messages, and return the replies in the order of the clients.
-
-    Raises:
-        PrivacyError: if the privacy rules of a client refused.
-        RunawayError: if the training of a client diverged.
-        FederationError: if there was another failure, or no reply.
-    """
-    replies = {
-        clients[reply.metadata.src_node_id]: reply for reply in grid.send_and_receive(messages)
-    }
-    failures = [
-        failure(client, reply.error.reason or "no reason given")
-        for client, reply in sorted(replies.items())
-        if reply.has_error()
-    ]
-    if failures:
-        refusals = [error for error in failures if isinstance(error, PrivacyError)]
-        raise (refusals or failures)[0]
-    asked = {clients[message.metadata.dst_node_id] for message in messages}
-    missing = sorted(asked - replies.keys())
-    if missing:
-        raise FederationError(
-            f"no reply from clients {missing}; check that they run, and start the server again"
-        )
-    return [replies[client] for client in sorted(replies)]
 
 
 def failure(client: int, reason: str) -> PerdureError:

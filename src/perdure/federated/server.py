@@ -8,8 +8,7 @@ depends only on its number, the seed and the last checkpoint, so a stopped run c
 bit-identical result.
 """
 
-import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -19,7 +18,6 @@ import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.app.exception import AppExitException
 from flwr.serverapp import Grid, ServerApp
-from flwr.serverapp import strategy as aggregators
 from torch import Tensor
 
 from perdure.contract.plan import MODELLED
@@ -28,23 +26,21 @@ from perdure.data.experience import Stream
 from perdure.data.record_identity import refuse_records_in_two_partitions
 from perdure.data.value_checks import check_streams
 from perdure.errors import ConfigError, FederationError
+from perdure.federated.absences import Absence
 from perdure.federated.attendance import Attendance
-from perdure.federated.averaging import HeldFedAvg
+from perdure.federated.averaging import ready
 from perdure.federated.client import ClientSessions, app_of
-from perdure.federated.client_store import FRESH
+from perdure.federated.exchanges import Exchanges, Request
 from perdure.federated.flower_adapter import (
     Cohort,
     InProcessGrid,
     Listen,
     MessageProgress,
-    answers,
     contained,
     recall,
     remind,
     simulate,
-    wait_for_clients,
 )
-from perdure.federated.held_arrays import message_of
 from perdure.federated.ledger_heads import ClientHeads
 from perdure.federated.messages import (
     load_record,
@@ -56,6 +52,8 @@ from perdure.federated.messages import (
 )
 from perdure.federated.party_checks import party_of, refuse_parties
 from perdure.federated.progress import shown_exchanges
+from perdure.federated.reply_checks import ReplyChecks
+from perdure.federated.roster import Roster
 from perdure.federated.settings import Federation
 from perdure.federated.state_merging import combine, sent
 from perdure.learner.arguments import check_stream
@@ -97,6 +95,8 @@ class Server:
         federation: clients, rounds, aggregator.
         folder: folder of the run, for checkpoints; None for no checkpoints.
         callbacks: called as callback(point, server).
+        sizes: declared sizes of every client, one number an experience; None to ask each client
+            when it connects, and to believe it.
     """
 
     learner: Learner
@@ -104,6 +104,7 @@ class Server:
     federation: Federation
     folder: Path | None = None
     callbacks: Sequence[ServerCallback] = ()
+    sizes: Sequence[Sequence[int]] | None = None
 
     def __post_init__(self) -> None:
         check_stream(self.stream)
@@ -130,10 +131,20 @@ class Server:
         self.exchanges = len(self.stream) * (self.federation.rounds + 1)
         self._initial = detached_copies(shared(self.learner.model))
         self._aggregator = ready(self.federation.aggregator)
-        self._nodes: list[int] = []
-        self._clients: dict[int, int] = {}
+        given = None if self.sizes is None else dict(enumerate(map(list, self.sizes)))
+        self._roster = Roster(self.federation.clients, given)
+        self._exchanges = Exchanges(self.federation, self._roster)
         self._attendance = Attendance(self.federation, self._all_consolidate)
-        self.heads = ClientHeads()
+
+    @property
+    def heads(self) -> ClientHeads:
+        """Last head of the ledger of each client."""
+        return self._exchanges.heads
+
+    @property
+    def absences(self) -> Sequence[Absence]:
+        """Clients without a valid reply, in the exchanges since this server was started."""
+        return self._exchanges.absences
 
     @property
     def exchange(self) -> int:
@@ -169,32 +180,38 @@ class Server:
                 self.learner.session.trained_by = "trained by clients, who hold the ledgers"
             self._resume()
             while self.exchange < self.exchanges:
-                if not self._nodes:
-                    self._nodes = wait_for_clients(grid, self.federation.clients)
-                    self._clients = {node: client for client, node in enumerate(self._nodes)}
-                (self._consolidate if self.round == self.federation.rounds else self._train)(grid)
-                self._attendance.advance()
+                if not self._roster.nodes:
+                    self._roster.wait(grid, self.federation.quorum)
+                self._roster.refresh(grid)
+                consolidating = self.round == self.federation.rounds
+                present = (self._consolidate if consolidating else self._train)(grid)
+                self._attendance.advance(present)
                 self._save()
 
     # ------------------------------------------------------------------ one exchange
 
-    def _train(self, grid: Grid) -> None:
-        """Run one round: the aggregator chooses messages, and combines the replies to one model."""
+    def _train(self, grid: Grid) -> list[int]:
+        """Run one round: the aggregator chooses messages, and combines the replies to one model.
+
+        Returns:
+            Clients whose replies were accepted.
+        """
         learner = self.learner
         if self.round == 0 and learner.training.of(self.stream[self.experience]).restart:
             load_shared(learner.model, self._initial)
             self._aggregator = ready(self.federation.aggregator)
         self._notify("round.begin")
         number = self.experience * self.federation.rounds + self.round + 1
-        cohort = [self._nodes[client] for client in self._attendance.asked]
+        cohort = [self._roster.nodes[client] for client in self._reachable()]
         arrays = to_record(shared(learner.model))
         try:
             messages = self._aggregator.configure_train(
                 number, arrays, ConfigRecord(), Cohort(grid, cohort)
             )
-            replies = self._ask(grid, list(messages))
+            replies = self._ask(grid, messages, "arrays", shared(learner.model))
             self._notify("round.received")
-            result, _ = self._aggregator.aggregate_train(number, replies)
+            weighty = [each for each in replies.values() if read_metric(each, "num-examples")]
+            result, _ = self._aggregator.aggregate_train(number, weighty)
         except AppExitException as error:
             raise FederationError(
                 f"the aggregator {type(self.federation.aggregator).__name__} failed: {error}; "
@@ -208,66 +225,67 @@ class Server:
         load_record(learner.model, result)
         learner.session.mark_model(learnt=True)
         self._notify("round.end")
+        return list(replies)
 
-    def _consolidate(self, grid: Grid) -> None:
+    def _consolidate(self, grid: Grid) -> list[int]:
         """Consolidate the experience with the global parameters, on the clients that need it.
 
         The states of the clients are combined, and the model is evaluated.
+
+        Returns:
+            Clients whose replies were accepted.
         """
         learner = self.learner
         content = {"arrays": to_record(shared(self.learner.model))}
         messages = [
-            Message(RecordDict(dict(content)), self._nodes[client], "train.finish")
-            for client in self._attendance.asked
+            Message(RecordDict(dict(content)), self._roster.nodes[client], "train.finish")
+            for client in self._reachable()
         ]
-        replies = self._ask(grid, messages)
+        replies = self._ask(grid, messages, "state", sent(learner.state))
         self._notify("experience.received")
         rules = sent(learner.state).rules
-        states = [State(read_tensors(reply, "state"), rules) for reply in replies]
-        weights = [read_metric(reply, "num-examples") for reply in replies]
-        combined = combine(learner.state, states, weights)
-        learner.session.state = learner.strategy.derive(
-            learner.state.replace({n: t.to(learner.device) for n, t in combined.items()})
-        )
+        weighty = [each for each in replies.values() if read_metric(each, "num-examples")]
+        states = [State(read_tensors(reply, "state"), rules) for reply in weighty]
+        weights = [read_metric(reply, "num-examples") for reply in weighty]
+        if states:
+            combined = combine(learner.state, states, weights)
+            learner.session.state = learner.strategy.derive(
+                learner.state.replace({n: t.to(learner.device) for n, t in combined.items()})
+            )
         learner.session.position = Position(experience=self.experience + 1)
         self._notify("experience.combined")
         if learner.is_measured(self.experience):
             learner.measure()
             self._notify("evaluated")
+        return list(replies)
 
-    def _ask(self, grid: Grid, messages: Iterable[Message]) -> list[Message]:
-        """Add to each message the task of its client, send all, and return the replies by client.
+    def _reachable(self) -> list[int]:
+        """Return the clients of this exchange whose nodes are connected."""
+        return [client for client in self._attendance.asked if self._roster.connected(client)]
 
-        Messages and replies are in ascending order of the clients' numbers.
+    def _ask(
+        self, grid: Grid, messages: Iterable[Message], record: str, tensors: Mapping[str, Tensor]
+    ) -> dict[int, Message]:
+        """Send messages with the tasks of their clients, and return the valid replies by client.
+
+        Args:
+            grid: engine that carries the messages.
+            messages: messages to the clients of this exchange.
+            record: name of the record with tensors in a reply.
+            tensors: the server's own tensors that a reply's must be like.
         """
-        clients = self._clients
-        outgoing = sorted(messages, key=lambda message: clients[message.metadata.dst_node_id])
+        task = {
+            "experience": self.experience,
+            "round": self.round,
+            "rounds": self.federation.rounds,
+            "exchange": self.exchange,
+            "private": int(self._settings["privacy"] is not None),
+        }
         state = to_record(sent(self.learner.state))
-        alike = ConfigRecord(
-            {
-                "experience": self.experience,
-                "round": self.round,
-                "rounds": self.federation.rounds,
-                "exchange": self.exchange,
-                "previous": FRESH,
-                "private": int(self._settings["privacy"] is not None),
-            }
+        request = Request(
+            task=task, presence=self._attendance, state=state, record=record, tensors=tensors
         )
-        for message in outgoing:
-            previous = self._attendance.previous[clients[message.metadata.dst_node_id]]
-            task = alike.copy()
-            task["previous"] = previous
-            records = dict(message.content) | {"task": task}
-            # The combined state goes to a client with its first message of an experience only: sent
-            # again, it would overwrite what the strategy has changed on the client since then.
-            if state and previous < self.exchange - self.round:
-                records["state"] = state
-            records |= self.heads.told(clients[message.metadata.dst_node_id])
-            message.content = message_of(records)
-        replies = answers(grid, outgoing, clients)
-        for reply in replies:
-            self.heads.take(clients[reply.metadata.src_node_id], reply)
-        return replies
+        return self._exchanges.ask(grid, list(messages), request)
 
     def _all_consolidate(self, experience: int) -> bool:
         """Return True if clients that did not train in an experience consolidate it, too.
@@ -298,6 +316,8 @@ class Server:
             }
             facts = {**snapshot.facts, "exchange": self.exchange, "aggregator": kinds}
             facts[HEADS] = self.heads.texts
+            facts["previous"] = list(self._attendance.previous)
+            facts["norms"] = self._exchanges.checks.norms
             Store(self.folder).save(self.exchange, replace(snapshot, tensors=tensors, facts=facts))
             self._notify("checkpoint.end")
 
@@ -312,10 +332,12 @@ class Server:
         }
         self.learner.restore_checkpoint(snapshot, where=self.folder)
         remind(self._aggregator, cut, snapshot.facts["aggregator"])
-        self._attendance = Attendance(self.federation, self._all_consolidate)
-        while self.exchange < snapshot.facts["exchange"]:
-            self._attendance.advance()
-        self.heads = ClientHeads(snapshot.facts[HEADS])
+        exchange, previous = snapshot.facts["exchange"], snapshot.facts["previous"]
+        self._attendance = Attendance(
+            self.federation, self._all_consolidate, exchange=exchange, previous=previous
+        )
+        self._exchanges.checks = ReplyChecks(snapshot.facts["norms"])
+        self._exchanges.heads = ClientHeads(snapshot.facts[HEADS])
 
     def _notify(self, point: str) -> None:
         for callback in self.callbacks:
@@ -408,6 +430,7 @@ def run_federation(
         federation=federation,
         folder=folder,
         callbacks=callbacks,
+        sizes=[[each.train.declared_size for each in stream] for stream in streams],
     )
     with shown_exchanges(server, show_progress, progress) as replied:
         if engine == "ray":
@@ -475,23 +498,3 @@ def public(stream: Stream) -> Stream:
         train = replace(none, declared_size=train.declared_size)
         experiences.append(replace(experience, train=train))
     return replace(stream, experiences=tuple(experiences))
-
-
-def ready(aggregator: aggregators.Strategy) -> aggregators.Strategy:
-    """Return a copy of a user's aggregator that asks every client of a round, however few.
-
-    The copy uses perdure's names for the records in messages.
-    """
-    fresh = copy.deepcopy(aggregator)
-    if HeldFedAvg.replaces(fresh):
-        fresh = HeldFedAvg(fresh)
-    settings: dict[str, object] = {
-        "fraction_train": 1.0,
-        "min_train_nodes": 1,
-        "min_available_nodes": 1,
-        "arrayrecord_key": "arrays",
-    }
-    for name, value in settings.items():
-        if hasattr(fresh, name):
-            setattr(fresh, name, value)
-    return fresh

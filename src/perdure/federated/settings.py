@@ -1,5 +1,6 @@
 """Settings of a federation: number of clients, rounds and aggregator."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -47,6 +48,12 @@ class Federation(CheckedFields):
         aggregator: any Flower aggregator of model parameters; FedAvg by default. It gets only the
             replies of the clients of this round.
         seed: seed of the choice of clients.
+        quorum: smallest share of the asked clients whose replies must be valid. While it holds, an
+            exchange goes on without clients that are absent, late, failed or rejected.
+        deadline: seconds that clients have for an exchange; None to wait for every reply.
+        grace: further seconds to wait after the deadline while the quorum is not reached.
+        max_update_norm: largest allowed L2 norm of a client's update; None for 100 times the
+            median of the round's updates.
         mode: `open`: the server can read every update. The modes `central` and `secure` are not
             implemented.
 
@@ -60,6 +67,10 @@ class Federation(CheckedFields):
     fraction: float = 1.0
     aggregator: aggregators.Strategy = field(default_factory=aggregators.FedAvg)
     seed: int = 0
+    quorum: float = 0.5
+    deadline: float | None = None
+    grace: float = 0.0
+    max_update_norm: float | None = None
     mode: Literal["open"] = "open"
 
     def __post_init__(self) -> None:
@@ -68,10 +79,17 @@ class Federation(CheckedFields):
                 raise ConfigError.of(
                     f"federation.{name}", getattr(self, name), "whole numbers from 1"
                 )
-        if not 0 < self.fraction <= 1:
-            raise ConfigError.of(
-                "federation.fraction", self.fraction, "a number above 0 and at most 1"
-            )
+        for name in ("fraction", "quorum"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ConfigError.of(
+                    f"federation.{name}", getattr(self, name), "a number above 0 and at most 1"
+                )
+        for name in ("deadline", "max_update_norm"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ConfigError.of(f"federation.{name}", value, "a number above 0, or None")
+        if not 0 <= self.grace < math.inf:
+            raise ConfigError.of("federation.grace", self.grace, "seconds from 0")
         if self.mode != "open":
             raise PrivacyError(
                 f"federation.mode = {self.mode!r} is not implemented; allowed: 'open'"
@@ -102,5 +120,6 @@ class Federation(CheckedFields):
             "fraction": self.fraction,
             "aggregator": kind,
             "seed": self.seed,
+            "max_update_norm": self.max_update_norm,
             "mode": self.mode,
         }

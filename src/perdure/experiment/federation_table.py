@@ -1,0 +1,62 @@
+"""Table `[federation]` of a config; Flower is imported only to check an aggregator."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from perdure.experiment.field_checks import COUNTS, check, counts
+from perdure.utils.checked_fields import CheckedFields
+
+
+@dataclass(frozen=True, kw_only=True)
+class FederationConfig(CheckedFields):
+    """Clients, rounds and split of a federation.
+
+    Args:
+        clients: number of parties.
+        rounds: rounds in each experience.
+        fraction: share of the clients that train in a round.
+        aggregator: class of flwr.serverapp.strategy.
+        aggregator_options: arguments of the aggregator, such as {server_learning_rate = 0.5}.
+        split: `dirichlet` for an uneven split of the records over the clients, `iid` for an even
+            one.
+        alpha: concentration of the Dirichlet split by class; a small value is an uneven split.
+        min_size: fewest records of a client in an experience.
+        client_sizes: public number of training records, a list for every client with a number for
+            every experience; left out for the numbers that the split gives.
+        engine: `inprocess`, or `ray` for Flower's simulation engine.
+        quorum: smallest share of the asked clients whose replies must be valid; while it holds, a
+            run goes on without clients that are absent, late, failed or rejected.
+        deadline: seconds that clients have for an exchange; left out to wait for every reply.
+        grace: further seconds to wait after the deadline while the quorum is not reached.
+        max_update_norm: largest allowed L2 norm of a client's update; left out for 100 times the
+            median of a round's updates.
+    """
+
+    clients: int = 10
+    rounds: int = 3
+    fraction: float = 1.0
+    aggregator: str = "FedAvg"
+    aggregator_options: Mapping[str, Any] = field(default_factory=dict)
+    split: Literal["dirichlet", "iid"] = "dirichlet"
+    alpha: float = 1.0
+    min_size: int = 10
+    client_sizes: tuple[tuple[int, ...], ...] | None = None
+    engine: Literal["inprocess", "ray"] = "inprocess"
+    quorum: float = 0.5
+    deadline: float | None = None
+    grace: float = 0.0
+    max_update_norm: float | None = None
+
+    def __post_init__(self) -> None:
+        check(self, "clients rounds min_size", counts, COUNTS)
+        share = "a number above 0 and at most 1"
+        check(self, "fraction quorum", lambda value: 0 < value <= 1, share)
+        check(self, "deadline max_update_norm", lambda v: 0 < v < math.inf, "a number above 0")
+        check(self, "grace", lambda value: 0 <= value < math.inf, "seconds from 0")
+        check(self, "alpha", lambda value: 0 < value <= 1e9, "a number above 0 and at most 1e9")
+        if self.aggregator != "FedAvg" or self.aggregator_options:
+            from perdure.experiment.federation_config import make_aggregator
+
+            make_aggregator(self.aggregator, self.aggregator_options)

@@ -1,0 +1,175 @@
+"""Exchanges of messages with the clients: tasks out, valid replies back, absences noted."""
+
+from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass
+
+from flwr.app import ArrayRecord, ConfigRecord, Message
+from flwr.serverapp import Grid
+from torch import Tensor
+
+from perdure.errors import FederationError, LedgerError, PerdureError
+from perdure.federated.absences import Absence, Cause, log_absences, needed, require_quorum
+from perdure.federated.attendance import Attendance
+from perdure.federated.collection import collect
+from perdure.federated.flower_adapter import UNREACHABLE, failure
+from perdure.federated.held_arrays import message_of
+from perdure.federated.ledger_heads import LEDGER, ClientHeads
+from perdure.federated.reply_checks import Expected, ReplyChecks
+from perdure.federated.roster import Roster
+from perdure.federated.settings import Federation
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """Request of the server in one exchange.
+
+    Args:
+        task: numbers that all clients get: experience, round, rounds, exchange, private.
+        presence: clients that are asked now, and the last earlier exchange of every client.
+        state: combined state of the strategy, for clients that do not have it yet.
+        record: name of the record with tensors in a reply: `arrays` or `state`.
+        tensors: the server's own tensors that a reply's must be like.
+    """
+
+    task: Mapping[str, int]
+    presence: Attendance
+    state: ArrayRecord
+    record: str
+    tensors: Mapping[str, Tensor]
+
+
+class Exchanges:
+    """Exchanges of one run with its clients.
+
+    A client without a valid reply does not end the run while the quorum holds. It has not taken
+    part in the exchange then, and goes on from its last valid reply when it is asked again.
+
+    Args:
+        federation: settings: quorum, deadline, bound of the updates.
+        roster: nodes of the clients.
+    """
+
+    def __init__(self, federation: Federation, roster: Roster) -> None:
+        self._federation = federation
+        self._roster = roster
+        self.checks = ReplyChecks()
+        self.heads = ClientHeads()
+        self.absences: list[Absence] = []
+
+    def ask(self, grid: Grid, messages: Sequence[Message], request: Request) -> dict[int, Message]:
+        """Add to each message the task of its client, send all, and return the valid replies.
+
+        Args:
+            grid: engine that carries the messages.
+            messages: messages to the clients of this exchange.
+            request: the present request.
+
+        Returns:
+            Reply of each client, by its number, ascending.
+
+        Raises:
+            PrivacyError: below the quorum, if the privacy rules of a client refused.
+            RunawayError: below the quorum, if the training of a client diverged.
+            FederationError: below the quorum, for other reasons.
+        """
+        federation = self._federation
+        clients = {node: client for client, node in self._roster.nodes.items()}
+        outgoing = sorted(messages, key=lambda message: clients[message.metadata.dst_node_id])
+        self._add_tasks(outgoing, clients, request)
+        found = collect(
+            grid,
+            outgoing,
+            deadline=federation.deadline,
+            grace=federation.grace,
+            least=needed(federation.quorum, len(request.presence.asked)),
+        )
+        replies = {clients[node]: reply for node, reply in found.items()}
+        sent_to = {clients[message.metadata.dst_node_id] for message in outgoing}
+        absences = [
+            _absence(request, client, cause, error)
+            for client, cause, error in _missing(request.presence.asked, sent_to, replies)
+        ]
+        accepted, rejected = self._accept(replies, request)
+        absences += rejected
+        log_absences(absences)
+        require_quorum(federation.quorum, request.presence.asked, len(accepted), absences)
+        self.absences += absences
+        return accepted
+
+    def _add_tasks(
+        self, outgoing: Iterable[Message], clients: Mapping[int, int], request: Request
+    ) -> None:
+        alike = ConfigRecord({**request.task, "previous": 0})
+        begin = request.task["exchange"] - request.task["round"]
+        for message in outgoing:
+            client = clients[message.metadata.dst_node_id]
+            previous = request.presence.previous[client]
+            task = alike.copy()
+            task["previous"] = previous
+            records = dict(message.content) | {"task": task}
+            # The combined state goes to a client with its first message of an experience only: sent
+            # again, it would overwrite what the strategy has changed on the client since then.
+            if request.state and previous < begin:
+                records["state"] = request.state
+            records |= self.heads.told(client)
+            message.content = message_of(records)
+
+    def _accept(
+        self, replies: Mapping[int, Message], request: Request
+    ) -> tuple[dict[int, Message], list[Absence]]:
+        """Return the valid replies by client, ascending, and the absences of the other clients."""
+        upto = request.task["experience"] + 1
+        expected = Expected(
+            record=request.record,
+            tensors={name: value.detach().cpu() for name, value in request.tensors.items()},
+            exchange=request.task["exchange"],
+            private=bool(request.task["private"]),
+            sizes={client: sum(own[:upto]) for client, own in self._roster.sizes.items()},
+            max_update_norm=self._federation.max_update_norm,
+        )
+        whole = {client: each for client, each in replies.items() if not each.has_error()}
+        accepted, wrong = self.checks.accept(whole, expected)
+        rejected = [
+            _absence(
+                request,
+                client,
+                "rejected",
+                FederationError(f"the reply of client {client} is rejected: {error}"),
+                error.field,
+            )
+            for client, error in sorted(wrong.items())
+        ]
+        for client, reply in list(accepted.items()):
+            try:
+                self.heads.take(client, reply)
+            except LedgerError as error:
+                rejected.append(_absence(request, client, "rejected", error, LEDGER))
+                del accepted[client]
+        return accepted, rejected
+
+
+def _absence(
+    request: Request, client: int, cause: Cause, error: PerdureError, field: str = ""
+) -> Absence:
+    exchange = request.task["exchange"]
+    return Absence(exchange=exchange, client=client, cause=cause, error=error, field=field)
+
+
+def _missing(
+    asked: Iterable[int], sent_to: Set[int], replies: Mapping[int, Message]
+) -> list[tuple[int, Cause, PerdureError]]:
+    """Return the clients that did not reply, or replied with an error."""
+    found: list[tuple[int, Cause, PerdureError]] = []
+    for client in asked:
+        reply = replies.get(client)
+        if client not in sent_to:
+            told: PerdureError = FederationError(f"no node of client {client} is connected")
+            found.append((client, "absent", told))
+        elif reply is None:
+            told = FederationError(f"no reply from client {client} before the deadline")
+            found.append((client, "late", told))
+        elif reply.has_error():
+            told = failure(client, reply.error.reason or "no reason given")
+            away = reply.error.code in UNREACHABLE
+            found.append((client, "absent" if away else "failed", told))
+    return found

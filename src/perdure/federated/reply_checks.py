@@ -1,0 +1,245 @@
+"""Checks of every reply of a client, before an aggregator or the server's state sees it.
+
+A reply is rejected by itself, so that a wrong one costs the federation only that client's part of
+that exchange. Names, shapes and dtypes must be those of the server's own tensors, and numbers must
+be finite. The size must be a whole number within the client's declared sizes, and the exchange must
+be the present one. An update far larger than those of most clients is rejected, too.
+"""
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any, cast
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from torch import Tensor
+
+from perdure.errors import FederationError
+from perdure.federated.held_arrays import HeldArray, message_of, name_of
+from perdure.federated.ledger_heads import LEDGER
+from perdure.federated.updates import checked_record
+
+EXCHANGE = "exchange"
+"""Name of the record, and of the number in it, with which a client names the exchange."""
+UPDATE_FACTOR = 100.0
+"""Largest allowed norm of an update, in medians of the norms of a round's updates."""
+STATE_FACTOR = 1e4
+"""Largest allowed norm of a state's tensor, in medians over clients: importances differ more."""
+FEWEST = 3
+"""Number of norms from which their median is used; among two, nobody knows the wrong one."""
+REMEMBERED = 32
+"""Number of the last accepted norms, which rounds with fewer than `FEWEST` updates use."""
+
+
+class ReplyError(FederationError):
+    """A reply that the server must not use.
+
+    Args:
+        field: part of the reply that is wrong, such as `arrays head.weight`.
+        reason: the value that was found, and the allowed ones.
+    """
+
+    def __init__(self, field: str, reason: str) -> None:
+        super().__init__(f"{field}: {reason}")
+        self.field = field
+        self.reason = reason
+
+
+@dataclass(frozen=True, kw_only=True)
+class Expected:
+    """Contents that a valid reply to an exchange must have.
+
+    Args:
+        record: name of the record with tensors: `arrays` or `state`.
+        tensors: the server's own tensors before the exchange, on the CPU.
+        exchange: number of the exchange.
+        private: True if every client must report the head of its ledger.
+        sizes: largest number of records of each client, by number; empty if none was declared.
+        max_update_norm: largest allowed L2 norm of an update; None for a bound from the median.
+    """
+
+    record: str
+    tensors: Mapping[str, Tensor]
+    exchange: int
+    private: bool
+    sizes: Mapping[int, int]
+    max_update_norm: float | None = None
+
+
+class ReplyChecks:
+    """Checks of the replies of a whole run, which remembers the norms of accepted updates.
+
+    Args:
+        norms: norms of the last accepted updates, from a checkpoint.
+    """
+
+    def __init__(self, norms: Sequence[float] = ()) -> None:
+        self.norms = list(norms)
+
+    def accept(
+        self, replies: Mapping[int, Message], expected: Expected
+    ) -> tuple[dict[int, Message], dict[int, ReplyError]]:
+        """Separate valid replies from others; a valid one contains checked tensors only.
+
+        Args:
+            replies: reply of each client, by number.
+            expected: contents of a valid reply.
+
+        Returns:
+            Accepted replies, and the reason for every other client.
+        """
+        accepted: dict[int, Message] = {}
+        rejected: dict[int, ReplyError] = {}
+        norms: dict[int, dict[str, float]] = {}
+        for client, reply in sorted(replies.items()):
+            try:
+                tensors, content = checked_content(reply, client, expected)
+                norms[client] = distances(tensors, expected)
+            except ReplyError as error:
+                rejected[client] = error
+            except Exception as error:  # a foreign reply may break any reader of its parts
+                rejected[client] = ReplyError("message", f"cannot be read ({error!r})")
+            else:
+                reply.content = content
+                accepted[client] = reply
+        for client, outlier in self._outliers(norms, expected).items():
+            rejected[client] = outlier
+            del accepted[client], norms[client]
+        if expected.record == "arrays":
+            kept = [each[""] for each in norms.values() if each[""] > 0]
+            self.norms = (self.norms + kept)[-REMEMBERED:]
+        return accepted, rejected
+
+    def _outliers(
+        self, norms: Mapping[int, Mapping[str, float]], expected: Expected
+    ) -> dict[int, ReplyError]:
+        found: dict[int, ReplyError] = {}
+        parts = next(iter(norms.values()), {})
+        update = expected.record == "arrays"
+        for part in parts:
+            positive = [each[part] for each in norms.values() if each[part] > 0]
+            usual = positive if len(positive) >= FEWEST else positive + self.norms * update
+            most = median(usual) if len(usual) >= FEWEST else math.inf
+            most *= UPDATE_FACTOR if update else STATE_FACTOR
+            told = "times the median of the clients' norms"
+            told = f"{UPDATE_FACTOR if update else STATE_FACTOR:g} {told}"
+            if update and expected.max_update_norm is not None:
+                most = expected.max_update_norm
+                told = "federation.max_update_norm"
+            for client, each in norms.items():
+                if each[part] > most:
+                    field = "update" if update else f"state {part}"
+                    reason = f"its norm {each[part]:.3g} is above {most:.3g}, {told}"
+                    found.setdefault(client, ReplyError(field, reason))
+        return found
+
+
+def distances(tensors: Mapping[str, Tensor], expected: Expected) -> dict[str, float]:
+    """Return the L2 norm of an update, under the name "", or the norms of a state's tensors."""
+    if expected.record == "arrays":
+        squares = [_norm(value - expected.tensors[name]) ** 2 for name, value in tensors.items()]
+        return {"": math.sqrt(sum(squares))}
+    return {name: _norm(value) for name, value in tensors.items()}
+
+
+def _norm(value: Tensor) -> float:
+    if not (value.is_floating_point() or value.is_complex()):
+        value = value.double()
+    wide = torch.complex128 if value.is_complex() else torch.float64
+    return float(torch.linalg.vector_norm(value, dtype=wide))
+
+
+def checked_content(
+    reply: Message, client: int, expected: Expected
+) -> tuple[dict[str, Tensor], RecordDict]:
+    """Return the tensors of a reply, and its content in which they are held.
+
+    Raises:
+        ReplyError: names the field that is wrong.
+    """
+    if not reply.has_content():
+        raise ReplyError("message", "it has no content")
+    content = reply.content
+    own = {expected.record, "metrics", EXCHANGE} | ({LEDGER} if expected.private else set())
+    if set(content) != own:
+        raise ReplyError("message", f"has the records {sorted(content)}; allowed: {sorted(own)}")
+    _check_exchange(content[EXCHANGE], expected.exchange)
+    size = _checked_size(content["metrics"], expected.sizes.get(client))
+    tensors = _checked_tensors(content[expected.record], expected)
+    records: dict[str, ArrayRecord | MetricRecord | ConfigRecord] = {
+        expected.record: checked_record(tensors),
+        "metrics": MetricRecord({"num-examples": size}),
+    }
+    if expected.private:
+        records[LEDGER] = cast(ConfigRecord, content[LEDGER])
+    return tensors, message_of(records)
+
+
+def _check_exchange(record: Any, exchange: int) -> None:
+    given = record.get(EXCHANGE) if isinstance(record, ConfigRecord) else None
+    if type(given) is not int or given != exchange:
+        raise ReplyError(EXCHANGE, f"is {_short(given)}; allowed: {exchange}, the present one")
+
+
+def _checked_size(record: Any, most: int | None) -> int:
+    given = record.get("num-examples") if isinstance(record, MetricRecord) else None
+    if not isinstance(record, MetricRecord) or list(record) != ["num-examples"]:
+        raise ReplyError("metrics", "allowed: num-examples only")
+    above = f"at most {most}, the declared size of the client" if most is not None else "from 0"
+    if type(given) is not int or given < 0 or (most is not None and given > most):
+        raise ReplyError("metrics num-examples", f"is {_short(given)}; allowed: whole, {above}")
+    return given
+
+
+def _checked_tensors(record: Any, expected: Expected) -> dict[str, Tensor]:
+    name = expected.record
+    if not isinstance(record, ArrayRecord):
+        raise ReplyError(name, f"is a {type(record).__name__}; allowed: an ArrayRecord")
+    wrong = sorted(set(record) ^ set(expected.tensors))
+    if wrong:
+        raise ReplyError(name, f"differs in {_short(wrong[0])}; allowed: the model's own names")
+    tensors = {}
+    for key, like in expected.tensors.items():
+        field = f"{name} {key}"
+        value = tensors[key] = _decoded(record[key], like, field)
+        if not math.isfinite(_norm(value)):
+            raise ReplyError(field, "has NaN, infinite or far too large numbers; allowed: finite")
+        if key.endswith("running_var") and bool((value < 0).any()):
+            raise ReplyError(field, "has a negative variance; allowed: numbers from 0")
+    return tensors
+
+
+def _decoded(array: Array, like: Tensor, field: str) -> Tensor:
+    """Return the tensor of an array, of which nothing is believed before it was compared."""
+    shape, dtype = tuple(like.shape), name_of(like.dtype)
+    value = array.tensor if isinstance(array, HeldArray) else None
+    own = None if value is None else (tuple(value.shape), name_of(value.dtype))
+    found = own or _header(array.data)
+    if found != (shape, dtype):
+        told = f"has shape {found[0]} and dtype {found[1]}; allowed: shape {shape} and {dtype}"
+        raise ReplyError(field, told)
+    return torch.from_numpy(np.load(io.BytesIO(array.data))) if value is None else value
+
+
+def _header(data: bytes) -> tuple[tuple[int, ...], str]:
+    """Read shape and dtype of a serialised array without its numbers.
+
+    `np.load` would allocate as many numbers as the header claims.
+    """
+    stream = io.BytesIO(data)
+    version = np.lib.format.read_magic(stream)
+    read = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }[version]
+    shape, _, dtype = read(stream)
+    return shape, str(dtype)
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
