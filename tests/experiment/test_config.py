@@ -351,3 +351,12 @@ loss = {name = "cross_entropy", label_smoothing = 0.2}
     made = [ArmRun(config, arm, stream, tmp_path, log).learner(stream) for arm in config.arms]
     assert [each.loss for each in made] == [Focal(gamma=3.0), CrossEntropy(label_smoothing=0.2)]
     assert [each.max_grad_norm for each in made] == [2.0, 2.0]
+
+
+def test_local_work_replaces_the_length_of_the_training():
+    from perdure.experiment.federation_table import FederationConfig, length_of
+
+    assert length_of(None, 3, None) == (3, None)
+    assert length_of(FederationConfig(rounds=5), 3, None) == (3, None)
+    assert length_of(FederationConfig(rounds=5, local_epochs=2), 3, None) == (10, None)
+    assert length_of(FederationConfig(rounds=5, local_steps=4), 3, None) == (None, 20)

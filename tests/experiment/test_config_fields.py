@@ -205,6 +205,8 @@ WRONG = {
     ("federation", "clients"): COUNTS,
     ("federation", "rounds"): COUNTS,
     ("federation", "fraction"): (*POSITIVE, "1.01"),
+    ("federation", "local_epochs"): COUNTS,
+    ("federation", "local_steps"): COUNTS,
     ("federation", "quorum"): (*POSITIVE, "1.01"),
     ("federation", "deadline"): POSITIVE,
     ("federation", "grace"): ("-0.5", "nan", "inf", "true", '"1"'),

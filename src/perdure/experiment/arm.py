@@ -310,6 +310,8 @@ class ArmRun:
         federation = Federation(
             clients=chosen.clients,
             rounds=chosen.rounds,
+            local_epochs=chosen.local_epochs,
+            local_steps=chosen.local_steps,
             fraction=chosen.fraction,
             aggregator=make_aggregator(chosen.aggregator, chosen.aggregator_options),
             seed=seed,

@@ -9,6 +9,7 @@ from perdure.doctor.case import public_part
 from perdure.doctor.examination import examined
 from perdure.experiment.arm import open_stream
 from perdure.experiment.config import Arm, Config
+from perdure.experiment.federation_table import length_of
 from perdure.experiment.starts import model_of
 
 TRAINING = "training."
@@ -64,6 +65,7 @@ def examine_arm(
     mine = _with_public_sizes(stream, config)
     if any(each.private for each in config.arms) and not arm.private:
         mine = public_part(mine)  # records of a private arm are private in every arm
+    epochs, iterations = length_of(config.federation, training.epochs, training.iterations)
     case = Case(
         model=model_of(config, stream),
         stream=mine,
@@ -72,8 +74,8 @@ def examine_arm(
         privacy=config.privacy if arm.private else None,
         strategy=arm.strategy,
         batch_size=training.batch_size,
-        epochs=training.epochs,
-        iterations=training.iterations,
+        epochs=epochs,
+        iterations=iterations,
         micro_batch_size=training.micro_batch_size,
         explainer=config.explain.explainer if config.explain else None,
         seed=config.seed,

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from perdure.errors import ConfigError
 from perdure.experiment.field_checks import COUNTS, check, counts
 from perdure.utils.checked_fields import CheckedFields
 
@@ -16,6 +17,10 @@ class FederationConfig(CheckedFields):
     Args:
         clients: number of parties.
         rounds: rounds in each experience.
+        local_epochs: passes over its records of each client in every round, in place of
+            `training.epochs`; without it and `local_steps`, the steps that `[training]` asks for
+            are divided over the rounds.
+        local_steps: steps of each client in every round, in place of `training.iterations`.
         fraction: share of the clients that train in a round.
         aggregator: class of flwr.serverapp.strategy.
         aggregator_options: arguments of the aggregator, such as {server_learning_rate = 0.5}.
@@ -36,6 +41,8 @@ class FederationConfig(CheckedFields):
 
     clients: int = 10
     rounds: int = 3
+    local_epochs: int | None = None
+    local_steps: int | None = None
     fraction: float = 1.0
     aggregator: str = "FedAvg"
     aggregator_options: Mapping[str, Any] = field(default_factory=dict)
@@ -50,7 +57,10 @@ class FederationConfig(CheckedFields):
     max_update_norm: float | None = None
 
     def __post_init__(self) -> None:
-        check(self, "clients rounds min_size", counts, COUNTS)
+        check(self, "clients rounds local_epochs local_steps min_size", counts, COUNTS)
+        if self.local_epochs is not None and self.local_steps is not None:
+            both = f"{self.local_steps}, beside local_epochs = {self.local_epochs}"
+            raise ConfigError.of("local_steps", both, "only one of the two")
         share = "a number above 0 and at most 1"
         check(self, "fraction quorum", lambda value: 0 < value <= 1, share)
         check(self, "deadline max_update_norm", lambda v: 0 < v < math.inf, "a number above 0")
@@ -60,3 +70,16 @@ class FederationConfig(CheckedFields):
             from perdure.experiment.federation_config import make_aggregator
 
             make_aggregator(self.aggregator, self.aggregator_options)
+
+
+def length_of(
+    federation: FederationConfig | None, epochs: int | None, iterations: int | None
+) -> tuple[int | None, int | None]:
+    """Return epochs and iterations of an experience, from those of the table `[training]`."""
+    if federation is None:
+        return epochs, iterations
+    if federation.local_steps is not None:
+        return None, federation.rounds * federation.local_steps
+    if federation.local_epochs is not None:
+        return federation.rounds * federation.local_epochs, None
+    return epochs, iterations

@@ -18,6 +18,7 @@ from typing import Any
 
 from perdure.errors import BudgetError, ConfigError, PrivacyError
 from perdure.experiment.config import Arm, Config
+from perdure.experiment.federation_table import length_of
 from perdure.experiment.results import ledger_files
 from perdure.experiment.search_config import SearchConfig
 from perdure.experiment.search_space import Values, some_values
@@ -115,12 +116,13 @@ def training_plan(
 ) -> TrainingPlan:
     """Return the plan of a training of the search, or with `whole` of one on the whole stream."""
     training: TrainingConfig = config.private_training or config.training
+    epochs, iterations = length_of(config.federation, training.epochs, training.iterations)
     return TrainingPlan(
         stream=runs.whole if whole else runs.stream,
         strategy=arm.strategy,
         batch_size=training.batch_size,
-        epochs=training.epochs,
-        iterations=training.iterations,
+        epochs=epochs,
+        iterations=iterations,
         blocks=training.blocks,
         privacy=config.privacy,
     )

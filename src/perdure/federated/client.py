@@ -14,7 +14,7 @@ saved on the client's disk after every exchange, so that a client that is asked 
 goes back to that exchange and gives the identical reply.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import wraps
 from pathlib import Path
@@ -31,6 +31,7 @@ from perdure.federated.client_store import FRESH, ClientSession, restore, save
 from perdure.federated.flower_adapter import error_reply
 from perdure.federated.held_arrays import message_of
 from perdure.federated.ledger_heads import LEDGER, reported, require_known
+from perdure.federated.local_work import set_local_work
 from perdure.federated.messages import (
     load_record,
     load_shared,
@@ -77,20 +78,26 @@ class ClientSessions:
         self._sharing: list[ReferenceType[Learner]] = []
         self.private = True
 
-    def take(self, client: int, exchange: int) -> ClientSession:
-        """Return the client in its state after `exchange`.
+    def take(self, client: int, task: Mapping[str, int]) -> ClientSession:
+        """Return the client in its state after its last exchange.
 
         Afterwards give the client back with `put`; without this, the next call builds the client
         again from the disk.
 
         A learner in another state (after a failed exchange, or from another process) is not used,
         because its ledger may be old.
+
+        Args:
+            client: number of the client.
+            task: numbers of the present exchange; `previous` is the client's last one.
         """
+        exchange = task["previous"]
         seat = self._seats.pop(client, None)
         if seat and seat.exchange == exchange != FRESH and self._held(seat.learner):
             return seat
         self.private = True  # the message of a later error may contain values of a record
         learner, stream = self._make(client)
+        set_local_work(learner, task)
         self.private = learner.privacy is not None
         refuse_folder(learner.folder, client)
         refuse_validation(learner, client)
@@ -239,7 +246,7 @@ def _opened(
     """
     sent_task = cast(ConfigRecord, message.content["task"])
     task = {name: int(cast(int, value)) for name, value in sent_task.items()}
-    seat = seats.take(_number(context), task["previous"])
+    seat = seats.take(_number(context), task)
     learner = seat.learner
     refuse_privacy(learner, _number(context), asked=bool(task["private"]))
     private_sum = learner.private_sum

@@ -42,6 +42,7 @@ from perdure.federated.flower_adapter import (
     simulate,
 )
 from perdure.federated.ledger_heads import ClientHeads
+from perdure.federated.local_work import set_local_work
 from perdure.federated.messages import (
     load_record,
     load_shared,
@@ -127,6 +128,7 @@ class Server:
         if self.learner.defence:
             self._settings["defence"] = self.learner.defence
         self.learner = replace(self.learner, **bare)
+        set_local_work(self.learner, self.federation.local_work)
         self.stream = public(self.stream)
         self.exchanges = len(self.stream) * (self.federation.rounds + 1)
         self._initial = detached_copies(shared(self.learner.model))
@@ -143,7 +145,7 @@ class Server:
 
     @property
     def absences(self) -> Sequence[Absence]:
-        """Clients without a valid reply, in the exchanges since this server was started."""
+        """Clients without a valid reply, since this server was started."""
         return self._exchanges.absences
 
     @property
@@ -274,10 +276,9 @@ class Server:
             record: name of the record with tensors in a reply.
             tensors: the server's own tensors that a reply's must be like.
         """
-        task = {
+        task = self.federation.local_work | {
             "experience": self.experience,
             "round": self.round,
-            "rounds": self.federation.rounds,
             "exchange": self.exchange,
             "private": int(self._settings["privacy"] is not None),
         }

@@ -43,6 +43,10 @@ class Federation(CheckedFields):
     Args:
         clients: number of clients.
         rounds: number of training rounds per experience.
+        local_epochs: passes over its records of each client in every round. It replaces `epochs`
+            and `iterations` of the clients' learners. If neither this nor `local_steps` is given,
+            the steps that the learners ask for are divided over the rounds of an experience.
+        local_steps: optimiser steps of each client in every round, instead of `local_epochs`.
         fraction: share of the clients that train in a round, rounded to at least one client. The
             clients of a round are drawn from `seed`.
         aggregator: any Flower aggregator of model parameters; FedAvg by default. It gets only the
@@ -64,6 +68,8 @@ class Federation(CheckedFields):
 
     clients: int
     rounds: int
+    local_epochs: int | None = None
+    local_steps: int | None = None
     fraction: float = 1.0
     aggregator: aggregators.Strategy = field(default_factory=aggregators.FedAvg)
     seed: int = 0
@@ -74,11 +80,13 @@ class Federation(CheckedFields):
     mode: Literal["open"] = "open"
 
     def __post_init__(self) -> None:
-        for name in ("clients", "rounds"):
-            if getattr(self, name) < 1:
-                raise ConfigError.of(
-                    f"federation.{name}", getattr(self, name), "whole numbers from 1"
-                )
+        for name in ("clients", "rounds", "local_epochs", "local_steps"):
+            number = getattr(self, name)
+            if number is not None and number < 1:
+                raise ConfigError.of(f"federation.{name}", number, "whole numbers from 1")
+        if self.local_epochs is not None and self.local_steps is not None:
+            both = f"{self.local_steps}, beside local_epochs = {self.local_epochs}"
+            raise ConfigError.of("federation.local_steps", both, "only one of the two")
         for name in ("fraction", "quorum"):
             if not 0 < getattr(self, name) <= 1:
                 raise ConfigError.of(
@@ -111,12 +119,23 @@ class Federation(CheckedFields):
         )
         return sorted(order[:size].tolist())
 
+    @property
+    def local_work(self) -> dict[str, int]:
+        """Rounds of an experience, local epochs and local steps; 0 for those not given."""
+        return {
+            "rounds": self.rounds,
+            "local_epochs": self.local_epochs or 0,
+            "local_steps": self.local_steps or 0,
+        }
+
     def facts(self) -> dict[str, Any]:
         """Return the settings that must not change when a stopped run is resumed."""
         kind = type(self.aggregator).__name__
         return {
             "clients": self.clients,
             "rounds": self.rounds,
+            "local_epochs": self.local_epochs,
+            "local_steps": self.local_steps,
             "fraction": self.fraction,
             "aggregator": kind,
             "seed": self.seed,
