@@ -9,7 +9,16 @@ import torch.nn.functional as F
 from helpers.learners import SIMULATED
 from perdure.adversarial import FGSM, PGD, RSFGSM
 from perdure.adversarial.certificates import ball, worst_logits
-from perdure.adversarial.defences import MOVED, TRADES, Defence, IntervalBounds, Madry, find, names
+from perdure.adversarial.defences import (
+    MOVED,
+    TRADES,
+    Defence,
+    DefensiveDistillation,
+    IntervalBounds,
+    Madry,
+    find,
+    names,
+)
 from perdure.contract.context import contexts
 from perdure.contract.forward import Forward
 from perdure.data.client_splits import dirichlet
@@ -185,7 +194,7 @@ def test_a_defence_that_does_not_fit_is_refused_with_a_reason(toy_stream, given,
 
 
 def test_every_defence_is_found_by_its_name():
-    assert names() == ("interval_bounds", "madry", "trades")
+    assert names() == ("defensive_distillation", "interval_bounds", "madry", "trades")
     assert all(issubclass(find(name), Defence) for name in names())
     with pytest.raises(ConfigError, match="beta"):
         TRADES(beta=0.0)
@@ -218,3 +227,35 @@ def test_a_federation_trains_its_clients_with_a_defence(toy_stream):
 
     run_federation(make, streams, Federation(clients=2, rounds=1))
     assert len(SEEN) == 2 * 2 * len(stream)
+
+
+def test_defensive_distillation_hides_gradients_and_is_broken():
+    from perdure.adversarial import measure_robustness
+    from perdure.data import digits, split
+
+    stream = split(digits(), scenario="class", experiences=1)
+
+    def trained(teacher):
+        learner = learner_for(
+            stream,
+            adversary=None,
+            iterations=250,
+            batch_size=32,
+            optimizer=partial(torch.optim.Adam, lr=0.05),
+            defence=DefensiveDistillation(temperature=40.0, teacher=teacher),
+        )
+        learner.fit(stream)
+        return learner.model
+
+    student = trained(trained(None).eval().requires_grad_(False))
+    test = stream[0].test
+    rows = test.inputs[:200], test.labels[:200]
+    attack = PGD(epsilon=0.2, steps=10, random_start=False)
+
+    def card(*objectives):
+        return measure_robustness(student, *rows, attack, generator=None, objectives=objectives)
+
+    assert card("margin").clean_accuracy > 75
+    assert card("margin").zero_gradients > 20
+    assert card("cross_entropy").robust_accuracy > card("margin").robust_accuracy + 20
+    assert card("margin").robust_accuracy < 20

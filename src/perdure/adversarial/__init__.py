@@ -10,6 +10,13 @@ from typing import TYPE_CHECKING, TypeGuard
 from perdure.adversarial.auto_attack import AutoAttack
 from perdure.adversarial.balls import Norm
 from perdure.adversarial.base import Attack, InputLosses, Logits
+from perdure.adversarial.corruptions import (
+    STRENGTHS,
+    Corruption,
+    CorruptionCard,
+    corrupted,
+    measure_corruptions,
+)
 from perdure.adversarial.fgsm import FGSM
 from perdure.adversarial.masking import MaskingCheck, check_masking
 from perdure.adversarial.objectives import (
@@ -33,8 +40,11 @@ __all__ = [
     "OBJECTIVES",
     "PGD",
     "RSFGSM",
+    "STRENGTHS",
     "Attack",
     "AutoAttack",
+    "Corruption",
+    "CorruptionCard",
     "InputLosses",
     "Logits",
     "MaskingCheck",
@@ -42,8 +52,10 @@ __all__ = [
     "Objective",
     "ThreatModelCard",
     "check_masking",
+    "corrupted",
     "find",
     "margin",
+    "measure_corruptions",
     "measure_robustness",
     "names",
     "rescaled_cross_entropy",
@@ -62,7 +74,7 @@ _EXTENSIONS = Extensions(
     group="perdure.attacks",
     fits=_is_attack,
     wanted="a subclass of perdure.adversarial.Attack",
-    helpers=("balls", "base", "masking", "objectives", "robust_accuracy"),
+    helpers=("balls", "base", "corruptions", "masking", "objectives", "robust_accuracy"),
 )
 
 

@@ -24,8 +24,8 @@ class Smoothing(CheckedFields):
         g(x) = argmax_c P[f(x + u) = c],  u ~ N(0, deviation^2 I)
 
     No change of a record with an L2 norm below `radii` moves its class, if the certificate holds.
-    The base model should be trained on inputs with the same noise: `Corrupted` views, or `Views` of
-    a function that adds normal noise.
+    The base model should be trained on inputs with the same noise: `Views` of a function that adds
+    normal noise.
 
     Guarantee: the certificate of a record is wrong with a probability of at most `alpha`, over the
     noise. None for privacy: answers are exact statistics of inputs, so they must be public.

@@ -12,6 +12,7 @@ To add a defence, add a file `my_defence.py` with one class `MyDefence(Defence)`
 from typing import TYPE_CHECKING, TypeGuard
 
 from perdure.adversarial.defences.base import MOVED, PROGRESS, Defence, TaskLosses, plain
+from perdure.adversarial.defences.defensive_distillation import DefensiveDistillation
 from perdure.adversarial.defences.interval_bounds import IntervalBounds
 from perdure.adversarial.defences.madry import Madry
 from perdure.adversarial.defences.trades import TRADES
@@ -22,6 +23,7 @@ __all__ = [
     "PROGRESS",
     "TRADES",
     "Defence",
+    "DefensiveDistillation",
     "IntervalBounds",
     "Madry",
     "TaskLosses",
