@@ -213,6 +213,14 @@ WRONG = {
     ("federation", "max_update_norm"): POSITIVE,
     ("federation", "aggregator"): (*CHOICES, '"FedProx"', '"DifferentialPrivacy"'),
     ("federation", "aggregator_options"): ("3", "[]", "{beta = 0.5}", "{fraction_train = 0.5}"),
+    ("federation", "pre_aggregators"): (
+        "3",
+        '["buckets"]',
+        '[{name = "bucket"}]',
+        '[{name = "buckets", size = 1}]',
+        '[{name = "nearest_neighbours"}]',
+        "[{size = 2}]",
+    ),
     ("federation", "split"): CHOICES,
     ("federation", "client_sizes"): ("3", "[3]", '[["3"]]', "[[1.5]]"),
     ("federation", "alpha"): (*POSITIVE, "1e10"),
@@ -328,7 +336,8 @@ def test_the_error_names_field_given_value_and_allowed_values():
     )
     assert refusal(with_field("", "federation", "true")) == (
         "federation = True is not allowed; allowed: a table with clients, rounds, fraction, "
-        "aggregator, aggregator_options, split, alpha, min_size, client_sizes, engine"
+        "aggregator, aggregator_options, pre_aggregators, split, alpha, min_size, client_sizes, "
+        "engine, quorum, deadline, grace, max_update_norm"
     )
 
 

@@ -301,7 +301,7 @@ class ArmRun:
             learner.callbacks = [*learner.callbacks, *self._loggers(), watch]
             learner.fit(self.stream)
             return learner
-        from perdure.experiment.federation_config import make_aggregator
+        from perdure.experiment.federation_config import make_aggregator, make_pre_aggregators
         from perdure.federated import Federation, run_federation
         from perdure.federated.progress import ExchangeWatch
 
@@ -314,6 +314,7 @@ class ArmRun:
             local_steps=chosen.local_steps,
             fraction=chosen.fraction,
             aggregator=make_aggregator(chosen.aggregator, chosen.aggregator_options),
+            pre_aggregators=make_pre_aggregators(chosen.pre_aggregators),
             seed=seed,
             quorum=chosen.quorum,
             deadline=chosen.deadline,

@@ -1,10 +1,11 @@
-"""Aggregators of Flower by name; Flower is imported here, for federations that need it."""
+"""Aggregators and pre-aggregators by name; Flower is imported here, for those who need it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from perdure.errors import ConfigError
 from perdure.experiment.calls import arguments
+from perdure.federated.pre_aggregators import Buckets, ClipUpdates, NearestNeighbours, PreAggregator
 from perdure.federated.settings import usable_aggregators
 
 OF_FLOWER = (
@@ -43,3 +44,32 @@ def make_aggregator(name: str, options: Mapping[str, Any]) -> Any:
         raise ConfigError.of(
             "aggregator_options", dict(options), f"options that {name} accepts ({error})"
         ) from error
+
+
+PRE_AGGREGATORS: dict[str, type[Buckets | ClipUpdates | NearestNeighbours]] = {
+    "buckets": Buckets,
+    "clip_updates": ClipUpdates,
+    "nearest_neighbours": NearestNeighbours,
+}
+"""Pre-aggregators by their names in a config."""
+
+
+def make_pre_aggregators(tables: Sequence[Mapping[str, Any]]) -> tuple[PreAggregator, ...]:
+    """Make the steps that mix the clients' updates before the aggregator.
+
+    Args:
+        tables: for each step its name, and the fields of its class.
+
+    Raises:
+        ConfigError: for an unknown name, and for fields that the class refuses.
+    """
+    steps: list[PreAggregator] = []
+    for index, table in enumerate(tables):
+        where = f"pre_aggregators[{index}]"
+        name = table.get("name")
+        if name not in PRE_AGGREGATORS:
+            raise ConfigError.of(f"{where}.name", name, ", ".join(PRE_AGGREGATORS))
+        given = {key: value for key, value in table.items() if key != "name"}
+        values = arguments(PRE_AGGREGATORS[name], given, where)
+        steps.append(PRE_AGGREGATORS[name](**values))
+    return tuple(steps)

@@ -24,6 +24,9 @@ class FederationConfig(CheckedFields):
         fraction: share of the clients that train in a round.
         aggregator: class of flwr.serverapp.strategy.
         aggregator_options: arguments of the aggregator, such as {server_learning_rate = 0.5}.
+        pre_aggregators: steps before the aggregator, in order: tables with name =
+            `nearest_neighbours`, `buckets` or `clip_updates`, and their own fields (see
+            `perdure.federated`).
         split: `dirichlet` for an uneven split of the records over the clients, `iid` for an even
             one.
         alpha: concentration of the Dirichlet split by class; a small value is an uneven split.
@@ -46,6 +49,7 @@ class FederationConfig(CheckedFields):
     fraction: float = 1.0
     aggregator: str = "FedAvg"
     aggregator_options: Mapping[str, Any] = field(default_factory=dict)
+    pre_aggregators: tuple[Mapping[str, Any], ...] = ()
     split: Literal["dirichlet", "iid"] = "dirichlet"
     alpha: float = 1.0
     min_size: int = 10
@@ -70,6 +74,10 @@ class FederationConfig(CheckedFields):
             from perdure.experiment.federation_config import make_aggregator
 
             make_aggregator(self.aggregator, self.aggregator_options)
+        if self.pre_aggregators:
+            from perdure.experiment.federation_config import make_pre_aggregators
+
+            make_pre_aggregators(self.pre_aggregators)
 
 
 def length_of(

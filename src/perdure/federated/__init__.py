@@ -17,13 +17,23 @@ with warnings.catch_warnings():
     warnings.filterwarnings("ignore", "'click.utils", DeprecationWarning)
     from perdure.federated.client import client_app
     from perdure.federated.flower_adapter import InProcessGrid
+    from perdure.federated.pre_aggregators import (
+        Buckets,
+        ClipUpdates,
+        NearestNeighbours,
+        PreAggregator,
+    )
     from perdure.federated.server import Server, fit_federated, run_federation, server_app
     from perdure.federated.settings import Federation
     from perdure.federated.state_merging import combine
 
 __all__ = [
+    "Buckets",
+    "ClipUpdates",
     "Federation",
     "InProcessGrid",
+    "NearestNeighbours",
+    "PreAggregator",
     "Server",
     "client_app",
     "combine",

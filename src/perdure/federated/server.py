@@ -52,6 +52,7 @@ from perdure.federated.messages import (
     to_record,
 )
 from perdure.federated.party_checks import party_of, refuse_parties
+from perdure.federated.pre_aggregators import pre_aggregated_replies
 from perdure.federated.progress import shown_exchanges
 from perdure.federated.reply_checks import ReplyChecks
 from perdure.federated.roster import Roster
@@ -64,6 +65,7 @@ from perdure.learner.folder_claims import HEADS
 from perdure.learner.learner import Learner
 from perdure.utils.folder_lock import locked
 from perdure.utils.modules import detached_copies
+from perdure.utils.seeding import generator
 
 Engine = Literal["inprocess", "ray"]
 ServerCallback = Callable[[str, "Server"], None]
@@ -213,7 +215,12 @@ class Server:
             replies = self._ask(grid, messages, "arrays", shared(learner.model))
             self._notify("round.received")
             weighty = [each for each in replies.values() if read_metric(each, "num-examples")]
-            result, _ = self._aggregator.aggregate_train(number, weighty)
+            place = generator(self.federation.seed, "pre_aggregators", self.experience, self.round)
+            started = detached_copies(shared(learner.model))
+            steps = self.federation.pre_aggregators
+            result, _ = self._aggregator.aggregate_train(
+                number, pre_aggregated_replies(weighty, started, steps, place)
+            )
         except AppExitException as error:
             raise FederationError(
                 f"the aggregator {type(self.federation.aggregator).__name__} failed: {error}; "

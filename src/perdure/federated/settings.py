@@ -1,6 +1,7 @@
 """Settings of a federation: number of clients, rounds and aggregator."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -8,6 +9,8 @@ import torch
 from flwr.serverapp import strategy as aggregators
 
 from perdure.errors import ConfigError, PrivacyError
+from perdure.federated.pre_aggregators import PreAggregator
+from perdure.learner.fingerprint import plain_attributes
 from perdure.utils.checked_fields import CheckedFields
 from perdure.utils.seeding import generator
 
@@ -58,6 +61,8 @@ class Federation(CheckedFields):
         grace: further seconds to wait after the deadline while the quorum is not reached.
         max_update_norm: largest allowed L2 norm of a client's update; None for 100 times the
             median of the round's updates.
+        pre_aggregators: steps that mix the clients' updates before a robust aggregator gets them,
+            in order (see `NearestNeighbours`, `Buckets`, `ClipUpdates`).
         mode: `open`: the server can read every update. The modes `central` and `secure` are not
             implemented.
 
@@ -77,6 +82,7 @@ class Federation(CheckedFields):
     deadline: float | None = None
     grace: float = 0.0
     max_update_norm: float | None = None
+    pre_aggregators: Sequence[PreAggregator] = ()
     mode: Literal["open"] = "open"
 
     def __post_init__(self) -> None:
@@ -140,5 +146,6 @@ class Federation(CheckedFields):
             "aggregator": kind,
             "seed": self.seed,
             "max_update_norm": self.max_update_norm,
+            "pre_aggregators": [plain_attributes(each) for each in self.pre_aggregators],
             "mode": self.mode,
         }
