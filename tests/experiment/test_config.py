@@ -15,11 +15,11 @@ from perdure.experiment.attack_config import AttackConfig
 from perdure.experiment.config import (
     Arm,
     Config,
-    ExplainConfig,
     FederationConfig,
     parse,
     read,
 )
+from perdure.experiment.explain_config import ExplainConfig
 from perdure.experiment.from_tables import build
 from perdure.experiment.metrics_log import MetricsLog
 from perdure.experiment.training_config import OPTIMIZERS, TrainingConfig

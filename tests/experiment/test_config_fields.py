@@ -251,6 +251,7 @@ WRONG = {
     ("attack", "random_start"): SWITCH,
     ("explain", "method"): CHOICES,
     ("explain", "records"): COUNTS,
+    ("explain", "drift"): SWITCH,
     ("explain", "samples"): ("1", "-1", "true", "1.5", '"2"', "[1]"),
     ("explain", "sampling"): CHOICES,
     ("explain", "link"): CHOICES,

@@ -18,6 +18,7 @@ from perdure.experiment.certified import certified_after, certified_numbers
 from perdure.experiment.config import Arm, Config
 from perdure.experiment.finding_rows import finding_of, finding_row
 from perdure.experiment.metrics_log import MetricsLog
+from perdure.experiment.reasons import reason_numbers, reasons_after, without_reasons
 from perdure.experiment.result_schema import Numbers, PrivacyResult, TrialResult
 from perdure.experiment.results import (
     by_class,
@@ -104,6 +105,8 @@ class ArmRun:
     """Findings of the doctor about this arm, for its row of the result."""
     monitor: Monitor = field(default_factory=Monitor)
     """Monitor of all trainings of the arm."""
+    explained: bool = True
+    """False to draw no explanations: one seed's model is drawn."""
 
     def __post_init__(self) -> None:
         self.name = self.name or self.arm.name
@@ -269,6 +272,7 @@ class ArmRun:
             "state_bytes": sum(value.nbytes for value in learner.state.values()),
             **robust_numbers(self._rows_of("robustness")),
             **certified_numbers(self._rows_of("certified")),
+            **reason_numbers(self._rows_of("reasons")),
             "seconds": self._seconds(),
         }
 
@@ -289,6 +293,7 @@ class ArmRun:
             "state_bytes": 0,
             **without_robustness(),
             **certified_numbers([]),
+            **without_reasons(),
             "seconds": self._seconds(),
         }
 
@@ -394,6 +399,10 @@ class ArmRun:
             row["certified"] = certified_after(
                 learner, self.stream, self.config.certificate, index, self.config.seed
             )
+        if self.config.explain and self.config.explain.drift:
+            row["reasons"] = reasons_after(
+                learner, self.stream, self.config.explain, self.folder, index, self.config.seed
+            )
         self.log.append(row)
 
     @cached_property
@@ -434,6 +443,8 @@ class ArmRun:
         chosen = self.config.explain
         ends = (0, len(stages) - 1)
         if chosen is None or self.arm != explained_arm(self.config) or index not in ends:
+            return
+        if not self.explained or len(self.stream.input_shape) < 2:
             return
         test = stages[0].test
         inputs = test.inputs[: chosen.records].to(learner.device)

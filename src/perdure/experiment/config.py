@@ -44,6 +44,7 @@ epsilon = 0.1                  # and its own fields
 [explain]                      # optional
 method = "kernel_shap"         # a file in explain/, and so on
 records = 6
+drift = true                   # measure the drift of reasons in every arm
 
 [fairness]                     # optional: measure groups of test records
 attribute = "sex"              # an attribute of the records, as in adult
@@ -94,15 +95,15 @@ from perdure.errors import ConfigError, StrategyError
 from perdure.experiment.attack_config import AttackConfig
 from perdure.experiment.certified import CertificateConfig
 from perdure.experiment.data_config import DataConfig
+from perdure.experiment.explain_config import ExplainConfig
 from perdure.experiment.federation_table import FederationConfig
-from perdure.experiment.field_checks import COUNTS, check, counts
+from perdure.experiment.field_checks import check
 from perdure.experiment.from_tables import (
     build,
     checked_value,
     extension,
     leaves,
     named_option,
-    placed,
 )
 from perdure.experiment.logger_config import LoggerConfig
 from perdure.experiment.loss_config import LossConfig
@@ -111,9 +112,6 @@ from perdure.experiment.search_config import SearchConfig
 from perdure.experiment.start_config import StartConfig
 from perdure.experiment.training_config import TrainingConfig
 from perdure.experiment.trial_names import arm_name, trial_name
-from perdure.explain import Explainer
-from perdure.explain import find as find_explainer
-from perdure.explain import names as explainer_names
 from perdure.models.config import ModelConfig
 from perdure.privacy.settings import Privacy
 from perdure.strategies import find as find_strategy
@@ -124,38 +122,6 @@ PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 ALLOWED_NAMES = "letters, digits, . - _, at most 100"
 LARGEST = 2**63 - 1
 """Largest whole number of TOML; larger numbers are refused."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExplainConfig(CheckedFields):
-    """Explanations of predictions after the first and the last experience.
-
-    Args:
-        method: one of `perdure.explain.names()`, or "my_package.my_module:MyExplainer".
-        explainer: the explainer with the values of its own fields.
-        records: number of test records of the first experience that are explained.
-    """
-
-    TABLE: ClassVar[str] = "a table with method = NAME, records, and the explainer's own fields"
-
-    method: str
-    explainer: Explainer
-    records: int = 6
-
-    def __post_init__(self) -> None:
-        check(self, "records", counts, COUNTS)
-
-    @classmethod
-    def from_table(cls, table: Mapping[str, Any], where: str) -> "ExplainConfig":
-        """Find the explainer by its name, and build it from the other fields of the table."""
-        options = dict(table)
-        records = checked_value(options.pop("records", cls.records), int, f"{where}.records")
-        method, explainer = extension(find_explainer, explainer_names, "method", options, where)
-        try:
-            return cls(method=method, explainer=explainer, records=typing.cast(int, records))
-        except ConfigError as error:
-            raise ConfigError(placed(str(error), where, ("records",))) from None
-
 
 COMBINE = "combine"
 """Value of `strategy` for an arm that combines the strategies in its key `parts`."""

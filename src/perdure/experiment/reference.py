@@ -21,8 +21,9 @@ from perdure.errors import ConfigError, PerdureError
 from perdure.experiment.averaging_config import AVERAGES
 from perdure.experiment.calls import REQUIRED, parameters
 from perdure.experiment.certified import CertificateConfig
-from perdure.experiment.config import ALLOWED_NAMES, COMBINE, Arm, Config, ExplainConfig
+from perdure.experiment.config import ALLOWED_NAMES, COMBINE, Arm, Config
 from perdure.experiment.data_config import OF_LOADERS, STREAMS, DataConfig, keys_of
+from perdure.experiment.explain_config import ExplainConfig
 from perdure.experiment.federation_table import FederationConfig
 from perdure.experiment.field_checks import COUNTS
 from perdure.experiment.from_tables import described, read_hints
@@ -389,11 +390,10 @@ def _named(name: str, known: Sequence[str], meaning: str) -> Key:
 
 
 def _explain() -> tuple[Key, ...]:
-    records = next(each for each in fields(ExplainConfig) if each.name == "records")
-    count = _key(
-        "records", int, _default(records.default), COUNTS, meanings(ExplainConfig)["records"]
-    )
-    return (_named("method", explain.names(), "name of the explainer."), count)
+    told = meanings(ExplainConfig)
+    records = _key("records", int, _default(ExplainConfig.records), COUNTS, told["records"])
+    drift = _key("drift", bool, _default(ExplainConfig.drift), "true or false", told["drift"])
+    return (_named("method", explain.names(), "name of the explainer."), records, drift)
 
 
 def _arm() -> tuple[Key, ...]:

@@ -91,7 +91,7 @@ class Numbers(TypedDict):
     differences in its points. A measure that does not exist for the task is null. `by_class` and
     `by_group` have an entry for each experience of a trial, and no mean over seeds. Robust
     measures, and the percentage of test records whose cross entropy has no gradient, are null
-    without an attack.
+    without an attack. The drift of reasons is null unless `[explain]` asks for it.
     """
 
     accuracy_matrix: Sequence[Sequence[float | None]]
@@ -114,6 +114,10 @@ class Numbers(TypedDict):
     certified_accuracy: NotRequired[float | None]
     certified_matrix: NotRequired[Sequence[Sequence[float | None]] | None]
     certified_forgetting: NotRequired[float | None]
+    reason_matrix: NotRequired[Sequence[Sequence[float | None]] | None]
+    reason_overlap_matrix: NotRequired[Sequence[Sequence[float | None]] | None]
+    reason_correlation: NotRequired[float | None]
+    reason_overlap: NotRequired[float | None]
     seconds: float
 
 

@@ -135,12 +135,12 @@ def _trained(
     log = MetricsLog(folder / "metrics.jsonl")
     rows: dict[str, list[TrialResult]] = {arm.name: [] for arm in config.arms}
     for number, seed in enumerate(config.all_seeds):
-        # one seed's model is explained
-        mine = (config if number == 0 else replace(config, explain=None)).of_seed(seed)
+        mine = config.of_seed(seed)
         stream = first if number == 0 else open_stream(mine)
         for arm in config.arms:
             name = config.trial(arm, seed)
             trial = ArmRun(mine, arm, stream, folder, log, progress, callbacks, name=name)
+            trial.explained = number == 0
             if processes:
                 trial.begins = partial(announce, processes, arm, seed)
             if examine != "no" and number == 0 and not trial.finished:

@@ -3,7 +3,7 @@
 import math
 import statistics
 from collections.abc import Sequence
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 from perdure.experiment.config import Arm
 from perdure.experiment.finding_rows import each_once
@@ -15,7 +15,13 @@ ROBUST = ("robust_forgetting", "robust_backward_transfer", "zero_gradients")
 CERTIFIED = ("certified_accuracy", "certified_forgetting")
 """Keys of a trial's result that it has only since certificates are measured."""
 
-AVERAGED = (*MEASURES, "robust_accuracy", *ROBUST, *CERTIFIED)
+REASONS = ("reason_correlation", "reason_overlap")
+"""Keys of a trial's result that it has only since the drift of reasons is measured."""
+
+MATRICES = ("robust_matrix", "certified_matrix", "reason_matrix", "reason_overlap_matrix")
+"""Keys of matrices that a trial has only if they are measured."""
+
+AVERAGED = (*MEASURES, "robust_accuracy", *ROBUST, *CERTIFIED, *REASONS)
 """Keys of a trial's result that are averaged over seeds, with a standard error."""
 
 
@@ -37,8 +43,7 @@ def arm_result(arm: Arm, trials: Sequence[TrialResult]) -> ArmResult:
         "options": repr(arm.strategy),
         "private": arm.private,
         "accuracy_matrix": _mean_matrix([trial["accuracy_matrix"] for trial in done]),
-        "robust_matrix": _matrix_of(done, "robust_matrix"),
-        "certified_matrix": _matrix_of(done, "certified_matrix"),
+        **{name: _known_matrix(done, name) for name in MATRICES},
         **{name: mean(values) for name, values in columns.items()},
         "calibration_error": _mean_rows(calibrated) if calibrated else None,
         "state_bytes": max(trial["state_bytes"] for trial in trials),
@@ -58,11 +63,9 @@ def arm_result(arm: Arm, trials: Sequence[TrialResult]) -> ArmResult:
     return cast(ArmResult, row)
 
 
-def _matrix_of(
-    trials: Sequence[TrialResult], name: Literal["robust_matrix", "certified_matrix"]
-) -> list[list[float | None]] | None:
-    """Average the matrices of a measure over seeds; None if it was not measured."""
-    known = [matrix for trial in trials if (matrix := trial.get(name))]
+def _known_matrix(trials: Sequence[TrialResult], name: str) -> list[list[float | None]] | None:
+    """Average the matrices of one name over seeds; None where no trial has one."""
+    known = [matrix for trial in trials if (matrix := cast(Any, trial).get(name))]
     return _mean_matrix(known) if known else None
 
 

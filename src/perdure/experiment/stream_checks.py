@@ -24,8 +24,11 @@ def refuse_unmeasurable(config: Config, stream: Stream) -> None:
         refuse_other_tasks(stream.task, (SingleLabel,), name, "it asks for the class of a record")
     if config.fairness:
         refuse_groups(stream, config.fairness)
-    if config.explain and len(stream.input_shape) < 2:
-        allowed = f"no [explain] table, because inputs of shape {stream.input_shape} are not images"
+    if config.explain and len(stream.input_shape) < 2 and not config.explain.drift:
+        allowed = (
+            f"drift = true, or no [explain] table, because inputs of shape {stream.input_shape} "
+            "are not images, which are drawn"
+        )
         raise ConfigError.of("explain.method", config.explain.method, allowed)
     if config.explain:
         try:

@@ -1,51 +1,46 @@
 """Pictures of a run; matplotlib (without pyplot) is loaded when the first one is drawn."""
 
 from collections.abc import Sequence
-from itertools import zip_longest
 from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 from perdure.data.plots import stream_figure
 from perdure.errors import RunError
-from perdure.experiment.result_schema import ArmResult, Result, TaskResult
+from perdure.experiment.result_schema import ArmResult, Result
 from perdure.report.findings import finding_pictures
-from perdure.report.picture import INK, MUTED, STYLE, Picture
+from perdure.report.matrices import (
+    accuracy_matrices,
+    certified_matrices,
+    has,
+    last_accuracies,
+    reason_matrices,
+    robust_matrices,
+    span_of,
+)
+from perdure.report.panels import LONGEST_NAME, MOST_CELLS, array, figure_of, measured, panels_of
+from perdure.report.picture import MUTED, STYLE, Picture
 from perdure.report.wording import (
     SIMULATION,
-    attack_name,
     axis_name,
     by_privacy,
-    decimal,
     epsilon_number,
     explainer_name,
-    is_percent,
-    sentence_start,
     terms,
-    with_unit,
 )
 
 if TYPE_CHECKING:
     import numpy as np
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
     Line = tuple[list[str], list[float]]
 
-# inches; panels in a row
-WIDTH = 10.0
-COLUMNS = 4
 FAINT = "#e3e7ec"
-HOLE = "#eceff2"
-# Light to dark in one hue, so that the order is visible in grey and for any colour vision.
-SHADES = ["#f3f6fa", "#b5d0e8", "#5b9bd0", "#1f66ab", "#0a3463"]
 # Colours of Okabe and Ito that are visible on white; markers and dashes differ, too.
 LINES = ["#0072b2", "#d55e00", "#009e73", "#aa4499", "#7a5c00", "#332288"]
 MARKERS = ["o", "s", "^", "D", "v", "P"]
 DASHES = ["-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (5, 1.2, 1.2, 1.2))]
-LONGEST_NAME = 26  # characters; a longer line does not fit into a panel
 LINE_HEIGHT = 0.085  # height of a name beside a line, as a share of the panel's height
-MOST_CELLS = 10  # the cells of a wider matrix have no space for numbers
 
 
 def pictures(result: Result, run: Path) -> list[Picture]:
@@ -63,10 +58,11 @@ def pictures(result: Result, run: Path) -> list[Picture]:
     with rc_context(STYLE):
         drawn = [
             _stream(result),
-            _matrices(result) if _measured(result) else None,
-            _curves(result) if _measured(result) else None,
-            _robust_matrices(result) if _has(result, "robust_matrix") else None,
-            _certified_matrices(result) if _has(result, "certified_matrix") else None,
+            accuracy_matrices(result) if measured(result) else None,
+            _curves(result) if measured(result) else None,
+            robust_matrices(result) if has(result, "robust_matrix") else None,
+            certified_matrices(result) if has(result, "certified_matrix") else None,
+            reason_matrices(result) if has(result, "reason_matrix") else None,
             _epsilons(result),
             _explanations(result, run),
             *finding_pictures(result),
@@ -94,172 +90,10 @@ def _stream(result: Result) -> Picture | None:
     )
 
 
-def _matrices(result: Result) -> Picture:
-    task = result["task"]
-    span = _span(result)
-    figure, panels = _panels(result, 2.45)
-    for arm, _, axes in panels:
-        shaded = _matrix(axes, array(arm["accuracy_matrix"]), span, task)
-    _label_matrices(figure, [axes for *_, axes in panels], shaded, axis_name(task))
-    figure.supxlabel(f"{task['metric']} on experience", fontsize=8.5, color=MUTED)
-    return Picture(
-        name="accuracy_matrix",
-        title=f"{sentence_start(task['metric'])} kept and lost over time",
-        caption="One matrix per arm. A row, from left to right, has the accuracy on each "
-        "experience after training on one. A column, downwards, has the accuracy on one "
-        "experience over time. Framed cells are measured directly after training on the "
-        "experience; paler cells below them show forgetting.",
-        alternative="Heat maps of accuracy per experience, one per arm. "
-        + _last_accuracies(result),
-        figure=figure,
-    )
-
-
-def _label_matrices(figure: "Figure", axes: "list[Axes]", shaded: Any, name: str) -> None:
-    """Add the bar of shades with the name of the measure, and the label of the rows."""
-    bar = figure.colorbar(shaded, ax=axes, aspect=50, fraction=0.015, pad=0.015)
-    bar.outline.set_visible(False)
-    bar.ax.tick_params(length=0)
-    bar.set_label(name)
-    figure.supylabel("after training on experience", fontsize=8.5, color=MUTED)
-
-
-def _robust_matrices(result: Result) -> Picture:
-    figure, panels = _panels(result, 2.45)
-    for arm, _, axes in panels:
-        rows = arm.get("robust_matrix") or []
-        shaded = _matrix(axes, array(rows), (0.0, 100.0), result["task"])
-    _label_matrices(figure, [axes for *_, axes in panels], shaded, "robust accuracy (%)")
-    figure.supxlabel("robust accuracy on experience", fontsize=8.5, color=MUTED)
-    named = attack_name(result["attack"])
-    told = [
-        f"{label} {decimal(arm['robust_accuracy'], 1)} %"
-        for arm, label in by_privacy(_measured(result))
-    ]
-    return Picture(
-        name="robust_matrix",
-        title="Robustness kept and lost over time",
-        caption=f"Accuracy on the test records of each experience so far under attack ({named}), "
-        "one matrix per arm, as above. It is an upper bound: a stronger attack may find more.",
-        alternative="Heat maps of robust accuracy per experience, one per arm. Mean at the end: "
-        + ", ".join(told)
-        + ".",
-        figure=figure,
-    )
-
-
-def _certified_matrices(result: Result) -> Picture:
-    figure, panels = _panels(result, 2.45)
-    for arm, _, axes in panels:
-        rows = arm.get("certified_matrix") or []
-        shaded = _matrix(axes, array(rows), (0.0, 100.0), result["task"])
-    _label_matrices(figure, [axes for *_, axes in panels], shaded, "certified accuracy (%)")
-    figure.supxlabel("certified accuracy on experience", fontsize=8.5, color=MUTED)
-    chosen = result.get("certificate") or {}
-    method = str(chosen.get("method", "")).replace("_", " ")
-    told = [
-        f"{label} {decimal(arm.get('certified_accuracy'), 1)} %"
-        for arm, label in by_privacy(_measured(result))
-    ]
-    return Picture(
-        name="certified_matrix",
-        title="Certified accuracy kept and lost over time",
-        caption=f"Share of test records of each experience so far that no attack within "
-        f"{chosen.get('epsilon', 0):g} can mislead ({method}), one matrix per arm, as above.",
-        alternative="Heat maps of certified accuracy per experience, one per arm. Mean at the "
-        f"end: {', '.join(told)}.",
-        figure=figure,
-    )
-
-
-def _has(result: Result, matrix: str) -> bool:
-    """Return True if all trained arms have this matrix of accuracies over time."""
-    arms = _measured(result)
-    return bool(arms) and all(arm.get(matrix) for arm in arms)
-
-
-def _span(result: Result) -> tuple[float, float]:
-    """Return the ends of the metric's axis: 0 to 100 for percent, else 0 to the largest value."""
-    import numpy as np
-
-    if is_percent(result["task"]):
-        return 0.0, 100.0
-    found = np.concatenate([array(arm["accuracy_matrix"]).ravel() for arm in _measured(result)])
-    found = found[np.isfinite(found)]
-    most = float(found.max()) if len(found) else 1.0
-    return 0.0, most or 1.0
-
-
-def _matrix(
-    axes: "Axes", values: "np.ndarray[Any, Any]", span: tuple[float, float], task: TaskResult
-) -> Any:
-    import numpy as np
-    from matplotlib.colors import LinearSegmentedColormap
-    from matplotlib.patches import Rectangle
-
-    moments, experiences = values.shape
-    # dark is good
-    ordered = SHADES if task["higher_is_better"] else SHADES[::-1]
-    shades = LinearSegmentedColormap.from_list("accuracy", ordered)
-    shaded = axes.pcolormesh(
-        np.ma.masked_invalid(values),
-        cmap=shades,
-        vmin=span[0],
-        vmax=span[1],
-        edgecolors="white",
-        linewidth=1.2,
-    )
-    axes.set_facecolor(HOLE)
-    axes.set(xlim=(0, experiences), ylim=(moments, 0), aspect="equal")
-    axes.spines[:].set_visible(False)
-    _tick_every(axes, experiences, moments)
-    for i in range(min(moments, experiences)):
-        axes.add_patch(
-            Rectangle((i + 0.04, i + 0.04), 0.92, 0.92, fill=False, edgecolor=INK, linewidth=0.9)
-        )
-    if experiences <= MOST_CELLS and moments <= MOST_CELLS:
-        _write_cells(axes, values, span, task)
-    return shaded
-
-
-def _tick_every(axes: "Axes", experiences: int, moments: int) -> None:
-    step = 1 if max(experiences, moments) <= MOST_CELLS else 5
-    columns, rows = (range(0, n, step) for n in (experiences, moments))
-    axes.set_xticks([i + 0.5 for i in columns], [str(i + 1) for i in columns])
-    axes.set_yticks([i + 0.5 for i in rows], [str(i + 1) for i in rows])
-    axes.tick_params(length=0)
-
-
-def _write_cells(
-    axes: "Axes", values: "np.ndarray[Any, Any]", span: tuple[float, float], task: TaskResult
-) -> None:
-    size = 8.0 if values.shape[1] <= 6 else 6.0
-    for (i, j), value in _cells(values):
-        share = value / span[1] if task["higher_is_better"] else 1 - value / span[1]
-        color = "white" if share > 0.58 else INK
-        axes.text(
-            j + 0.5,
-            i + 0.5,
-            decimal(value, 0 if is_percent(task) else 2),
-            ha="center",
-            va="center",
-            fontsize=size,
-            color=color,
-        )
-
-
-def _cells(values: "np.ndarray[Any, Any]") -> list[tuple[tuple[int, int], float]]:
-    return [
-        ((i, j), float(values[i, j]))
-        for i in range(values.shape[0])
-        for j in range(values.shape[1])
-    ]
-
-
 def _curves(result: Result) -> Picture:
-    figure, panels = _panels(result, 2.15, sharex=True, sharey=True)
+    figure, panels = panels_of(result, 2.15, sharex=True, sharey=True)
     for arm, _, axes in panels:
-        _experience_lines(axes, array(arm["accuracy_matrix"]), _span(result))
+        _experience_lines(axes, array(arm["accuracy_matrix"]), span_of(result))
     handles, names = panels[0][2].get_legend_handles_labels()
     figure.legend(
         handles, names, loc="outside upper left", ncols=min(len(names), 6), handlelength=2.6
@@ -273,7 +107,7 @@ def _curves(result: Result) -> Picture:
         "the experience is remembered, a falling line that it is forgotten. The grey band is "
         "the mean over the experiences learnt so far.",
         alternative="Lines of accuracy on every experience over time, one panel per arm. "
-        + _last_accuracies(result),
+        + last_accuracies(result),
         figure=figure,
     )
 
@@ -322,7 +156,7 @@ def _epsilons(result: Result) -> Picture | None:
     groups = _same_terms(result)
     if not groups:
         return None
-    figure = _figure(3.1)
+    figure = figure_of(3.1)
     panels = figure.subplots(1, len(groups), squeeze=False)[0]
     for axes, (title, arms) in zip(panels, groups.items(), strict=True):
         _epsilon_lines(axes, title, _merged(arms))
@@ -450,66 +284,6 @@ def _read_tensors(path: Path) -> dict[str, Any]:
     if missing:
         raise RunError(f"{path} has no {', '.join(sorted(missing))}; run the experiment again")
     return tensors
-
-
-def _figure(height: float) -> "Figure":
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(WIDTH, height), layout="constrained")
-
-
-def _panels(
-    result: Result, height: float, *, sharex: bool = False, sharey: bool = False
-) -> "tuple[Figure, list[tuple[ArmResult, str, Axes]]]":
-    """Make one panel per arm.
-
-    Arms without privacy come first, then arms with privacy, at most `COLUMNS` in a row.
-    """
-    rows = _rows(result)
-    figure = _figure(height * len(rows) + 0.35)
-    width = max(len(row) for row in rows)
-    grid = figure.subplots(len(rows), width, squeeze=False, sharex=sharex, sharey=sharey)
-    panels = []
-    for line, row in zip(grid, rows, strict=True):
-        for axes, named in zip_longest(line, row):
-            if named is None:
-                axes.set_visible(False)
-                continue
-            arm, label = named
-            axes.set_title(fill(f"{label}, private" if arm["private"] else label, LONGEST_NAME))
-            panels.append((arm, label, axes))
-    return figure, panels
-
-
-def _rows(result: Result) -> list[list[tuple[ArmResult, str]]]:
-    arms = by_privacy(_measured(result))
-    groups = [
-        [named for named in arms if named[0]["private"] == private] for private in (False, True)
-    ]
-    return [group[k : k + COLUMNS] for group in groups for k in range(0, len(group), COLUMNS)]
-
-
-def _measured(result: Result) -> list[ArmResult]:
-    """Return the arms of which at least one training did not fail."""
-    return [arm for arm in result["arms"] if arm["accuracy_matrix"]]
-
-
-def array(rows: Sequence[Sequence[float | None]]) -> "np.ndarray[Any, Any]":
-    """Convert rows of numbers to a float array; null becomes NaN."""
-    import numpy as np
-
-    return np.array(
-        [[np.nan if value is None else value for value in row] for row in rows], dtype=float
-    )
-
-
-def _last_accuracies(result: Result) -> str:
-    task = result["task"]
-    told = [
-        f"{label}{' with privacy' * arm['private']} {with_unit(arm['average_accuracy'], task)}"
-        for arm, label in by_privacy(_measured(result))
-    ]
-    return f"Average {task['metric']} at the end: {', '.join(told)}."
 
 
 def _last_epsilons(groups: dict[str, list[tuple[ArmResult, str]]]) -> list[str]:
