@@ -8,6 +8,7 @@ To add an attack, add a file `my_attack.py` with one class `MyAttack(Attack)`.
 from typing import TYPE_CHECKING, TypeGuard
 
 from perdure.adversarial.auto_attack import AutoAttack
+from perdure.adversarial.backdoor import Backdoor, robustness_by_client
 from perdure.adversarial.balls import Norm
 from perdure.adversarial.base import Attack, InputLosses, Logits
 from perdure.adversarial.corruptions import (
@@ -43,6 +44,7 @@ __all__ = [
     "STRENGTHS",
     "Attack",
     "AutoAttack",
+    "Backdoor",
     "Corruption",
     "CorruptionCard",
     "InputLosses",
@@ -60,6 +62,7 @@ __all__ = [
     "names",
     "rescaled_cross_entropy",
     "robust_accuracy",
+    "robustness_by_client",
     "towards",
 ]
 
@@ -74,7 +77,15 @@ _EXTENSIONS = Extensions(
     group="perdure.attacks",
     fits=_is_attack,
     wanted="a subclass of perdure.adversarial.Attack",
-    helpers=("balls", "base", "corruptions", "masking", "objectives", "robust_accuracy"),
+    helpers=(
+        "backdoor",
+        "balls",
+        "base",
+        "corruptions",
+        "masking",
+        "objectives",
+        "robust_accuracy",
+    ),
 )
 
 
