@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from perdure.strategies.er_ace import ERACE
     from perdure.strategies.ewc import EWC
     from perdure.strategies.feature_distillation import FeatureDistillation
+    from perdure.strategies.fed_prox import FedProx
     from perdure.strategies.gdumb import GDumb
     from perdure.strategies.gem import GEM
     from perdure.strategies.generative_replay import GenerativeReplay
@@ -71,6 +72,7 @@ __all__ = [
     "Combine",
     "Coral",
     "FeatureDistillation",
+    "FedProx",
     "GDumb",
     "GenerativeReplay",
     "ICaRL",

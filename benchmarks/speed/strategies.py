@@ -51,6 +51,7 @@ from perdure.strategies import (
     CODAPrompt,
     CWRStar,
     FeatureDistillation,
+    FedProx,
     GDumb,
     GenerativeReplay,
     ICaRL,
@@ -154,6 +155,7 @@ CASES: dict[str, Case] = {
     "er_ace": Case(strategy=ERACE(memory_size=MEMORY), forward=2, backward=2),
     "ewc": Case(strategy=EWC(strength=100.0, fisher="empirical")),
     "feature_distillation": Case(strategy=FeatureDistillation(strength=1.0), forward=2),
+    "fed_prox": Case(strategy=FedProx(strength=0.1)),
     "gdumb": Case(strategy=GDumb(memory_size=MEMORY)),
     "gem": Case(strategy=GEM(memory_size=MEMORY), forward=2, backward=2),
     "generative_replay": Case(

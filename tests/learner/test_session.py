@@ -11,7 +11,7 @@ from helpers.strategy_examples import example, model_of, private
 from perdure import Learner, Privacy, Session, strategies
 from perdure.data.scenarios import split
 from perdure.errors import ConfigError, DataError, RunError
-from perdure.strategies import EWC, NCM, SI, Joint, Naive, Replay
+from perdure.strategies import EWC, NCM, SI, FedProx, Joint, Naive, Replay
 
 SIMULATED = Privacy(noise_multiplier=1.0, seed=0)
 SETTINGS = {"iterations": 4, "blocks": 2, "batch_size": 8, "seed": 5}
@@ -215,6 +215,27 @@ def test_a_session_resumes_from_the_checkpoint_in_its_folder(
         spent = [len(party.private_sum.ledger.entries) for party in (whole, second)]
         assert spent[0] == spent[1]
     second.close()
+
+
+def test_a_round_is_not_begun_again_by_a_resume_inside_it(tmp_path, toy_stream, toy_model):
+    stream = toy_stream()
+    settings = {"strategy": FedProx(strength=1.0), "blocks": 1}
+    whole = train(session_of(toy_model(stream), stream, **settings))
+    first = session_of(toy_model(stream), stream, folder=tmp_path, **settings)
+    with pytest.raises(KeyboardInterrupt), first.experience(0) as batches:
+        for batch in batches:
+            first.backward(batch)
+            first.optimizer.step()
+            first.after_step()
+            first.save()
+            raise KeyboardInterrupt
+    first.close()
+    second = session_of(toy_model(stream), stream, folder=tmp_path, **settings)
+    assert second.position.step == 1
+    train(second, second.remaining)
+    second.close()
+    assert same_bits(bits(second.model.state_dict()), bits(whole.model.state_dict()))
+    assert same_bits(dict(second.state), dict(whole.state))
 
 
 def test_a_session_trains_only_experiences_added_to_the_stream(tmp_path, toy_data, toy_model):

@@ -348,6 +348,10 @@ class Audited(Strategy):
             plan, trainable=("probe.", *(f"model.{prefix}" for prefix in plan.trainable))
         )
 
+    def begin_round(self, params: Params, state: State) -> State:
+        """Call `begin_round` of the inner strategy."""
+        return self.inner.begin_round(params, state)
+
     def losses(self, forward: Forward, batch: Batch, context: Context, state: State) -> Tensor:
         """Return (n,) losses of the inner strategy; a canary has the loss of the probe instead."""
         place = batch.ids - self.first

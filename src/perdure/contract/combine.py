@@ -167,6 +167,10 @@ class Combine(Strategy):
             applies_penalty=any(p.applies_penalty for _, p in plans),
         )
 
+    def begin_round(self, params: Params, state: State) -> State:
+        """Let all parts update their states at the start of a round."""
+        return self._each(state, lambda part, own: part.begin_round(params, own))
+
     def losses(self, forward: Forward, batch: Batch, context: Context, state: State) -> Tensor:
         """(n,) losses of the only part that overrides `losses`; without one, cross entropy."""
         i, part = self._only("losses")

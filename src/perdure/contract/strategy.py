@@ -130,6 +130,18 @@ class Strategy(CheckedFields):
         """
         return Plan()
 
+    def begin_round(self, params: Params, state: State) -> State:
+        """Update the state at the start of a round, before its first step.
+
+        A round of a federation starts with the global parameters. A learner without a federation
+        has `blocks` rounds in every experience, which start with its own parameters.
+
+        Args:
+            params: copies of all parameters of the model, with which the round starts.
+            state: the state before the round.
+        """
+        return state
+
     def losses(self, forward: Forward, batch: Batch, context: Context, state: State) -> Tensor:
         """Compute one loss per row.
 

@@ -20,7 +20,7 @@ UNSUPPORTED = {
     aggregators.DifferentialPrivacyClientSideFixedClipping: MISSING_NOISE,
     aggregators.DifferentialPrivacyServerSideAdaptiveClipping: MISSING_NOISE,
     aggregators.DifferentialPrivacyServerSideFixedClipping: MISSING_NOISE,
-    aggregators.FedProx: "its proximal term must be part of the clients' loss",
+    aggregators.FedProx: "its proximal term is part of the loss, in the strategy FedProx",
     aggregators.QFedAvg: "it needs the clients' training losses",
     aggregators.FedXgbBagging: "it aggregates trees",
     aggregators.FedXgbCyclic: "it aggregates trees",

@@ -195,7 +195,10 @@ def hooks(session: Party) -> dict[str, Tensor]:
     params = {name: value.detach().clone() for name, value in session.trained.items()}
     later = {name: value + 1 for name, value in params.items()}
     whole = {name: value.detach() for name, value in session.params.items()}
-    shown = {}
+    shown: dict[str, Tensor] = {}
+    if strategy.uses("begin_round"):
+        begun = strategy.begin_round({name: value.clone() for name, value in whole.items()}, state)
+        shown |= {f"round {name}": value for name, value in begun.items()}
     if strategy.uses("penalty") and (penalty := strategy.penalty(whole, state)) is not None:
         shown["penalty"] = penalty
     if strategy.uses("add_penalty_gradient"):

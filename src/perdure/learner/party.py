@@ -349,6 +349,12 @@ class Party(GuardedParty):
         for name, param in self.trained.items():
             param.grad = total[name]
 
+    def begin_round(self) -> None:
+        """Give the strategy the parameters with which a block of steps starts."""
+        if self.strategy.uses("begin_round"):
+            new = self.strategy.begin_round(detached_copies(self.params), self.state)
+            self.state = require_state("begin_round", self.strategy, new)
+
     def follow_step(self) -> None:
         """Update the strategy's state after the optimiser's step, and go to the next step."""
         if self.uses["after_step"]:

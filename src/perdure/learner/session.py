@@ -258,18 +258,23 @@ class Session(Party):
 
     # ------------------------------------------------------------------ the loop itself
 
-    def steps(self, block: range, digest: Callable[[], str]) -> Iterator[Batch | HiddenBatch]:
+    def steps(
+        self, block: range, digest: Callable[[], str], *, resumed: bool = False
+    ) -> Iterator[Batch | HiddenBatch]:
         """Charge a block of steps of the open experience, and yield the batch of each step.
 
         Args:
             block: numbers of the steps.
             digest: function that computes the noise digest of the block (see `reserve`).
+            resumed: True if the block is the rest of a block that was begun before.
 
         Raises:
             LoopError: if the previous step was not ended.
         """
         self.notify("block.begin")
         self._order.allow_accumulation()
+        if not resumed:
+            self.begin_round()
         self.reserve(block, digest())
         self._order.refuse_accumulation(self.trained)
         begin_training(self.model)
@@ -424,8 +429,10 @@ class Batches:
                 "epochs of it: write one loop, and give epochs=... to Session"
             )
         self._looped = True
+        session = self._session
+        whole = session.training.remaining_blocks(session.position.experience, 0)
         for block in blocks:
-            yield from self._session.steps(block, self._session.noise_digest)
+            yield from session.steps(block, session.noise_digest, resumed=block not in whole)
 
     def _open_blocks(self) -> list[range]:
         if self._blocks is None:

@@ -259,6 +259,7 @@ class MidRunFixture:
         spec = spec_of(self.learner.model, params, self.fixture.stream)
         return {
             "init": lambda: strategy.init(spec),
+            "begin_round": lambda: strategy.begin_round(params, state),
             "losses": lambda: self.losses(self.forward, self.batch),
             "penalty": lambda: strategy.penalty(params, state),
             "references": lambda: strategy.references(

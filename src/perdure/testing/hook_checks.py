@@ -427,6 +427,7 @@ def _on_tensors(scene: MidRunFixture) -> dict[str, Hook]:
         )
 
     return {
+        "begin_round": lambda now, _, s, __: strategy.begin_round(now, state(s)),
         "losses": lambda now, _, s, __: strategy.losses(at(now), batch, scene.context, state(s)),
         "penalty": lambda now, _, s, __: strategy.penalty(now, state(s)),
         "project": lambda now, later, s, r: strategy.project(later, references(r), state(s)),
