@@ -336,9 +336,9 @@ def test_the_error_names_field_given_value_and_allowed_values():
         "data.scenario = 'online' is not allowed; allowed: task, domain, class"
     )
     assert refusal(with_field("", "federation", "true")) == (
-        "federation = True is not allowed; allowed: a table with clients, rounds, fraction, "
-        "aggregator, aggregator_options, pre_aggregators, split, alpha, min_size, client_sizes, "
-        "engine, quorum, deadline, grace, max_update_norm"
+        "federation = True is not allowed; allowed: a table with clients, rounds, local_epochs, "
+        "local_steps, fraction, aggregator, aggregator_options, pre_aggregators, split, alpha, "
+        "min_size, client_sizes, engine, quorum, deadline, grace, max_update_norm"
     )
 
 
