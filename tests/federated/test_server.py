@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from flwr.serverapp.strategy import (
+    Bulyan,
     DifferentialPrivacyServerSideFixedClipping,
     FedAdam,
     FedAvg,
@@ -21,9 +22,16 @@ from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from helpers.federations import SIMULATED, maker, outcome, short
-from perdure.data.client_splits import dirichlet
+from perdure.data.client_splits import dirichlet, iid
 from perdure.errors import ConfigError, FederationError, GuardError, PrivacyError
-from perdure.federated import Federation, Server, client_app, fit_federated, run_federation
+from perdure.federated import (
+    Federation,
+    NearestNeighbours,
+    Server,
+    client_app,
+    fit_federated,
+    run_federation,
+)
 from perdure.federated.flower_adapter import InProcessGrid
 from perdure.federated.messages import load_shared, shared
 from perdure.learner.learner import Learner
@@ -143,6 +151,41 @@ def test_batch_counters_stay_local_and_running_means_are_shared(stream):
         normed, dirichlet(stream, clients=2, alpha=1.0), Federation(clients=2, rounds=2)
     )
     assert np.isfinite(two.learner.matrix).all()
+
+
+@pytest.mark.parametrize("aggregator", [FedAdam(eta=0.5), FedAvgM(server_momentum=0.9)])
+def test_an_aggregator_averages_buffers_and_never_steps_them(stream, aggregator):
+    streams = dirichlet(short(stream, 1), clients=2, alpha=5.0, min_size=8)
+    received = []
+
+    def listen(message):
+        if message.metadata.message_type == "train" and message.metadata.src_node_id:
+            received.append(message.content["arrays"]["body.2.running_var"].numpy())
+
+    federation = Federation(clients=2, rounds=2, aggregator=aggregator)
+    server = run_federation(normed, streams, federation, listen=listen)
+    sizes = [each[0].train.declared_size for each in streams]
+    mean = sum(n * each for n, each in zip(sizes, received[-2:], strict=True)) / sum(sizes)
+    found = server.learner.model.body[2].running_var
+    assert found.min() > 0
+    np.testing.assert_allclose(found.numpy(), mean, rtol=1e-6)
+
+
+def test_bulyan_collects_no_garbage_for_each_reply(stream, monkeypatch):
+    """Flower collects it for each reply, which takes seconds in a process with torch."""
+    calls = []
+    monkeypatch.setattr("flwr.app.message.arrayrecord.gc.collect", lambda: calls.append(1))
+    streams = iid(short(stream, 1), clients=7, min_size=4)
+    make = maker(stream, Naive(), iterations=1, blocks=1)
+    for steps in ([], [NearestNeighbours(hostile=1)]):
+        federation = Federation(
+            clients=7,
+            rounds=1,
+            aggregator=Bulyan(num_malicious_nodes=1),
+            pre_aggregators=steps,
+        )
+        assert run_federation(make, streams, federation).learner.matrix
+    assert not calls
 
 
 # --------------------------------------------------------------------------- many clients

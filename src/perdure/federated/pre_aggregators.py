@@ -28,8 +28,9 @@ from flwr.app import ArrayRecord, Message, MetricRecord
 from torch import Generator, Tensor
 
 from perdure.errors import ConfigError, FederationError
-from perdure.federated.held_arrays import message_of, read_only, record_of
+from perdure.federated.held_arrays import message_of, read_only
 from perdure.federated.messages import read_metric
+from perdure.federated.updates import checked_record
 from perdure.types import Params
 from perdure.utils.checked_fields import CheckedFields
 
@@ -220,7 +221,7 @@ def pre_aggregated_replies(
     held = (weights > 0).to(sizes.dtype) @ sizes if fewer else sizes
     for reply, model, size in zip(replies, found, held.tolist(), strict=False):
         content = dict(reply.content)
-        content["arrays"] = record_of(model)
+        content["arrays"] = checked_record(model)
         content["metrics"] = MetricRecord({"num-examples": int(size)})
         reply.content = message_of(content)
     return list(replies[: len(found)])

@@ -16,7 +16,6 @@ from typing import Any, Literal, get_args
 
 import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
-from flwr.app.exception import AppExitException
 from flwr.serverapp import Grid, ServerApp
 from torch import Tensor
 
@@ -25,8 +24,9 @@ from perdure.contract.state import State
 from perdure.data.experience import Stream
 from perdure.data.record_identity import refuse_records_in_two_partitions
 from perdure.data.value_checks import check_streams
-from perdure.errors import ConfigError, FederationError
+from perdure.errors import ConfigError
 from perdure.federated.absences import Absence
+from perdure.federated.aggregation import aggregated
 from perdure.federated.attendance import Attendance
 from perdure.federated.averaging import ready
 from perdure.federated.client import ClientSessions, app_of
@@ -52,7 +52,6 @@ from perdure.federated.messages import (
     to_record,
 )
 from perdure.federated.party_checks import party_of, refuse_parties
-from perdure.federated.pre_aggregators import pre_aggregated_replies
 from perdure.federated.progress import shown_exchanges
 from perdure.federated.reply_checks import ReplyChecks
 from perdure.federated.roster import Roster
@@ -65,7 +64,6 @@ from perdure.learner.folder_claims import HEADS
 from perdure.learner.learner import Learner
 from perdure.utils.folder_lock import locked
 from perdure.utils.modules import detached_copies
-from perdure.utils.seeding import generator
 
 Engine = Literal["inprocess", "ray"]
 ServerCallback = Callable[[str, "Server"], None]
@@ -207,31 +205,25 @@ class Server:
         self._notify("round.begin")
         number = self.experience * self.federation.rounds + self.round + 1
         cohort = [self._roster.nodes[client] for client in self._reachable()]
-        arrays = to_record(shared(learner.model))
-        try:
+        before = shared(learner.model)
+        messages: Iterable[Message] = ()
+        if cohort:  # without a node, an aggregator would wait for one forever
             messages = self._aggregator.configure_train(
-                number, arrays, ConfigRecord(), Cohort(grid, cohort)
+                number, to_record(before), ConfigRecord(), Cohort(grid, cohort)
             )
-            replies = self._ask(grid, messages, "arrays", shared(learner.model))
-            self._notify("round.received")
-            weighty = [each for each in replies.values() if read_metric(each, "num-examples")]
-            place = generator(self.federation.seed, "pre_aggregators", self.experience, self.round)
-            started = detached_copies(shared(learner.model))
-            steps = self.federation.pre_aggregators
-            result, _ = self._aggregator.aggregate_train(
-                number, pre_aggregated_replies(weighty, started, steps, place)
+        replies = self._ask(grid, messages, "arrays", before)
+        self._notify("round.received")
+        weighty = [each for each in replies.values() if read_metric(each, "num-examples")]
+        if weighty:
+            result = aggregated(
+                self._aggregator,
+                number,
+                weighty,
+                detached_copies(before),
+                before.keys() & {name for name, _ in learner.model.named_buffers()},
+                self.federation,
             )
-        except AppExitException as error:
-            raise FederationError(
-                f"the aggregator {type(self.federation.aggregator).__name__} failed: {error}; "
-                "correct its options, or use another aggregator"
-            ) from error
-        if result is None:
-            raise FederationError(
-                f"the aggregator {type(self.federation.aggregator).__name__} returned no "
-                "parameters; use another aggregator"
-            )
-        load_record(learner.model, result)
+            load_record(learner.model, result)
         learner.session.mark_model(learnt=True)
         self._notify("round.end")
         return list(replies)
