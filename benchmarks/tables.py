@@ -72,6 +72,15 @@ TABLES: dict[str, Listing] = {
             "ms a step": "{milliseconds_per_step:.2f}",
         },
     ),
+    "adversarial": Listing(
+        file="adversarial",
+        columns={
+            "compared": "{compared}",
+            "ratio": "{ratio:.2f}",
+            "lowest": "{lowest:.2f}",
+            "highest": "{highest:.2f}",
+        },
+    ),
     "watching": Listing(
         file="watching",
         columns={
