@@ -169,6 +169,26 @@ def test_pgd_equals_the_adversarial_robustness_toolbox(digits, norm):
     assert np.abs(moved.numpy() - expected).max() < 1e-6
 
 
+@pytest.mark.reference
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+def test_fgsm_equals_the_adversarial_robustness_toolbox(digits, norm):
+    from art.attacks.evasion import FastGradientMethod
+    from art.estimators.classification import PyTorchClassifier
+
+    model, inputs, labels = digits
+    epsilon = {"linf": 0.1, "l2": 0.35, "l1": 0.5}[norm]
+    theirs = FastGradientMethod(
+        PyTorchClassifier(model, nn.CrossEntropyLoss(), (64,), 10, clip_values=(0.0, 1.0)),
+        norm={"linf": np.inf, "l2": 2, "l1": 1}[norm],
+        eps=epsilon,
+    )
+    expected = theirs.generate(inputs.numpy(), F.one_hot(labels, 10).numpy())
+    moved = FGSM(epsilon=epsilon, norm=norm).perturb(
+        lambda rows: F.cross_entropy(model(rows), labels, reduction="none"), inputs
+    )
+    assert np.abs(moved.numpy() - expected).max() < 1e-6
+
+
 def test_gradients_that_are_not_finite_do_not_look_robust(digits):
     model, inputs, labels = digits
 

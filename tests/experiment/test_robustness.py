@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from perdure.errors import ConfigError
 from perdure.experiment import parse, run
 from perdure.report import write_report
 
@@ -104,3 +105,9 @@ def test_the_certified_matrix_lies_below_the_robust_matrix(tmp_path):
     assert "Certified accuracy kept and lost over time" in page
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert rows[1]["certified"] == certified[1]
+
+
+def test_interval_training_is_refused_for_private_arms():
+    text = CERTIFIED.replace("[attack]", "[privacy]\nepsilon = 3.0\n[attack]") + "private = true\n"
+    with pytest.raises(ConfigError, match=r"training\.defence.*norm of a record's gradient"):
+        parse(text)

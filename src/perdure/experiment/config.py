@@ -304,15 +304,8 @@ class Config(CheckedFields):
                 "none with [privacy]: records would depend on others, or stand in several rows"
             )
             raise ConfigError.of("data.resample", self.data.resample, allowed)
-        private = (self.private_training or self.training) if self._any_private else None
-        if private and private.validation:
-            allowed = "none for private arms, whose records it would read; give [private_training]"
-            raise ConfigError.of(f"{used}.validation", private.validation, allowed)
-        if private and private.mixing:
-            allowed = (
-                "none for private arms: a record would enter two rows; give [private_training]"
-            )
-            raise ConfigError.of(f"{used}.mixing", private.mixing, allowed)
+        if self._any_private:
+            _refuse_for_private(self.private_training or self.training, used)
         twice = {arm.name for arm in self.arms if [a.name for a in self.arms].count(arm.name) > 1}
         if twice:
             raise ConfigError.of(
@@ -335,6 +328,28 @@ class Config(CheckedFields):
     def trial(self, arm: Arm, seed: int) -> str:
         """Return the folder name of a trial, which is an arm with one seed."""
         return trial_name(arm.name, seed if self.seeds else None)
+
+
+def _refuse_for_private(training: TrainingConfig, used: str) -> None:
+    """Refuse settings of a training that private arms may not have.
+
+    Args:
+        training: table of the private arms.
+        used: name of that table.
+
+    Raises:
+        ConfigError: names the setting and the reason.
+    """
+    if training.validation:
+        allowed = "none for private arms, whose records it would read; give [private_training]"
+        raise ConfigError.of(f"{used}.validation", training.validation, allowed)
+    if training.mixing:
+        allowed = "none for private arms: a record would enter two rows; give [private_training]"
+        raise ConfigError.of(f"{used}.mixing", training.mixing, allowed)
+    refusal = training.defence.defence.PRIVATE_REFUSAL if training.defence else ""
+    if training.defence and refusal:
+        allowed = f"none of this kind for private arms: {refusal}"
+        raise ConfigError.of(f"{used}.defence", training.defence.name, allowed)
 
 
 def _is_device(name: str) -> bool:
