@@ -136,7 +136,7 @@ def test_the_folder_of_another_federation_is_refused(stream, tmp_path):
         )
 
 
-def test_a_client_without_its_saved_state_is_refused(stream, tmp_path):
+def test_a_client_without_its_saved_state_begins_anew(stream, tmp_path, caplog):
     streams, federation = hard(stream)
     with pytest.raises(StoppedError):
         run_federation(
@@ -148,11 +148,9 @@ def test_a_client_without_its_saved_state_is_refused(stream, tmp_path):
         )
     for path in (tmp_path / "clients" / "002" / "checkpoint").glob("*"):
         path.unlink()
-    with pytest.raises(
-        FederationError,
-        match=r"client 2 stopped: FederationError: the client has no saved state for exchange \d",
-    ):
-        run_federation(maker(stream, Naive()), streams, federation, folder=tmp_path)
+    server = run_federation(maker(stream, Naive()), streams, federation, folder=tmp_path)
+    assert "client 2 lost its last state, and begins anew" in caplog.text
+    assert server.absences == []
 
 
 def test_no_file_is_pickled_and_rows_are_in_private_folders(stream, tmp_path):

@@ -1,13 +1,21 @@
 """State of a client on disk, saved after each exchange."""
 
+import logging
 from dataclasses import dataclass, replace
 
-from perdure.errors import FederationError
+from perdure.errors import FederationError, RunError
 from perdure.learner.checkpoint import Store
 from perdure.learner.learner import Learner
 
 FRESH = -1
 """Number for the state of a client before its first exchange."""
+HELD = "last state "
+"""Words in an error before the number of the state that a client still has."""
+log = logging.getLogger(__name__)
+
+
+class LostStateError(FederationError):
+    """A client lost its state after the exchange that the server means, but may have an older."""
 
 
 @dataclass
@@ -41,26 +49,48 @@ def restore(learner: Learner, exchange: int) -> ClientSession:
     """Restore a prepared learner to its state after `exchange`.
 
     Raises:
-        FederationError: if the state after `exchange` is not on the disk, or was removed.
+        LostStateError: if the state after `exchange` is not on the disk, or is damaged.
     """
     if exchange == FRESH:
         return ClientSession(learner)
     store = Store(learner.folder) if learner.folder else None
     held: dict[int, int] = {}
     for number in reversed(store.numbers()) if store else ():
-        snapshot = store.load(number) if store else None
+        try:
+            snapshot = store.load(number) if store else None
+        except RunError as error:
+            log.warning("a saved state of client %d is left out: %s", learner.client, error)
+            continue
         assert snapshot is not None
         held[number] = int(snapshot.facts["exchange"])
         if held[number] == exchange:
             learner.restore_checkpoint(snapshot)
             return ClientSession(learner, exchange, number)
+    older = max((each for each in held.values() if each < exchange), default=FRESH)
     kept = (
         f"{learner.folder} holds {sorted(held.values()) or 'none'}" if store else "it has no folder"
     )
-    raise FederationError(
-        f"the client has no saved state for exchange {exchange} with the server ({kept}); give "
-        "the client the folder of this run, or start the run again from the beginning"
+    raise LostStateError(
+        f"{HELD}{older}: the client has no saved state for exchange {exchange} with the server "
+        f"({kept}); give the client the folder of this run, or start the run again"
     )
+
+
+def older_state(reason: str, previous: int) -> int | None:
+    """Return the exchange of the state that a client still has, from the reason of its error.
+
+    Args:
+        reason: reason of an error reply.
+        previous: the state that the client was asked for.
+
+    Returns:
+        An exchange before `previous`, FRESH for none; None if the error has another reason.
+    """
+    kind, _, rest = reason.partition(f": {HELD}")
+    number = rest.partition(":")[0]
+    if kind != LostStateError.__name__ or not number.removeprefix("-").isdecimal():
+        return None
+    return int(number) if FRESH <= int(number) < previous else None
 
 
 def _tell(learner: Learner, point: str) -> None:

@@ -1,15 +1,18 @@
 """Exchanges of messages with the clients: tasks out, valid replies back, absences noted."""
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence, Set
+from contextlib import suppress
 from dataclasses import dataclass
 
-from flwr.app import ArrayRecord, ConfigRecord, Message
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 from torch import Tensor
 
 from perdure.errors import FederationError, LedgerError, PerdureError
 from perdure.federated.absences import Absence, Cause, log_absences, needed, require_quorum
 from perdure.federated.attendance import Attendance
+from perdure.federated.client_store import FRESH, older_state
 from perdure.federated.collection import collect
 from perdure.federated.flower_adapter import UNREACHABLE, failure
 from perdure.federated.held_arrays import message_of
@@ -17,6 +20,8 @@ from perdure.federated.ledger_heads import LEDGER, ClientHeads
 from perdure.federated.reply_checks import Expected, ReplyChecks
 from perdure.federated.roster import Roster
 from perdure.federated.settings import Federation
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,15 +80,10 @@ class Exchanges:
         federation = self._federation
         clients = {node: client for client, node in self._roster.nodes.items()}
         outgoing = sorted(messages, key=lambda message: clients[message.metadata.dst_node_id])
-        self._add_tasks(outgoing, clients, request)
-        found = collect(
-            grid,
-            outgoing,
-            deadline=federation.deadline,
-            grace=federation.grace,
-            least=needed(federation.quorum, len(request.presence.asked)),
-        )
-        replies = {clients[node]: reply for node, reply in found.items()}
+        contents = {clients[each.metadata.dst_node_id]: each.content for each in outgoing}
+        self._add_tasks(outgoing, clients, request, request.presence.previous)
+        replies = self._collected(grid, outgoing, clients, request)
+        replies |= self._asked_again(grid, replies, contents, request)
         sent_to = {clients[message.metadata.dst_node_id] for message in outgoing}
         absences = [
             _absence(request, client, cause, error)
@@ -96,14 +96,64 @@ class Exchanges:
         self.absences += absences
         return accepted
 
+    def _collected(
+        self,
+        grid: Grid,
+        outgoing: Sequence[Message],
+        clients: Mapping[int, int],
+        request: Request,
+    ) -> dict[int, Message]:
+        found = collect(
+            grid,
+            outgoing,
+            deadline=self._federation.deadline,
+            grace=self._federation.grace,
+            least=needed(self._federation.quorum, len(request.presence.asked)),
+        )
+        return {clients[node]: reply for node, reply in found.items()}
+
+    def _asked_again(
+        self,
+        grid: Grid,
+        replies: Mapping[int, Message],
+        contents: Mapping[int, RecordDict],
+        request: Request,
+    ) -> dict[int, Message]:
+        """Ask clients that lost their state once more, to go on from an older one, or to begin.
+
+        Under privacy the client's ledger must still be there: every message has its last head, and
+        the client refuses without the ledger.
+        """
+        older: dict[int, int] = {}
+        again = []
+        clients = {self._roster.nodes[client]: client for client in replies}
+        for client, reply in replies.items():
+            if not reply.has_error():
+                continue
+            state = older_state(reply.error.reason or "", request.presence.previous[client])
+            if state is not None:
+                older[client] = state
+                node, kind = self._roster.nodes[client], reply.metadata.message_type
+                again.append(Message(contents[client], node, kind))
+                text = "begins anew" if state == FRESH else f"goes on from exchange {state}"
+                log.warning("client %d lost its last state, and %s", client, text)
+        if not again:
+            return {}
+        self._add_tasks(again, clients, request, older)
+        return self._collected(grid, again, clients, request)
+
     def _add_tasks(
-        self, outgoing: Iterable[Message], clients: Mapping[int, int], request: Request
+        self,
+        outgoing: Iterable[Message],
+        clients: Mapping[int, int],
+        request: Request,
+        last: Sequence[int] | Mapping[int, int],
     ) -> None:
         alike = ConfigRecord({**request.task, "previous": 0})
         begin = request.task["exchange"] - request.task["round"]
         for message in outgoing:
             client = clients[message.metadata.dst_node_id]
-            previous = request.presence.previous[client]
+            previous = last[client]
             task = alike.copy()
             task["previous"] = previous
             records = dict(message.content) | {"task": task}
@@ -129,6 +179,9 @@ class Exchanges:
         )
         whole = {client: each for client, each in replies.items() if not each.has_error()}
         accepted, wrong = self.checks.accept(whole, expected)
+        for client in wrong:
+            with suppress(Exception):  # its steps are charged, although its update is not used
+                self.heads.take(client, whole[client])
         rejected = [
             _absence(
                 request,

@@ -41,6 +41,7 @@ from perdure.errors import (
     PrivacyError,
     RunawayError,
 )
+from perdure.federated.client_store import LostStateError
 from perdure.federated.held_arrays import copied
 from perdure.federated.messages import to_record
 from perdure.types import Params
@@ -56,7 +57,7 @@ CLIENT_FAILED = 2
 UNREACHABLE = {3, 4, 5}
 """Flower's codes of errors for messages and replies that did not arrive."""
 TELLING_NOTHING: frozenset[type[Exception]] = frozenset(
-    {BudgetError, FederationError, GuardError, LedgerError}
+    {BudgetError, FederationError, GuardError, LedgerError, LostStateError}
 )
 """Errors of a private client whose text may go to the server, because it has no value of a record.
 
