@@ -16,6 +16,7 @@ with warnings.catch_warnings():
     # Flower imports typer, which uses names that click has deprecated
     warnings.filterwarnings("ignore", "'click.utils", DeprecationWarning)
     from perdure.federated.client import client_app
+    from perdure.federated.ensemble_distillation import EnsembleDistillation
     from perdure.federated.flower_adapter import InProcessGrid
     from perdure.federated.pre_aggregators import (
         Buckets,
@@ -30,6 +31,7 @@ with warnings.catch_warnings():
 __all__ = [
     "Buckets",
     "ClipUpdates",
+    "EnsembleDistillation",
     "Federation",
     "InProcessGrid",
     "NearestNeighbours",
