@@ -16,6 +16,8 @@ class Attendance:
         federation: settings, which draw the clients of a training round.
         all_consolidate: function from an experience's index to True if all clients take part in its
             consolidation, and to False if only the clients that trained in it do.
+        holds: function from a client and an experience to False if the client does not hold it, and
+            is not asked for it.
         exchange: number of the next exchange.
         previous: last earlier exchange of each client, from a checkpoint; None for a new run.
     """
@@ -24,11 +26,13 @@ class Attendance:
         self,
         federation: Federation,
         all_consolidate: Callable[[int], bool],
+        holds: Callable[[int, int], bool] = lambda client, experience: True,
         exchange: int = 0,
         previous: Sequence[int] | None = None,
     ) -> None:
         self._federation = federation
         self._all_consolidate = all_consolidate
+        self._holds = holds
         self._asked: list[int] | None = None
         self._previous = list(previous or [FRESH] * federation.clients)
         self.exchange = exchange
@@ -63,8 +67,8 @@ class Attendance:
         federation = self._federation
         experience, number = divmod(self.exchange, federation.rounds + 1)
         if number < federation.rounds:
-            return federation.cohort(experience, number)
+            return federation.cohort(experience, number, lambda each: self._holds(each, experience))
         if self._all_consolidate(experience):
-            return list(range(federation.clients))
+            return [each for each in range(federation.clients) if self._holds(each, experience)]
         first = self.exchange - number
         return [client for client, last in enumerate(self._previous) if last >= first]

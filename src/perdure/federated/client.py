@@ -28,6 +28,7 @@ from perdure.data.experience import Stream
 from perdure.data.record_identity import refuse_records_in_two_partitions
 from perdure.errors import FederationError, LedgerError
 from perdure.federated.client_store import FRESH, ClientSession, restore, save
+from perdure.federated.client_streams import held_experiences, without_gaps
 from perdure.federated.flower_adapter import error_reply
 from perdure.federated.held_arrays import message_of
 from perdure.federated.ledger_heads import LEDGER, reported, require_known
@@ -73,6 +74,7 @@ class ClientSessions:
         self._distinct = distinct
         self._streams: dict[int, Stream] = {}
         self._seats: dict[int, ClientSession] = {}
+        self._holdings: dict[int, list[int]] = {}
         self._open: Learner | None = None
         self._first: Learner | None = None
         self._sharing: list[ReferenceType[Learner]] = []
@@ -96,7 +98,9 @@ class ClientSessions:
         if seat and seat.exchange == exchange != FRESH and self._held(seat.learner):
             return seat
         self.private = True  # the message of a later error may contain values of a record
-        learner, stream = self._make(client)
+        learner, whole = self._make(client)
+        stream = without_gaps(whole)
+        self._holdings[client] = held_experiences(whole)
         set_local_work(learner, task)
         self.private = learner.privacy is not None
         refuse_folder(learner.folder, client)
@@ -119,6 +123,20 @@ class ClientSessions:
             share_memory(received, shared(self._first.model))
             self._sharing.append(ref(learner))
         return restore(learner, exchange)
+
+    def own_index(self, client: int, experience: int) -> int:
+        """Return the index of the federation's experience in the client's stream without gaps.
+
+        Raises:
+            FederationError: if the client does not hold it.
+        """
+        held = self._holdings[client]
+        if experience not in held:
+            raise FederationError(
+                f"the client was asked for experience {experience}; allowed: {held}, of which it "
+                "has records; give the server the sizes that the client declares"
+            )
+        return held.index(experience)
 
     def declared_sizes(self, client: int) -> list[int]:
         """Return the declared number of a client's records in every experience."""
@@ -247,6 +265,7 @@ def _opened(
     sent_task = cast(ConfigRecord, message.content["task"])
     task = {name: int(cast(int, value)) for name, value in sent_task.items()}
     seat = seats.take(_number(context), task)
+    task["experience"] = seats.own_index(_number(context), task["experience"])
     learner = seat.learner
     refuse_privacy(learner, _number(context), asked=bool(task["private"]))
     private_sum = learner.private_sum

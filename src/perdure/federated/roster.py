@@ -64,6 +64,11 @@ class Roster:
         """Return True if the node of a client is connected now."""
         return self.nodes.get(client) in self._connected
 
+    def holds(self, client: int, experience: int) -> bool:
+        """Return False if a client has declared that it holds no record of an experience."""
+        sizes = self.sizes.get(client)
+        return sizes is None or (experience < len(sizes) and sizes[experience] > 0)
+
     def refresh(self, grid: Grid) -> None:
         """Look which nodes are connected, and ask new ones for their partitions."""
         self._connected = set(grid.get_node_ids())

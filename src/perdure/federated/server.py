@@ -30,6 +30,7 @@ from perdure.federated.aggregation import aggregated
 from perdure.federated.attendance import Attendance
 from perdure.federated.averaging import ready
 from perdure.federated.client import ClientSessions, app_of
+from perdure.federated.client_streams import union, without_gaps
 from perdure.federated.exchanges import Exchanges, Request
 from perdure.federated.flower_adapter import (
     Cohort,
@@ -79,9 +80,7 @@ POINTS = (
     "checkpoint.begin",
     "checkpoint.end",
 )
-"""Points at which callbacks are called, and at which tests stop a run to check that it resumes
-bit-identically.
-"""
+"""Points at which callbacks are called, and at which tests stop and resume a run."""
 
 
 @dataclass(kw_only=True)
@@ -136,7 +135,7 @@ class Server:
         given = None if self.sizes is None else dict(enumerate(map(list, self.sizes)))
         self._roster = Roster(self.federation.clients, given)
         self._exchanges = Exchanges(self.federation, self._roster)
-        self._attendance = Attendance(self.federation, self._all_consolidate)
+        self._attendance = self._attend()
 
     @property
     def heads(self) -> ClientHeads:
@@ -332,12 +331,13 @@ class Server:
         }
         self.learner.restore_checkpoint(snapshot, where=self.folder)
         remind(self._aggregator, cut, snapshot.facts["aggregator"])
-        exchange, previous = snapshot.facts["exchange"], snapshot.facts["previous"]
-        self._attendance = Attendance(
-            self.federation, self._all_consolidate, exchange=exchange, previous=previous
-        )
+        self._attendance = self._attend(snapshot.facts["exchange"], snapshot.facts["previous"])
         self._exchanges.checks = ReplyChecks(snapshot.facts["norms"])
         self._exchanges.heads = ClientHeads(snapshot.facts[HEADS])
+
+    def _attend(self, exchange: int = 0, previous: Sequence[int] | None = None) -> Attendance:
+        holds = self._roster.holds
+        return Attendance(self.federation, self._all_consolidate, holds, exchange, previous)
 
     def _notify(self, point: str) -> None:
         for callback in self.callbacks:
@@ -379,7 +379,8 @@ def run_federation(
         make_learner: function from a client's number to a new learner; all learners must be equal,
             except for effects of the number.
         streams: one stream per client, with the same experiences (see
-            `perdure.data.client_splits`).
+            `perdure.data.client_splits`). A client is not asked for an experience with a declared
+            size of 0, nor for those behind the end of a shorter stream.
         federation: clients, rounds, aggregator.
         folder: folder of the run; None for a run without checkpoints.
         callbacks: called as callback(point, server).
@@ -419,14 +420,15 @@ def run_federation(
     others = (make_learner(client) for client in range(1, federation.clients))
     refuse_parties([party_of(each, i) for i, each in enumerate(chain([learner], others))], folder)
     # checked here, in the process of the records, because a client's error goes to the server
+    own = [without_gaps(stream) for stream in streams]
     if learner.privacy:
-        refuse_records_in_two_partitions(streams)
-    check_streams(streams, training=bool(learner.privacy))
+        refuse_records_in_two_partitions(own)
+    check_streams(own, training=bool(learner.privacy))
     seats = ClientSessions(lambda n: (make_learner(n), streams[n]), folder, distinct=True)
     client = app_of(seats)
     server = Server(
         learner=learner,
-        stream=streams[0],
+        stream=union(streams),
         federation=federation,
         folder=folder,
         callbacks=callbacks,
@@ -484,9 +486,6 @@ def fit_federated(
         show_progress=show_progress,
     )
     return torch.tensor(server.learner.matrix, dtype=torch.float64)
-
-
-# --------------------------------------------------------------------------- pieces
 
 
 def public(stream: Stream) -> Stream:

@@ -1,7 +1,7 @@
 """Settings of a federation: number of clients, rounds and aggregator."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -114,16 +114,23 @@ class Federation(CheckedFields):
                     f"federation.aggregator = {kind.__name__} is not allowed: {reason}; use FedAvg"
                 )
 
-    def cohort(self, experience: int, number: int) -> list[int]:
+    def cohort(
+        self, experience: int, number: int, holds: Callable[[int], bool] = lambda client: True
+    ) -> list[int]:
         """Clients that train in round `number` of the experience, ascending.
 
-        The result depends on the seed only.
+        The result depends on the seed, and on the clients that hold the experience.
+
+        Args:
+            experience: index of the experience.
+            number: number of the round.
+            holds: function from a client's number to True if it holds the experience.
         """
-        size = max(1, round(self.fraction * self.clients))
         order = torch.randperm(
             self.clients, generator=generator(self.seed, "cohort", experience, number)
         )
-        return sorted(order[:size].tolist())
+        holders = [client for client in order.tolist() if holds(client)]
+        return sorted(holders[: max(1, round(self.fraction * len(holders)))])
 
     @property
     def local_work(self) -> dict[str, int]:

@@ -1,0 +1,77 @@
+"""Clients with gaps, that join late or leave, are asked for the experiences that they hold."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from helpers.federations import SIMULATED, maker, outcome, short
+from perdure.data import iid
+from perdure.federated import Federation, Server, client_app, run_federation
+from perdure.federated.client_streams import held_experiences, union, without_gaps
+from perdure.federated.flower_adapter import InProcessGrid
+from perdure.strategies import EWC, Combine, Replay
+
+FEDERATION = Federation(clients=3, rounds=1)
+
+
+def gap(stream, *indices):
+    """Return the stream with no records in some experiences."""
+    parts = list(stream.experiences)
+    for index in indices:
+        none = parts[index].train.take(torch.empty(0, dtype=torch.int64))
+        parts[index] = replace(parts[index], train=replace(none, declared_size=0))
+    return replace(stream, experiences=tuple(parts))
+
+
+@pytest.fixture(scope="module")
+def parties(stream):
+    """Streams of a client that stays, of one that leaves, and of one that joins late."""
+    first, second, third = iid(short(stream, 3), clients=3, min_size=8, exact=False)
+    return [first, replace(second, experiences=second.experiences[:2]), gap(third, 0)]
+
+
+def asked(make, streams, **options):
+    heard = []
+
+    def listen(message):
+        task = message.content.get("task", {}) if not message.has_error() else {}
+        if "experience" in task:
+            kind = message.metadata.message_type
+            heard.append((kind, task["experience"], message.metadata.dst_node_id - 1))
+
+    return run_federation(make, streams, FEDERATION, listen=listen, **options), heard
+
+
+@pytest.mark.parametrize("privacy", [None, SIMULATED], ids=["plain", "private"])
+def test_clients_are_asked_for_the_experiences_they_hold(stream, parties, privacy):
+    strategy = Combine(EWC(strength=1.0), Replay(memory_size=20))
+    make = maker(stream, strategy, iterations=1, blocks=1, privacy=privacy)
+    server, heard = asked(make, parties)
+    holders = {0: {0, 1}, 1: {0, 1, 2}, 2: {0, 2}}
+    for kind in ("train", "train.finish"):
+        for experience, clients in holders.items():
+            assert {c for k, e, c in heard if (k, e) == (kind, experience)} == clients
+    assert server.absences == []
+    assert len(server.learner.matrix) == 3
+
+
+def test_a_server_that_asks_for_sizes_gives_the_same_result(stream, parties):
+    make = maker(stream, EWC(strength=1.0), iterations=1, blocks=1)
+    known, _ = asked(make, parties)
+    server = Server(learner=make(0), stream=union(parties), federation=FEDERATION)
+    app = client_app(lambda number: (make(number), parties[number]))
+    with InProcessGrid(app, 3).running() as grid:
+        server.serve(grid)
+    assert outcome(server.learner) == outcome(known.learner)
+
+
+def test_the_union_has_every_experience_of_a_holder(parties):
+    assert [held_experiences(each) for each in parties] == [[0, 1, 2], [0, 1], [1, 2]]
+    late = without_gaps(parties[2])
+    assert [each.index for each in late] == [0, 1]
+    assert late[0].train is parties[2][1].train
+    assert without_gaps(parties[0]) is parties[0]
+    whole = union([parties[2], parties[1]])
+    assert [each.train.declared_size > 0 for each in whole] == [True] * 3
+    assert whole[0] is parties[1][0]
