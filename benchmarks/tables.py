@@ -196,6 +196,17 @@ TABLES: dict[str, Listing] = {
             "peak, MiB": "{peak_mib:.0f}",
         },
     ),
+    "explanation_drift": Listing(
+        file="explanation_drift",
+        columns={
+            "scenario": "{scenario}",
+            "strategy": "{strategy}",
+            "accuracy": "{average_accuracy:.1f} ({average_accuracy_error:.1f})",
+            "forgetting": "{forgetting:.1f} ({forgetting_error:.1f})",
+            "rank correlation": "{reason_correlation:.2f} ({reason_correlation_error:.2f})",
+            "same top": "{reason_overlap:.2f} ({reason_overlap_error:.2f})",
+        },
+    ),
     "noise": Pivot(
         file="noise",
         columns={"numbers": "{numbers}"},
