@@ -200,6 +200,7 @@ WRONG = {
     ("training", "batch_size"): COUNTS,
     ("training", "reset_optimizer"): SWITCH,
     ("training", "precision"): CHOICES,
+    ("training", "compile"): SWITCH,
     ("private_training", "learning_rate"): POSITIVE,
     ("private_training", "optimizer"): CHOICES,
     ("federation", "clients"): COUNTS,
@@ -348,6 +349,15 @@ def test_an_unknown_config_field_is_refused_with_the_known_names(table):
     assert message.startswith(f"{table}.colour = 'red'" if table else "colour = 'red'")
     first = fields(CLASSES[table] if table else Config)[0].name
     assert f"one of the fields {first}" in message
+
+
+@pytest.mark.parametrize(
+    ("table", "key", "meant"),
+    [("", "trainig", "training"), ("training", "epoch", "epochs"), ("data", "experience", None)],
+)
+def test_an_unknown_field_proposes_the_nearest_one(table, key, meant):
+    message = refusal(with_field(table, key, "3"))
+    assert message.endswith(f"; did you mean {meant or 'experiences'!r}?")
 
 
 def test_a_line_break_in_a_field_name_gives_a_one_line_error():

@@ -52,6 +52,17 @@ def test_the_robust_matrix_lies_below_the_accuracy_matrix(attacked):
     assert arm["standard_error"]["robust_forgetting"] >= 0
 
 
+def test_the_monitor_takes_the_accuracies_of_the_attack(attacked):
+    result, folder = attacked
+    [arm] = result["arms"]
+    last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[4])["robustness"]
+    found = [each for each in arm["seeds"][0]["findings"] if each["rule"] == "fragile to attacks"]
+    shares = [sum(last["robust"]) / sum(last["clean"])]
+    assert [each["measured"] for each in found] == pytest.approx(
+        [share for share in shares if share < 0.7]
+    )
+
+
 def test_the_log_and_the_report_have_the_robust_rows(attacked):
     result, folder = attacked
     [arm] = result["arms"]

@@ -12,9 +12,18 @@ from perdure.learner.progress import display
 from perdure.privacy import Privacy
 
 LINE = re.compile(
-    r"training (25|50|75) %, (experience [12]/2, step [1-4]/4, [\d.e+]+ steps/s|1/2 experiences)"
-    r"(, accuracy [\d.]+ %)?(, loss [\d.e-]+)?, \d+ s left"
+    r"training (25|50|75) %, (accuracy [\d.]+ %, )?"
+    r"(experience [12]/2, step [1-4]/4, [\d.e+]+ steps/s|1/2 experiences)"
+    r"(, loss [\d.e-]+)?, \d+ s left"
 )
+
+
+def test_a_bar_of_eighty_columns_has_room_for_the_accuracy():
+    state = "accuracy 97.31 %, experience 2/5, step 40/200"
+    written = io.StringIO()
+    with display(Console(file=written, force_terminal=True, width=80)) as show:
+        show("naive-plain", 0.3, state)
+    assert "accuracy 97.31 %, experience 2/5" in written.getvalue()
 
 
 def test_a_display_has_bars_on_a_terminal_and_lines_in_a_pipe():

@@ -10,6 +10,7 @@ from perdure.data.records import Records
 from perdure.errors import ConfigError
 from perdure.tasks import SingleLabel
 from perdure.utils.checked_arguments import checked_arguments
+from perdure.utils.extras import imported
 from perdure.utils.hashing import hashed
 from perdure.utils.seeding import derive
 
@@ -84,14 +85,8 @@ def _refuse_synthesis(records: Records, method: str, fewest: int) -> None:
 
 def _sampler(method: Method, seed: int, neighbours: int) -> Any:
     """Make the sampler of imbalanced-learn."""
-    try:
-        from imblearn import over_sampling, under_sampling
-    except ImportError:
-        raise ConfigError(
-            "imbalanced-learn is not installed, and resampled needs it; install it with pip "
-            "install 'perdure[cleaning]'"
-        ) from None
-
+    over_sampling = imported("imblearn.over_sampling", "cleaning", "resampled")
+    under_sampling = imported("imblearn.under_sampling", "cleaning", "resampled")
     if method == "oversample":
         return over_sampling.RandomOverSampler(random_state=seed)
     if method == "undersample":

@@ -85,6 +85,15 @@ class Monitor(CheckedFields):
         self._rules = [each for each in made if type(each).watch is not Rule.watch]
         self._stages = StageRecorder(attack=self.attack)
 
+    def take_attack(self, clean: float, attacked: float) -> None:
+        """Take accuracies that the caller has measured, so that the attack is not run again.
+
+        Args:
+            clean: accuracy over the test records of all stages so far, in percent.
+            attacked: accuracy on them under `attack`.
+        """
+        self._stages.under_attack = (clean, attacked)
+
     @property
     def findings(self) -> list[Finding]:
         """Findings so far, in the order of repair; one that another one explains is left out."""

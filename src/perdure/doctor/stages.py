@@ -24,9 +24,11 @@ class StageRecorder:
 
     Args:
         attack: attack that is tried at the end of the stream; None for none.
+        under_attack: accuracies without and with it, if they are known; None to measure them.
     """
 
     attack: Attack | None = None
+    under_attack: tuple[float, float] | None = None
     _learnt: dict[int, float] = field(default_factory=dict)
     _bytes: dict[int, int] = field(default_factory=dict)
 
@@ -57,6 +59,21 @@ class StageRecorder:
     def _under_attack(self, trace: Trace, learner: Learner) -> Trace:
         """Add the accuracies with and without the attack, over public records of all stages."""
         assert self.attack is not None
+        known = self.under_attack or self._measured_attack(learner, self.attack)
+        if known is None:
+            return trace
+        epsilon = self.attack.epsilon
+        radius = max(epsilon) if isinstance(epsilon, tuple) else epsilon
+        return replace(
+            trace,
+            clean=known[0],
+            attacked=known[1],
+            attack_epsilon=float(radius),
+            adversary=learner.adversary,
+        )
+
+    def _measured_attack(self, learner: Learner, attack: Attack) -> tuple[float, float] | None:
+        """Return the accuracies without and with the attack, in percent; None without classes."""
         tests = [stage.test.take(slice(0, ROWS)) for stage in learner.stream.stages]
         last = len(learner.stream) - 1
         numbers = []
@@ -68,20 +85,12 @@ class StageRecorder:
             with torch.no_grad(), evaluating(learner.model):
                 right = predict(inputs).argmax(-1) == labels
             draws = generator(0, "doctor", "attack", stage.number)
-            under = robust_accuracy(predict, inputs, labels, self.attack, generator=draws)
+            under = robust_accuracy(predict, inputs, labels, attack, generator=draws)
             numbers.append((100 * float(right.float().mean()), under))
         if not numbers:
-            return trace
+            return None
         clean, attacked = (sum(each) / len(numbers) for each in zip(*numbers, strict=True))
-        epsilon = self.attack.epsilon
-        radius = max(epsilon) if isinstance(epsilon, tuple) else epsilon
-        return replace(
-            trace,
-            clean=clean,
-            attacked=attacked,
-            attack_epsilon=float(radius),
-            adversary=learner.adversary,
-        )
+        return clean, attacked
 
 
 def _own(learner: Learner, ended: int) -> Tensor:

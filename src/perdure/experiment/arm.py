@@ -31,6 +31,7 @@ from perdure.experiment.results import (
     spending,
 )
 from perdure.experiment.robustness import (
+    RobustnessRow,
     robust_numbers,
     robustness_after,
     without_robustness,
@@ -169,6 +170,7 @@ class ArmRun:
             privacy=config.privacy if private else None,
             reset_optimizer=training.reset_optimizer,
             precision=training.precision,
+            compile=training.compile,
             adversary=self._adversary,
             views=training.views.views if training.views else None,
             mixing=training.mixing.mixing if training.mixing else None,
@@ -376,6 +378,8 @@ class ArmRun:
             index = len(learner.matrix) - 1
             self._explain(learner, index)
             self._log(learner, index)
+            if self._attack is not None and self.monitor.attack == self._attack:
+                self._tell_monitor(self.log.rows[self.name, index]["robustness"])
             write_json(self._clock, self._seconds())
             write_json(self._watched, list(map(finding_row, self._watched_findings())))
 
@@ -404,6 +408,11 @@ class ArmRun:
                 learner, self.stream, self.config.explain, self.folder, index, self.config.seed
             )
         self.log.append(row)
+
+    def _tell_monitor(self, row: RobustnessRow) -> None:
+        """Give the monitor the accuracies under the attack, which it would measure again."""
+        clean, robust = (sum(each) / len(each) for each in (row["clean"], row["robust"]))
+        self.monitor.take_attack(clean, robust)
 
     @cached_property
     def _attack(self) -> Attack | None:

@@ -16,6 +16,7 @@ from perdure.errors import ConfigError
 from perdure.experiment.from_tables import checked_value, described, key_text
 from perdure.utils.checked_fields import type_of
 from perdure.utils.extensions import MODULE_AND_NAME
+from perdure.utils.near_names import did_you_mean
 
 REQUIRED = inspect.Parameter.empty
 """Value of `Parameter.default` for a parameter that a config must give."""
@@ -79,6 +80,7 @@ def arguments(
     for name in table:
         if name not in known:
             allowed = f"one of the fields {', '.join(known)}" if known else "no further fields"
+            allowed += did_you_mean(name, known)
             raise ConfigError.of(f"{where}.{key_text(name)}", table[name], allowed)
     for name, each in known.items():
         if each.default is REQUIRED and name not in table:

@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from perdure.errors import ConfigError
 from perdure.experiment.compared_runs import NUMBERS, numbers
 from perdure.experiment.result_schema import Result, checked
+from perdure.utils.extras import imported
 
 COLUMNS = ("arm", "strategy", "options", "private", "seed", "failure", *NUMBERS)
 """Columns of the table of one result."""
@@ -48,10 +48,5 @@ def data_frame(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> Any
     Raises:
         ConfigError: without pandas.
     """
-    try:
-        import pandas as pd
-    except ImportError:
-        raise ConfigError(
-            "pandas is not installed, and to_pandas needs it; pip install 'perdure[tables]'"
-        ) from None
+    pd = imported("pandas", "tables", "to_pandas")
     return pd.DataFrame(rows, columns=list(columns))

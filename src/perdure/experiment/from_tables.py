@@ -12,6 +12,7 @@ from dataclasses import MISSING, fields
 from typing import Any, Literal, TypeVar
 
 from perdure.errors import ConfigError
+from perdure.utils.near_names import did_you_mean
 
 T = TypeVar("T")
 
@@ -74,9 +75,8 @@ def build(cls: type[T], table: Mapping[str, Any], where: str) -> T:
     prefix = f"{where}." if where else ""
     for name in table:
         if name not in known:
-            raise ConfigError.of(
-                f"{prefix}{key_text(name)}", table[name], f"one of the fields {', '.join(known)}"
-            )
+            allowed = f"one of the fields {', '.join(known)}{did_you_mean(name, known)}"
+            raise ConfigError.of(f"{prefix}{key_text(name)}", table[name], allowed)
     required = [
         n for n, f in known.items() if f.default is MISSING and f.default_factory is MISSING
     ]

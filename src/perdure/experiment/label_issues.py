@@ -13,6 +13,7 @@ from perdure.errors import ConfigError
 from perdure.experiment.folds import NewLearners, Splitter, folds
 from perdure.learner.learner import Learner
 from perdure.tasks import SingleLabel
+from perdure.utils.extras import imported
 
 if TYPE_CHECKING:
     import numpy as np
@@ -112,12 +113,8 @@ def _suspicious(labels: "NDArray[np.int64]", probabilities: "NDArray[np.float64]
         labels: (n,) given labels.
         probabilities: (n, C) probabilities of a model that was not trained on the row.
     """
-    try:
-        from cleanlab.filter import find_label_issues as of_cleanlab
-    except ImportError:
-        raise ConfigError(
-            "cleanlab is not installed, and find_label_issues needs it; install it with pip "
-            "install 'perdure[cleaning]'"
-        ) from None
-    found = of_cleanlab(labels, probabilities, return_indices_ranked_by="self_confidence", n_jobs=1)
+    cleanlab = imported("cleanlab.filter", "cleaning", "find_label_issues")
+    found = cleanlab.find_label_issues(
+        labels, probabilities, return_indices_ranked_by="self_confidence", n_jobs=1
+    )
     return torch.from_numpy(found).long()

@@ -164,6 +164,7 @@ class TrainingConfig(CheckedFields):
             measured, too.
         reset_optimizer: start every experience with a fresh optimiser.
         precision: number format of the passes through the model during training.
+        compile: compile the model by `torch.compile`; not for private arms.
         adversary: attack that moves every batch before its gradient (adversarial training).
         views: random versions of every record (augmentation).
         mixing: mixed pairs of records (mixup or CutMix); not for private arms.
@@ -201,6 +202,7 @@ class TrainingConfig(CheckedFields):
     evaluate_every: int | None = None
     reset_optimizer: bool = False
     precision: Literal["float32", "bfloat16"] = "float32"
+    compile: bool = False
     adversary: AttackConfig | None = None
     views: ViewsConfig | None = None
     mixing: MixingConfig | None = None

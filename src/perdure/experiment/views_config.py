@@ -12,6 +12,7 @@ from perdure.experiment.calls import REQUIRED, arguments, of_module, parameters
 from perdure.experiment.from_tables import checked_value, key_text, named_option, placed
 from perdure.learner.optimizers import first_line
 from perdure.utils.checked_fields import CheckedFields
+from perdure.utils.near_names import did_you_mean
 
 CHANGES: dict[str, Callable[..., Callable[[Tensor], Tensor]]] = {"shift_and_flip": shift_and_flip}
 """Functions that return a random change of records, by their names in a table of views."""
@@ -115,7 +116,8 @@ def _change(name: str, options: Mapping[str, Any], where: str, *, key: str) -> C
     for option, value in options.items():
         if option not in known:
             allowed = f"one of the arguments {', '.join(known)}" if known else "no arguments"
-            raise ConfigError.of(f"{where}.{key_text(option)}", value, f"{allowed} of {name}")
+            allowed += f" of {name}{did_you_mean(option, known)}"
+            raise ConfigError.of(f"{where}.{key_text(option)}", value, allowed)
     for option, each in known.items():
         if each.default is REQUIRED and option not in options:
             raise ConfigError(f"{where}.{option} is missing; allowed: an argument of {name}")

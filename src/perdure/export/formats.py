@@ -14,6 +14,7 @@ from torch.export import ExportedProgram
 
 from perdure.errors import ConfigError, ExportError
 from perdure.export.predictor import STATE, WEIGHTS, Predictor, read_predictor, write_predictor
+from perdure.utils.extras import imported
 
 Runner = Callable[..., Tensor]
 """Function that runs exported files: from inputs (n, ...) to outputs.
@@ -108,7 +109,8 @@ class Onnx(Format):
 
     def write(self, predictor: Predictor, row: Tensor, folder: Path) -> None:
         """Trace the predictor and write the graph."""
-        _require_packages("onnx", "onnxscript", "onnxruntime")
+        for package in ("onnx", "onnxscript", "onnxruntime"):
+            imported(package, "export", f"the format {self.name}")
         program = traced(predictor, row)
         names = [INPUTS, TASK][: 1 + predictor.by_task]
         with _told(self.name):
@@ -212,14 +214,3 @@ def _told(name: str) -> Iterator[None]:
             "allowed: a model and a strategy that torch.export can trace; use tensor operations "
             "instead of Python branches on values, or export to safetensors"
         ) from error
-
-
-def _require_packages(*names: str) -> None:
-    from importlib.util import find_spec
-
-    missing = [name for name in names if find_spec(name) is None]
-    if missing:
-        raise ConfigError(
-            f"the package {missing[0]} is not installed; install it with "
-            "pip install 'perdure[export]'"
-        )

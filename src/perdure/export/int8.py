@@ -6,6 +6,7 @@ import warnings
 from torch import nn
 
 from perdure.errors import ConfigError
+from perdure.utils.extras import imported
 
 
 def quantise(model: nn.Module) -> None:
@@ -22,18 +23,12 @@ def quantise(model: nn.Module) -> None:
     """
     if not any(isinstance(part, nn.Linear) for part in model.modules()):
         raise ConfigError.of("int8", True, "only for a model with an nn.Linear layer")
-    try:
-        # its source has escapes that newer Pythons warn of when they compile it
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
-            from torchao.quantization import Int8WeightOnlyConfig, quantize_
-            from torchao.utils import unwrap_tensor_subclass
-
-            quantize_(model, Int8WeightOnlyConfig(version=2))
-            # plain tensors: the artifact needs no torchao
-            unwrap_tensor_subclass(model)
-    except ImportError:
-        raise ConfigError(
-            "the package torchao is not installed; install it with pip install 'perdure[export]'"
-        ) from None
+    # its source has escapes that newer Pythons warn of when they compile it
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
+        quantization = imported("torchao.quantization", "export", "int8")
+        utils = imported("torchao.utils", "export", "int8")
+        quantization.quantize_(model, quantization.Int8WeightOnlyConfig(version=2))
+        # plain tensors: the artifact needs no torchao
+        utils.unwrap_tensor_subclass(model)

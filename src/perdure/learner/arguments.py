@@ -48,6 +48,7 @@ PLAIN = (
     "validation",
     "group_weights",
     "fine_tune",
+    "compile",
 )
 """Arguments that are checked by their annotations alone; the folder may also be text."""
 LARGEST = 1e9
@@ -145,7 +146,9 @@ def _check_strategy(strategy: object) -> None:
     raise ConfigError.of("strategy", strategy, f"an instance of a strategy, such as {written}")
 
 
-def plain_model(model: nn.Module, privacy: Privacy | None, place: str | device) -> nn.Module:
+def plain_model(
+    model: nn.Module, privacy: Privacy | None, place: str | device, *, compiled: bool = False
+) -> nn.Module:
     """Return the model on its device, without wrappers of Opacus.
 
     Raises:
@@ -156,6 +159,14 @@ def plain_model(model: nn.Module, privacy: Privacy | None, place: str | device) 
 
         model = unwrapped(model, known=not privacy or bool(privacy.spent))
     on_device(model, place)
+    if compiled:
+        if privacy:
+            allowed = (
+                "False under privacy: other code is made for another number of rows, which the "
+                "guard cannot test"
+            )
+            raise ConfigError.of("compile", True, allowed)
+        model.compile()  # at its first pass; names and values of its parameters stay
     return model
 
 

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.util import find_spec
 
 from torch import Tensor
 
@@ -13,8 +12,7 @@ from perdure.errors import ConfigError
 from perdure.learner.evaluation import refuse_learnt, trained_last
 from perdure.learner.learner import Learner
 from perdure.tasks import SingleLabel, refuse_other_tasks
-
-EXTRA = "the package fairlearn is not installed; install it with pip install 'perdure[fairness]'"
+from perdure.utils.extras import imported
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,8 +97,7 @@ def refuse_groups(stream: Stream, groups: Groups) -> None:
     positive = groups.positive
     if positive is not None and positive >= stream.num_classes:
         raise ConfigError.of("positive", positive, f"a class, 0 to {stream.num_classes - 1}")
-    if find_spec("fairlearn") is None:
-        raise ConfigError(EXTRA)
+    imported("fairlearn.metrics", "fairness", "groups")
     for stage in stream.stages:
         if len(stage.test):
             group_of(stage.test, groups.attribute)

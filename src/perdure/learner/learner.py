@@ -109,21 +109,19 @@ class Learner(SessionFront):
         sharpness: SAM() for gradients at the worst parameters nearby; None for plain ones.
         l1: factor of the sum of absolute values of the trained parameters in the loss.
         l2: factor of half the sum of their squares, added to the loss by its gradient.
-        gradient_noise: variance of normal noise on the gradient in the first step of an experience;
-            in step t it is divided by (1 + t)^0.55.
-        weight_noise: standard deviation of normal noise on the trained parameters, drawn for each
-            step and in effect only while its gradient is computed.
+        gradient_noise: variance of normal noise on the gradient in step 0, over (1 + t)^0.55 later.
+        weight_noise: deviation of normal noise on the parameters while each gradient is computed.
         validation: measurements on validation records in `fit`, which end an experience early or
             choose its best parameters; None for none.
         loss: training loss of every record (see `perdure.tasks.losses`); None for the task's.
-        max_grad_norm: largest L2 norm of the whole gradient, after penalty and projection, as
-            `torch.nn.utils.clip_grad_norm_`; None for no bound. Under privacy it costs nothing.
+        max_grad_norm: largest L2 norm of the gradient after penalty and projection; None: any.
         processes: number of processes that divide every batch, started by `torchrun`; process 0
             alone has callbacks, folder and ledger. 1 for this process only.
         mixing: mixed pairs of records, Mixup() or CutMix(); refused under privacy.
         group_weights: factors of the losses of groups of records, from declared counts.
         fine_tune: parameters to train: "all", "head", or beginnings of names; None: as they are.
         defence: losses of rows and their perturbed versions, as TRADES(); None: perturbed rows.
+        compile: compile the model by `torch.compile`; refused under privacy.
     """
 
     model: nn.Module
@@ -167,6 +165,7 @@ class Learner(SessionFront):
     group_weights: GroupWeights | None = None
     fine_tune: Train | None = None
     defence: Defence | None = None
+    compile: bool = False
     _session: Session | None = field(default=None, init=False, repr=False)
     _validator: Validator | None = field(default=None, init=False, repr=False)
     _rates: ReplayedRates | None = field(default=None, init=False, repr=False)
@@ -305,12 +304,13 @@ class Learner(SessionFront):
             defence=self.defence,
         )
         if self.folder or self.driven_by or self._group:
-            validated = {"validation": self.validation.settings()} if self.validation else {}
+            given: dict[str, object] = {"compile": True} if self.compile else {}
+            given |= {"validation": self.validation.settings()} if self.validation else {}
             self.fingerprint = fingerprint_of(
                 self._session,
                 optimizer=self.optimizer,
                 scheduler=self.scheduler,
-                extra={"reset_optimizer": self.reset_optimizer, **validated, **self.driven_by},
+                extra={"reset_optimizer": self.reset_optimizer, **given, **self.driven_by},
             )
         if self._group:
             refuse_different(self._group, self.fingerprint, stream)
@@ -447,7 +447,7 @@ class Learner(SessionFront):
         check_fields(self, prefix="", only=PLAIN)
         if self.validation and self.privacy:
             self.validation.refuse_private()
-        self.model = plain_model(self.model, self.privacy, self.device)
+        self.model = plain_model(self.model, self.privacy, self.device, compiled=self.compile)
         choose_trained(self.model, self.fine_tune)
         self._group = joined(self) if self.processes > 1 else None
         self._initial = {name: value.clone() for name, value in self.model.state_dict().items()}

@@ -34,6 +34,10 @@ SHARE = 0.01
 """Share of a training after which it is reported, however short the time is."""
 MOST = 0.99
 """Largest share that is reported before the training has returned."""
+WIDE = 100
+"""Columns of a terminal below which a bar is shorter, so that the state has room beside it."""
+BAR, NARROW_BAR = 20, 6
+"""Columns of a bar."""
 LINES = 4
 """Number of lines for a whole training, where there is no terminal."""
 
@@ -117,7 +121,8 @@ class Watch:
         else:
             words = [f"{here.experience}/{len(learner.stream)} experiences"]
         loss = training_loss(learner)
-        words += [self._found] if self._found else []
+        # a narrow terminal cuts the end
+        words = [self._found, *words] if self._found else words
         words += [] if loss is None else [f"loss {loss:.3g}"]
         self._shown = share
         self._reported = now
@@ -242,11 +247,12 @@ def _bars(console: "Console") -> Iterator[Show]:
     )
     from rich.table import Column
 
+    narrow = console.width < WIDE
     columns = (
         TextColumn("{task.description:16}"),
-        BarColumn(bar_width=20),
+        BarColumn(bar_width=NARROW_BAR if narrow else BAR),
         TaskProgressColumn(),
-        TimeElapsedColumn(),
+        *(() if narrow else (TimeElapsedColumn(),)),
         TimeRemainingColumn(),
         # cut instead of wrapped, so that a bar stays one line in a narrow terminal
         TextColumn("{task.fields[state]}", table_column=Column(no_wrap=True, ratio=1)),

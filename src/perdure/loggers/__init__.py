@@ -8,7 +8,7 @@ To add a logger, add a file `my_logger.py` with one class `MyLogger(Logger)`.
 
 from typing import TYPE_CHECKING, TypeGuard
 
-from perdure.loggers.base import Logger, missing, step_of
+from perdure.loggers.base import Logger, step_of
 from perdure.loggers.mlflow import MLflow
 from perdure.loggers.run_log import LoggedRun, Value, Writer
 from perdure.loggers.tensorboard import TensorBoard
@@ -24,7 +24,6 @@ __all__ = [
     "WandB",
     "Writer",
     "find",
-    "missing",
     "names",
     "step_of",
 ]

@@ -207,10 +207,3 @@ def step_of(learner: Learner) -> int:
     """
     here = learner.position
     return learner.training.steps_before(here.experience) + here.step
-
-
-def missing(package: str, extra: str) -> ConfigError:
-    """Return the error for a logger whose package is not installed."""
-    return ConfigError(
-        f"the package {package} is not installed; install it with pip install 'perdure[{extra}]'"
-    )

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from perdure.loggers.base import Logger, missing
+from perdure.loggers.base import Logger
 from perdure.loggers.run_log import LoggedRun, Value
+from perdure.utils.extras import imported
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -35,17 +36,14 @@ class MLflow(Logger):
         """Open the database, and begin or continue the run. See `Logger.open`."""
         # read at the import of MLflow, which reports its use over the network otherwise
         os.environ.setdefault(TELEMETRY, "true")
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of its own use of other packages
-                logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
-                from mlflow.tracking import MlflowClient
-
-                run.folder.mkdir(parents=True, exist_ok=True)
-                path = (run.folder / "mlflow.db").resolve()
-                client = MlflowClient(tracking_uri=f"sqlite:///{path}")
-        except ImportError:
-            raise missing("mlflow or sqlalchemy", "mlflow") from None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of its own use of other packages
+            logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
+            tracking = imported("mlflow.tracking", "mlflow", "the logger mlflow")
+            imported("sqlalchemy", "mlflow", "the logger mlflow")
+            run.folder.mkdir(parents=True, exist_ok=True)
+            path = (run.folder / "mlflow.db").resolve()
+            client = tracking.MlflowClient(tracking_uri=f"sqlite:///{path}")
         return _RunWriter(client, run)
 
 

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from perdure.loggers.base import Logger, missing
+from perdure.loggers.base import Logger
 from perdure.loggers.run_log import LoggedRun, Value
+from perdure.utils.extras import imported
 
 if TYPE_CHECKING:
     from tensorboard.summary.writer.event_file_writer import EventFileWriter
@@ -25,11 +26,9 @@ class TensorBoard(Logger):
 
     def open(self, run: LoggedRun) -> "_EventWriter":
         """Open an event file. See `Logger.open`."""
-        try:
-            from tensorboard.summary.writer.event_file_writer import EventFileWriter
-        except ImportError:
-            raise missing("tensorboard", "tensorboard") from None
-        writer = _EventWriter(EventFileWriter(str(run.folder / run.project / run.name)))
+        name = "tensorboard.summary.writer.event_file_writer"
+        files = imported(name, "tensorboard", "the logger tensorboard")
+        writer = _EventWriter(files.EventFileWriter(str(run.folder / run.project / run.name)))
         if not run.resumed:
             rows = "".join(f"| {name} | `{text}` |\n" for name, text in run.settings.items())
             writer.describe("settings", f"| setting | value |\n|---|---|\n{rows}", 0)

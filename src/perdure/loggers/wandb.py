@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from perdure.loggers.base import Logger, missing
+from perdure.loggers.base import Logger
 from perdure.loggers.run_log import LoggedRun, Value
+from perdure.utils.extras import imported
 
 STEP = "step"
 """Name of the x axis of all curves."""
@@ -31,10 +32,7 @@ class WandB(Logger):
         """Begin a folder of the run. See `Logger.open`."""
         # its reports of errors go over the network otherwise
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-        try:
-            import wandb
-        except ImportError:
-            raise missing("wandb", "wandb") from None
+        wandb = imported("wandb", "wandb", "the logger wandb")
         run.folder.mkdir(parents=True, exist_ok=True)
         settings = wandb.Settings(
             console="off",

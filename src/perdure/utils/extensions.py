@@ -20,12 +20,12 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import cache
 from importlib.metadata import EntryPoint, EntryPoints, entry_points
 from typing import Any, Generic, TypeGuard, TypeVar
 
 from perdure.errors import ConfigError
+from perdure.utils.near_names import did_you_mean
 
 T = TypeVar("T")
 
@@ -180,8 +180,7 @@ class Extensions(Generic[T]):
 
     def _unknown(self, name: str, field: str) -> ConfigError:
         known = self.names()
-        near = get_close_matches(name, known, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(name, known)
         return ConfigError.of(field, name, f'{", ".join(known)}, or "module:name"{hint}')
 
 
