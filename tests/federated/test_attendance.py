@@ -42,9 +42,9 @@ def test_attendance_draws_the_clients_of_each_round_once(monkeypatch):
     drawn = []
     cohort = Federation.cohort
 
-    def counted(self, experience, number):
+    def counted(self, experience, number, holds):
         drawn.append((experience, number))
-        return cohort(self, experience, number)
+        return cohort(self, experience, number, holds)
 
     monkeypatch.setattr(Federation, "cohort", counted)
     attendance = Attendance(Federation(clients=9, rounds=40, fraction=0.3), lambda _: False)
