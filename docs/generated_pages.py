@@ -40,6 +40,7 @@ PACKAGES = {
     "perdure.doctor": "Examination of a training, findings and remedies",
     "perdure.experiment": "Configured runs and searches",
     "perdure.report": "Reports of runs",
+    "perdure.deployment": "Deployments of a federation",
     "perdure.testing": "Checks for extensions of your own",
 }
 """Public packages, in the order of the site; `perdure.strategies` has a page of its own."""

@@ -27,6 +27,7 @@ LAYERS = (
     {"testing", "doctor"},
     {"experiment"},
     {"report"},
+    {"deployment"},
     {"cli"},
 )
 """Packages, bottom layer first: a package imports packages of lower layers only."""

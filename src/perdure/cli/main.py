@@ -19,6 +19,7 @@ from perdure.cli.command_group import CommandGroup
 from perdure.cli.comparing import compare
 from perdure.cli.consoles import complain, resumable, wide_console
 from perdure.cli.doctor import doctor, heal_run, print_below
+from perdure.cli.federation_app import app as federation_app
 from perdure.cli.local_modules import local_modules
 from perdure.cli.predicting import predict
 from perdure.cli.tuning import tune
@@ -63,6 +64,7 @@ To continue a stopped run, give the same command again.""",
 )
 
 app.add_typer(ledger_cli.app, name="ledger")
+app.add_typer(federation_app, name="app")
 app.command()(export_cli.export)
 app.command()(attack)
 app.command()(compare)

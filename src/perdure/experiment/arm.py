@@ -50,8 +50,11 @@ from perdure.utils.atomic_files import save_tensors, write_json
 from perdure.utils.seeding import generator
 
 if TYPE_CHECKING:
-    from perdure.federated.server import Server
+    from flwr.serverapp import Grid
 
+    from perdure.federated.server import Server, ServerCallback
+
+GridOfTrial = Callable[[str], "Grid"]
 Progress = Callable[[str, float, str], None]
 """Function that is called as progress(arm name, share done, state in words)."""
 
@@ -102,6 +105,8 @@ class ArmRun:
     name: str = ""
     begins: Callable[[], None] = nothing
     """Function that is called before a training of one learner begins."""
+    grid: "GridOfTrial | None" = None
+    """Function from the trial's name to the grid of a deployment; None to train in this process."""
     findings: Sequence[Finding] = ()
     """Findings of the doctor about this arm, for its row of the result."""
     monitor: Monitor = field(default_factory=Monitor)
@@ -308,26 +313,12 @@ class ArmRun:
             learner.callbacks = [*learner.callbacks, *self._loggers(), watch]
             learner.fit(self.stream)
             return learner
-        from perdure.experiment.federation_config import make_aggregator, make_pre_aggregators
-        from perdure.federated import Federation, run_federation
+        from perdure.experiment.served_federation import federation_of, serve_on
+        from perdure.federated import run_federation
         from perdure.federated.progress import ExchangeWatch
 
         chosen = self.config.federation
-        seed = self.config.seed
-        federation = Federation(
-            clients=chosen.clients,
-            rounds=chosen.rounds,
-            local_epochs=chosen.local_epochs,
-            local_steps=chosen.local_steps,
-            fraction=chosen.fraction,
-            aggregator=make_aggregator(chosen.aggregator, chosen.aggregator_options),
-            pre_aggregators=make_pre_aggregators(chosen.pre_aggregators),
-            seed=seed,
-            quorum=chosen.quorum,
-            deadline=chosen.deadline,
-            grace=chosen.grace,
-            max_update_norm=chosen.max_update_norm,
-        )
+        federation = federation_of(chosen, self.config.seed)
         # callbacks that watch a run cannot be sent to Ray's processes
         party = (
             self if chosen.engine == "inprocess" else replace(self, progress=silent, callbacks=())
@@ -335,13 +326,19 @@ class ArmRun:
         exchanges = ExchangeWatch(partial(self.progress, self.name))
         loggers = self._loggers()
         try:
+            make = partial(party.learner, self.stream)
+            streams = client_streams(self.config, self.stream)
+            heard: list[ServerCallback] = [partial(self._hear, loggers), exchanges]
+            if self.grid is not None:
+                grid = self.grid(self.name)
+                return serve_on(grid, make(0), streams, federation, self.folder, heard).learner
             server = run_federation(
-                partial(party.learner, self.stream),
-                client_streams(self.config, self.stream),
+                make,
+                streams,
                 federation,
                 folder=self.folder,
                 engine=chosen.engine,
-                callbacks=[partial(self._hear, loggers), exchanges],
+                callbacks=heard,
                 progress=exchanges.replied,
                 show_progress=False,
                 listen=self.listen,
@@ -439,13 +436,14 @@ class ArmRun:
 
     def _spent(self) -> float | None:
         account = self._account()
-        assert account is None or self.config.privacy is not None
         return (
             account.worst(self.config.privacy.delta)[1] if account and self.config.privacy else None
         )
 
     def _account(self) -> Merged | None:
-        return merge(ledger_files(self.folder)) if self.arm.private else None
+        # in a deployment the sites have the ledgers
+        here = self.arm.private and self.grid is None
+        return merge(ledger_files(self.folder)) if here else None
 
     def _explain(self, learner: Learner, index: int) -> None:
         stages = self.stream.stages

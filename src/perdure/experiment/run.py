@@ -24,7 +24,7 @@ import torch
 
 from perdure.data.experience import Stream
 from perdure.errors import ConfigError, RunError
-from perdure.experiment.arm import ArmRun, Progress, open_stream, silent
+from perdure.experiment.arm import ArmRun, GridOfTrial, Progress, open_stream, silent
 from perdure.experiment.config import Config, read
 from perdure.experiment.examinations import examine_arm
 from perdure.experiment.helping_processes import announce, helped
@@ -72,6 +72,7 @@ def run(
     progress: Progress = silent,
     callbacks: Sequence[Callback] = (),
     examine: Literal["no", "quick", "full"] = "no",
+    grid: GridOfTrial | None = None,
 ) -> Result:
     """Run every arm of a config and write the files of the run; a stopped run continues.
 
@@ -87,6 +88,8 @@ def run(
             `perdure.learner.POINTS`.
         examine: examination by the doctor before the first seed of every arm: none, without trial
             trainings, or in full. Its findings stand in the result.
+        grid: function from a trial's name to the grid of a deployment, whose sites train; None to
+            train here.
 
     Raises:
         RunError: if the folder has a run of another config, is in use, or cannot be written.
@@ -101,8 +104,9 @@ def run(
         torch.set_num_threads(config.threads)
         first = open_stream(config.of_seed(config.all_seeds[0]))
         with helped(config, folder / "config.toml") as processes:
-            rows = _trained(config, first, folder, progress, callbacks, examine, processes)
-        ledgers = [path for name in trials(config) for path in ledger_files(folder / "arms" / name)]
+            rows = _trained(config, first, folder, progress, callbacks, examine, processes, grid)
+        names = trials(config) if grid is None else ()
+        ledgers = [path for name in names for path in ledger_files(folder / "arms" / name)]
         merged = merge(ledgers) if ledgers else None
         if merged:
             merged.export(folder / "ledger.jsonl")
@@ -120,6 +124,7 @@ def _trained(
     callbacks: Sequence[Callback],
     examine: Literal["no", "quick", "full"],
     processes: Processes | None,
+    grid: GridOfTrial | None,
 ) -> dict[str, list[TrialResult]]:
     """Run the trials of every seed, and return the rows of each arm.
 
@@ -131,6 +136,7 @@ def _trained(
         callbacks: callbacks of every learner.
         examine: examination by the doctor.
         processes: processes that divide every batch; None for this process alone.
+        grid: function from a trial's name to the grid of a deployment; None to train here.
     """
     log = MetricsLog(folder / "metrics.jsonl")
     rows: dict[str, list[TrialResult]] = {arm.name: [] for arm in config.arms}
@@ -141,6 +147,7 @@ def _trained(
             name = config.trial(arm, seed)
             trial = ArmRun(mine, arm, stream, folder, log, progress, callbacks, name=name)
             trial.explained = number == 0
+            trial.grid = grid
             if processes:
                 trial.begins = partial(announce, processes, arm, seed)
             if examine != "no" and number == 0 and not trial.finished:

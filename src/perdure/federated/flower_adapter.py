@@ -80,6 +80,7 @@ class InProcessGrid(Grid):
         clients: number of nodes; node k + 1 is partition k.
         progress: function that is called after every reply.
         listen: function that gets every message and every reply; for audits.
+        node_config: further keys of the config of every node.
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class InProcessGrid(Grid):
         clients: int,
         progress: MessageProgress | None = None,
         listen: Listen | None = None,
+        node_config: Mapping[str, str] | None = None,
     ) -> None:
         self._app = app
         self._listen = listen
@@ -95,6 +97,7 @@ class InProcessGrid(Grid):
         self._contexts: dict[int, Context] = {}
         for number in range(clients):
             place: UserConfig = {"partition-id": number, "num-partitions": clients}
+            place |= node_config or {}
             self._contexts[number + 1] = Context(
                 run_id=IDENTITY["_run_id"],
                 node_id=number + 1,
@@ -382,3 +385,53 @@ def remind(aggregator: Aggregator, tensors: Mapping[str, Tensor], kinds: Mapping
         arrays = {key: value.numpy() for key, value in own.items()}
         in_order = [arrays[str(i)] for i in range(len(arrays))] if kind == "list" else arrays
         setattr(aggregator, name, to_record(own) if kind == "record" else in_order)
+
+
+def try_node_key(
+    address: str, authority: bytes, private_key: bytes, *, timeout: float
+) -> str | None:
+    """Sign in to a SuperLink with the key of a SuperNode, and sign out again.
+
+    Args:
+        address: host:port of the SuperLink.
+        authority: certificate of the server's authority, PEM.
+        private_key: private key of the SuperNode, in OpenSSH's form.
+        timeout: seconds to wait for an answer.
+
+    Returns:
+        The reason of the refusal; None if the key is accepted.
+    """
+    import httpx
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.hazmat.primitives.serialization import load_ssh_private_key
+    from flwr.proto.fleet_pb2 import ActivateNodeRequest, DeactivateNodeRequest
+    from flwr.supercore.error import FlowerError
+    from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
+    from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+    from flwr.supercore.protobuf.client import ProtobufClientInterceptor
+    from flwr.supernode.fleet_http_client import FleetHttpClient
+    from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
+
+    try:
+        key = load_ssh_private_key(private_key, None)
+    except ValueError as error:
+        return f"it is no private key in OpenSSH's form: {error}"
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        return "it is no key of an elliptic curve"
+    own = public_key_to_bytes(key.public_key())
+    interceptors: list[ProtobufClientInterceptor] = [
+        RuntimeVersionHttpInterceptor(component_name="SuperNode"),
+        NodeAuthHttpInterceptor(key, key.public_key()),
+    ]
+    client = FleetHttpClient.from_server_address(address, False, authority, interceptors)
+    with client:
+        try:
+            request = ActivateNodeRequest(public_key=own, heartbeat_interval=timeout)
+            answer = client.ActivateNode(request)
+            client.DeactivateNode(DeactivateNodeRequest(node_id=answer.node_id))
+        except httpx.HTTPStatusError as error:
+            told = FlowerError.from_json(error.response.text)
+            return told.message if told else f"status {error.response.status_code}"
+        except httpx.TransportError as error:
+            return f"no answer: {error!r}"
+    return None

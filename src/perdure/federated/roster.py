@@ -20,8 +20,8 @@ PROTOCOL = 2
 WAIT = 120.0
 PAUSE = 0.1
 """Seconds to wait for all clients at the start, and seconds between two checks."""
-FIRST_DEADLINE = 60.0
-"""Seconds that a node has to answer its first message."""
+FIRST_DEADLINE = 300.0
+"""Seconds that a node has to answer its first message, for which Ray starts all its processes."""
 log = logging.getLogger(__name__)
 
 

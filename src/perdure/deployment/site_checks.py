@@ -1,0 +1,106 @@
+"""Checks of a site before its SuperNode starts: address, TLS, key, and folders.
+
+Flower tries again for ever, without a word, where a certificate is wrong.
+"""
+
+import socket
+import ssl
+from pathlib import Path
+
+from perdure.errors import FederationError
+from perdure.federated.flower_adapter import try_node_key
+
+TIMEOUT = 10.0
+
+
+def check_site(
+    address: str, *, authority: Path | str, key: Path | str, timeout: float = TIMEOUT
+) -> None:
+    """Try the connection of a SuperNode, as this site and with its key.
+
+    The SuperNode must not run, because the SuperLink accepts each key once.
+
+    Args:
+        address: host:port of the SuperLink.
+        authority: the server's ca.crt.
+        key: private key of the site, as `make_node_key` makes it.
+        timeout: seconds to wait for an answer.
+
+    Raises:
+        FederationError: names the wrong part, and the remedy.
+    """
+    _read(authority, "the server's ca.crt")
+    private = _read(key, "the private key of this site")
+    check_superlink(address, authority=authority, timeout=timeout)
+    refusal = try_node_key(address, Path(authority).read_bytes(), private, timeout=timeout)
+    if refusal:
+        raise FederationError(
+            f"{address} refuses the key {key} ({refusal}); send {key}.pub to the administrator of "
+            "the server, who registers it, and start no second SuperNode with this key"
+        )
+
+
+def check_superlink(
+    address: str, *, authority: Path | str | None, timeout: float = TIMEOUT
+) -> None:
+    """Try to connect to a SuperLink with TLS.
+
+    Args:
+        address: host:port of the SuperLink.
+        authority: the server's ca.crt; None for a connection in plain text.
+        timeout: seconds to wait for an answer.
+
+    Raises:
+        FederationError: names the wrong part, and the remedy.
+    """
+    host, port = _parts(address)
+    context = ssl.create_default_context(cafile=authority)
+    if authority is None:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    try:
+        with socket.create_connection((host, port), timeout=timeout) as plain:
+            _shake_hands(context, plain, host)
+    except ssl.SSLCertVerificationError as error:
+        raise FederationError(
+            f"the certificate of {address} does not fit {authority} ({error.verify_message}); get "
+            "the newest ca.crt from the server, and use a name that its certificate has"
+        ) from None
+    except (ssl.SSLError, ConnectionResetError) as error:
+        if authority is None:
+            return
+        raise FederationError(
+            f"{address} does not answer with TLS ({getattr(error, 'reason', error)}); start the "
+            "SuperLink with its certificates"
+        ) from None
+    except OSError as error:
+        raise FederationError(
+            f"no connection to {address} within {timeout:g} seconds ({error}); start the "
+            "SuperLink, and open the port in the firewalls of both sides"
+        ) from None
+    if authority is None:
+        raise FederationError(
+            f"{address} accepts TLS only, and this connection is in plain text; give the server's "
+            "ca.crt"
+        )
+
+
+def _shake_hands(context: ssl.SSLContext, plain: socket.socket, host: str) -> None:
+    with context.wrap_socket(plain, server_hostname=host):
+        pass
+
+
+def _parts(address: str) -> tuple[str, int]:
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise FederationError(f"address = {address!r} is not allowed; allowed: HOST:PORT")
+    return host.strip("[]"), int(port)
+
+
+def _read(path: Path | str, name: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise FederationError(
+            f"{path} cannot be read ({error.strerror}); allowed: {name}"
+        ) from None

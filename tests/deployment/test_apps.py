@@ -1,0 +1,222 @@
+"""Apps of a deployment: their files, their keys, and a run of both app objects."""
+
+import re
+import socket
+import ssl
+import stat
+import sys
+import threading
+import tomllib
+from contextlib import contextmanager, suppress
+
+import pytest
+
+import perdure.federated  # noqa: F401 - first, because it knows which warnings to let pass
+from perdure.deployment import (
+    check_superlink,
+    client_app_of,
+    make_certificates,
+    make_node_key,
+    new_app,
+    server_app_of,
+    supernode_command,
+)
+from perdure.errors import ConfigError, FederationError, RunError
+from perdure.experiment import parse, read_result, run, untimed
+from perdure.federated import InProcessGrid
+
+CONFIG = """
+name = "Two sites"
+[data]
+experiences = 2
+[model]
+hidden = [4]
+[training]
+optimizer = "SGD"
+learning_rate = 0.1
+epochs = 1
+batch_size = 128
+[federation]
+clients = 2
+rounds = 1
+[[arms]]
+strategy = "replay"
+memory_size = 20
+""".replace("Two sites", "two-sites")
+
+
+@pytest.fixture
+def app(tmp_path):
+    new_app(tmp_path / "app", CONFIG)
+    return tmp_path / "app"
+
+
+def tensors(folder):
+    """Return the contents of all files of clients' state, by their paths."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.glob("arms/*/clients/*/**/*.safetensors"))
+    }
+
+
+def test_apps_in_this_process_give_the_result_of_a_run(app, tmp_path, monkeypatch):
+    from flwr.app import Context, RecordDict
+
+    config = app / "federation_two_sites" / "config.toml"
+    monkeypatch.chdir(tmp_path)
+    settings = {"run-folder": str(tmp_path / "there"), "training.epochs": 1}
+    context = Context(1, 0, {}, RecordDict(), settings)
+    state = {"state": str(tmp_path / "state")}
+    with InProcessGrid(client_app_of(config), 2, node_config=state).running() as grid:
+        server_app_of(config)(grid, context)
+    here = run(parse(CONFIG), CONFIG, tmp_path / "here")
+    assert untimed(read_result(tmp_path / "there")) == untimed(here)
+    own = tensors(tmp_path / "here")
+    assert own and tensors(tmp_path / "state" / "two-sites") == own
+    assert (tmp_path / "there" / "report.html").exists()
+
+
+def test_settings_of_a_run_replace_those_of_the_config(app):
+    from perdure.deployment.apps import configured
+
+    config = app / "federation_two_sites" / "config.toml"
+    table = tomllib.loads((app / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
+    assert table["federation"] == {"clients": 2, "rounds": 1} and table["name"] == "two-sites"
+    unchanged = {"run-folder": "", "name": "two-sites", "federation.rounds": 1}
+    assert configured(config, unchanged)[1] == CONFIG
+    changed, text = configured(config, {"federation.rounds": 3, "name": "second"})
+    assert (changed.federation.rounds, changed.name) == (3, "second")
+    assert parse(text) == changed
+    with pytest.raises(ConfigError, match=r"rounds = 0 is not allowed"):
+        configured(config, {"federation.rounds": 0})
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, "--node-config has no state; add state=FOLDER"),
+        ({"state": "x", "partition-id": "3"}, "partition-id=3 num-partitions=2; allowed: .*0 .. 1"),
+    ],
+)
+def test_a_site_with_a_wrong_node_config_is_named(app, given, message):
+    config = app / "federation_two_sites" / "config.toml"
+    with InProcessGrid(client_app_of(config), 2, node_config=given).running() as grid:
+        from flwr.app import Message, RecordDict
+
+        from perdure.federated.trials import TrialGrid
+
+        asked = [Message(RecordDict(), 1, "query.partition")]
+        (bare,) = grid.send_and_receive(asked)
+        assert "the message names no training" in bare.error.reason
+        asked = [Message(RecordDict(), 1, "query.partition")]
+        (reply,) = TrialGrid(grid, "replay-plain").send_and_receive(asked)
+    assert re.search(message, reply.error.reason)
+
+
+def test_a_full_folder_and_a_config_without_clients_are_refused(app, tmp_path):
+    with pytest.raises(RunError, match=r"has files; give a new folder"):
+        new_app(app, CONFIG)
+    alone = CONFIG.replace("[federation]\nclients = 2\nrounds = 1\n", "")
+    with pytest.raises(ConfigError, match=r"no table \[federation\]; add one"):
+        new_app(tmp_path / "other", alone, source="mine.toml")
+    assert not (tmp_path / "other").exists()
+
+
+def test_scripts_of_an_app_are_programs_without_a_shell(app):
+    scripts = sorted((app / "scripts").glob("*.py"))
+    assert len(scripts) == 6
+    for script in scripts:
+        text = script.read_text()
+        compile(text, script.name, "exec")
+        assert "shell" not in text and "os.system" not in text
+
+
+@contextmanager
+def answering(handle):
+    """Run a server on the loopback that passes its first connection to a function."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def serve():
+            connection, _ = listening.accept()
+            with connection:
+                handle(connection)
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        yield f"127.0.0.1:{listening.getsockname()[1]}"
+        thread.join(5)
+
+
+def with_tls(folder):
+    """Return a function that answers a connection with TLS and the certificate of a folder."""
+
+    def handle(connection):
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        context.load_cert_chain(folder / "server.pem", folder / "server.key")
+        with suppress(OSError):  # the other side may refuse the certificate
+            context.wrap_socket(connection, server_side=True).close()
+
+    return handle
+
+
+def test_certificates_need_their_authority(tmp_path):
+    own, foreign = (make_certificates(tmp_path / name, ["site.example"]) for name in "ab")
+    with answering(with_tls(own.parent)) as address:
+        check_superlink(address, authority=own)
+    with (
+        answering(with_tls(own.parent)) as address,
+        pytest.raises(FederationError, match=r"does not fit .*b/ca.crt .*get the newest ca.crt"),
+    ):
+        check_superlink(address, authority=foreign)
+    with (
+        answering(with_tls(own.parent)) as address,
+        pytest.raises(FederationError, match=r"accepts TLS only"),
+    ):
+        check_superlink(address, authority=None)
+    with (
+        answering(lambda connection: connection.sendall(b"HTTP/1.1 400\r\n\r\n")) as address,
+        pytest.raises(FederationError, match=r"does not answer with TLS"),
+    ):
+        check_superlink(address, authority=own)
+    with pytest.raises(FederationError, match=r"no connection to 127.0.0.1:1 within 1 seconds"):
+        check_superlink("127.0.0.1:1", authority=own, timeout=1)
+
+
+def test_keys_can_be_read_by_their_owner_only(tmp_path):
+    from cryptography.hazmat.primitives.serialization import (
+        load_ssh_private_key,
+        load_ssh_public_key,
+    )
+
+    make_certificates(tmp_path / "server", ["site.example"])
+    public = make_node_key(tmp_path / "keys" / "node")
+    for key in (tmp_path / "server" / "server.key", tmp_path / "keys" / "node"):
+        assert stat.S_IMODE(key.stat().st_mode) == 0o600
+    private = load_ssh_private_key((tmp_path / "keys" / "node").read_bytes(), None)
+    assert private.public_key() == load_ssh_public_key(public.read_bytes())
+    for make in (
+        lambda: make_node_key(tmp_path / "keys" / "node"),
+        lambda: make_certificates(tmp_path / "server", ["site.example"]),
+    ):
+        with pytest.raises(ConfigError, match=r"a file that does not exist"):
+            make()
+
+
+def test_a_supernode_command_quotes_folders_with_spaces(tmp_path):
+    from flwr.common.config import parse_config_args
+
+    words = supernode_command(
+        "host:1",
+        authority="ca.crt",
+        key="node",
+        partition=1,
+        partitions=3,
+        state=tmp_path / "my state",
+    )
+    assert words[0].startswith(sys.exec_prefix)
+    given = words[words.index("--node-config") + 1]
+    assert parse_config_args([given]) == {
+        "partition-id": 1,
+        "num-partitions": 3,
+        "state": str(tmp_path / "my state"),
+    }
