@@ -81,6 +81,16 @@ TABLES: dict[str, Listing] = {
             "highest": "{highest:.2f}",
         },
     ),
+    "robust_continual": Listing(
+        file="robust_continual",
+        columns={
+            "method": "{method}",
+            "epsilon": "{epsilon:g}",
+            "accuracy": "{accuracy:.1f}",
+            "robust accuracy": "{robust_accuracy:.1f} ({standard_error:.1f})",
+            "robust forgetting": "{robust_forgetting:.1f}",
+        },
+    ),
     "watching": Listing(
         file="watching",
         columns={
