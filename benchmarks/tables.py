@@ -259,6 +259,22 @@ TABLES: dict[str, Listing] = {
             "forgetting": "{forgetting:.1f}",
         },
     ),
+    "federated_continual": Listing(
+        file="federated_continual",
+        columns={
+            "data": "{dataset}",
+            "alpha": "{alpha:g}",
+            "strategy": "{strategy}",
+            "epsilon": "{epsilon:g}",
+            "seeds": "{seeds}",
+            "accuracy": ACCURACY,
+            "worst client": "{worst_client:.1f}",
+            "forgetting": "{forgetting:.1f}",
+            "MB": "{megabytes:.0f}",
+            "seconds": "{seconds:.1f}",
+            "refused": "{refused}",
+        },
+    ),
     "kills": Listing(
         file="kills",
         columns={
