@@ -19,6 +19,7 @@ from perdure.cli.command_group import CommandGroup
 from perdure.cli.comparing import compare
 from perdure.cli.consoles import complain, resumable, wide_console
 from perdure.cli.doctor import doctor, heal_run, print_below
+from perdure.cli.explaining import explain
 from perdure.cli.federation_app import app as federation_app
 from perdure.cli.local_modules import local_modules
 from perdure.cli.predicting import predict
@@ -53,6 +54,8 @@ runs it.
 
 `perdure attack runs/mine --eps 0.1` attacks the inputs of its models: their robust accuracy.
 
+`perdure explain runs/mine` explains answers of its model: what each feature contributes.
+
 `perdure audit mine.toml` attacks its private arms, and compares the results with their epsilons.
 
 `perdure strategies` lists the strategies, and the cost of each in privacy and memory.
@@ -69,6 +72,7 @@ app.command()(export_cli.export)
 app.command()(attack)
 app.command()(compare)
 app.command()(doctor)
+app.command()(explain)
 app.command()(predict)
 app.command()(tune)
 

@@ -1,0 +1,66 @@
+"""The command `perdure explain` on a finished run."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from perdure.cli.main import app
+from perdure.experiment import parse, run
+
+TEXT = """
+name = "small"
+[data]
+name = "digits"
+experiences = 2
+[model]
+hidden = [8]
+[training]
+iterations = 5
+[[arms]]
+strategy = "naive"
+"""
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    run(parse(TEXT), TEXT, folder)
+    (folder / "config.toml").write_text(TEXT)
+    return folder
+
+
+def explained(*arguments):
+    return CliRunner().invoke(app, ["explain", *map(str, arguments)])
+
+
+@pytest.mark.parametrize("method", ["kernel_shap", "lime"])
+def test_explain_writes_json_text_and_a_picture(finished, tmp_path, method):
+    options = ("--cells", 4, "--samples", 60, "--records", 2, "--experience", 2)
+    done = explained(finished, "--method", method, "--out", tmp_path, *options)
+    assert done.exit_code == 0, done.output
+    rows = json.loads((tmp_path / "explanations.json").read_text())["records"]
+    assert [len(row["values"]) for row in rows] == [16, 16]
+    if method == "kernel_shap":
+        for row in rows:
+            assert row["base"] + sum(row["values"]) == pytest.approx(row["output"], abs=1e-4)
+    text = (tmp_path / "explanations.txt").read_text()
+    first = max(range(16), key=lambda place: abs(rows[0]["values"][place]))
+    assert text.splitlines()[1].split()[1] == str(first)
+    assert (tmp_path / "explanations.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("--method", "paper"), "--method"),
+        (("--method", "exact_shapley", "--samples", 5), "--samples"),
+        (("--experience", 3), "--experience"),
+        (("--records", 0), "--records"),
+        (("other",), "arm"),
+    ],
+)
+def test_explain_refuses_what_does_not_fit_and_names_it(finished, arguments, named):
+    done = explained(finished, *arguments)
+    assert done.exit_code != 0
+    assert named in done.output + str(done.exception)
