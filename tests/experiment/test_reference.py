@@ -46,7 +46,9 @@ CLASSES = {
     **{f'[[loggers]] name = "{name}"': loggers.find(name) for name in loggers.names()},
     **{f'[explain] method = "{name}"': explain.find(name) for name in explain.names()},
     **{
-        f'[attack] and [training.adversary] name = "{name}"': adversarial.find(name)
+        f'[attack], [training.adversary], [training.validation.attack] name = "{name}"': adversarial.find(
+            name
+        )
         for name in adversarial.names()
     },
 }
