@@ -119,7 +119,7 @@ def shifted(*, pixels: int = 1) -> Dataset:
 
 
 def unscaled(
-    *, spread: float = 3.0, standardise: list[float] | None = None, each_pixel: bool = False
+    *, spread: float = 3.0, standardise: Sequence[float] | None = None, each_pixel: bool = False
 ) -> Dataset:
     """Digits of which each pixel has a unit of its own, between 10^-spread and 10^spread.
 

@@ -114,8 +114,9 @@ def test_a_remedy_for_some_arms_leaves_the_others_alone(path):
 
 
 def test_findings_survive_the_result_file():
-    row = json.loads(json.dumps(finding_row(RATE), allow_nan=False))
-    assert finding_of(row) == RATE
+    found = replace(RATE, explained_by=("initial variance",))
+    row = json.loads(json.dumps(finding_row(found), allow_nan=False))
+    assert finding_of(row) == found
 
 
 KEYS = {
@@ -160,7 +161,9 @@ def test_every_constant_change_of_a_rule_is_accepted():
     tried = [each for each in constant_changes() if not each[0].startswith("data.options")]
     assert len(tried) > 8
     for path, value in tried:
-        assert healed(text, [of(path, value)]).refused == {}, path
+        # a federation has no validation, whose clients would stop one by one
+        given = CONFIG if path.startswith("training.validation") else text
+        assert healed(given, [of(path, value)]).refused == {}, path
 
 
 @pytest.fixture(scope="module")

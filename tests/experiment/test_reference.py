@@ -30,6 +30,7 @@ from perdure.learner import EMA, SAM, SWA, Learner
 from perdure.models import ModelConfig
 from perdure.privacy import Privacy
 
+ATTACKED = "[attack], [training.adversary], [training.validation.attack]"
 CLASSES = {
     "outside of tables": Config,
     "[data]": DataConfig,
@@ -45,12 +46,7 @@ CLASSES = {
     **{f'[[arms]] strategy = "{name}"': strategies.find(name) for name in strategies.names()},
     **{f'[[loggers]] name = "{name}"': loggers.find(name) for name in loggers.names()},
     **{f'[explain] method = "{name}"': explain.find(name) for name in explain.names()},
-    **{
-        f'[attack], [training.adversary], [training.validation.attack] name = "{name}"': adversarial.find(
-            name
-        )
-        for name in adversarial.names()
-    },
+    **{f'{ATTACKED} name = "{name}"': adversarial.find(name) for name in adversarial.names()},
 }
 
 

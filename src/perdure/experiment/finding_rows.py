@@ -25,6 +25,7 @@ def finding_row(finding: Finding) -> FindingResult:
         "step": finding.step,
         "series": [_finite(value) for value in finding.series],
         "series_name": finding.series_name,
+        "explained_by": list(finding.explained_by),
     }
 
 
@@ -34,6 +35,7 @@ def finding_of(row: FindingResult) -> Finding:
         **{key: value for key, value in row.items() if key not in ("remedy", "changes")},
         "measured": math.inf if row["measured"] is None else row["measured"],
         "threshold": math.inf if row["threshold"] is None else row["threshold"],
+        "explained_by": tuple(row["explained_by"]),
         "series": tuple(math.inf if value is None else value for value in row["series"]),
         "remedy": Remedy(advice=row["remedy"], changes=row["changes"]),
     }

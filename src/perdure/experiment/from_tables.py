@@ -133,7 +133,7 @@ def _options(hint: Any) -> tuple[Any, ...]:
 def checked_value(value: object, hint: Any, where: str) -> object:
     """Check one TOML value against a type, and convert it.
 
-    Lists become tuples, and tables become dataclasses.
+    Lists become tuples, unless the type is a list, and tables become dataclasses.
     """
     for option in _options(hint):
         if option is Any or (isinstance(value, dict) and typing.get_origin(option) is Mapping):
@@ -144,10 +144,11 @@ def checked_value(value: object, hint: Any, where: str) -> object:
         if typing.get_origin(option) is Literal and value in typing.get_args(option):
             return value
         if isinstance(value, list) and _length_fits(value, option):
-            return tuple(
+            items = [
                 checked_value(item, typing.get_args(option)[0], f"{where}[{i}]")
                 for i, item in enumerate(value)
-            )
+            ]
+            return items if typing.get_origin(option) is list else tuple(items)
         if option in (int, float, str, bool) and _fits(value, option):
             return option(value)
     raise ConfigError.of(where, value, described(hint))
@@ -155,7 +156,7 @@ def checked_value(value: object, hint: Any, where: str) -> object:
 
 def _length_fits(value: list[object], hint: Any) -> bool:
     """Return True if a sequence or tuple type allows lists of this length."""
-    if typing.get_origin(hint) is Sequence:
+    if typing.get_origin(hint) in (Sequence, list):
         return True
     if typing.get_origin(hint) is not tuple:
         return False
@@ -195,7 +196,7 @@ def described(hint: Any) -> str:
     kinds = typing.get_args(option)
     if origin is Literal:
         return ", ".join(map(str, kinds))
-    if origin in (tuple, Sequence):
+    if origin in (tuple, list, Sequence):
         any_length = Ellipsis in kinds or len(kinds) == 1
         length = "" if any_length else f"{len(kinds)} values, "
         return f"a list of {length}which each is {described(kinds[0])}"
@@ -208,6 +209,5 @@ def described(hint: Any) -> str:
 
 def _is_written(option: Any) -> bool:
     """Tell if TOML can hold a value of a type."""
-    return (typing.get_origin(option) or option) in (*WORDS, Literal, tuple, Sequence) or hasattr(
-        option, "__dataclass_fields__"
-    )
+    kinds = (*WORDS, Literal, tuple, list, Sequence)
+    return (typing.get_origin(option) or option) in kinds or hasattr(option, "__dataclass_fields__")

@@ -61,7 +61,7 @@ It tells nothing about the values of the key itself.
 """
 NEEDED = "required"
 LEFT_OUT = "left out"
-DERIVED = ("bounds_given",)
+DERIVED = ("bounds_given", "teacher")
 
 
 @dataclass(frozen=True, kw_only=True)

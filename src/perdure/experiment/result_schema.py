@@ -140,6 +140,7 @@ class FindingResult(TypedDict):
     step: int | None
     series: list[float | None]
     series_name: str
+    explained_by: list[str]
 
 
 class TrialResult(Numbers, PrivacyResult):

@@ -32,6 +32,7 @@ class LossPlateau(Rule):
         "initial variance",
         "saddle point",
         "saturated activation",
+        "shuffled labels",
         "signal below noise",
         "unchanged parameters",
         "vanishing gradient",
