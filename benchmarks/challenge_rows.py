@@ -320,7 +320,7 @@ CHALLENGES = (
     Challenge(
         name="schedule",
         challenge="learning rate scheduling",
-        healthy={"model.activation": "gelu", "training.learning_rate": 0.1},
+        healthy={"model.activation": "tanh", "training.learning_rate": 0.1},
         fault={"training.learning_rate": 0.5},
         remedy={"training.schedule": {"name": "CosineAnnealingLR"}},
         rules=("learning rate too high", "unstable loss"),
@@ -337,8 +337,8 @@ CHALLENGES = (
         name="unstable",
         challenge="unstable loss surfaces",
         healthy={"model.activation": "tanh"},
-        fault={"training.batch_size": 4, "training.learning_rate": 0.06},
-        remedy={"training.averaging": {"name": "swa", "start": 0.25}},
+        fault={"training.batch_size": 2, "training.learning_rate": 0.03},
+        remedy={"training.averaging": {"name": "ema", "decay": 0.9995}},
         rules=("unstable loss", "learning rate too high"),
     ),
 )
