@@ -15,7 +15,7 @@ from perdure.utils.atomic_files import private_folder, write_atomically
 FILES = {
     "pyproject.toml": "pyproject.toml.txt",
     "LICENSE": "license.txt",
-    "README.md": "readme.md.txt",
+    "README.md": "readme.txt",
     ".gitignore": "gitignore.txt",
     "scripts/make_certificates.py": "make_certificates.py.txt",
     "scripts/make_node_key.py": "make_node_key.py.txt",
