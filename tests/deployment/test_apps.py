@@ -21,7 +21,8 @@ from perdure.deployment import (
     server_app_of,
     supernode_command,
 )
-from perdure.errors import ConfigError, FederationError, RunError
+from perdure.deployment.apps import configured
+from perdure.errors import ConfigError, FederationError, PrivacyError, RunError
 from perdure.experiment import parse, read_result, run, untimed
 from perdure.federated import InProcessGrid
 
@@ -77,7 +78,6 @@ def test_apps_in_this_process_give_the_result_of_a_run(app, tmp_path, monkeypatc
 
 
 def test_settings_of_a_run_replace_those_of_the_config(app):
-    from perdure.deployment.apps import configured
 
     config = app / "federation_two_sites" / "config.toml"
     table = tomllib.loads((app / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
@@ -117,7 +117,7 @@ def test_a_full_folder_and_a_config_without_clients_are_refused(app, tmp_path):
     with pytest.raises(RunError, match=r"has files; give a new folder"):
         new_app(app, CONFIG)
     alone = CONFIG.replace("[federation]\nclients = 2\nrounds = 1\n", "")
-    with pytest.raises(ConfigError, match=r"no table \[federation\]; add one"):
+    with pytest.raises(ConfigError, match=r"no table \[federation\]; allowed"):
         new_app(tmp_path / "other", alone, source="mine.toml")
     assert not (tmp_path / "other").exists()
 
@@ -220,3 +220,15 @@ def test_a_supernode_command_quotes_folders_with_spaces(tmp_path):
         "num-partitions": 3,
         "state": str(tmp_path / "my state"),
     }
+
+
+def test_a_config_with_private_arms_is_refused_before_it_is_deployed(app, tmp_path):
+    """The server would have no ledgers, and its report no epsilon."""
+    private = CONFIG + "private = true\n[privacy]\nepsilon = 8.0\ndelta = 1e-4\n"
+    with pytest.raises(PrivacyError, match=r"private arms \(replay-private\), which an app cannot train"):
+        new_app(tmp_path / "private", private)
+    assert not (tmp_path / "private").exists()
+    config = app / "federation_two_sites" / "config.toml"
+    config.write_text(private)
+    with pytest.raises(PrivacyError, match="private arms"):
+        configured(config, {})

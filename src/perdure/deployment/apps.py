@@ -17,8 +17,8 @@ with warnings.catch_warnings():
     from flwr.serverapp import Grid, ServerApp
 
 from perdure.data.experience import Stream
-from perdure.data.value_checks import check_streams
-from perdure.errors import ConfigError, FederationError
+from perdure.deployment.config_checks import refuse_undeployable
+from perdure.errors import FederationError
 from perdure.experiment.arm import ArmRun, open_stream
 from perdure.experiment.config import Config, parse, read_text, table_of
 from perdure.experiment.metrics_log import MetricsLog
@@ -86,6 +86,7 @@ def configured(path: Path | str, values: Mapping[str, Any]) -> tuple[Config, str
 
     Raises:
         ConfigError: if the config has no federation, or a value is not allowed.
+        PrivacyError: if the config has private arms.
     """
     text = read_text(Path(path))
     table = table_of(text, str(path))
@@ -96,11 +97,7 @@ def configured(path: Path | str, values: Mapping[str, Any]) -> tuple[Config, str
     if changed:
         text = toml_text(table)
     config = parse(text, source=str(path))
-    if config.federation is None:
-        raise ConfigError(
-            f"{path} has no table [federation]; allowed: a config with clients and rounds, because "
-            "an app trains a federation"
-        )
+    refuse_undeployable(config, str(path))
     return config, text
 
 
@@ -130,9 +127,6 @@ def _client_of_trial(path: Path | str, trial: str, context: Context) -> ClientAp
     whole = open_stream(mine)
     party = ArmRun(mine, arm, whole, folder, MetricsLog(folder / "metrics.jsonl"), name=trial)
     own = client_streams(mine, whole)[partition]
-    if arm.private:
-        # here, because an error about a value would go to the server from inside the client app
-        check_streams([own], training=True)
 
     def make(number: int) -> tuple[Learner, Stream]:
         return party.learner(whole, number), own

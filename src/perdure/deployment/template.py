@@ -7,7 +7,8 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from perdure.errors import ConfigError, RunError
+from perdure.deployment.config_checks import refuse_undeployable
+from perdure.errors import RunError
 from perdure.experiment.config import parse, table_of
 from perdure.experiment.overrides import toml_text
 from perdure.utils.atomic_files import private_folder, write_atomically
@@ -44,14 +45,13 @@ def new_app(folder: Path | str, text: str, *, source: str = "config") -> list[Pa
 
     Raises:
         ConfigError: if the config is wrong, or has no federation.
+        PrivacyError: if the config has private arms.
         RunError: if the folder has files.
     """
     place = Path(folder)
     config = parse(text, source=source)
-    if config.federation is None:
-        raise ConfigError(
-            f"{source} has no table [federation]; add one with clients = 2 and rounds = 3"
-        )
+    refuse_undeployable(config, source)
+    assert config.federation is not None
     if place.exists() and (not place.is_dir() or any(place.iterdir())):
         raise RunError(f"{place} has files; give a new folder, or an empty one")
     package = package_name(config.name)
