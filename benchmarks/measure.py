@@ -43,6 +43,8 @@ FOREIGN = {
     "_compiled_call_impl": "torch: the only sign that `module.compile()` was called",
     "_C": "torch: the only switch that keeps a tensor subclass out of an operation",
     "_schema": "torch: the only list of the arguments that an operation writes to",
+    "_dynamo": "torch: the package that compiles modules, whose caches tests empty",
+    "_index_put_impl_": "torch: the operation behind an assignment to indexed elements",
     "_to_copy": "torch: the operation behind `tensor.to`",
     "_parameters": "torch: a layer's own parameters by name, None included, without a copy",
     "_base": "torch: the tensor that a view looks at, whose gradient an in-place operation moves",

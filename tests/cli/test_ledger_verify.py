@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from helpers.learners import change_facts
 from helpers.ledger_cli import ARMS, KEY, assert_refused, shown
 from perdure.errors import LedgerError
 from perdure.experiment.results import ledger_files
@@ -13,7 +14,6 @@ from perdure.privacy.ledger.ledger import Ledger
 from perdure.privacy.ledger.merged import Merged, read
 from perdure.privacy.ledger.storage import SealedHead, head_path, link
 from perdure.privacy.noise.key import NoiseKey
-from perdure.utils.atomic_files import write_json
 
 # --------------------------------------------------------------------------- verify
 
@@ -281,8 +281,8 @@ def test_verify_reports_a_client_ledger_behind_the_server(perdure, ours):
     newest = max((arm / "checkpoint").glob("0*.json"))
     facts = json.loads(newest.read_text())
     head = json.loads(facts["heads"]["1"])
-    facts["heads"]["1"] = json.dumps(head | {"count": head["count"] + 1}, separators=(",", ":"))
-    write_json(newest, facts)
+    forged = json.dumps(head | {"count": head["count"] + 1}, separators=(",", ":"))
+    change_facts(newest, heads=facts["heads"] | {"1": forged})
     code, out, _ = perdure("verify", ours)
     assert code == 1
     assert "clients/001/ledger.jsonl holds" in out

@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import partial
 
 import pytest
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from helpers.learners import refused_then_unseen
 from helpers.reference_gradients import (
@@ -21,9 +21,12 @@ from helpers.reference_gradients import (
     reserved,
     stopping,
 )
+from perdure.learner.checkpoint import SUM
 from perdure.privacy.noise.key import NoiseKey
 from perdure.privacy.private_sum import ChangedSumError
 from perdure.strategies import AGEM
+from perdure.utils.atomic_files import save_tensors
+from perdure.utils.hashing import digest
 
 # --------------------------------------------------------------------------- a restart
 
@@ -84,7 +87,7 @@ def test_a_changed_memory_gets_new_noise_after_a_restart(stopped, tmp_path, meet
     (*_, last) = sorted((tmp_path / "private").glob("*.safetensors"))
     private = load_file(last)
     private["memory.inputs"][0, 0] += 0.25
-    save_file(private, last)
+    save_tensors(last, private, private=True, metadata={SUM: digest(private).hex()})
     ledger = again(strategy)
     assert meetings.reused == 0 and sizes(ledger) == {"gradient": 3, "reference": 2}
 

@@ -483,8 +483,8 @@ def breast(explained):
 def test_explanations_of_inputs_that_are_not_images_are_refused(tmp_path):
     with pytest.raises(
         ConfigError,
-        match=r"explain.method = 'kernel_shap' is not allowed; allowed: no \[explain\] table, "
-        r"because inputs of shape \(30,\) are not images",
+        match=r"explain.method = 'kernel_shap' is not allowed; allowed: drift = true, or no "
+        r"\[explain\] table, because inputs of shape \(30,\) are not images",
     ):
         ran(tmp_path, breast(explained=True))
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from perdure.errors import RunError
+from perdure.learner.checkpoint import SUM, sum_of
 from perdure.learner.learner import Learner
 from perdure.privacy.settings import Privacy
 from perdure.strategies import Naive
@@ -33,7 +34,14 @@ def refused_then_unseen(learner, stream):
     with pytest.raises(RunError, match="has a run that differs in"):
         learner.fit(stream)
     for path in (learner.folder / "checkpoint").glob("0*.json"):
-        write_json(path, json.loads(path.read_text()) | {"run": learner.fingerprint})
+        change_facts(path, run=learner.fingerprint)
+
+
+def change_facts(path, **changes):
+    """Change the facts in a file of a checkpoint, as somebody could who knows the checksum."""
+    facts = json.loads(path.read_text()) | changes
+    del facts[SUM]
+    write_json(path, facts | {SUM: sum_of(facts)})
 
 
 def bits(tensors):

@@ -1,5 +1,6 @@
 """Fingerprints of folders: the settings of a run may not change in its folder."""
 
+import json
 from dataclasses import replace
 from functools import partial
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import LambdaLR, StepLR
 
-from helpers.learners import SIMULATED
+from helpers.learners import SIMULATED, change_facts
 from perdure.adversarial import FGSM
 from perdure.data.scenarios import split
 from perdure.errors import RunError
@@ -200,7 +201,8 @@ def test_a_checkpoint_of_another_perdure_version_is_refused(learner_of, toy_stre
     learner = learner_of(folder=tmp_path)
     learner.fit(toy_stream())
     path = sorted((tmp_path / "checkpoint").glob("0*.json"))[-1]
-    path.write_text(path.read_text().replace('"version": 1', '"version": 0'))
+    facts = json.loads(path.read_text().replace('"version": 1', '"version": 0'))
+    change_facts(path, **facts)
     with pytest.raises(RunError, match="another version of perdure"):
         learner_of(folder=tmp_path).fit(toy_stream())
 

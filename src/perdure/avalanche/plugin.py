@@ -104,7 +104,7 @@ class StrategyPlugin:
             template.adapted_dataset = _dataset(self._pool, self._tasks)
 
     def before_training_exp(self, template: Any, **_: Any) -> None:
-        """Skip the epochs if the plan uses no gradient.
+        """Begin the only round, and skip the epochs if the plan uses no gradient.
 
         Raises:
             ConfigError: if parameters of the model changed their shape.
@@ -118,6 +118,7 @@ class StrategyPlugin:
                 name,
                 "a model whose parameters do not change their shapes (no growing head)",
             )
+        self.session.begin_round()
         if not self._plan.train:
             template.stop_training()
 

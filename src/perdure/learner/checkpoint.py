@@ -81,7 +81,7 @@ class Store:
             own = {SUM: digest(tensors).hex()}
             save_tensors(folder / name, tensors, private=folder == self.private, metadata=own)
         facts = dict(snapshot.facts)
-        write_json(self.public / f"{number:06d}.json", facts | {SUM: _sum_of(facts)})
+        write_json(self.public / f"{number:06d}.json", facts | {SUM: sum_of(facts)})
         write_json(self._latest, {"number": number})
         self._drop(number - KEEP)
 
@@ -112,7 +112,7 @@ class Store:
         path = self.public / f"{number:06d}.json"
         try:
             facts = dict(json.loads(path.read_text()))
-            if facts.pop(SUM) != _sum_of(facts):
+            if facts.pop(SUM) != sum_of(facts):
                 raise ValueError("its checksum is wrong")
             return facts
         except (OSError, ValueError, TypeError, KeyError) as error:
@@ -173,7 +173,7 @@ class Store:
                         path.unlink()
 
 
-def _sum_of(facts: dict[str, Any]) -> str:
+def sum_of(facts: dict[str, Any]) -> str:
     """Return the SHA-256 of JSON values, as they read when they are loaded again."""
     return hashlib.sha256(json.dumps(json.loads(json.dumps(facts))).encode()).hexdigest()
 

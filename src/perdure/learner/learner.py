@@ -304,16 +304,23 @@ class Learner(SessionFront):
             defence=self.defence,
         )
         if self.folder or self.driven_by or self._group:
-            given: dict[str, object] = {"compile": True} if self.compile else {}
-            given |= {"validation": self.validation.settings()} if self.validation else {}
             self.fingerprint = fingerprint_of(
                 self._session,
                 optimizer=self.optimizer,
                 scheduler=self.scheduler,
-                extra={"reset_optimizer": self.reset_optimizer, **given, **self.driven_by},
+                extra=self._own_settings(),
             )
         if self._group:
             refuse_different(self._group, self.fingerprint, stream)
+
+    def _own_settings(self) -> dict[str, object]:
+        """Return settings of the fingerprint that the session does not have."""
+        given: dict[str, object] = {"reset_optimizer": self.reset_optimizer}
+        if self.compile:
+            given["compile"] = True
+        if self.validation:
+            given["validation"] = self.validation.settings()
+        return given | self.driven_by
 
     def _new_validator(self, stream: Stream) -> Validator | None:
         """Hold out records of a stream for validation; None without validation."""
