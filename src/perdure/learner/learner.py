@@ -320,7 +320,7 @@ class Learner(SessionFront):
             given["compile"] = True
         if self.validation:
             given["validation"] = self.validation.settings()
-        return given | self.driven_by
+        return {**given, **self.driven_by}
 
     def _new_validator(self, stream: Stream) -> Validator | None:
         """Hold out records of a stream for validation; None without validation."""
