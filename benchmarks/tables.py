@@ -182,6 +182,7 @@ TABLES: dict[str, Listing] = {
             "row": "{row}",
             "clients": "{clients}",
             "ms a round": "{perdure_ms:.1f}",
+            "clients that consolidate": "{consolidated}",
             "ms for consolidation": "{consolidation_ms:.1f}",
             "copies of the model an idle client keeps": "{copies:.2f}",
         },

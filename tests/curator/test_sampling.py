@@ -52,10 +52,24 @@ def test_steps_take_the_rows_of_the_epochs_order(experience, monkeypatch, most):
 
 def test_writing_into_a_batch_leaves_the_records_and_other_steps(experience):
     pool, other = pool_of(experience), pool_of(experience)
-    pool.side_by_side(0)[0].inputs.fill_(-1.0)
-    assert (pool.new.inputs >= 0).all()
-    again = pool.side_by_side(1)[0].inputs
-    assert torch.equal(again, other.side_by_side(1)[0].inputs)
+    first = pool.side_by_side(0)[0]
+    first.inputs.fill_(-1.0)
+    first.tasks.fill_(9)
+    first.valid.fill_(False)
+    assert (pool.new.inputs >= 0).all() and pool.new.valid.all()
+    again = pool.side_by_side(1)[0].tensors()
+    wanted = other.side_by_side(1)[0].tensors()
+    assert all(torch.equal(value, wanted[name]) for name, value in again.items())
+
+
+def test_rows_of_several_experiences_keep_their_tasks(experience):
+    pool = pool_of(experience)
+    n = len(pool.new)
+    tasks = torch.arange(n) % 3
+    pool.new = Batch.from_tensors(pool.new.tensors() | {"tasks": tasks})
+    for step in range(3):
+        batch, _ = pool.side_by_side(step)
+        assert torch.equal(batch.tasks, tasks[pool.shuffled("new", n, SIZE, step)])
 
 
 def test_padded_rows_are_not_taken_for_full_ones(experience):

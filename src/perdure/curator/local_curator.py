@@ -203,8 +203,8 @@ class LocalCurator:
             clipped = partial(self._clipped, losses, params, batch)
             total = self._held.private_sum.gradient(clipped, params, step=step)
             return divided(total, self.exposure.expected, params)
-        mean, loss = self._mean(losses, params, batch)
-        self._last_step = Diagnostics(rows=len(batch), loss=loss)
+        mean, found = self._mean(losses, params, batch)
+        self._last_step = Diagnostics(rows=len(batch), losses=found)
         return mean
 
     def reference(self, losses: Losses, params: Params, *, of: int | None = None) -> Params:
@@ -438,7 +438,7 @@ class LocalCurator:
             # no losses for an empty batch, on which a model may fail
             loss = losses(forward, batch).mean() if len(batch) else torch.zeros(())
         clipped = 0.5 - within / max(1, len(batch))
-        self._last_step = Diagnostics(rows=len(batch), loss=loss, clipped=clipped)
+        self._last_step = Diagnostics(rows=len(batch), losses=loss, clipped=clipped)
         return total or None
 
     @property
@@ -485,13 +485,18 @@ class Diagnostics:
 
     Args:
         rows: number of records.
-        loss: () mean loss of the records.
+        losses: (n,) losses of the records, or their mean ().
         clipped: share of records whose gradient was clipped; 0 without privacy.
     """
 
     rows: int
-    loss: Tensor
+    losses: Tensor
     clipped: float = 0.0
+
+    @property
+    def loss(self) -> Tensor:
+        """Mean loss () of the records."""
+        return self.losses.mean()
 
 
 def zeros_like(params: Params) -> Params:

@@ -75,6 +75,7 @@ class Pool:
     _orders: dict[str, tuple[int, Tensor]] = field(default_factory=dict)
     _epochs: dict[str, tuple[int, "ShuffledRows"]] = field(default_factory=dict)
     _positions: dict[int, Tensor] = field(default_factory=dict)
+    _constants: dict[str, "ConstantTensors"] = field(default_factory=dict)
 
     @property
     def rehearsed(self) -> Batch | None:
@@ -171,13 +172,45 @@ class Pool:
             return rows.at(self._order(what, n, epoch))
         known, shuffled = self._epochs.get(what, (-1, None))
         if shuffled is None or known != epoch:
-            shuffled = ShuffledRows(rows, self._order(what, n, epoch))
+            if what not in self._constants:
+                self._constants[what] = ConstantTensors(rows)
+            shuffled = ShuffledRows(rows, self._order(what, n, epoch), self._constants[what])
             self._epochs[what] = (epoch, shuffled)
         return shuffled.between(i * size, (i + 1) * size)
 
     def _drawn(self, what: str, number: int) -> torch.Generator:
         seed, client, experience = self.place
         return generator(seed, "order", what, client, experience, number)
+
+
+class ConstantTensors:
+    """Tensors of a pool that have one value for all rows, so that no step need choose rows.
+
+    Most pools have three: the experience, the marks of memory and the marks of padding.
+
+    Args:
+        rows: rows of the pool.
+    """
+
+    def __init__(self, rows: Batch) -> None:
+        marks = {"tasks": rows.tasks, "from_memory": rows.from_memory, "valid": rows.valid}
+        self._firsts = {
+            name: value[:1].clone()
+            for name, value in marks.items()
+            if not isinstance(value, RowView) and bool((value == value[:1]).all())
+        }
+        self._known: dict[int, dict[str, Tensor]] = {}
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Names of the tensors."""
+        return frozenset(self._firsts)
+
+    def of(self, count: int) -> dict[str, Tensor]:
+        """Return the tensors of a batch with `count` rows, by name, which it may write to."""
+        if count not in self._known:
+            self._known[count] = {n: value.repeat(count) for n, value in self._firsts.items()}
+        return {name: value.clone() for name, value in self._known[count].items()}
 
 
 class ShuffledRows:
@@ -188,10 +221,13 @@ class ShuffledRows:
     Args:
         rows: rows to shuffle.
         order: (n,) int64 positions of all rows.
+        constants: tensors of the rows that are the same in every order.
     """
 
-    def __init__(self, rows: Batch, order: Tensor) -> None:
-        self._rows = rows.tensors()
+    def __init__(self, rows: Batch, order: Tensor, constants: ConstantTensors) -> None:
+        self._constants = constants
+        own = rows.tensors().items()
+        self._rows = {name: value for name, value in own if name not in constants.names}
         self._order = order.to(rows.inputs.device)
         self._unpadded = rows.unpadded
         self._shuffled = {
@@ -203,11 +239,12 @@ class ShuffledRows:
     def between(self, start: int, stop: int) -> Batch:
         """Return the rows of one step; `stop` may be behind the last row."""
         taken = {name: value[start:stop] for name, value in self._shuffled.items()}
-        if len(taken) < len(self._rows):
+        if len(self._shuffled) < len(self._rows):
             order = self._order[start:stop]
             for name, value in self._rows.items():
                 if name not in taken:
                     taken[name] = rows_at(value, order)
+        taken |= self._constants.of(min(stop, len(self._order)) - start)
         batch = Batch.from_tensors(taken)
         if self._unpadded:
             vars(batch)["unpadded"] = True  # a cached property, known for all steps

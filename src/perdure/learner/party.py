@@ -267,8 +267,8 @@ class Party(GuardedParty):
         self.observe(batch)
         self.set_gradients(gradient, references)
         shown = None if self.private_sum else self.curator.diagnostics
-        loss = shown.loss if shown else None
-        refuse_runaway_step(self.trained, loss, self.training, self.position.experience, step)
+        losses = shown.losses if shown else None
+        refuse_runaway_step(self.trained, losses, self.training, self.position.experience, step)
 
     def _released(self, batch: Batch, step: int) -> Params | None:
         """Return the gradient of a step; None if the step was charged again."""

@@ -20,6 +20,9 @@ from perdure.types import Params
 EVERY = 16
 """Number of steps between two checks that read all numbers, or wait for a device."""
 
+FEW = 256
+"""Largest number of losses that are looked at one by one, which is faster than a mean."""
+
 TINY = 1e-6
 """Number that `torch.nn.utils.clip_grad_norm_` adds to the norm."""
 
@@ -43,13 +46,13 @@ def bounded(gradient: Params, max_norm: float) -> Params:
 
 
 def refuse_runaway_step(
-    params: Params, loss: Tensor | None, training: TrainingPlan, experience: int, step: int
+    params: Params, losses: Tensor | None, training: TrainingPlan, experience: int, step: int
 ) -> None:
     """Refuse to continue with a step that has NaN or infinity; called before the optimiser's step.
 
     Args:
         params: trained parameters, with the gradients of the step in `.grad`.
-        loss: mean loss () of the step; None under privacy.
+        losses: losses (n,) of the rows of the step, or their mean (); None under privacy.
         training: plan of the run.
         experience: index of the experience.
         step: number of the step in the experience.
@@ -58,10 +61,11 @@ def refuse_runaway_step(
         DataError: if an input that is NaN or infinite is the cause.
         RunawayError: names the parameter, gradient or loss.
     """
-    # to read the loss on another device would wait for the step
-    waits = loss is not None and loss.device.type != "cpu"
-    if loss is not None and step % EVERY and (waits or math.isfinite(loss.item())):
+    # to read the losses on another device would wait for the step
+    waits = losses is not None and losses.device.type != "cpu"
+    if losses is not None and step % EVERY and (waits or _shown_finite(losses)):
         return
+    loss = None if losses is None else losses.mean()
     gradients = {name: value.grad for name, value in params.items() if value.grad is not None}
     watched = [*gradients.values(), *(params.values() if loss is None else ())]
     sums = torch.stack([*map(torch.sum, watched), *([] if loss is None else [loss])])
@@ -109,6 +113,11 @@ def _refuse(lost: Sequence[str], quantity: str, where: str, training: TrainingPl
         f"{training.strategy.name}: {quantity} {lost[0]}{more} is NaN or infinite "
         f"{where}; lower the learning rate or the strength of the strategy, or give max_grad_norm"
     )
+
+
+def _shown_finite(losses: Tensor) -> bool:
+    few = losses if losses.numel() <= FEW else losses.mean()
+    return all(map(math.isfinite, few.flatten().tolist()))
 
 
 def _lost(tensors: Params) -> list[str]:

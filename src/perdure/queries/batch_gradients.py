@@ -38,10 +38,14 @@ def micro_batches(batch: Batch, size: int | None) -> Iterator[Batch]:
 def mean_gradient(
     forward: Forward, losses: Losses, params: Params, batch: Batch, at_once: int | None
 ) -> tuple[Params, Tensor]:
-    """Gradient of the mean loss of the valid rows, and the mean loss ().
+    """Gradient of the mean loss of the valid rows, and losses whose mean is the mean loss.
 
     Args:
         at_once: number of rows of one pass through the model; None for all.
+
+    Returns:
+        The gradient, and the losses (n,) of all rows; if the batch has padding or was cut, their
+        mean (). A step that nobody watches needs no mean, which takes a thirtieth of a small one.
     """
     total: list[Tensor] | None = None
     loss: Tensor | None = None
@@ -49,7 +53,7 @@ def mean_gradient(
         rows = losses(forward, piece)
         if batch.unpadded and rows.shape == batch.valid.shape:
             # to the bits of the sum over the count, by fewer operations
-            part = rows.detach().mean()
+            part = rows.detach()
             weights = rows.new_full(rows.shape, 1 / max(1, len(batch)))
             grads = _gradients(rows, params, weights)
         else:
