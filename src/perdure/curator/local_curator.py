@@ -495,7 +495,7 @@ class Diagnostics:
 
     @property
     def loss(self) -> Tensor:
-        """Mean loss () of the records."""
+        """() mean loss of the records."""
         return self.losses.mean()
 
 
