@@ -222,7 +222,7 @@ def test_a_supernode_command_quotes_folders_with_spaces(tmp_path):
     }
 
 
-def test_a_config_with_private_arms_is_refused_before_it_is_deployed(app, tmp_path):
+def test_private_arms_are_refused_before_deployment(app, tmp_path):
     """The server would have no ledgers, and its report no epsilon."""
     private = CONFIG + "private = true\n[privacy]\nepsilon = 8.0\ndelta = 1e-4\n"
     with pytest.raises(
