@@ -495,7 +495,7 @@ class Diagnostics:
 
     @property
     def loss(self) -> Tensor:
-        """() mean loss of the records."""
+        """Mean loss of the records, a scalar."""
         return self.losses.mean()
 
 
