@@ -180,6 +180,9 @@ def test_certificates_need_their_authority(tmp_path):
         check_superlink(address, authority=own)
     with pytest.raises(FederationError, match=r"no connection to 127.0.0.1:1 within 1 seconds"):
         check_superlink("127.0.0.1:1", authority=own, timeout=1)
+    own.write_text("no certificate")
+    with pytest.raises(FederationError, match=r"ca.crt is no certificate .*get the newest ca.crt"):
+        check_superlink("127.0.0.1:1", authority=own, timeout=1)
 
 
 def test_keys_can_be_read_by_their_owner_only(tmp_path):

@@ -29,7 +29,8 @@ def make_certificates(folder: Path | str, hosts: Sequence[str], *, days: int = D
     new files before the certificate ends.
 
     Args:
-        folder: folder for ca.crt (for all sites), server.pem and server.key (for the server only).
+        folder: folder for ca.crt (for all sites), server.pem and server.key (for the server only);
+            it is closed to other users.
         hosts: names and addresses under which sites connect to the server.
         days: number of days until the certificates end.
 
@@ -82,7 +83,8 @@ def make_node_key(path: Path | str) -> Path:
     """Make the private key of a SuperNode, and its public key beside it.
 
     Args:
-        path: file for the private key, such as site/keys/node; it stays on the site.
+        path: file for the private key, such as site/keys/node; it stays on the site. Its folder is
+            closed to other users.
 
     Returns:
         Path of the public key, such as site/keys/node.pub, which the server registers.

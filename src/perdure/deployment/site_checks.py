@@ -54,7 +54,13 @@ def check_superlink(
         FederationError: names the wrong part, and the remedy.
     """
     host, port = _parts(address)
-    context = ssl.create_default_context(cafile=authority)
+    try:
+        context = ssl.create_default_context(cafile=authority)
+    except (ssl.SSLError, OSError) as error:
+        raise FederationError(
+            f"{authority} is no certificate ({getattr(error, 'reason', None) or error}); get the "
+            "newest ca.crt from the server"
+        ) from None
     if authority is None:
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
