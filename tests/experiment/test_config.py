@@ -360,3 +360,11 @@ def test_local_work_replaces_the_length_of_the_training():
     assert length_of(FederationConfig(rounds=5), 3, None) == (3, None)
     assert length_of(FederationConfig(rounds=5, local_epochs=2), 3, None) == (10, None)
     assert length_of(FederationConfig(rounds=5, local_steps=4), 3, None) == (None, 20)
+
+
+@pytest.mark.parametrize("length", ["local_epochs = 2", "local_steps = 5"])
+def test_local_lengths_need_no_epochs_in_the_training(length):
+    text = HEAD + f"[federation]\n{length}\n[training]\nlearning_rate = 0.1\n" + ARM
+    assert parse(text).training.learning_rate == 0.1
+    with pytest.raises(ConfigError, match="exactly one of epochs and iterations"):
+        parse(text.replace(length, "rounds = 2"))

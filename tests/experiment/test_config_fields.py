@@ -215,6 +215,8 @@ WRONG = {
     ("federation", "aggregator"): (*CHOICES, '"FedProx"', '"DifferentialPrivacy"'),
     ("federation", "aggregator_options"): ("3", "[]", "{beta = 0.5}", "{fraction_train = 0.5}"),
     ("federation", "pre_aggregators"): (
+        '[{name = "nearest_neighbours", hostile = 5}]',
+        '[{name = "buckets", size = 5}, {name = "nearest_neighbours", hostile = 1}]',
         "3",
         '["buckets"]',
         '[{name = "bucket"}]',

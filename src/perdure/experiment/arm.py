@@ -14,12 +14,13 @@ from perdure.adversarial import Attack
 from perdure.data.experience import Stream
 from perdure.doctor import Finding, Monitor, in_order
 from perdure.errors import NonFiniteError, RunawayError
+from perdure.experiment.absence_rows import absence_rows
 from perdure.experiment.certified import certified_after, certified_numbers
 from perdure.experiment.config import Arm, Config
 from perdure.experiment.finding_rows import finding_of, finding_row
 from perdure.experiment.metrics_log import MetricsLog
 from perdure.experiment.reasons import reason_numbers, reasons_after, without_reasons
-from perdure.experiment.result_schema import Numbers, PrivacyResult, TrialResult
+from perdure.experiment.result_schema import AbsenceResult, Numbers, PrivacyResult, TrialResult
 from perdure.experiment.results import (
     by_class,
     class_row,
@@ -122,6 +123,8 @@ class ArmRun:
         self.folder = self.run_folder / "arms" / self.name
         self._clock = self.folder / "seconds.json"
         self._watched = self.folder / "findings.json"
+        self._absent: list[AbsenceResult] = []
+        self._told = 0
         before = float(json.loads(self._clock.read_text())) if self._clock.exists() else 0.0
         self._began = time.perf_counter() - before
 
@@ -244,6 +247,7 @@ class ArmRun:
             "findings": list(
                 map(finding_row, in_order([*self.findings, *self._watched_findings()]))
             ),
+            "absences": [row for rows in self._rows_of("absences") for row in rows],
             **self._privacy(),
         }
 
@@ -367,6 +371,9 @@ class ArmRun:
                 raw = privacy.diagnostics == "raw"
                 logger.log_privacy(statement, server.learner, raw=raw)
         heard: Sequence[Callback] = (self._listen, self.monitor, *self.callbacks, *loggers)
+        if point == "evaluated":
+            self._absent = absence_rows(server, self._told)
+            self._told += len(self._absent)
         for callback in heard:
             callback(point, server.learner)
 
@@ -404,6 +411,8 @@ class ArmRun:
             row["reasons"] = reasons_after(
                 learner, self.stream, self.config.explain, self.folder, index, self.config.seed
             )
+        if self._absent:
+            row["absences"] = self._absent
         self.log.append(row)
 
     def _tell_monitor(self, row: RobustnessRow) -> None:

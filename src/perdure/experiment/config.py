@@ -96,7 +96,7 @@ from perdure.experiment.attack_config import AttackConfig
 from perdure.experiment.certified import CertificateConfig
 from perdure.experiment.data_config import DataConfig
 from perdure.experiment.explain_config import ExplainConfig
-from perdure.experiment.federation_table import FederationConfig
+from perdure.experiment.federation_table import FederationConfig, with_length
 from perdure.experiment.field_checks import check
 from perdure.experiment.from_tables import (
     build,
@@ -431,7 +431,7 @@ def from_table(table: Mapping[str, Any], source: str = "") -> Config:
                 raise ConfigError(
                     f"{where} is a whole number of {value.bit_length()} bits; allowed: up to 63"
                 )
-        return build(Config, table, "")
+        return build(Config, with_length(table), "")
     except ConfigError as error:
         if not source:
             raise

@@ -73,3 +73,37 @@ def make_pre_aggregators(tables: Sequence[Mapping[str, Any]]) -> tuple[PreAggreg
         values = arguments(PRE_AGGREGATORS[name], given, where)
         steps.append(PRE_AGGREGATORS[name](**values))
     return tuple(steps)
+
+
+def refuse_few_clients(
+    name: str, options: Mapping[str, Any], steps: Sequence[Mapping[str, Any]], asked: int
+) -> None:
+    """Refuse an aggregator or pre-aggregators that need more clients than a round has.
+
+    Args:
+        name: name of the aggregator.
+        options: its options.
+        steps: tables of the pre-aggregators.
+        asked: number of clients of a round.
+
+    Raises:
+        ConfigError: names the setting, and the smallest number of clients.
+    """
+    hostile = options.get("num_malicious_nodes", 0)
+    least = {"Bulyan": 4 * hostile + 3, "Krum": 2 * hostile + 3, "MultiKrum": 2 * hostile + 3}
+    needed = least.get(name, 0)
+    if hostile and asked < needed:
+        raise ConfigError.of(
+            "aggregator_options.num_malicious_nodes",
+            hostile,
+            f"fewer hostile clients, or at least {needed} clients a round; a round has {asked}",
+        )
+    for index, step in enumerate(make_pre_aggregators(steps)):
+        if isinstance(step, Buckets):
+            asked = -(-asked // step.size)
+        elif isinstance(step, NearestNeighbours) and asked <= 2 * step.hostile:
+            raise ConfigError.of(
+                f"pre_aggregators[{index}].hostile",
+                step.hostile,
+                f"fewer than half of the updates that it gets, which are {asked}",
+            )

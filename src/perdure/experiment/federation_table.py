@@ -74,10 +74,12 @@ class FederationConfig(CheckedFields):
             from perdure.experiment.federation_config import make_aggregator
 
             make_aggregator(self.aggregator, self.aggregator_options)
-        if self.pre_aggregators:
-            from perdure.experiment.federation_config import make_pre_aggregators
+        if self.pre_aggregators or "num_malicious_nodes" in self.aggregator_options:
+            from perdure.experiment.federation_config import refuse_few_clients
 
-            make_pre_aggregators(self.pre_aggregators)
+            asked = max(1, round(self.fraction * self.clients))
+            steps = self.pre_aggregators
+            refuse_few_clients(self.aggregator, self.aggregator_options, steps, asked)
 
 
 def length_of(
@@ -91,3 +93,20 @@ def length_of(
     if federation.local_epochs is not None:
         return federation.rounds * federation.local_epochs, None
     return epochs, iterations
+
+
+def with_length(table: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Add `epochs` to the tables of training if the federation says how long clients train.
+
+    Args:
+        table: content of a config file.
+    """
+    given = table.get("federation")
+    if not isinstance(given, Mapping) or not given.keys() & {"local_epochs", "local_steps"}:
+        return table
+    added = {
+        name: {**own, "epochs": 1}  # `length_of` replaces it
+        for name in ("training", "private_training")
+        if isinstance(own := table.get(name), Mapping) and not own.keys() & {"epochs", "iterations"}
+    }
+    return {**table, **added}

@@ -143,6 +143,20 @@ class FindingResult(TypedDict):
     explained_by: list[str]
 
 
+class AbsenceResult(TypedDict):
+    """Client without a usable reply in one exchange of a federation.
+
+    Experience, round and client count from 0; `round` is null in the consolidation. `field` is the
+    part of a rejected reply that was wrong.
+    """
+
+    experience: int
+    round: int | None
+    client: int
+    cause: str
+    field: str
+
+
 class TrialResult(Numbers, PrivacyResult):
     """One arm with one seed.
 
@@ -156,6 +170,7 @@ class TrialResult(Numbers, PrivacyResult):
     failure: str | None
     progress: list[tuple[int, list[float]]]
     findings: NotRequired[list[FindingResult]]
+    absences: NotRequired[list[AbsenceResult]]
 
 
 class Failure(TypedDict):

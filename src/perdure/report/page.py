@@ -9,6 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from perdure.experiment.result_schema import Result, read_result
+from perdure.report.absences import absences_section
 from perdure.report.figures import pictures
 from perdure.report.findings import NAME as FINDING
 from perdure.report.findings import findings_section
@@ -84,12 +85,14 @@ def html(result: Result, drawn: Sequence[Picture], config: str | None) -> str:
     shown = [picture for picture in drawn if not picture.name.startswith(FINDING)]
     examined = any("findings" in arm for arm in result["arms"])
     groups = groups_section(result)
+    absent = absences_section(result)
     sections = (
         ("answer", "The answer", answer(result)),
         ("arms", "All arms", arms_table(result)),
         ("pictures", "Pictures", gallery(result, shown)),
         *([("findings", "Findings", findings_section(result, drawn))] if examined else []),
         *([("groups", "Groups", groups)] if groups else []),
+        *([("absences", "Missing clients", absent)] if absent else []),
         ("privacy", "Privacy statement", statement(result)),
         ("run", "Settings of the run", facts(result, config)),
         ("words", "Words", glossary(result["task"])),

@@ -361,10 +361,11 @@ def _declared_sizes(federation: Mapping[str, Any] | None) -> str:
     sizes: list[list[int]] = federation["declared_sizes"]
     columns = ["client", *(f"exp. {j + 1}" for j in range(len(sizes[0])))]
     body = "".join(
-        _row(str(i + 1), [str(size) for size in row], "number") for i, row in enumerate(sizes)
+        _row(str(i), [str(size) for size in row], "number") for i, row in enumerate(sizes)
     )
     caption = (
-        "Declared number of records of each client in each experience. Declared sizes are public."
+        "Declared number of records of each client in each experience; clients count from 0. "
+        "Declared sizes are public."
     )
     return _details(
         "Declared sizes of the clients", _table(caption, columns, f"<tbody>{body}</tbody>")
