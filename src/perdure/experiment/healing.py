@@ -146,7 +146,7 @@ def heal(
             told(f"restart {len(done)} {done[-1]['worse']}; its remedies are withdrawn")
         else:
             current = replace(new, result=read_result(new.folder))
-        best = max(new, best, key=lambda each: each.score)
+        best = max(best, new, key=lambda each: each.score)
         plan = _next(current, done)
     refused = {**plan.refused, **_withdrawn(done)}
     return Healing(folders=tuple(folders), best=best.folder, restarts=tuple(done), refused=refused)
