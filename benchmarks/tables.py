@@ -260,6 +260,13 @@ TABLES: dict[str, Listing] = {
             "forgetting": "{forgetting:.1f}",
         },
     ),
+    "federated_robust": Pivot(
+        file="federated_robust",
+        columns={"aggregator": "{aggregator}", "alpha": "{alpha:g}"},
+        line=("aggregator", "alpha"),
+        across=("attack", ("none", "sign flip", "model replacement", "label flip")),
+        each="{accuracy:.1f} ({standard_error:.1f})",
+    ),
     "federated_continual": Listing(
         file="federated_continual",
         columns={
