@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from perdure.adversarial import PGD, robust_accuracy
@@ -30,7 +31,7 @@ def network():
         layers = nn.Sequential(
             nn.Conv2d(1, 4, 3, padding=1),
             nn.BatchNorm2d(4),
-            nn.ReLU(inplace=True),
+            nn.ReLU(),
             nn.MaxPool2d(2),
             nn.Conv2d(4, 4, 3, stride=2),
             nn.Tanh(),
@@ -96,6 +97,108 @@ def test_layers_without_a_rule_are_refused_with_the_reason():
         nn.BatchNorm2d(1)(box)
     with pytest.raises(ConfigError, match="got lost"):
         worst_logits(lambda rows: torch.zeros(len(rows), 2), box, torch.tensor([0, 1]))
+
+
+class Odd(nn.Module):
+    """Two layers with an operation between them or after them."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, rows):
+        return self.function(self, rows)
+
+
+def added_in_place(model, rows):
+    hidden = model.first(rows)
+    hidden += model.first(rows)
+    return model.last(hidden)
+
+
+def relu_in_place(model, rows):
+    hidden = model.first(rows)
+    return model.last(F.relu(hidden, True) + hidden)
+
+
+def written_to(model, rows):
+    place = torch.empty(len(rows), 4)
+    return model.last(torch.clamp(model.first(rows), 0.0, 1.0, out=place))
+
+
+def masked(model, rows):
+    return torch.where(torch.tensor([True, False]), model.last(rows), 0.0)
+
+
+ODD = {
+    "add_": added_in_place,
+    "relu in place": relu_in_place,
+    "out": written_to,
+    "T": lambda model, rows: model.last(rows) + model.last(rows.T.T),
+    "data": lambda model, rows: model.last(rows) + model.last(rows.data),
+    "to": lambda model, rows: model.last((8 * rows).to(torch.int32).to(torch.float32)),
+    "half": lambda model, rows: model.last(rows.to(torch.float16).to(torch.float32)),
+    "view": lambda model, rows: model.last(rows.view(torch.int32).view(torch.float32)),
+    "where": masked,
+    "leaky_relu": lambda model, rows: model.last(F.leaky_relu(model.first(rows), -1.0)),
+    "elu": lambda model, rows: model.last(F.elu(model.first(rows), -1.0)),
+    "softplus": lambda model, rows: model.last(F.softplus(model.first(rows), 1.0, 0.0)),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_operations_give_no_false_certificate(name):
+    torch.manual_seed(4)
+    model = Odd(ODD[name]).eval()
+    with torch.no_grad():  # logits that differ in nothing but their mask
+        model.last.weight[1] = model.last.weight[0] if name == "where" else model.last.weight[1]
+        model.last.bias[:] = -model.last.weight.sum(1) / 2
+    inputs = torch.rand(100, 4, generator=seed())
+    with torch.no_grad():
+        labels = model(inputs.clone()).argmax(1)
+    if name != "where":
+        with pytest.raises(ConfigError, match="interval bounds have no rule for"):
+            certify_by_bounds(model, inputs, labels, epsilon=0.1)
+        return
+    card = certify_by_bounds(model, inputs, labels, epsilon=0.1)
+    kept = torch.ones(100, dtype=torch.bool)
+    for number in range(50):
+        corner = torch.rand(inputs.shape, generator=seed(number)).sub(0.5).sign() * 0.1
+        kept &= model((inputs + corner).clamp(0, 1)).argmax(1) == labels
+    assert 0 < card.certified_accuracy <= 100 * float(kept.double().mean()) < 100
+
+
+def test_a_model_outside_of_its_bounds_is_refused():
+    model = nn.Linear(4, 2)
+    inputs, labels = torch.rand(5, 4, generator=seed()), torch.zeros(5, dtype=torch.int64)
+
+    def other_for_intervals(rows):
+        return model(rows) + (0.0 if type(rows) is torch.Tensor else 0.1)
+
+    for predict in (other_for_intervals, lambda rows: model(rows) * math.nan):
+        with pytest.raises(ConfigError, match="do not cover this model"):
+            certify_by_bounds(predict, inputs, labels, epsilon=0.0)
+
+
+def test_a_compiled_model_has_the_bounds_of_the_model():
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    inputs = torch.rand(5, 4, generator=seed())
+    labels = model(inputs).argmax(1)
+    expected = certify_by_bounds(model, inputs, labels, epsilon=0.01)
+    compiled = torch.compile(model, backend="eager")
+    assert certify_by_bounds(compiled, inputs, labels, epsilon=0.01) == expected
+
+
+def test_copies_with_nan_logits_vote_for_no_class():
+    def broken(rows):
+        logits = torch.tensor([-math.inf, 1.0, 0.0]).repeat(len(rows), 1)
+        return torch.where(rows < 0.5, math.nan, logits)
+
+    smooth = Smoothing(predict=broken, deviation=0.1)
+    classes, radii = smooth.certify(torch.tensor([[0.0], [1.0]]), generator=seed())
+    assert classes.tolist() == [ABSTAINED, 1]
+    assert radii[0] == 0 < radii[1]
 
 
 def trained(epsilon):

@@ -8,7 +8,8 @@ layer by layer, an interval that contains its outputs for all inputs of the inte
     pooling, mean, reshape     the same of midpoint and radius, or of both ends
     sums, products by a number
 
-Other operations are refused, because their result would not contain all outputs.
+Other operations are refused, because their result would not contain all outputs. So are operations
+in place, which would change an interval that other layers may still use.
 
 Source: Gowal et al. 2018, "On the effectiveness of interval bound propagation for training
 verifiably robust models", section 3.
@@ -41,6 +42,9 @@ MONOTONE = frozenset(
 )
 """Operations that never fall when an entry of the input rises."""
 
+SLOPED = frozenset({"elu", "leaky_relu"})
+"""Those of them that fall if one of their numbers is negative."""
+
 AVERAGES = frozenset(
     {
         "adaptive_avg_pool2d",
@@ -62,15 +66,21 @@ AVERAGES = frozenset(
 """Linear operations without an offset, whose weights are not negative."""
 
 AFFINE = frozenset({"conv1d", "conv2d", "conv3d", "linear"})
-FACTS = frozenset({"get", "dim", "size", "is_floating_point", "len", "numel"})
-"""Questions about shape and type."""
+FACTS = frozenset({"dim", "size", "is_floating_point", "len", "numel"})
+GETTERS = frozenset({"device", "dtype", "ndim", "requires_grad", "shape"})
+"""Questions about shape and type, as methods and as attributes."""
 
 REASONS = {
     "group_norm": "it divides by a spread of the input itself",
     "instance_norm": "it divides by a spread of the input itself",
     "layer_norm": "it divides by a spread of the input itself",
+    "elu": "it falls where alpha is negative",
     "gelu": "it falls and rises",
+    "leaky_relu": "it falls where the slope is negative",
     "silu": "it falls and rises",
+    "softplus": "it falls where beta is negative or the threshold below 20",
+    "to": "a type with fewer digits rounds the ends",
+    "view": "a view in another type has no order",
 }
 FIX = (
     "allowed: Linear, Conv, BatchNorm in evaluation mode, ReLU and other monotone activations, "
@@ -125,6 +135,10 @@ class Interval(Tensor):
                 entering, weight = self.layer
                 between = (weight - weight.unsqueeze(1)).abs()
                 spread = torch.einsum("ncf,nf->nc", between[labels], entering.radius)
+                # a logit without a radius may be a number of a mask, which has no weights
+                apart = self.radius, self.radius.gather(1, own)
+                number = (apart[0] == 0) | (apart[1] == 0)
+                spread = torch.where(number, apart[0] + apart[1], spread)
             return (change + spread).scatter(1, own, 0.0)
 
 
@@ -153,10 +167,21 @@ def _computed(func: Operation, args: Sequence[Any], kwargs: dict[str, Any]) -> A
     Raises:
         ConfigError: if there is no rule for it.
     """
-    name = getattr(func, "__name__", "").strip("_")
-    if name in FACTS:
+    raw = getattr(func, "__name__", "")
+    name = raw.strip("_")
+    asked = name in FACTS
+    if raw == "__get__":
+        name = func.__self__.__name__  # type: ignore[attr-defined]
+        asked = name in GETTERS or name.startswith("is_")
+    if asked:
         return func(*args, **kwargs)
-    rule = RULES.get(name)
+    changes = raw.endswith("_") and not raw.endswith("__")
+    if changes or kwargs.pop("inplace", False) or "out" in kwargs:
+        raise ConfigError(
+            f"interval bounds have no rule for {name} in place: other layers may use the tensor "
+            "that it changes; use inplace=False, and h = h + x for h += x"
+        )
+    rule = None if _intervals(tuple(kwargs.values())) else RULES.get(name)
     found = rule(func, args, kwargs) if rule else None
     if found is None:
         reason = REASONS.get(name, "its result has no known bounds")
@@ -167,7 +192,7 @@ def _computed(func: Operation, args: Sequence[Any], kwargs: dict[str, Any]) -> A
 def _affine(func: Operation, args: Sequence[Any], kwargs: dict[str, Any]) -> Interval | None:
     """Linear layer or convolution."""
     first, weight = args[:2]
-    if not isinstance(first, Interval) or _intervals(args) > 1:
+    if not _is_first(args):
         return None
     bias = args[2] if len(args) > 2 else kwargs.pop("bias", None)
     middle = func(first.as_subclass(Tensor), weight, bias, *args[3:], **kwargs)
@@ -179,20 +204,37 @@ def _affine(func: Operation, args: Sequence[Any], kwargs: dict[str, Any]) -> Int
 def _average(func: Operation, args: Sequence[Any], kwargs: dict[str, Any]) -> Interval | None:
     """Linear operation with weights that are not negative."""
     first = args[0]
+    retyped = any(isinstance(each, torch.dtype) for each in (*args, *kwargs.values()))
+    if not _is_first(args) or (func.__name__ == "view" and retyped):
+        return None
     middle = func(first.as_subclass(Tensor), *args[1:], **kwargs)
-    return _interval(middle, func(first.radius, *args[1:], **kwargs))
+    if not middle.is_floating_point() or middle.dtype.itemsize < first.dtype.itemsize:
+        return None
+    # the divisor of a pooling may be negative
+    return _interval(middle, func(first.radius, *args[1:], **kwargs).abs())
 
 
 def _monotone(func: Operation, args: Sequence[Any], kwargs: dict[str, Any]) -> Interval | None:
     """Operation that never falls."""
-    kwargs.pop("inplace", None)
+    if not _is_first(args) or _falls(func, args, kwargs):
+        return None
     lower, upper = (func(end, *args[1:], **kwargs) for end in args[0].ends())
     return between(lower, upper)
 
 
+def _falls(func: Operation, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    """Return True if an activation falls somewhere, because of its numbers."""
+    if func.__name__ == "softplus":
+        beta = kwargs.get("beta", args[1] if len(args) > 1 else 1.0)
+        threshold = kwargs.get("threshold", args[2] if len(args) > 2 else 20.0)
+        return not (beta > 0 and threshold >= 20)
+    numbers = (*args[1:], *kwargs.values()) if func.__name__ in SLOPED else ()
+    return not all(each >= 0 for each in numbers)
+
+
 def _normalised(func: Operation, args: Sequence[Any], kwargs: dict[str, Any]) -> Interval | None:
     """Batch normalisation by fixed statistics."""
-    if kwargs.get("training", args[5:6] == (True,)):
+    if not _is_first(args) or kwargs.get("training", args[5:6] == (True,)):
         return None
     middle_of = args[0].as_subclass(Tensor)
     middle = func(middle_of, *args[1:], **kwargs)
@@ -213,7 +255,7 @@ def _dropped(
 
 def _sum(func: Operation, args: Sequence[Any], kwargs: dict[str, Any]) -> Interval | None:
     """Sum or difference of intervals, tensors and numbers."""
-    if kwargs:
+    if kwargs or len(args) != 2:
         return None
     parts = [each.as_subclass(Tensor) if isinstance(each, Interval) else each for each in args]
     middle = func(*parts)
@@ -238,12 +280,19 @@ def _quotient(func: Operation, args: Sequence[Any], kwargs: dict[str, Any]) -> I
 
 def _masked(func: Operation, args: Sequence[Any], kwargs: dict[str, Any]) -> Interval | None:
     """Entries of an interval where a mask is True, and a number elsewhere."""
+    if kwargs or len(args) != 3 or not isinstance(args[1], Interval) or isinstance(args[2], Tensor):
+        return None
     mask, first, number = args
-    if kwargs or not isinstance(first, Interval) or isinstance(number, Tensor):
+    if isinstance(mask, Interval):
         return None
     middle = func(mask, first.as_subclass(Tensor), number)
-    # a number far below all logits keeps the differences of the weights for the others
-    return _interval(middle, func(mask, first.radius, 0.0), first.layer)
+    layer = first.layer if middle.shape == first.shape else None
+    return _interval(middle, func(mask, first.radius, 0.0), layer)
+
+
+def _is_first(args: Sequence[Any]) -> bool:
+    """Return True if the first argument is an interval, and no other."""
+    return isinstance(args[0], Interval) and _intervals(args) == 1
 
 
 def _intervals(args: Sequence[Any]) -> int:

@@ -1,7 +1,9 @@
 """Certificates by interval bound propagation (Gowal et al. 2018)."""
 
 import math
+import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -40,13 +42,43 @@ def worst_logits(predict: Callable[[Tensor], Tensor], box: Interval, labels: Ten
     Raises:
         ConfigError: if a layer has no rule.
     """
-    logits: object = predict(box)
+    return _bounded(predict, box).above(labels)
+
+
+def _bounded(predict: Callable[[Tensor], Tensor], box: Interval) -> Interval:
+    """Return the interval (n, C) of the logits."""
+    with _eager():
+        logits: object = predict(box)
     if not isinstance(logits, Interval):
         raise ConfigError(
             "interval bounds got lost inside the model, which made a new tensor; allowed: a model "
             "whose outputs are computed from its inputs by layers with a rule"
         )
-    return logits.above(labels)
+    return logits
+
+
+def _eager() -> AbstractContextManager[object]:
+    """Context manager in which compiled models run their Python code, which intervals need."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and the import takes seconds
+        return nullcontext()
+    stance: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
+    return stance
+
+
+def _refuse_uncovered(logits: Interval, found: Tensor) -> None:
+    """Refuse a model whose logits (n, C) for inputs of the box lie outside their bounds.
+
+    No rule should let this happen; it is a net below the rules.
+    """
+    lower, upper = logits.ends()
+    size = torch.maximum(lower.abs(), upper.abs()).nan_to_num(posinf=0.0)
+    rounding = 4 * torch.finfo(found.dtype).eps ** 0.5 * (1 + size)
+    if not bool(((found >= lower - rounding) & (found <= upper + rounding)).all()):
+        raise ConfigError(
+            "interval bounds do not cover this model: some of its logits are NaN or outside of "
+            "their bounds; allowed: a model whose logits depend on its inputs only through layers "
+            "with a rule; for other models use randomised smoothing"
+        )
 
 
 def certify_by_bounds(
@@ -76,7 +108,8 @@ def certify_by_bounds(
         bounds: smallest and largest value of an input; None for inputs without bounds.
 
     Raises:
-        ConfigError: if a layer has no rule, or an argument is not allowed.
+        ConfigError: if a layer has no rule, if logits at the record, the middle or two corners of
+            its ball are outside of their bounds, or if an argument is not allowed.
 
     Source: Gowal et al. 2018, "On the effectiveness of interval bound propagation for training
     verifiably robust models", sections 3 and 4.
@@ -88,9 +121,15 @@ def certify_by_bounds(
         for start in range(0, len(inputs), MOST_ROWS):
             rows = inputs[start : start + MOST_ROWS]
             own = labels[start : start + MOST_ROWS]
-            clean += int((predict(rows).argmax(1) == own).sum())
-            worst = worst_logits(predict, ball(rows, epsilon, bounds), own)
-            others = worst.scatter(1, own.unsqueeze(1), -math.inf).amax(1)
+            box = ball(rows, epsilon, bounds)
+            logits = _bounded(predict, box)
+            lower, upper = box.ends()
+            for inside in ((lower + upper) / 2, lower, upper):
+                _refuse_uncovered(logits, predict(inside))
+            found = predict(rows)
+            _refuse_uncovered(logits, found)
+            clean += int((found.argmax(1) == own).sum())
+            others = logits.above(own).scatter(1, own.unsqueeze(1), -math.inf).amax(1)
             certified += int((others < 0).sum())
     return Certificate(
         method="interval bounds",

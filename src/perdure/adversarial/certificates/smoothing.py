@@ -25,7 +25,7 @@ class Smoothing(CheckedFields):
 
     No change of a record with an L2 norm below `radii` moves its class, if the certificate holds.
     The base model should be trained on inputs with the same noise: `Views` of a function that adds
-    normal noise.
+    normal noise. A copy whose logits are NaN votes for no class.
 
     Guarantee: the certificate of a record is wrong with a probability of at most `alpha`, over the
     noise. None for privacy: answers are exact statistics of inputs, so they must be public.
@@ -134,6 +134,7 @@ class Smoothing(CheckedFields):
             shape = (min(self.batch_size, count - start), *row.shape)
             noise = torch.randn(shape, dtype=row.dtype, generator=generator).to(row.device)
             logits = self.predict(row + self.deviation * noise)
+            logits = logits[logits.amax(1).isfinite()]  # NaN or +inf is a vote for no class
             votes = logits.argmax(1).bincount(minlength=logits.shape[1]).cpu()
             total = votes if total is None else total + votes
         assert total is not None
