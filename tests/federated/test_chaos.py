@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from helpers import chaos
 from helpers.federations import SIMULATED, outcome
 from perdure.federated.client_store import FRESH, older_state
 from perdure.learner.checkpoint import Store
+from perdure.privacy.accounting.charges import Charge
 
 
 class KilledError(RuntimeError):
@@ -77,6 +79,26 @@ def test_a_private_client_without_its_ledger_stays_out(tmp_path):
     assert len(server.learner.matrix) == 2
     refused = {each.client for each in server.absences if "server records" in each.reason}
     assert refused == {1}
+
+
+def test_a_client_that_lost_its_first_reply_and_folder_stays_out(tmp_path):
+    """The server has no head of its ledger, which begins anew with the charges made elsewhere."""
+    privacy = replace(SIMULATED, spent=(Charge(0.1, 1.0, 5),))
+    options = {"privacy": privacy, "share": 0, "lost": [(0, 1)], "kills": [2]}
+    server, kills = until_done(tmp_path, 3, 2, deleted=[(1, 1)], **options)
+    assert kills == 1
+    assert sorted(server.heads.texts) == ["0", "2"]
+    assert {each.client for each in server.absences} == {1}
+    reasons = {each.reason for each in server.absences}
+    assert all("has sent a private task to this client" in each for each in reasons), reasons
+
+
+def test_a_client_that_lost_its_first_reply_only_goes_on(tmp_path):
+    server = chaos.serve(tmp_path, 3, 1, privacy=SIMULATED, share=0, lost=[(0, 1)])
+    assert [(each.exchange, each.client, each.cause) for each in server.absences] == [
+        (0, 1, "late")
+    ]
+    assert sorted(server.heads.texts) == ["0", "1", "2"]
 
 
 def test_only_an_older_state_is_read_from_an_error():

@@ -10,6 +10,7 @@ from perdure.data import iid
 from perdure.federated import Federation, Server, client_app, run_federation
 from perdure.federated.client_streams import held_experiences, union, without_gaps
 from perdure.federated.flower_adapter import InProcessGrid
+from perdure.federated.roster import Roster
 from perdure.strategies import EWC, Combine, Replay
 
 FEDERATION = Federation(clients=3, rounds=1)
@@ -64,6 +65,24 @@ def test_a_server_that_asks_for_sizes_gives_the_same_result(stream, parties):
     with InProcessGrid(app, 3).running() as grid:
         server.serve(grid)
     assert outcome(server.learner) == outcome(known.learner)
+
+
+@pytest.mark.parametrize("sizes", [[-5, 10], [2.5, 10.0]])
+def test_negative_or_fractional_sizes_leave_a_node_out(stream, parties, sizes):
+    make = maker(stream, EWC(strength=1.0))
+    honest = client_app(lambda number: (make(number), parties[number]))
+
+    def app(message, context):
+        reply = honest(message, context)
+        reply.content["metrics"]["sizes"] = sizes
+        return reply
+
+    roster = Roster(1, None)
+    with InProcessGrid(app, 1).running() as grid:
+        roster.refresh(grid)
+    assert (roster.nodes, roster.sizes) == ({}, {})
+    (refusal,) = roster.refused.values()
+    assert "allowed: whole numbers from 0" in str(refusal)
 
 
 def test_the_union_has_every_experience_of_a_holder(parties):

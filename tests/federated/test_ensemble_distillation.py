@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from perdure.data import iid
-from perdure.errors import ConfigError
+from perdure.errors import ConfigError, FederationError
 from perdure.federated import EnsembleDistillation, Federation, run_federation
 from perdure.federated.averaging import ready
 from perdure.federated.messages import load_record, to_record
@@ -55,6 +55,10 @@ def test_distillation_approaches_the_mean_answers(run):
             logits = torch.log_softmax(aggregator.model(run.public), dim=1)
         return float((mean.softmax(1) * (mean.log_softmax(1) - logits)).sum(1).mean())
 
+    huge = to_record({n: torch.full_like(v, 3e38) for n, v in models[0].items()})
+    torch.testing.assert_close(aggregator.mean_logits([*records, huge]), mean)
+    with pytest.raises(FederationError, match="NaN or infinite logits"):
+        aggregator.mean_logits([huge])
     answers({n: (models[0][n] + models[1][n]) / 2 for n in models[0]})
     before = distance()
     aggregator.distil(mean, 1)

@@ -12,9 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from helpers.federations import SIMULATED, maker, outcome, short
-from helpers.hostile_clients import serve, without
+from helpers.hostile_clients import serve, spoilt_app, without
 from perdure.data import dirichlet
-from perdure.federated import Federation
+from perdure.federated import Federation, Server, client_app
+from perdure.federated.flower_adapter import InProcessGrid
 from perdure.federated.reply_checks import Expected, ReplyChecks
 from perdure.strategies import EWC
 
@@ -222,8 +223,6 @@ def expected(**changes):
 
 @pytest.fixture
 def identity():
-    from perdure.federated.flower_adapter import InProcessGrid
-
     with InProcessGrid(None, 1).running():
         yield
 
@@ -241,6 +240,39 @@ def test_updates_are_bounded_by_the_median_or_as_declared(identity):
     accepted, rejected = ReplyChecks().accept(replies_of([[1, 0], [2, 0], [3, 0]]), declared)
     assert (list(accepted), list(rejected)) == ([0, 1], [2])
     assert "federation.max_update_norm" in str(rejected[2])
+
+
+def test_two_clients_go_on_after_they_have_converged(parties):
+    """Their last updates are tiny, and the first ones of the next experience are not."""
+    make, streams = parties
+
+    def converged(reply, message):
+        task = message.content["task"]
+        if "arrays" in reply.content and task["experience"] == 0:
+            before, after = (tensors_of(each.content["arrays"]) for each in (message, reply))
+            reply.content["arrays"] = ArrayRecord(
+                {n: Array(before[n] + np.float32(1e-4) * (after[n] - before[n])) for n in before}
+            )
+        return reply
+
+    def app(message, context):
+        client = context.node_config["partition-id"]
+        return spoilt_app(honest, converged, client)(message, context)
+
+    honest = client_app(lambda number: (make(number), streams[number]))
+    sizes = [[each.train.declared_size for each in own] for own in streams[:2]]
+    federation = Federation(clients=2, rounds=2)
+    server = Server(learner=make(0), stream=streams[0], federation=federation, sizes=sizes)
+    with InProcessGrid(app, 2).running() as grid:
+        server.serve(grid)
+    assert server.absences == []
+
+
+def test_two_updates_are_bounded_by_the_largest_earlier_one(identity):
+    checks = ReplyChecks([1e-4, 3.0, 1e-4])
+    accepted, rejected = checks.accept(replies_of([[1, 0], [0, 301]]), expected())
+    assert (list(accepted), list(rejected)) == ([0], [1])
+    assert "100 times the largest accepted norm" in str(rejected[1])
 
 
 def test_a_size_is_bounded_by_the_declared_size(identity):

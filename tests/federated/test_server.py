@@ -33,7 +33,7 @@ from perdure.federated import (
     run_federation,
 )
 from perdure.federated.flower_adapter import InProcessGrid
-from perdure.federated.messages import load_shared, shared
+from perdure.federated.messages import load_shared, shared, to_record
 from perdure.learner.learner import Learner
 from perdure.strategies import EWC, Combine, Joint, LwF, Naive, Replay
 
@@ -329,6 +329,29 @@ def test_an_aggregator_failure_is_a_federation_error(stream):
             [short(stream, 1)],
             Federation(clients=1, rounds=1, aggregator=FedAvg(weighted_by_key="participants")),
         )
+
+
+def test_a_result_that_is_not_finite_never_becomes_the_model(stream):
+    class Overflowing(FedAvg):
+        def aggregate_train(self, server_round, replies):
+            result, metrics = super().aggregate_train(server_round, replies)
+            return to_record({n: each * torch.inf for n, each in tensors_in(result)}), metrics
+
+    def tensors_in(record):
+        return ((name, torch.from_numpy(array.numpy())) for name, array in record.items())
+
+    own = short(stream, 1)
+    make = maker(stream, Naive(), iterations=1, blocks=1)
+    federation = Federation(clients=1, rounds=1, aggregator=Overflowing())
+    server = Server(learner=make(0), stream=own, federation=federation)
+    app = client_app(lambda number: (make(number), own))
+    told = "aggregator Overflowing returned NaN or infinite numbers in "
+    with (
+        InProcessGrid(app, 1).running() as grid,
+        pytest.raises(FederationError, match=told),
+    ):
+        server.serve(grid)
+    assert all(each.isfinite().all() for each in server.learner.model.state_dict().values())
 
 
 def test_the_server_holds_no_training_record(stream):

@@ -34,11 +34,12 @@ class ChaosGrid(InProcessGrid):
         lost: share of lost replies.
         late: share of late ones.
         seed: seed of the faults.
+        surely: pairs of an exchange and a client whose reply is lost in any case.
     """
 
-    def __init__(self, app, clients, *, lost, late, seed):
+    def __init__(self, app, clients, *, lost, late, seed, surely=()):
         super().__init__(app, clients)
-        self._lost, self._late, self._seed = lost, late, seed
+        self._lost, self._late, self._seed, self._surely = lost, late, seed, surely
         self._held = []
         self.faults = 0
 
@@ -50,7 +51,8 @@ class ChaosGrid(InProcessGrid):
             if task is None or "exchange" not in task:
                 continue
             place = (self._seed, "fault", task["exchange"], message.metadata.dst_node_id)
-            drawn = chance(*place)
+            surely = (task["exchange"], message.metadata.dst_node_id - 1) in self._surely
+            drawn = -1.0 if surely else chance(*place)
             if drawn < self._lost + self._late:
                 self.faults += 1
                 reply = self._replies.pop(name)
@@ -73,7 +75,9 @@ def parties(clients, *, privacy=None, callbacks=()):
     return make, streams
 
 
-def serve(folder, clients, rounds, *, deleted=(), kills=(), privacy=None, share=0.3, kill=None):
+def serve(
+    folder, clients, rounds, *, deleted=(), kills=(), privacy=None, share=0.3, lost=(), kill=None
+):
     """Run a federation with faults from its last checkpoint, and return its server.
 
     Args:
@@ -84,6 +88,7 @@ def serve(folder, clients, rounds, *, deleted=(), kills=(), privacy=None, share=
         kills: exchanges before whose checkpoint the server is killed, once each.
         privacy: privacy of the clients.
         share: share of lost replies; a third as many come late.
+        lost: pairs of an exchange and a client whose reply is lost in any case.
         kill: function that kills the server; the process itself by default.
     """
     make, streams = parties(clients, privacy=privacy)
@@ -120,7 +125,8 @@ def serve(folder, clients, rounds, *, deleted=(), kills=(), privacy=None, share=
         callbacks=[faults],
         sizes=[[each.train.declared_size for each in own] for own in streams],
     )
-    with ChaosGrid(app, clients, lost=share, late=share / 3, seed=1).running() as grid:
+    chaotic = ChaosGrid(app, clients, lost=share, late=share / 3, seed=1, surely=lost)
+    with chaotic.running() as grid:
         server.serve(grid)
     return server
 

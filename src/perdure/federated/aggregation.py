@@ -11,7 +11,7 @@ from torch import Tensor
 
 from perdure.errors import FederationError
 from perdure.federated.averaging import mean_of
-from perdure.federated.held_arrays import values_of
+from perdure.federated.held_arrays import read_only, values_of
 from perdure.federated.messages import read_metric
 from perdure.federated.pre_aggregators import pre_aggregated_replies
 from perdure.federated.settings import Federation
@@ -40,7 +40,7 @@ def aggregated(
         federation: settings, with the steps before the aggregator.
 
     Raises:
-        FederationError: if the aggregator fails, or returns nothing.
+        FederationError: if the aggregator fails, or returns nothing or numbers that are not finite.
     """
     name = type(federation.aggregator).__name__
     place = generator(federation.seed, "pre_aggregators", *divmod(number - 1, federation.rounds))
@@ -58,6 +58,12 @@ def aggregated(
             "aggregator, or one with fewer hostile clients"
         )
     values_of(result).update(means)
+    wrong = [key for key, each in result.items() if not read_only(each).isfinite().all()]
+    if wrong:
+        raise FederationError(
+            f"the aggregator {name} returned NaN or infinite numbers in {wrong[0]}; set "
+            "federation.max_update_norm, lower the aggregator's learning rate, or use another one"
+        )
     return result
 
 

@@ -11,7 +11,7 @@ from flwr.app import ArrayRecord, Message, MetricRecord
 from flwr.serverapp.strategy import FedAvg
 from torch import Tensor, nn
 
-from perdure.errors import ConfigError
+from perdure.errors import ConfigError, FederationError
 from perdure.federated.messages import load_record, shared, to_record
 from perdure.utils.seeding import generator
 
@@ -100,16 +100,29 @@ class EnsembleDistillation(FedAvg):
         return to_record({n: v.detach() for n, v in shared(self.model).items()}), metrics
 
     def mean_logits(self, records: Sequence[ArrayRecord]) -> Tensor:
-        """Return the mean logits (n, C) of the clients' models for the public inputs."""
+        """Return the mean logits (n, C) of the clients' models for the public inputs.
+
+        Models with NaN or infinite logits are left out.
+
+        Raises:
+            FederationError: if no model has finite logits.
+        """
         total: Tensor | None = None
+        finite = 0
         for record in records:
             load_record(self.model, record)
             with torch.no_grad():
                 pieces = torch.split(self.public, self.batch_size)
                 logits = torch.cat([self.model(piece) for piece in pieces])
-            total = logits if total is None else total + logits
-        assert total is not None
-        return total / len(records)
+            if logits.isfinite().all():
+                total = logits if total is None else total + logits
+                finite += 1
+        if total is None:
+            raise FederationError(
+                "EnsembleDistillation: the models of all clients have NaN or infinite logits for "
+                "the public inputs; set federation.max_update_norm, or lower the learning rate"
+            )
+        return total / finite
 
     def distil(self, targets: Tensor, server_round: int) -> None:
         """Train the model towards the targets (n, C) for the public inputs."""

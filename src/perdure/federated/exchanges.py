@@ -78,6 +78,8 @@ class Exchanges:
             FederationError: below the quorum, for other reasons.
         """
         federation = self._federation
+        if request.task["round"] == 0:
+            self.checks.begin()
         clients = {node: client for client, node in self._roster.nodes.items()}
         outgoing = sorted(messages, key=lambda message: clients[message.metadata.dst_node_id])
         contents = {clients[each.metadata.dst_node_id]: each.content for each in outgoing}
@@ -92,6 +94,8 @@ class Exchanges:
         accepted, rejected = self._accept(replies, request)
         absences += rejected
         log_absences(absences)
+        if request.task["private"]:
+            self.heads.begun |= {each.client for each in absences if each.cause != "absent"}
         require_quorum(federation.quorum, request.presence.asked, len(accepted), absences)
         self.absences += absences
         return accepted
@@ -121,8 +125,10 @@ class Exchanges:
     ) -> dict[int, Message]:
         """Ask clients that lost their state once more, to go on from an older one, or to begin.
 
-        Under privacy the client's ledger must still be there: every message has its last head, and
-        the client refuses without the ledger.
+        Under privacy the client's ledger must still be there. Every message has its last head; if
+        the server has none because no reply has come, it says that a task may have begun. The
+        client refuses without the ledger. Only a task that the server did not checkpoint, because
+        it was killed in that exchange, is not known.
         """
         older: dict[int, int] = {}
         again = []

@@ -30,9 +30,13 @@ UPDATE_FACTOR = 100.0
 STATE_FACTOR = 1e4
 """Largest allowed norm of a state's tensor, in medians over clients: importances differ more."""
 FEWEST = 3
-"""Number of norms from which their median is used; among two, nobody knows the wrong one."""
+"""Number of norms from which updates are bounded; among two, nobody knows the wrong one."""
 REMEMBERED = 32
-"""Number of the last accepted norms, which rounds with fewer than `FEWEST` updates use."""
+"""Number of the last accepted norms, which rounds with fewer than `FEWEST` updates use.
+
+These are bounded by the largest norm of the experience, because honest updates become small while
+a model converges, and large again at the next experience.
+"""
 
 
 class ReplyError(FederationError):
@@ -74,11 +78,15 @@ class ReplyChecks:
     """Checks of the replies of a whole run, which remembers the norms of accepted updates.
 
     Args:
-        norms: norms of the last accepted updates, from a checkpoint.
+        norms: norms of the last accepted updates of the experience, from a checkpoint.
     """
 
     def __init__(self, norms: Sequence[float] = ()) -> None:
         self.norms = list(norms)
+
+    def begin(self) -> None:
+        """Forget the norms of the last experience, which say nothing about a new one."""
+        self.norms = []
 
     def accept(
         self, replies: Mapping[int, Message], expected: Expected
@@ -122,11 +130,14 @@ class ReplyChecks:
         update = expected.record == "arrays"
         for part in parts:
             positive = [each[part] for each in norms.values() if each[part] > 0]
-            usual = positive if len(positive) >= FEWEST else positive + self.norms * update
-            most = median(usual) if len(usual) >= FEWEST else math.inf
-            most *= UPDATE_FACTOR if update else STATE_FACTOR
-            told = "times the median of the clients' norms"
-            told = f"{UPDATE_FACTOR if update else STATE_FACTOR:g} {told}"
+            factor = UPDATE_FACTOR if update else STATE_FACTOR
+            most, told = math.inf, ""
+            if len(positive) >= FEWEST:
+                most = factor * median(positive)
+                told = f"{factor:g} times the median of the clients' norms"
+            elif update and self.norms and len(positive + self.norms) >= FEWEST:
+                most = factor * max(self.norms)
+                told = f"{factor:g} times the largest accepted norm of the experience"
             if update and expected.max_update_norm is not None:
                 most = expected.max_update_norm
                 told = "federation.max_update_norm"

@@ -47,6 +47,9 @@ def require_site(record: Any) -> None:
 class Roster:
     """Nodes of all clients that have introduced themselves.
 
+    Sizes that clients declare are trusted: a client that declares more records than it has gets
+    more weight in the mean. Give the sizes, if they are known, so that no client is asked.
+
     Args:
         clients: number of clients.
         sizes: declared sizes by client, one number an experience; None to ask the clients.
@@ -131,8 +134,7 @@ class Roster:
                 "partition once"
             )
         if self._asks_sizes:
-            sizes = metrics["sizes"]
-            declared = [int(each) for each in (sizes if isinstance(sizes, list) else [])]
+            declared = _whole(metrics["sizes"])
             if client in self.sizes and self.sizes[client] != declared:
                 raise FederationError(
                     f"client {client} declares the sizes {declared}; allowed: {self.sizes[client]},"
@@ -140,3 +142,9 @@ class Roster:
                 )
             self.sizes[client] = declared
         self.nodes[client] = node
+
+
+def _whole(sizes: object) -> list[int]:
+    if isinstance(sizes, list) and all(type(each) is int and each >= 0 for each in sizes):
+        return sizes
+    raise FederationError(f"it declares the sizes {sizes}; allowed: whole numbers from 0")

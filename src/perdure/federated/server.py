@@ -314,7 +314,7 @@ class Server:
                 **{f"aggregator.{name}": value for name, value in arrays.items()},
             }
             facts = {**snapshot.facts, "exchange": self.exchange, "aggregator": kinds}
-            facts[HEADS] = self.heads.texts
+            facts[HEADS], facts["begun"] = self.heads.texts, sorted(self.heads.begun)
             facts["previous"] = list(self._attendance.previous)
             facts["norms"] = self._exchanges.checks.norms
             Store(self.folder).save(self.exchange, replace(snapshot, tensors=tensors, facts=facts))
@@ -333,7 +333,7 @@ class Server:
         remind(self._aggregator, cut, snapshot.facts["aggregator"])
         self._attendance = self._attend(snapshot.facts["exchange"], snapshot.facts["previous"])
         self._exchanges.checks = ReplyChecks(snapshot.facts["norms"])
-        self._exchanges.heads = ClientHeads(snapshot.facts[HEADS])
+        self._exchanges.heads = ClientHeads(snapshot.facts[HEADS], snapshot.facts.get("begun", ()))
 
     def _attend(self, exchange: int = 0, previous: Sequence[int] | None = None) -> Attendance:
         holds = self._roster.holds
