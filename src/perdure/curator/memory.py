@@ -338,19 +338,27 @@ def herded(features: Tensor, most: int) -> Tensor:
     Each row is chosen so that the mean of the chosen rows is closest to the mean of all rows. The
     k-th row is the x among the remaining ones with the smallest |k mean - total - x|^2, where total
     is the sum of the rows chosen before. This is |x|^2 - 2 <x, k mean - total> plus a constant, so
-    one product with all rows is enough.
+    one product with all rows is enough. It is taken in float32, which reads half of the memory;
+    among the rows that its rounding may have confused, float64 decides.
 
     Features, and their mean, are scaled to norm 1. Rebuffi et al. 2017, iCaRL, algorithm 4.
     """
-    # columns are contiguous in memory, because this makes the product, the slowest part, faster
-    rows = torch.nn.functional.normalize(features.T.contiguous().double(), dim=0).T
+    rows = torch.nn.functional.normalize(features.double(), dim=1)
     mean = torch.nn.functional.normalize(rows.mean(0), dim=0)
     squares = rows.square().sum(1)
+    # columns are contiguous in memory, because this makes the product, the slowest part, faster
+    quick = rows.T.contiguous().float().T
+    left = squares.float()
+    rounding = (rows.shape[1] + 8) * torch.finfo(torch.float32).eps
     gap = mean.clone()
     chosen = []
     for _ in range(min(len(rows), most)):
-        best = int(torch.addmv(squares, rows, gap, alpha=-2.0).argmin())
+        scores = torch.addmv(left, quick, gap.float(), alpha=-2.0)
+        # "not above", so that NaN leaves rows to choose from
+        near = (~(scores > scores.min() + rounding * (1 + gap.norm()))).nonzero()[:, 0]
+        best = int(near[torch.addmv(squares[near], rows[near], gap, alpha=-2.0).argmin()])
         chosen.append(best)
+        left[best] = torch.inf
         squares[best] = torch.inf
         gap += mean - rows[best]
     return torch.tensor(chosen, dtype=torch.int64, device=features.device)
