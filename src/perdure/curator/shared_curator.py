@@ -48,7 +48,8 @@ class SharedCurator(LocalCurator):
         own = rows.take(self._processes.share(len(rows)))
         count = int(own.valid.sum())
         if count:
-            mean, loss = super()._mean(losses, params, own)
+            mean, found = super()._mean(losses, params, own)
+            loss = found.mean()  # the processes have different numbers of rows
         else:
             mean, loss = zeros_like(params), next(iter(params.values())).new_zeros(())
         weight = count / int(rows.valid.sum())
