@@ -343,20 +343,24 @@ def herded(features: Tensor, most: int) -> Tensor:
 
     Features, and their mean, are scaled to norm 1. Rebuffi et al. 2017, iCaRL, algorithm 4.
     """
-    rows = torch.nn.functional.normalize(features.double(), dim=1)
+    rows = features.to(torch.float64, copy=True)
+    rows /= rows.norm(dim=1, keepdim=True).clamp_min(1e-12)  # in place: fresh memory is slow
     mean = torch.nn.functional.normalize(rows.mean(0), dim=0)
-    squares = rows.square().sum(1)
-    # columns are contiguous in memory, because this makes the product, the slowest part, faster
-    quick = rows.T.contiguous().float().T
+    squares = torch.linalg.vector_norm(rows, dim=1).square()
+    quick = rows.float()
     left = squares.float()
     rounding = (rows.shape[1] + 8) * torch.finfo(torch.float32).eps
     gap = mean.clone()
     chosen = []
     for _ in range(min(len(rows), most)):
         scores = torch.addmv(left, quick, gap.float(), alpha=-2.0)
-        # "not above", so that NaN leaves rows to choose from
-        near = (~(scores > scores.min() + rounding * (1 + gap.norm()))).nonzero()[:, 0]
-        best = int(near[torch.addmv(squares[near], rows[near], gap, alpha=-2.0).argmin()])
+        lowest, places = torch.topk(scores, min(2, len(rows)), largest=False)
+        first, second = lowest[0].item(), lowest[-1].item()
+        best = int(places[0])
+        confused = rounding * (1 + float(gap.norm()))
+        if not second - first > confused:  # "not above", so that NaN is looked at, too
+            near = (~(scores > first + confused)).nonzero()[:, 0]
+            best = int(near[torch.addmv(squares[near], rows[near], gap, alpha=-2.0).argmin()])
         chosen.append(best)
         left[best] = torch.inf
         squares[best] = torch.inf
