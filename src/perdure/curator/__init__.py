@@ -4,7 +4,8 @@ A `Learner` makes its own curator; import `LocalCurator` to use one directly. St
 through the interface `Curator` of `perdure.contract`.
 """
 
-from perdure.curator.local_curator import Diagnostics, LocalCurator
+from perdure.curator.diagnostics import Diagnostics
+from perdure.curator.local_curator import LocalCurator
 
 __all__ = [
     "Diagnostics",

@@ -6,7 +6,7 @@ ledger is written, and only then is noise drawn.
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from perdure.contract.context import Context
 from perdure.contract.curator import Losses, Of, Over, Query, Utility
 from perdure.contract.exposure import Exposure
+from perdure.curator.diagnostics import Diagnostics
 from perdure.curator.held_records import HeldRecords
 from perdure.curator.sampling import PrivateSampler, replayed
 from perdure.data.records import Batch
@@ -477,26 +478,6 @@ class LocalCurator:
             numbers=self._held.next_releases(releases),
             start=digest({**params, **answers}).hex(),
         )
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Diagnostics:
-    """Exact statistics of one step, without noise.
-
-    Args:
-        rows: number of records.
-        losses: (n,) losses of the records, or their mean ().
-        clipped: share of records whose gradient was clipped; 0 without privacy.
-    """
-
-    rows: int
-    losses: Tensor
-    clipped: float = 0.0
-
-    @property
-    def loss(self) -> Tensor:
-        """Mean loss of the records, a scalar."""
-        return self.losses.mean()
 
 
 def zeros_like(params: Params) -> Params:
