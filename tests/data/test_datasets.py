@@ -312,6 +312,11 @@ def test_adult_is_encoded_with_declared_ranges_and_categories(small_adult):
     assert row[6 + 5] == 1, "State-gov is the sixth work class"
     assert data.test.inputs[0, 6:].sum() == 6, "nothing is set for the two that are missing"
     assert data.test.inputs[0, 3] == 1, "clamped to the declared range"
+    names = {name: data.categories[name] for name in ("workclass", "race", "sex")}
+    numbers = {name: int(data.train.attributes[name][0]) for name in names}
+    found = {name: names[name][number] for name, number in numbers.items()}
+    assert found == {"workclass": "State-gov", "race": "White", "sex": "Male"}
+    assert int(data.test.attributes["workclass"][0]) == 8, "missing: the number after the last"
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,7 @@ def test_from_huggingface_makes_attributes_of_named_columns(table, settings):
     assert data.categories["domain"] == ("north", "south")
     assert data.categories["group"] == ("f", "m")
     # names of a type are declared, names that are found depend on every record
-    assert data.numbered_by_records == ("group",) and by_domain(data).assigned_by_record
+    assert data.train.numbered_by_records == ("group",) and by_domain(data).assigned_by_record
     assert "the values of the attribute group are declared public" in data.public_facts
 
 

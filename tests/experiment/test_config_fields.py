@@ -225,6 +225,8 @@ WRONG = {
         "[{size = 2}]",
     ),
     ("federation", "split"): CHOICES,
+    ("federation", "attribute"): ("3", '"sex"'),  # "sex" needs split = "by_attribute"
+    ("federation", "values"): ("3", '["a"]', "[1.5]", "[0, 1]"),
     ("federation", "client_sizes"): ("3", "[3]", '[["3"]]', "[[1.5]]"),
     ("federation", "alpha"): (*POSITIVE, "1e10"),
     ("federation", "min_size"): COUNTS,
@@ -341,7 +343,8 @@ def test_the_error_names_field_given_value_and_allowed_values():
     assert refusal(with_field("", "federation", "true")) == (
         "federation = True is not allowed; allowed: a table with clients, rounds, local_epochs, "
         "local_steps, fraction, aggregator, aggregator_options, pre_aggregators, split, alpha, "
-        "min_size, client_sizes, engine, quorum, deadline, grace, max_update_norm"
+        "attribute, values, min_size, client_sizes, engine, quorum, deadline, grace, "
+        "max_update_norm"
     )
 
 

@@ -2,15 +2,16 @@
 
 Import a data set (`digits`, `mnist`, ..., or `load` for one by name), a scenario that makes a
 stream of it (`split`, `by_time`, `by_domain`, `repetition`, `permuted`, `rotated`, `blurry`,
-`joint`; `online` cuts one into pieces), a split over clients (`dirichlet`, `iid`), several random
-versions of each record (`Views`), and mixed pairs of records (`Mixup`, `CutMix`). `resampled`
-balances the classes of public records; `column_scaling`, `best_columns` and `principal_components`
-change inputs by constants of public records. `plot_stream` draws a stream. `perdure.data.datasets`
-describes how to add a data set.
+`joint`; `online` cuts one into pieces), a split over clients (`dirichlet`, `iid`, `by_attribute`),
+several random versions of each record (`Views`), and mixed pairs of records (`Mixup`, `CutMix`).
+`resampled` balances the classes of public records; `column_scaling`, `best_columns` and
+`principal_components` change inputs by constants of public records. `plot_stream` draws a stream.
+`perdure.data.datasets` describes how to add a data set.
 """
 
 from perdure.data.augmentation import Change, Views, shift_and_flip
 from perdure.data.client_splits import dirichlet, iid
+from perdure.data.clients_by_attribute import by_attribute
 from perdure.data.column_transforms import (
     ColumnTransform,
     best_columns,
@@ -73,6 +74,7 @@ __all__ = [
     "best_columns",
     "blurry",
     "breast_cancer",
+    "by_attribute",
     "by_domain",
     "by_time",
     "check_finite",

@@ -29,6 +29,8 @@ from perdure.utils.seeding import derive
 
 Shares = Callable[[str, int], Tensor]
 """Function from (partition, label) to (clients,) float64 shares of the label, with sum 1."""
+ACTUAL_SIZES = "None with exact=True, which declares the actual sizes; use exact=False"
+"""Sizes that are allowed where records are counted."""
 
 
 @checked_arguments
@@ -71,8 +73,8 @@ def dirichlet(
         declared_size: public number of records of an experience over all clients; one for all
             experiences, or one for each; only with `exact=False`. Default: the sizes that the
             stream declares.
-        client_sizes: public number of records of every client (outer) in every experience (inner);
-            only without `exact`. Default: the expected numbers.
+        client_sizes: public number of records of every client (outer) in every experience (inner),
+            0 for a gap; only without `exact`. Default: the expected numbers.
 
     Raises:
         ConfigError: if a value is out of range, an experience has fewer than clients * min_size
@@ -122,8 +124,8 @@ def iid(
         declared_size: public number of records of an experience over all clients; one for all
             experiences, or one for each; only with `exact=False`. Default: the sizes that the
             stream declares.
-        client_sizes: public number of records of every client (outer) in every experience (inner);
-            only without `exact`. Default: the expected numbers.
+        client_sizes: public number of records of every client (outer) in every experience (inner),
+            0 for a gap; only without `exact`. Default: the expected numbers.
 
     Raises:
         ConfigError: if a value is out of range, an experience has fewer than clients * min_size
@@ -175,8 +177,7 @@ class ClientSplit:
             return self._by_record(stream, declared_size, client_sizes)
         for field, value in (("declared_size", declared_size), ("client_sizes", client_sizes)):
             if value is not None:
-                allowed = "None with exact=True, which declares the actual sizes; use exact=False"
-                raise ConfigError.of(field, value, allowed)
+                raise ConfigError.of(field, value, ACTUAL_SIZES)
         homes: dict[str, dict[int, int]] = {}
         coin = derive(self.seed, "owner")
         owners = [
@@ -192,7 +193,7 @@ class ClientSplit:
         ]
         whole = replace(stream, assigned_by_record=placed_again(stream, by_record=False))
         unknown: list[int | None] = [None] * len(stream)
-        return [_of_client(whole, owners, client, unknown, "") for client in range(self.clients)]
+        return [of_client(whole, owners, client, unknown, "") for client in range(self.clients)]
 
     def _by_record(
         self,
@@ -214,7 +215,7 @@ class ClientSplit:
         whole = replace(stream, assigned_by_record=placed_again(stream, hashable(stream)))
         settings = [self.rule, self.clients, self.min_size, self.seed, list(totals), sizes]
         return [
-            _of_client(whole, owners, client, [row[client] for row in sizes], repr(settings))
+            of_client(whole, owners, client, [row[client] for row in sizes], repr(settings))
             for client in range(self.clients)
         ]
 
@@ -270,11 +271,31 @@ class ClientSplit:
         if client_sizes is None:
             expected = [total * table.mean(0) for table, total in zip(tables, totals, strict=True)]
             return [[max(1, round(size)) for size in row.tolist()] for row in expected]
-        shape = (len(client_sizes), *{len(row) for row in client_sizes})
-        if shape != (self.clients, len(tables)):
-            allowed = f"{self.clients} rows (one per client) of {len(tables)} sizes"
-            raise ConfigError.of("client_sizes", [list(row) for row in client_sizes], allowed)
-        return [list(column) for column in zip(*client_sizes, strict=True)]
+        return sizes_by_experience(client_sizes, self.clients, len(tables))
+
+
+def sizes_by_experience(
+    client_sizes: Sequence[Sequence[int]], clients: int, experiences: int
+) -> list[list[int]]:
+    """Return declared sizes with the experiences outside and the clients inside.
+
+    Args:
+        client_sizes: size of every client (outer) in every experience (inner), 0 for a gap.
+        clients: number of clients.
+        experiences: number of experiences.
+
+    Raises:
+        ConfigError: for another number of sizes, a negative size, or a client of gaps alone.
+    """
+    shape = (len(client_sizes), *{len(row) for row in client_sizes})
+    least = min((size for row in client_sizes for size in row), default=0)
+    if shape != (clients, experiences) or least < 0 or not all(map(any, client_sizes)):
+        allowed = (
+            f"{clients} rows (one per client) of {experiences} sizes from 0 (one per experience), "
+            "with a size above 0 in each"
+        )
+        raise ConfigError.of("client_sizes", [list(row) for row in client_sizes], allowed)
+    return [list(column) for column in zip(*client_sizes, strict=True)]
 
 
 def _hashed_owners(
@@ -375,24 +396,27 @@ def _levelled(
     return owners
 
 
-def _of_client(
+def of_client(
     stream: Stream, owners: list[Tensor], client: int, sizes: Sequence[int | None], rule: str
 ) -> Stream:
     """Return the part of a stream that belongs to one client, with declared sizes.
+
+    A declared size of 0 leaves the records of the experience out: the client has a gap there.
 
     Args:
         stream: stream of all clients.
         owners: (n,) client of each record, for every experience.
         client: number of the client.
-        sizes: declared size of each experience; None for the actual size.
+        sizes: declared size of each experience, 0 for a gap; None for the actual size.
         rule: rule that assigned records to clients; "" if it depends on other records.
     """
     experiences = []
     for experience, owner, size in zip(stream, owners, sizes, strict=True):
         train = experience.train
-        mine = train.take(torch.nonzero(owner == client).flatten().to(train.inputs.device))
+        rows = torch.nonzero(owner == client).flatten() if size != 0 else owner[:0]
+        mine = train.take(rows.to(train.inputs.device)).declared(size or None)
         known = f"{train.placed_by}, {rule}" if train.placed_by and rule else ""
         name = f"client-{client}/{train.partition}"
-        mine = replace(mine.declared(size), partition=name, placed_by=known)
+        mine = replace(mine, partition=name, placed_by=known)
         experiences.append(replace(experience, train=mine))
     return replace(stream, experiences=tuple(experiences))

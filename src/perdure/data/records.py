@@ -66,6 +66,9 @@ class Records:
         attributes: further facts of each record by name, such as "time", "domain" or "group", each
             (n,). A stream may be cut by them; models do not get them. They are as private as the
             records.
+        numbered_by_records: attributes whose values were found in the records and numbered in their
+            order, so that one record more may give others other numbers. Under privacy no
+            experience and no client may follow from them.
         weights: (n,) factor of each record's loss, at least 0 and as private as the record; it may
             depend on the record and on declared numbers only (see `GroupWeights`). None for 1.
         task: meaning of the labels: loss, metric and shape.
@@ -90,6 +93,7 @@ class Records:
     placed_by: str = ""
     domain: InputDomain | None = None
     attributes: Mapping[str, Tensor] = field(default_factory=dict)
+    numbered_by_records: tuple[str, ...] = ()
     weights: Tensor | None = None
     task: Task = field(default_factory=SingleLabel)
     public_facts: tuple[str, ...] = ()

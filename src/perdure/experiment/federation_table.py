@@ -28,11 +28,15 @@ class FederationConfig(CheckedFields):
             `nearest_neighbours`, `buckets` or `clip_updates`, and their own fields (see
             `perdure.federated`).
         split: `dirichlet` for an uneven split of the records over the clients, `iid` for an even
-            one.
+            one, `by_attribute` for a client for each value of the records' `attribute`.
         alpha: concentration of the Dirichlet split by class; a small value is an uneven split.
-        min_size: fewest records of a client in an experience.
+        attribute: name of the attribute of the split `by_attribute`, such as "workclass".
+        values: value of the attribute of each client, in their order; records of other values are
+            left out. Left out for 0, 1, 2, ..., which then are all values.
+        min_size: fewest records of a client in an experience (dirichlet, iid).
         client_sizes: public number of training records, a list for every client with a number for
-            every experience; left out for the numbers that the split gives.
+            every experience, 0 where the client has none. With `[privacy]` alone: left out for the
+            numbers that the shares of `dirichlet` and `iid` give; `by_attribute` needs them.
         engine: `inprocess`, or `ray` for Flower's simulation engine.
         quorum: smallest share of the asked clients whose replies must be valid; while it holds, a
             run goes on without clients that are absent, late, failed or rejected.
@@ -50,8 +54,10 @@ class FederationConfig(CheckedFields):
     aggregator: str = "FedAvg"
     aggregator_options: Mapping[str, Any] = field(default_factory=dict)
     pre_aggregators: tuple[Mapping[str, Any], ...] = ()
-    split: Literal["dirichlet", "iid"] = "dirichlet"
+    split: Literal["dirichlet", "iid", "by_attribute"] = "dirichlet"
     alpha: float = 1.0
+    attribute: str | None = None
+    values: tuple[int, ...] | None = None
     min_size: int = 10
     client_sizes: tuple[tuple[int, ...], ...] | None = None
     engine: Literal["inprocess", "ray"] = "inprocess"
@@ -70,6 +76,7 @@ class FederationConfig(CheckedFields):
         check(self, "deadline max_update_norm", lambda v: 0 < v < math.inf, "a number above 0")
         check(self, "grace", lambda value: 0 <= value < math.inf, "seconds from 0")
         check(self, "alpha", lambda value: 0 < value <= 1e9, "a number above 0 and at most 1e9")
+        self._check_attribute()
         if self.aggregator != "FedAvg" or self.aggregator_options:
             from perdure.experiment.federation_config import make_aggregator
 
@@ -80,6 +87,24 @@ class FederationConfig(CheckedFields):
             asked = max(1, round(self.fraction * self.clients))
             steps = self.pre_aggregators
             refuse_few_clients(self.aggregator, self.aggregator_options, steps, asked)
+
+    def _check_attribute(self) -> None:
+        """Refuse a split by an attribute without one, and an attribute of another split."""
+        by_attribute = self.split == "by_attribute"
+        if by_attribute and self.attribute is None:
+            raise ConfigError.of(
+                "attribute", None, 'the name of an attribute of the records with "by_attribute"'
+            )
+        for name in ("attribute", "values"):
+            given = getattr(self, name)
+            if given is not None and not by_attribute:
+                raise ConfigError.of(name, given, 'left out, or split = "by_attribute"')
+        values = self.values
+        if values is None:
+            return
+        if len(set(values)) != len(values) or len(values) != self.clients or min(values) < 0:
+            allowed = f"a whole number from 0 for each of the {self.clients} clients, each once"
+            raise ConfigError.of("values", values, allowed)
 
 
 def length_of(

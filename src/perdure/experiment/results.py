@@ -4,8 +4,8 @@ The parts are privacy statements, federation, attack and explanations.
 """
 
 import re
-from collections.abc import Mapping
-from dataclasses import asdict, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, fields, replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -14,10 +14,14 @@ from typing import Any, cast
 import torch
 
 from perdure.adversarial import OBJECTIVES
+from perdure.data.client_splits import dirichlet, iid
+from perdure.data.clients_by_attribute import by_attribute
 from perdure.data.experience import Stream, declared_size_of
 from perdure.data.groups import Groups
+from perdure.errors import ConfigError
 from perdure.experiment.attack_config import AttackConfig
 from perdure.experiment.config import Arm, Config
+from perdure.experiment.from_tables import placed
 from perdure.experiment.result_schema import (
     SCHEMA,
     ArmResult,
@@ -142,22 +146,31 @@ def federation_row(config: Config, stream: Stream) -> dict[str, Any] | None:
 def client_streams(config: Config, stream: Stream) -> list[Stream]:
     """Split the stream over the clients.
 
-    If an arm of the run is private, the client of a record depends only on the record's hash, in
-    all arms.
-    """
-    from perdure.data.client_splits import dirichlet, iid
+    If an arm of the run is private, the client of a record depends only on the record and public
+    facts, in all arms.
 
+    Raises:
+        ConfigError: if the records cannot be split as the config says.
+    """
     chosen = config.federation
     assert chosen is not None
-    split = iid if chosen.split == "iid" else partial(dirichlet, alpha=chosen.alpha)
-    return split(
-        stream,
-        clients=chosen.clients,
-        min_size=chosen.min_size,
-        seed=config.seed,
-        exact=config.privacy is None,
-        client_sizes=chosen.client_sizes,
-    )
+    seed = config.seed
+    attribute = chosen.attribute or ""
+    splits: dict[str, Callable[..., list[Stream]]] = {
+        "dirichlet": partial(dirichlet, alpha=chosen.alpha, min_size=chosen.min_size, seed=seed),
+        "iid": partial(iid, min_size=chosen.min_size, seed=seed),
+        "by_attribute": partial(by_attribute, attribute=attribute, values=chosen.values),
+    }
+    try:
+        return splits[chosen.split](
+            stream,
+            clients=chosen.clients,
+            exact=config.privacy is None,
+            client_sizes=chosen.client_sizes,
+        )
+    except ConfigError as error:
+        known = [each.name for each in fields(chosen)]
+        raise ConfigError(placed(str(error), "federation", known)) from None
 
 
 def epsilon_row(stated: Statement) -> Epsilon:

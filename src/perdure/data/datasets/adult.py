@@ -133,7 +133,7 @@ ADULT_CATEGORIES: dict[int, tuple[str, ...]] = {
 """Column to the categories that the documentation of the data set lists, in its spelling."""
 
 ADULT_COLUMNS = 15
-ADULT_GROUPS = {"race": 8, "sex": 9}
+ADULT_GROUPS = {"workclass": 1, "race": 8, "sex": 9}
 """Attributes of the records, and the columns that they come from."""
 ADULT_FEATURES = len(ADULT_NUMERIC) + sum(map(len, ADULT_CATEGORIES.values()))
 
@@ -142,8 +142,9 @@ ADULT_FEATURES = len(ADULT_NUMERIC) + sum(map(len, ADULT_CATEGORIES.values()))
 def adult(root: str | Path | None = None, *, declared_size: int | None = None) -> Dataset:
     """48,842 people of the 1994 census, inputs (105,) in [0, 1], label 1 for an income above 50K.
 
-    The records have the attributes "race" and "sex", numbers of the names in `categories`, for
-    measures of groups and for weights.
+    The records have the attributes "workclass", "race" and "sex", numbers of the names in
+    `categories`: for clients of a federation, for measures of groups and for weights. A missing
+    category has the number after the last name.
 
     Reads ROOT/adult/adult.data and adult.test. Categories and ranges are from the documentation of
     the data set, so no constant is computed from the records.

@@ -38,9 +38,6 @@ class Dataset:
             each.
         categories: names of the values 0, 1, 2, ... of an attribute, by attribute: {"group": ("f",
             "m")}; the names of the classes have the key "target". Declared public.
-        numbered_by_records: attributes whose values were found in the records and numbered in their
-            order, so that one record more may give others other numbers. Under privacy no
-            experience may follow from them.
         notes: changes that were made to the data when they were read, one sentence each; `print`
             shows them.
 
@@ -56,7 +53,6 @@ class Dataset:
     input_shape: tuple[int, ...]
     public_facts: tuple[str, ...] = ()
     categories: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    numbered_by_records: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

@@ -99,7 +99,7 @@ def by_domain(
     values = [_values(part, attribute) for part in (data.train, data.test)]
     names = data.categories.get(attribute)
     declared = order is not None or names is not None
-    public = declared and attribute not in data.numbered_by_records
+    public = declared and attribute not in data.train.numbered_by_records
     if order is None:
         order = range(len(names)) if names is not None else torch.unique(values[0]).tolist()
     if any(isinstance(each, str) for each in order):

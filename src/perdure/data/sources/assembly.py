@@ -66,7 +66,7 @@ class Settings:
         domain: declared domain of inputs that are not floats.
         facts: sentences about facts that are declared public.
         categories: names of the values of attributes.
-        numbered_by_records: attributes whose values were found in the records; see `Dataset`.
+        numbered_by_records: attributes whose values were found in the records; see `Records`.
     """
 
     name: str
@@ -133,7 +133,11 @@ def dataset_of(
         learnt = replace(whole.take(~out), drawn_by_position=whole.ids_by_position)
         measured = whole.take(out)
         facts.append(f"the test part, a share of {test:g} by a hash of the ids, is public")
-    learnt = replace(learnt.declared(settings.declared_size), public_facts=tuple(found))
+    learnt = replace(
+        learnt.declared(settings.declared_size),
+        public_facts=tuple(found),
+        numbered_by_records=settings.numbered_by_records,
+    )
     if is_release(settings.standardise):
         _refuse_drawn_by_position(learnt)
         scaling, learnt = released_scaling(settings.standardise, scaling, learnt)
@@ -148,7 +152,6 @@ def dataset_of(
         public_facts=tuple(facts),
         notes=tuple(notes),
         categories={**_named(classes), **settings.categories},
-        numbered_by_records=settings.numbered_by_records,
     )
 
 

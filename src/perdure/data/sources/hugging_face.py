@@ -168,9 +168,8 @@ class _Facts:
         )
         return replace(
             made,
-            train=replace(made.train, public_facts=learnt),
+            train=replace(made.train, public_facts=learnt, numbered_by_records=self.found),
             categories={**made.categories, **self.categories, **named},
-            numbered_by_records=self.found,
             public_facts=told,
         )
 
