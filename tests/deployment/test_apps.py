@@ -60,21 +60,67 @@ def tensors(folder):
     }
 
 
-def test_apps_in_this_process_give_the_result_of_a_run(app, tmp_path, monkeypatch):
+def serve(config, nodes, settings):
+    """Run the server app and the client app of a config in this process."""
     from flwr.app import Context, RecordDict
 
+    with InProcessGrid(client_app_of(config), 2, node_config=nodes).running() as grid:
+        server_app_of(config)(grid, Context(1, 0, {}, RecordDict(), settings))
+
+
+def test_apps_in_this_process_give_the_result_of_a_run(app, tmp_path, monkeypatch):
     config = app / "federation_two_sites" / "config.toml"
     monkeypatch.chdir(tmp_path)
     settings = {"run-folder": str(tmp_path / "there"), "training.epochs": 1}
-    context = Context(1, 0, {}, RecordDict(), settings)
-    state = {"state": str(tmp_path / "state")}
-    with InProcessGrid(client_app_of(config), 2, node_config=state).running() as grid:
-        server_app_of(config)(grid, context)
+    serve(config, {"state": str(tmp_path / "state")}, settings)
     here = run(parse(CONFIG), CONFIG, tmp_path / "here")
     assert untimed(read_result(tmp_path / "there")) == untimed(here)
     own = tensors(tmp_path / "here")
     assert own and tensors(tmp_path / "state" / "two-sites") == own
     assert (tmp_path / "there" / "report.html").exists()
+
+
+WARDS = """
+name = "wards"
+[data]
+name = "helpers.own_data:blobs"
+experiences = 2
+[model]
+name = "mlp"
+hidden = [4]
+[training]
+optimizer = "Adam"
+learning_rate = 0.01
+batch_size = 8
+[federation]
+clients = 2
+rounds = 2
+local_epochs = 2
+split = "by_attribute"
+attribute = "domain"
+client_sizes = [[12, 12], [12, 12]]
+[[arms]]
+strategy = "replay"
+memory_size = 8
+"""
+
+
+def test_sites_that_hold_only_their_records_train_alike(tmp_path):
+    """The sites' sizes are public, and their records are on no other machine."""
+    here = run(parse(WARDS), WARDS, tmp_path / "here")
+    new_app(tmp_path / "app", WARDS.replace(":blobs", ":wards"))
+    sites = [tmp_path / f"site{k}" for k in (0, 1)]
+    for ward, site in enumerate(sites):
+        site.mkdir()
+        (site / "ward").write_text(str(ward))
+    places = [{"state": str(site / "state"), "data": str(site)} for site in sites]
+    config = tmp_path / "app" / "federation_wards" / "config.toml"
+    serve(config, places, {"run-folder": str(tmp_path / "there")})
+    (mine,), (theirs,) = here["arms"], read_result(tmp_path / "there")["arms"]
+    assert mine["accuracy_matrix"] == theirs["accuracy_matrix"]
+    own = tensors(tmp_path / "here")
+    deployed = {k: v for site in sites for k, v in tensors(site / "state" / "wards").items()}
+    assert own and deployed == own
 
 
 def test_settings_of_a_run_replace_those_of_the_config(app):

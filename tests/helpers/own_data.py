@@ -1,5 +1,8 @@
 """Small data and a model that a config names as "helpers.own_data:NAME"."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import torch
 from torch import nn
 
@@ -89,3 +92,18 @@ class Net(nn.Module):
 def no_model(num_classes):
     """A function that returns no model."""
     return num_classes
+
+
+def wards(root=None):
+    """The same classes; a folder with a file `ward` is a site, which has its own domain alone.
+
+    Without one it is the server, which has the public test records and one invented record.
+    """
+    data = blobs()
+    path = Path(root or ".") / "ward"
+    train = data.train
+    if path.exists():
+        mine = train.take(train.attributes["domain"] == int(path.read_text()))
+    else:
+        mine = train.take(slice(0, 1)).map(torch.zeros_like)
+    return replace(data, name="wards", train=mine)

@@ -35,8 +35,9 @@ class FederationConfig(CheckedFields):
             left out. Left out for 0, 1, 2, ..., which then are all values.
         min_size: fewest records of a client in an experience (dirichlet, iid).
         client_sizes: public number of training records, a list for every client with a number for
-            every experience, 0 where the client has none. With `[privacy]` alone: left out for the
-            numbers that the shares of `dirichlet` and `iid` give; `by_attribute` needs them.
+            every experience, 0 where the client has none. Left out for the actual numbers or, with
+            `[privacy]`, for those that the shares of `dirichlet` and `iid` give; `by_attribute`
+            needs them then, and so do sites that hold only their own records.
         engine: `inprocess`, or `ray` for Flower's simulation engine.
         quorum: smallest share of the asked clients whose replies must be valid; while it holds, a
             run goes on without clients that are absent, late, failed or rejected.

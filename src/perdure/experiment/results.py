@@ -146,8 +146,8 @@ def federation_row(config: Config, stream: Stream) -> dict[str, Any] | None:
 def client_streams(config: Config, stream: Stream) -> list[Stream]:
     """Split the stream over the clients.
 
-    If an arm of the run is private, the client of a record depends only on the record and public
-    facts, in all arms.
+    If an arm of the run is private, or sizes are given, the client of a record depends only on the
+    record and public facts, in all arms.
 
     Raises:
         ConfigError: if the records cannot be split as the config says.
@@ -165,7 +165,7 @@ def client_streams(config: Config, stream: Stream) -> list[Stream]:
         return splits[chosen.split](
             stream,
             clients=chosen.clients,
-            exact=config.privacy is None,
+            exact=config.privacy is None and chosen.client_sizes is None,
             client_sizes=chosen.client_sizes,
         )
     except ConfigError as error:

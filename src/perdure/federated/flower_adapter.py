@@ -80,7 +80,7 @@ class InProcessGrid(Grid):
         clients: number of nodes; node k + 1 is partition k.
         progress: function that is called after every reply.
         listen: function that gets every message and every reply; for audits.
-        node_config: further keys of the config of every node.
+        node_config: further keys of the config of every node; a list for those of each node.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class InProcessGrid(Grid):
         clients: int,
         progress: MessageProgress | None = None,
         listen: Listen | None = None,
-        node_config: Mapping[str, str] | None = None,
+        node_config: Mapping[str, str] | Sequence[Mapping[str, str]] | None = None,
     ) -> None:
         self._app = app
         self._listen = listen
@@ -97,7 +97,8 @@ class InProcessGrid(Grid):
         self._contexts: dict[int, Context] = {}
         for number in range(clients):
             place: UserConfig = {"partition-id": number, "num-partitions": clients}
-            place |= node_config or {}
+            own = node_config or {}
+            place |= own if isinstance(own, Mapping) else own[number]
             self._contexts[number + 1] = Context(
                 run_id=IDENTITY["_run_id"],
                 node_id=number + 1,
