@@ -1,4 +1,4 @@
-"""Robust MNIST at linf 0.3: fast training, TRADES and interval bounds, on a small CNN.
+"""Robust MNIST at linf 0.3: one step, two steps, TRADES and interval bounds, on a small CNN.
 
 Accuracy under attack is that of AutoAttack (four attacks, by its authors' code) on the first 1,000
 test images; the training never sees a test image. Fast training is one gradient step from a random
@@ -6,6 +6,10 @@ start; its settings are those of its authors (Adam, a rate that rises to 0.005 a
 for a radius of 0.32 and the check for collapse: accuracy under PGD on 480 held-out training images
 after every epoch chooses the parameters. Accuracy under PGD with 10 steps on 200 other test images
 after every epoch is stored with each row, and shows a collapse.
+
+One step collapses with some seeds. `two_steps` takes two shorter ones, after a warm-up of an epoch
+of fast training at a radius of 0.1 and one at 0.2, without which it learns nothing with some seeds.
+Its settings were chosen by trials with seeds 1 and 2. The minutes of a row contain the warm-up.
 
 Interval bounds certify: `verified_error` is the percentage of the 10,000 test images for which the
 bounds do not exclude another class.
@@ -97,6 +101,33 @@ def fast(epochs: int) -> dict[str, Any]:
     }
 
 
+def two_steps(epochs: int) -> dict[str, Any]:
+    """Return the arguments of `Learner` for PGD with two steps, from a model after `warm_up`."""
+    return {
+        "adversary": PGD(epsilon=0.31, steps=2, step_size=0.2),
+        "optimizer": partial(torch.optim.Adam, lr=3e-3),
+        "scheduler": triangle,
+        "epochs": epochs,
+        "warm_start": True,
+    }
+
+
+def warm_up(model: nn.Module, stream: Stream, seed: int) -> None:
+    """Train for an epoch of single steps at each of two small radii."""
+    for radius in (0.1, 0.2):
+        Learner(
+            model=model,
+            strategy=Naive(),
+            adversary=RSFGSM(epsilon=radius, stride=1.25),
+            optimizer=partial(torch.optim.Adam, lr=1e-3),
+            epochs=1,
+            batch_size=BATCH,
+            seed=seed,
+            warm_start=True,
+            show_progress=False,
+        ).fit(stream)
+
+
 def trades(epochs: int) -> dict[str, Any]:
     """Return the arguments of `Learner` for TRADES with ten attack steps, as in its paper but Adam.
 
@@ -129,6 +160,7 @@ def falling(optimizer: Optimizer, steps: int) -> LambdaLR:
 
 METHODS: dict[str, tuple[Callable[[int], dict[str, Any]], int]] = {
     "fast": (fast, 12),
+    "two_steps": (two_steps, 14),
     "trades": (trades, 5),
     "ibp": (bounds, 40),
 }
@@ -154,6 +186,8 @@ def run(stream: Stream, method: str, epochs: int, seed: int, attacked: int) -> R
         spent["watching"] += time.process_time() - began
 
     began = time.process_time()
+    if method == "two_steps":
+        warm_up(model, stream, seed)
     learner = Learner(
         model=model,
         strategy=Naive(),
