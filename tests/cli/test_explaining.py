@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from perdure.cli.main import app
@@ -50,11 +51,22 @@ def test_explain_writes_json_text_and_a_picture(finished, tmp_path, method):
     assert (tmp_path / "explanations.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_explain_by_gradients_writes_values_that_add_up(finished, tmp_path):
+    done = explained(finished, "--method", "integrated_gradients", "--out", tmp_path)
+    assert done.exit_code == 0, done.output
+    rows = json.loads((tmp_path / "explanations.json").read_text())["records"]
+    for row in rows:
+        total = torch.tensor(row["values"]).sum().item()
+        assert row["base"] + total == pytest.approx(row["output"], rel=0.02)
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
         (("--method", "paper"), "--method"),
         (("--method", "exact_shapley", "--samples", 5), "--samples"),
+        (("--method", "grad_cam"), "a convolution"),
+        (("--method", "lime", "--layer", "0"), "--layer"),
         (("--experience", 3), "--experience"),
         (("--records", 0), "--records"),
         (("other",), "arm"),

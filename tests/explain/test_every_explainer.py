@@ -4,17 +4,24 @@ explainers.
 
 import pytest
 import torch
+from torch import nn
 
 from perdure.explain import find, names
 
 every = pytest.mark.parametrize("name", names())
 INPUTS = torch.rand(4, 2, 3, generator=torch.Generator().manual_seed(1))
 BACKGROUND = torch.zeros(1, 2, 3)
-WEIGHT = torch.randn(6, 3, generator=torch.Generator().manual_seed(2))
 
 
-def predict(rows):
-    return torch.tanh(rows.flatten(1) @ WEIGHT)
+def network():
+    """A model with a convolution, for the explainers that need one."""
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        layers = nn.Conv1d(2, 4, 2, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(16, 3)
+    return nn.Sequential(*layers)
+
+
+predict = network()
 
 
 def explained(name, inputs, targets=None):

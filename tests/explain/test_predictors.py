@@ -7,7 +7,7 @@ import torch
 
 from perdure import Learner, Privacy
 from perdure.data import Dataset, Records, split
-from perdure.explain import LIME, ExactShapley, KernelSHAP
+from perdure.explain import LIME, DeepLiftSHAP, ExactShapley, IntegratedGradients, KernelSHAP
 from perdure.models import mlp
 from perdure.strategies import ICaRL, Naive
 
@@ -103,5 +103,12 @@ def test_shap_of_a_predictor_equals_brute_force(setting):
             assert (found.values - wanted[:, :, target]).abs().max() <= 1e-6 * scale
             assert found.additivity_gap.abs().max() <= 1e-5 * scale
             assert scale > 1e-2
+    for gradients in (IntegratedGradients(steps=200), DeepLiftSHAP()):
+        found = gradients.explain(predict, x, background, targets=shown[0])
+        scale = wanted[:, :, shown[0]].abs().max()
+        # rules for layers know no distances, so they add up for plain logits only
+        exact = gradients is not DeepLiftSHAP() and setting != "icarl"
+        assert torch.isfinite(found.values).all() and found.values.abs().max() > 1e-3
+        assert not exact or found.additivity_gap.abs().max() <= 1e-2 * scale
     slopes = LIME(noise_scale=0.1).explain(predict, x, targets=shown[0])
     assert torch.isfinite(slopes.values).all() and slopes.values.abs().max() > 1e-3

@@ -64,8 +64,10 @@ def test_one_round_over_clients_gives_the_centralised_head(strategy, client_of, 
         listen=lambda message: asked.append(message.metadata.message_type),
     )
     assert server.learner.matrix == central.matrix
+    # RanPAC projects in float32, and on some processors a product of few rows rounds differently
+    bound = 1e-6 if isinstance(strategy, RanPAC) else 1e-9
     for name, value in central.state.items():
         found = server.learner.state[name]
-        torch.testing.assert_close(found, value, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(found, value, rtol=bound, atol=bound)
     # the sums of a client travel once per experience, and once more with the reply
     assert asked.count("train.finish") == 2 * len(streams) * len(stream)

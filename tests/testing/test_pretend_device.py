@@ -11,7 +11,16 @@ from helpers.pretend_device import DEVICE, on_cpu, pretend_device
 from perdure import Learner, strategies
 from perdure.adversarial import FGSM, PGD, robust_accuracy
 from perdure.data import dirichlet
-from perdure.explain import LIME, ExactShapley, KernelSHAP, deletion_area
+from perdure.explain import (
+    LIME,
+    DeepLiftSHAP,
+    ExactShapley,
+    GradCAM,
+    GradientSHAP,
+    IntegratedGradients,
+    KernelSHAP,
+    deletion_area,
+)
 from perdure.federated import Federation, run_federation
 from perdure.strategies import EWC, Naive, Replay
 from perdure.testing.conformance import CHECKS, ON_CUDA
@@ -115,6 +124,10 @@ EXPLAINERS = {
     "exact_shapley": ExactShapley(cells=2),
     "lime": LIME(samples=80),
     "lime of groups": LIME(samples=40, cells=3),
+    "integrated_gradients": IntegratedGradients(steps=8),
+    "gradient_shap": GradientSHAP(samples=8),
+    "deep_lift_shap": DeepLiftSHAP(),
+    "grad_cam": GradCAM(),
 }
 
 

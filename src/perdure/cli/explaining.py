@@ -23,7 +23,7 @@ def explain(
         str | None, typer.Argument(help="Name of an arm, where the run has several.")
     ] = None,
     method: Annotated[
-        str, typer.Option(help="Explainer, as kernel_shap, lime or exact_shapley.")
+        str, typer.Option(help="Explainer, as kernel_shap, lime or integrated_gradients.")
     ] = "kernel_shap",
     out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("explained"),
     records: Annotated[int, typer.Option(help="Test records to explain.")] = 6,
@@ -33,6 +33,9 @@ def explain(
     ] = None,
     cells: Annotated[
         int | None, typer.Option(help="Superpixels along each side of an image.")
+    ] = None,
+    layer: Annotated[
+        str | None, typer.Option(help="Layer for grad_cam; default the last convolution.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the model, of several.")] = None,
 ) -> None:
@@ -51,7 +54,7 @@ def explain(
         from perdure.tasks import SingleLabel, refuse_other_tasks
         from perdure.utils.atomic_files import write_atomically, write_json
 
-        explainer = _explainer(method, samples, cells)
+        explainer = _explainer(method, samples=samples, cells=cells, layer=layer)
         learner = load(run, arm, seed=seed)
         stream = learner.stream
         refuse_other_tasks(stream.task, (SingleLabel,), "explain", "it asks for a class")
@@ -80,12 +83,11 @@ def explain(
     wide_console().print(f"written: {out}", markup=False, highlight=False)
 
 
-def _explainer(method: str, samples: int | None, cells: int | None) -> "Explainer":
-    """Return the explainer of this name with the given fields."""
+def _explainer(method: str, **given: Any) -> "Explainer":
+    """Return the explainer of this name with the fields that are not None."""
     from perdure.explain import find
 
     kind = find(method, field="--method")
-    given = {"samples": samples, "cells": cells}
     known = {each.name for each in fields(kind)}
     for name, value in given.items():
         if value is not None and name not in known:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypeGuard
 
 from perdure.explain._model import Predict
 from perdure.explain.base import Attribution, Explainer
+from perdure.explain.deep_lift_shap import DeepLiftSHAP
 from perdure.explain.exact_shapley import ExactShapley
 from perdure.explain.fidelity import (
     deletion_area,
@@ -19,7 +20,10 @@ from perdure.explain.fidelity import (
     sparsity,
     top_overlap,
 )
+from perdure.explain.grad_cam import GradCAM
+from perdure.explain.gradient_shap import GradientSHAP
 from perdure.explain.groups import column_groups, grid_groups, segment_groups, token_groups
+from perdure.explain.integrated_gradients import IntegratedGradients
 from perdure.explain.kernel_shap import KernelSHAP
 from perdure.explain.lime import LIME, LocalModel
 from perdure.explain.plots import heat_maps
@@ -29,8 +33,12 @@ from perdure.utils.extensions import Extensions, is_proper_subclass
 __all__ = [
     "LIME",
     "Attribution",
+    "DeepLiftSHAP",
     "ExactShapley",
     "Explainer",
+    "GradCAM",
+    "GradientSHAP",
+    "IntegratedGradients",
     "KernelSHAP",
     "LocalModel",
     "Predict",

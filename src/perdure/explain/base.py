@@ -4,7 +4,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -116,6 +116,9 @@ class Explainer(CheckedFields, ABC):
         ConfigError: if a value is not allowed.
     """
 
+    NEEDS_GRADIENTS: ClassVar[bool] = False
+    """True if the model must have gradients of its outputs by its inputs."""
+
     chunk: int | None = None
 
     def __post_init__(self) -> None:
@@ -144,7 +147,7 @@ class Explainer(CheckedFields, ABC):
             predict: the model: a torch module, a function (rows, ...) -> (rows, outputs) or (rows,)
                 of tensors or of numpy arrays, or an object with `predict_proba` or `predict` as in
                 scikit-learn. Row i of the result depends on row i only. It is called without
-                gradients.
+                gradients, unless the explainer needs them.
             inputs: (n, ...) instances to explain. Integers and booleans are explained as floats of
                 the same values, if the model takes them.
             background: (b, ...) public or synthetic rows that give the values of absent features;

@@ -2,9 +2,10 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from perdure.adversarial.base import Attack
 from perdure.adversarial.robust_accuracy import robust_accuracy
@@ -21,7 +22,24 @@ from perdure.utils.finite_outputs import finite_outputs
 from perdure.utils.modules import evaluating
 
 
-def predictor(party: Party, index: int, *, after: int) -> Callable[[Tensor], Tensor]:
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Predictor:
+    """Function from inputs (n, ...) to outputs (n, ..., C), with the module that it runs.
+
+    Args:
+        answer: the function.
+        model: the module, in which an explainer finds layers.
+    """
+
+    answer: Callable[[Tensor], Tensor]
+    model: nn.Module
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """Return the outputs (n, ..., C)."""
+        return self.answer(inputs)
+
+
+def predictor(party: Party, index: int, *, after: int) -> Predictor:
     """Return a function from inputs (n, ...) to outputs (n, ..., C); puts the model in eval mode.
 
     Args:
@@ -33,7 +51,11 @@ def predictor(party: Party, index: int, *, after: int) -> Callable[[Tensor], Ten
     party.model.eval()
     averages = party.average.values
     forward = Forward(party.model, averages) if averages else party.forward
-    return lambda x: party.strategy.predict(forward, x, context, party.state)
+
+    def answer(inputs: Tensor) -> Tensor:
+        return party.strategy.predict(forward, inputs, context, party.state)
+
+    return Predictor(answer=answer, model=party.model)
 
 
 def measurements(party: Party, stream: Stream, batch_size: int | None) -> list[float]:

@@ -161,5 +161,9 @@ def explainer_name(method: str) -> str:
         "kernel_shap": "Shapley values (SHAP)",
         "exact_shapley": "Shapley values",
         "lime": "local linear models (LIME)",
+        "integrated_gradients": "integrated gradients",
+        "gradient_shap": "expected gradients (Gradient SHAP)",
+        "deep_lift_shap": "DeepLIFT (Deep SHAP)",
+        "grad_cam": "Grad-CAM",
     }
     return shipped.get(method, method)
