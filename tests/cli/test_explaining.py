@@ -51,6 +51,28 @@ def test_explain_writes_json_text_and_a_picture(finished, tmp_path, method):
     assert (tmp_path / "explanations.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("superpixels", ["slic", "watershed"])
+def test_explain_by_superpixels_of_colour_adds_up(finished, tmp_path, superpixels):
+    options = ("--superpixels", superpixels, "--cells", 2, "--records", 2, "--out", tmp_path)
+    done = explained(finished, *options)
+    assert done.exit_code == 0, done.output
+    for row in json.loads((tmp_path / "explanations.json").read_text())["records"]:
+        assert 1 <= len(row["values"]) <= 12
+        assert row["base"] + sum(row["values"]) == pytest.approx(row["output"], abs=1e-4)
+
+
+def test_explain_replaces_results_only_if_asked(finished, tmp_path):
+    options = ("--cells", 2, "--records", 1, "--out", tmp_path)
+    assert explained(finished, *options).exit_code == 0
+    before = (tmp_path / "explanations.json").read_bytes()
+    again = explained(finished, *options, "--experience", 2)
+    assert again.exit_code != 0
+    assert "--overwrite" in again.output + str(again.exception)
+    assert (tmp_path / "explanations.json").read_bytes() == before
+    assert explained(finished, *options, "--experience", 2, "--overwrite").exit_code == 0
+    assert (tmp_path / "explanations.json").read_bytes() != before
+
+
 def test_explain_by_gradients_writes_values_that_add_up(finished, tmp_path):
     done = explained(finished, "--method", "integrated_gradients", "--out", tmp_path)
     assert done.exit_code == 0, done.output
@@ -66,6 +88,8 @@ def test_explain_by_gradients_writes_values_that_add_up(finished, tmp_path):
         (("--method", "paper"), "--method"),
         (("--method", "exact_shapley", "--samples", 5), "--samples"),
         (("--method", "grad_cam"), "a convolution"),
+        (("--superpixels", "voronoi"), "--superpixels"),
+        (("--superpixels", "slic", "--method", "integrated_gradients"), "--superpixels"),
         (("--method", "lime", "--layer", "0"), "--layer"),
         (("--experience", 3), "--experience"),
         (("--records", 0), "--records"),

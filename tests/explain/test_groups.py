@@ -10,6 +10,7 @@ from perdure.explain import (
     LIME,
     ExactShapley,
     KernelSHAP,
+    TokenBackground,
     column_groups,
     find,
     grid_groups,
@@ -131,10 +132,12 @@ def test_groups_have_the_shape_of_an_instance():
             call()
 
 
-def test_segments_of_an_image_follow_its_colours():
+@pytest.mark.parametrize("method", ["slic", "watershed"])
+def test_segments_of_an_image_follow_its_colours(method):
     image = torch.zeros(3, 16, 16)
     image[:, :, 8:] = 1
-    groups = segment_groups(image, 4)
+    groups = segment_groups(image, 4, method=method)
+    assert groups.min() == 0 and 2 <= groups.max() + 1 <= 8
     assert groups.shape == image.shape
     assert not set(groups[0, :, :8].flatten().tolist()) & set(groups[0, :, 8:].flatten().tolist())
 
@@ -199,3 +202,58 @@ def test_shap_plots_take_an_attribution():
         warnings.simplefilter("ignore")
         axes = shap.plots.bar(told[..., 1], show=False)
     assert "a" in " ".join(text.get_text() for text in axes.get_yticklabels())
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"count": 0}, "count = 0"),
+        ({"count": 300}, "1 to 256"),
+        ({"count": 4, "method": "voronoi"}, "slic, watershed"),
+    ],
+)
+def test_segments_refuse_what_does_not_fit(options, named):
+    with pytest.raises(ConfigError, match=named):
+        segment_groups(torch.rand(16, 16), **options)
+
+
+def reader(outputs=2):
+    """A model of token numbers that adds up a score of each token and place."""
+    scores = data(10, 4, outputs, value=11).float()
+    return lambda tokens: torch.stack([scores[tokens[:, i], i] for i in range(4)]).sum(0)
+
+
+WORDS = torch.tensor([[1, 5, 7, 2], [1, 6, 0, 2]])
+
+
+@pytest.mark.parametrize("name", ["kernel_shap", "exact_shapley", "lime"])
+def test_kept_tokens_have_no_value_and_the_others_add_up(name):
+    model = reader()
+    explainer = find(name)(ridge=1e-9) if name == "lime" else find(name)()
+    background = TokenBackground(baseline=0, kept=(1, 2))
+    found = explainer.explain(model, WORDS, background, targets="all")
+    absent = WORDS.clone()
+    absent[:, 1:3] = 0
+    assert found.values[:, [0, 3]].abs().max() < 1e-12
+    for place in (1, 2):
+        one = absent.clone()
+        one[:, place] = WORDS[:, place]
+        wanted = model(one) - model(absent)
+        torch.testing.assert_close(found.values[:, place], wanted, rtol=1e-4, atol=1e-5)
+    if name != "lime":
+        # a kept token is present in the base, too
+        torch.testing.assert_close(found.values.sum(1), model(WORDS) - model(absent))
+        torch.testing.assert_close(found.base, model(absent))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: TokenBackground(baseline=-1),
+        lambda: TokenBackground(baseline=0, kept=(-2,)),
+        lambda: KernelSHAP().explain(bent(4), data(2, 4), TokenBackground(baseline=0)),
+    ],
+)
+def test_a_background_of_tokens_refuses_what_is_no_token(call):
+    with pytest.raises(ConfigError, match="token"):
+        call()

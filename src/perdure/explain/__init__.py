@@ -8,6 +8,7 @@ To add an explainer, add a file `my_explainer.py` with one class `MyExplainer(Ex
 from typing import TYPE_CHECKING, TypeGuard
 
 from perdure.explain._model import Predict
+from perdure.explain._question import TokenBackground
 from perdure.explain.base import Attribution, Explainer
 from perdure.explain.deep_lift_shap import DeepLiftSHAP
 from perdure.explain.exact_shapley import ExactShapley
@@ -42,6 +43,7 @@ __all__ = [
     "KernelSHAP",
     "LocalModel",
     "Predict",
+    "TokenBackground",
     "column_groups",
     "deletion_area",
     "faithfulness_correlation",

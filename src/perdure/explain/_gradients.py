@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from perdure.errors import ConfigError
 from perdure.explain.base import (
     Attribution,
+    Background,
     Explainer,
     Predict,
     Question,
@@ -66,7 +67,7 @@ class GradientExplainer(Explainer):
         self,
         predict: Predict,
         inputs: Rows,
-        background: Rows,
+        background: Background,
         *,
         targets: Targets = None,
         generator: torch.Generator | None = None,

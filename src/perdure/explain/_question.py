@@ -9,12 +9,44 @@ from torch import Tensor
 
 from perdure.errors import ConfigError, NonFiniteError
 from perdure.explain._model import Model, Predict, Rows, adapted
+from perdure.utils.checked_fields import CheckedFields
 from perdure.utils.chunking import rows_per_pass
 
 Targets = Rows | Sequence[int] | int | str | None
 """Outputs to explain: one for each instance, one for all instances, "all", or None."""
 
 FORMS = 'an integer, one integer per instance, "all", or None for the largest output'
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenBackground(CheckedFields):
+    """Background of token numbers: absent tokens are replaced by one token, and some never are.
+
+    It takes the place of the background rows of an explainer for sequences of token numbers.
+
+    Args:
+        baseline: token that stands for an absent one, such as that of a mask or of padding.
+        kept: tokens that are always present, such as those at the start and end of a text; their
+            value is 0.
+
+    Raises:
+        ConfigError: if a token is negative.
+
+    >>> TokenBackground(baseline=0, kept=(1, 2))
+    TokenBackground(baseline=0, kept=(1, 2))
+    """
+
+    baseline: int
+    kept: Sequence[int] = ()
+
+    def __post_init__(self) -> None:
+        for name, tokens in (("baseline", (self.baseline,)), ("kept", tuple(self.kept))):
+            if min(tokens, default=0) < 0:
+                raise ConfigError.of(name, getattr(self, name), "token numbers from 0")
+
+
+Background = Rows | TokenBackground
+"""Rows (b, ...) that give the values of absent features, or a rule for tokens."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -30,6 +62,7 @@ class Question:
         outputs: (n, k) float64 explained outputs at the instances.
         dtype: floating dtype of attributions.
         chunk: largest number of rows in one forward pass.
+        kept: (n, ...) bool, features that are always present; None if there are none.
     """
 
     model: Model
@@ -40,6 +73,7 @@ class Question:
     outputs: Tensor
     dtype: torch.dtype
     chunk: int
+    kept: Tensor | None = None
 
     @property
     def absent(self) -> Tensor:
@@ -79,12 +113,15 @@ class Question:
 def question(
     predict: Predict,
     inputs: Rows,
-    background: Rows | None,
+    background: Background | None,
     targets: Targets,
     chunk: int | None,
 ) -> Question:
     """Check the arguments of `explain`; see `Explainer.question`."""
     given = _rows(inputs, "inputs", None)
+    kept = None
+    if isinstance(background, TokenBackground):
+        background, kept = _tokens(background, given)
     others = None if background is None else _rows(background, "background", given.shape[1:])
     size = chunk or rows_per_pass(given.to(torch.float32) if given.ndim == 0 else given)
     model, rows, outputs = adapted(predict, inputs, size)
@@ -98,7 +135,18 @@ def question(
         outputs=finite_scores(outputs.gather(1, found)),
         dtype=given.dtype if given.is_floating_point() else torch.get_default_dtype(),
         chunk=chunk or rows_per_pass(rows),
+        kept=kept,
     )
+
+
+def _tokens(background: TokenBackground, given: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the row of absent tokens, and True where the instances (n, length) have kept ones."""
+    if given.is_floating_point() or given.ndim != 2:
+        shown = f"{tuple(given.shape)} {given.dtype}"
+        allowed = "whole numbers (n, length), one token each, with a TokenBackground"
+        raise ConfigError.of("inputs", shown, allowed)
+    kept = torch.tensor(list(background.kept), dtype=given.dtype, device=given.device)
+    return torch.full_like(given[:1], background.baseline), torch.isin(given, kept)
 
 
 def _cast(background: Tensor, rows: Tensor) -> Tensor:

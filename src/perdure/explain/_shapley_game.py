@@ -22,7 +22,15 @@ from torch import Tensor
 
 from perdure.errors import ConfigError
 from perdure.explain._question import Question, finite_scores
-from perdure.explain.base import Attribution, Explainer, Predict, Rows, Targets, attribution
+from perdure.explain.base import (
+    Attribution,
+    Background,
+    Explainer,
+    Predict,
+    Rows,
+    Targets,
+    attribution,
+)
 from perdure.explain.groups import grid_groups
 
 Link = Literal["identity", "logit"]
@@ -62,6 +70,8 @@ class Game:
         differs = torch.zeros(rows.shape, dtype=torch.bool, device=rows.device)
         for absent in self.question.absent.flatten(1):
             differs |= rows != absent
+        if self.question.kept is not None:
+            differs &= ~self.question.kept.flatten(1)
         players = torch.zeros(len(rows), self.count, device=rows.device)
         return players.index_add(1, self.players.to(rows.device), differs.float()) > 0
 
@@ -92,7 +102,7 @@ def game(
     explainer: Explainer,
     predict: Predict,
     inputs: Rows,
-    background: Rows,
+    background: Background,
     targets: Targets,
     *,
     groups: Tensor | None,
@@ -101,15 +111,22 @@ def game(
 ) -> Game:
     """Check the arguments of `explain`, and make the game."""
     question = explainer.question(predict, inputs, background, targets)
-    absent = question.absent
-    sums = [question.model(rows).sum(0) for rows in torch.split(absent, question.chunk)]
-    base = question.one_for_all(torch.stack(sums).sum(0) / len(absent))
     return Game(
         question=question,
         players=players_of(question.inputs.shape[1:], groups, cells),
         link=link,
-        ends=linked(link, torch.stack([base, question.outputs])),
+        ends=linked(link, torch.stack([_empty(question), question.outputs])),
     )
+
+
+def _empty(question: Question) -> Tensor:
+    """Return the value (n, k) of the coalition without members, before the link."""
+    if question.kept is not None:  # each instance has its own kept features
+        nobody = torch.zeros(1, question.inputs[0].numel(), dtype=torch.bool)
+        return coalition_outputs(question, nobody, slice(0, len(question.inputs)))[:, 0]
+    absent = question.absent
+    sums = [question.model(rows).sum(0) for rows in torch.split(absent, question.chunk)]
+    return question.one_for_all(torch.stack(sums).sum(0) / len(absent))
 
 
 def count_of(players: Tensor) -> int:
@@ -164,6 +181,8 @@ def _mean(question: Question, owner: Tensor, mask: Tensor) -> Tensor:
     """Return (pairs, k) mean output over the background, per pair of instance and coalition."""
     background = question.absent
     present = question.inputs[owner]
+    if question.kept is not None:
+        mask = mask | question.kept[owner]
     total = torch.zeros(len(owner), question.targets.shape[1], dtype=torch.float64)
     total = total.to(owner.device)
     for absent in torch.split(background, question.chunk):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from perdure.errors import ConfigError
 from perdure.explain._model import Predict, Rows
-from perdure.explain._question import Question, Targets, question
+from perdure.explain._question import Background, Question, Targets, question
 from perdure.utils.checked_fields import CheckedFields
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Attribution",
+    "Background",
     "Explainer",
     "Predict",
     "Question",
@@ -130,7 +131,7 @@ class Explainer(CheckedFields, ABC):
         self,
         predict: Predict,
         inputs: Rows,
-        background: Rows,
+        background: Background,
         *,
         targets: Targets = None,
         generator: torch.Generator | None = None,
@@ -150,8 +151,8 @@ class Explainer(CheckedFields, ABC):
                 gradients, unless the explainer needs them.
             inputs: (n, ...) instances to explain. Integers and booleans are explained as floats of
                 the same values, if the model takes them.
-            background: (b, ...) public or synthetic rows that give the values of absent features;
-                some explainers do not use them.
+            background: (b, ...) public or synthetic rows that give the values of absent features,
+                or a `TokenBackground` for token numbers; some explainers do not use it.
             targets: output to explain: (n,) integers, one for each instance; an integer for all
                 instances; "all" for every output in one pass; None for each instance's largest.
             generator: CPU generator for the explainer's randomness; None for seed 0.
@@ -168,7 +169,7 @@ class Explainer(CheckedFields, ABC):
         return math.prod(shape)
 
     def question(
-        self, predict: Predict, inputs: Rows, background: Rows | None, targets: Targets
+        self, predict: Predict, inputs: Rows, background: Background | None, targets: Targets
     ) -> Question:
         """Check the arguments of `explain`, and return them in one form for all kinds of models.
 

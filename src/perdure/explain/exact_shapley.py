@@ -9,7 +9,7 @@ from torch import Tensor
 
 from perdure.errors import ConfigError
 from perdure.explain._shapley_game import Link, all_subsets, count_of, game, players_of
-from perdure.explain.base import Attribution, Explainer, Predict, Rows, Targets
+from perdure.explain.base import Attribution, Background, Explainer, Predict, Rows, Targets
 
 MOST_PLAYERS = 16
 """Largest number of features (or groups), for which all 2^d subsets are evaluated."""
@@ -42,7 +42,7 @@ class ExactShapley(Explainer):
         self,
         predict: Predict,
         inputs: Rows,
-        background: Rows,
+        background: Background,
         *,
         targets: Targets = None,
         generator: torch.Generator | None = None,

@@ -3,12 +3,19 @@
 A group is a number; the groups of a batch are one tensor in the shape of one instance.
 """
 
+import typing
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from perdure.errors import ConfigError
+from perdure.utils.extras import imported
+
+Segmentation = Literal["slic", "watershed"]
+SEGMENTATIONS: tuple[Segmentation, ...] = typing.get_args(Segmentation)
+"""Methods of scikit-image that cut an image into superpixels."""
 
 
 def grid_groups(shape: Sequence[int], cells: int) -> Tensor:
@@ -71,27 +78,41 @@ def token_groups(shape: Sequence[int]) -> Tensor:
     return torch.arange(length).view(-1, *(1 for _ in rest)).expand(tuple(shape)).clone()
 
 
-def segment_groups(image: Tensor, count: int) -> Tensor:
-    """Cut one image into about `count` superpixels of similar colour (SLIC, by scikit-image).
+def segment_groups(image: Tensor, count: int, *, method: Segmentation = "slic") -> Tensor:
+    """Cut one image into about `count` superpixels of similar colour, by scikit-image.
 
     Args:
         image: (height, width) or (channels, height, width) floats.
-        count: wanted number of superpixels.
+        count: wanted number of superpixels; their number may differ.
+        method: "slic" clusters colours and places; "watershed" floods the edges of the mean channel
+            from a grid of seeds.
+
+    Returns:
+        Groups in the shape of the image, from 0 on.
 
     Raises:
-        ConfigError: if the shape does not fit, or scikit-image is not installed.
+        ConfigError: if an argument is not allowed, or scikit-image is not installed.
 
-    Source: Achanta et al. 2012, "SLIC superpixels compared to state-of-the-art methods".
+    Source: Achanta et al. 2012, "SLIC superpixels compared to state-of-the-art methods";
+    Neubert and Protzel 2014, "Compact watershed and preemptive SLIC".
     """
-    try:
-        from skimage.segmentation import slic
-    except ImportError:
-        fix = "segment_groups needs scikit-image; pip install scikit-image, or use grid_groups"
-        raise ConfigError(fix) from None
+    if method not in SEGMENTATIONS:
+        raise ConfigError.of("method", method, SEGMENTATIONS)
     if image.ndim not in (2, 3):
         raise ConfigError.of(
             "image.shape", tuple(image.shape), "(height, width) or (channels, height, width)"
         )
-    axis = None if image.ndim == 2 else 0
-    found = slic(image.detach().cpu().double().numpy(), n_segments=count, channel_axis=axis)
-    return torch.as_tensor(found).expand(image.shape).clone()
+    pixels = image.shape[-1] * image.shape[-2]
+    if not 1 <= count <= pixels:
+        raise ConfigError.of("count", count, f"1 to {pixels}, the pixels of the image")
+    segmentation = imported("skimage.segmentation", "explain", "segment_groups")
+    colours = image.detach().cpu().double()
+    if method == "slic":
+        axis = None if image.ndim == 2 else 0
+        found = segmentation.slic(colours.numpy(), n_segments=count, channel_axis=axis)
+    else:
+        filters = imported("skimage.filters", "explain", "segment_groups")
+        edges = filters.sobel((colours if image.ndim == 2 else colours.mean(0)).numpy())
+        found = segmentation.watershed(edges, markers=count, compactness=0.001)
+    groups: Tensor = torch.unique(torch.as_tensor(found), return_inverse=True)[1]
+    return groups.expand(image.shape).clone()

@@ -9,7 +9,7 @@ from torch import Tensor
 from perdure.errors import ConfigError
 from perdure.explain._coalitions import Sampling, check_samples, coalitions
 from perdure.explain._shapley_game import Game, Link, count_of, game, players_of
-from perdure.explain.base import Attribution, Explainer, Predict, Rows, Targets, seeded
+from perdure.explain.base import Attribution, Background, Explainer, Predict, Rows, Targets, seeded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +73,7 @@ class KernelSHAP(Explainer):
         self,
         predict: Predict,
         inputs: Rows,
-        background: Rows,
+        background: Background,
         *,
         targets: Targets = None,
         generator: torch.Generator | None = None,

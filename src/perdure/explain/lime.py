@@ -11,7 +11,16 @@ from torch import Tensor
 from perdure.errors import ConfigError
 from perdure.explain._question import Question, finite_scores
 from perdure.explain._shapley_game import coalition_outputs, count_of, players_of, spread
-from perdure.explain.base import Attribution, Explainer, Predict, Rows, Targets, attribution, seeded
+from perdure.explain.base import (
+    Attribution,
+    Background,
+    Explainer,
+    Predict,
+    Rows,
+    Targets,
+    attribution,
+    seeded,
+)
 
 FOLDS = 5
 """Number of parts of the perturbations that are held out in turn, to measure the fidelity."""
@@ -111,7 +120,7 @@ class LIME(Explainer):
         self,
         predict: Predict,
         inputs: Rows,
-        background: Rows | None = None,
+        background: Background | None = None,
         *,
         targets: Targets = None,
         generator: torch.Generator | None = None,
@@ -123,7 +132,8 @@ class LIME(Explainer):
         Args:
             predict: the model; see `Explainer.explain`.
             inputs: (n, ...) instances to explain.
-            background: (b, ...) public or synthetic rows for absent groups; not used with noise.
+            background: (b, ...) public or synthetic rows for absent groups, or a `TokenBackground`;
+                not used with noise.
             targets: outputs to explain; "all" costs no more than one.
             generator: CPU generator that draws the perturbations; None for seed 0.
             feature_scales: one `noise_scale` per feature, in the shape of an instance; None for one
@@ -170,7 +180,10 @@ class LIME(Explainer):
         )
         outputs = coalition_outputs(asked, present[:, players], slice(0, len(asked.inputs)))
         slopes, base, fidelity = _local_model(design, weights, outputs, self.ridge)
-        return _result(asked, spread(slopes, players), base, fidelity, additive=True)
+        values = spread(slopes, players)
+        if asked.kept is not None:  # no perturbation moves them, so their slopes are only rounding
+            values = values.masked_fill(asked.kept.flatten(1)[:, :, None], 0.0)
+        return _result(asked, values, base, fidelity, additive=True)
 
     def _enough(self, features: int) -> None:
         """Refuse fewer perturbations than twice the unknowns, slopes and intercept."""
