@@ -81,6 +81,19 @@ TABLES: dict[str, Listing] = {
             "highest": "{highest:.2f}",
         },
     ),
+    "robust_mnist": Listing(
+        file="robust_mnist",
+        columns={
+            "method": "`{method}`",
+            "seed": "{seed}",
+            "epochs": "{epochs}",
+            "clean": "{clean:.1f}",
+            "PGD-50": "{pgd_50:.1f}",
+            "AutoAttack": "{auto_attack:.1f}",
+            "verified error": "{verified_error:.1f}",
+            "training, CPU minutes": "{training_minutes:.1f}",
+        },
+    ),
     "robust_continual": Listing(
         file="robust_continual",
         columns={
