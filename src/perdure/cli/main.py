@@ -161,7 +161,8 @@ def show_config(
 ) -> None:
     """Check CONFIG without running it, or print every key with type, default and meaning.
 
-    A config that is right is answered with its trainings, one line each.
+    The check loads the data and refuses all that `perdure run` refuses before its first training,
+    with the same line. A config that is right is answered with its trainings, one line each.
     """
     if (config is None) != reference:
         raise ConfigError.of("config", config, "a TOML file, or --reference without a file")
@@ -174,9 +175,11 @@ def show_config(
         raise ConfigError.of("--table", table, "only together with --reference")
     with local_modules():
         from perdure.experiment.config import read
+        from perdure.experiment.run_checks import checked_stream
         from perdure.experiment.trained_models import trials
 
         checked = read(str(config))
+        checked_stream(checked)
         for name in trials(checked):
             sys.stdout.write(f"{name}\n")
 

@@ -36,6 +36,7 @@ from perdure.experiment.results import (
     ledger_files,
     summary,
 )
+from perdure.experiment.run_checks import checked_stream
 from perdure.experiment.seeds import arm_result
 from perdure.experiment.trained_models import (
     chosen_trial,
@@ -102,7 +103,10 @@ def run(
                 progress(name, 1.0, "")
             return read_result(folder)
         torch.set_num_threads(config.threads)
-        first = open_stream(config.of_seed(config.all_seeds[0]))
+        if grid is None:
+            first = checked_stream(config)
+        else:  # the sites of a deployment check their own records
+            first = open_stream(config.of_seed(config.all_seeds[0]))
         with helped(config, folder / "config.toml") as processes:
             rows = _trained(config, first, folder, progress, callbacks, examine, processes, grid)
         names = trials(config) if grid is None else ()

@@ -300,16 +300,25 @@ def contained() -> Iterator[None]:
         random.setstate(state)
 
 
+def refuse_missing_engine(engine: str) -> None:
+    """Refuse the engine `ray` where Ray is not installed.
+
+    Raises:
+        FederationError: names the command that installs it.
+    """
+    if engine == "ray" and importlib.util.find_spec("ray") is None:
+        raise FederationError(
+            "engine = 'ray' needs Ray, which is not installed; run pip install perdure[simulation]"
+        )
+
+
 def simulate(server: ServerApp, client: ClientApp, clients: int) -> None:
     """Run both apps on Flower's Ray engine.
 
     Raises:
         FederationError: if Ray is not installed.
     """
-    if importlib.util.find_spec("ray") is None:
-        raise FederationError(
-            "engine = 'ray' needs Ray, which is not installed; run pip install perdure[simulation]"
-        )
+    refuse_missing_engine("ray")
     from flwr.simulation import run_simulation
 
     before = {name: getattr(TaskIdentity, name) for name in IDENTITY}

@@ -1,0 +1,109 @@
+"""Checks of a run before its first training, for `perdure run` and `perdure config` alike.
+
+They load the data, make the stream and the clients, and prepare a learner of every arm, which
+calibrates its noise and examines the model. Nothing is trained, released or written.
+"""
+
+from dataclasses import fields, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from perdure.data.experience import Stream, declared_size_of
+from perdure.data.record_identity import refuse_records_in_two_partitions
+from perdure.data.value_checks import check_streams
+from perdure.errors import ConfigError
+from perdure.experiment.arm import ArmRun, open_stream
+from perdure.experiment.config import Arm, Config
+from perdure.experiment.from_tables import placed
+from perdure.experiment.metrics_log import MetricsLog
+from perdure.experiment.results import client_streams
+from perdure.learner.arguments import check_stream
+from perdure.learner.learner import Learner
+from perdure.learner.private_setup import released_before
+
+
+def checked_stream(config: Config) -> Stream:
+    """Refuse a config that cannot be trained on this machine, and return its first seed's stream.
+
+    Raises:
+        PerdureError: as the training would, with the same message.
+    """
+    first = config.of_seed(config.all_seeds[0])
+    stream = open_stream(first)
+    if config.federation is None:
+        parties = {0: stream}
+    else:
+        parties = _parties(first, stream)
+        for seed in config.all_seeds[1:]:
+            other = config.of_seed(seed)
+            client_streams(other, open_stream(other))
+    for arm in config.arms:
+        _refuse_arm(first, arm, stream, parties)
+    return stream
+
+
+def _parties(config: Config, stream: Stream) -> dict[int, Stream]:
+    """Refuse a federation that cannot begin, and return the smallest and the largest client.
+
+    Their plans are the extremes: the sampling rates of all others are between theirs.
+    """
+    from perdure.experiment.federation_config import refuse_few_clients
+    from perdure.experiment.served_federation import federation_of
+    from perdure.federated.client_streams import without_gaps
+    from perdure.federated.flower_adapter import refuse_missing_engine
+
+    chosen = config.federation
+    assert chosen is not None
+    refuse_missing_engine(chosen.engine)
+    federation = federation_of(chosen, config.seed)
+    streams = client_streams(config, stream)
+    try:
+        for index in range(len(stream)):
+            holds = [own[index].train.declared_size > 0 for own in streams]
+            asked = len(federation.cohort(index, 0, holds.__getitem__))
+            options = chosen.aggregator_options
+            refuse_few_clients(chosen.aggregator, options, chosen.pre_aggregators, asked)
+    except ConfigError as error:
+        known = [each.name for each in fields(chosen)]
+        raise ConfigError(placed(str(error), "federation", known)) from None
+    own = [without_gaps(each) for each in streams]
+    private = any(arm.private for arm in config.arms)
+    if private:
+        refuse_records_in_two_partitions(own)
+    check_streams(own, training=private)
+    sizes = [declared_size_of(each.experiences) for each in own]
+    return {client: own[client] for client in {sizes.index(min(sizes)), sizes.index(max(sizes))}}
+
+
+def _refuse_arm(config: Config, arm: Arm, stream: Stream, parties: dict[int, Stream]) -> None:
+    """Refuse an arm whose learners cannot be prepared."""
+    with TemporaryDirectory() as empty:
+        log = MetricsLog(Path(empty) / "metrics.jsonl")
+        run = ArmRun(config, arm, stream, Path(empty), log)
+        for client, own in parties.items():
+            check_stream(own)
+            check_streams([own], training=arm.private)
+            _prepare(run.learner(stream, client), config, own)
+
+
+def _prepare(learner: Learner, config: Config, stream: Stream) -> None:
+    """Prepare a learner that is not trained, and close it.
+
+    Its key is simulated, because secret noise needs a folder, and a ledger there.
+    """
+    learner.callbacks = ()
+    privacy = learner.privacy
+    if privacy is not None and privacy.seed is None:
+        for experience in stream:
+            for spent in experience.train.spent:
+                released_before(spent, experience.train.partition, simulated=False)
+        learner.privacy = replace(privacy, seed=0)
+    if config.federation is not None:
+        from perdure.experiment.served_federation import federation_of
+        from perdure.federated.local_work import set_local_work
+
+        set_local_work(learner, federation_of(config.federation, config.seed).local_work)
+    try:
+        learner.prepare(stream)
+    finally:
+        learner.close()
