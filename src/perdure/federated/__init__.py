@@ -24,9 +24,10 @@ with warnings.catch_warnings():
         NearestNeighbours,
         PreAggregator,
     )
-    from perdure.federated.server import Server, fit_federated, run_federation, server_app
+    from perdure.federated.server import Server, server_app
     from perdure.federated.settings import Federation
     from perdure.federated.state_merging import combine
+    from perdure.federated.whole_runs import fit_federated, run_federation
 
 __all__ = [
     "Buckets",

@@ -10,9 +10,8 @@ bit-identical result.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
@@ -22,25 +21,16 @@ from torch import Tensor
 from perdure.contract.plan import MODELLED
 from perdure.contract.state import State
 from perdure.data.experience import Stream
-from perdure.data.record_identity import refuse_records_in_two_partitions
-from perdure.data.value_checks import check_streams
-from perdure.errors import ConfigError
 from perdure.federated.absences import Absence
 from perdure.federated.aggregation import aggregated
 from perdure.federated.attendance import Attendance
 from perdure.federated.averaging import ready
-from perdure.federated.client import ClientSessions, app_of
-from perdure.federated.client_streams import union, without_gaps
 from perdure.federated.exchanges import Exchanges, Request
 from perdure.federated.flower_adapter import (
     Cohort,
-    InProcessGrid,
-    Listen,
-    MessageProgress,
     contained,
     recall,
     remind,
-    simulate,
 )
 from perdure.federated.ledger_heads import ClientHeads
 from perdure.federated.local_work import set_local_work
@@ -52,8 +42,6 @@ from perdure.federated.messages import (
     shared,
     to_record,
 )
-from perdure.federated.party_checks import party_of, refuse_parties
-from perdure.federated.progress import shown_exchanges
 from perdure.federated.reply_checks import ReplyChecks
 from perdure.federated.roster import Roster
 from perdure.federated.settings import Federation
@@ -66,7 +54,6 @@ from perdure.learner.learner import Learner
 from perdure.utils.folder_lock import locked
 from perdure.utils.modules import detached_copies
 
-Engine = Literal["inprocess", "ray"]
 ServerCallback = Callable[[str, "Server"], None]
 """Function that is called at every named point of the server's loop; the names are `POINTS`."""
 
@@ -344,9 +331,6 @@ class Server:
             callback(point, self)
 
 
-# --------------------------------------------------------------------------- whole runs
-
-
 def server_app(server: Server) -> ServerApp:
     """Build the Flower app of the server, for any engine."""
     app = ServerApp()
@@ -356,136 +340,6 @@ def server_app(server: Server) -> ServerApp:
         server.serve(grid)
 
     return app
-
-
-def run_federation(
-    make_learner: Callable[[int], Learner],
-    streams: Sequence[Stream],
-    federation: Federation,
-    *,
-    folder: Path | str | None = None,
-    callbacks: Sequence[ServerCallback] = (),
-    engine: Engine = "inprocess",
-    progress: MessageProgress | None = None,
-    show_progress: bool | None = None,
-    listen: Listen | None = None,
-) -> Server:
-    """Train one model on the streams of all clients, and return the server with the model.
-
-    With a folder, a stopped run continues and gives the bit-identical result. Afterwards the
-    learners of clients in this process without privacy have the global parameters.
-
-    Args:
-        make_learner: function from a client's number to a new learner; all learners must be equal,
-            except for effects of the number.
-        streams: one stream per client, with the same experiences (see
-            `perdure.data.client_splits`). A client is not asked for an experience with a declared
-            size of 0, nor for those behind the end of a shorter stream.
-        federation: clients, rounds, aggregator.
-        folder: folder of the run; None for a run without checkpoints.
-        callbacks: called as callback(point, server).
-        engine: `inprocess`, or `ray` for Flower's simulation engine.
-        progress: called as progress(replies, expected); only with `inprocess`.
-        show_progress: None for a bar in a terminal; True also for lines elsewhere; False for none.
-        listen: called with every message and every reply; only with `inprocess`, for audits.
-
-    Raises:
-        ConfigError: if streams do not fit the federation, a learner has its own folder, two clients
-            have the same owner, or there is no folder although `ray` or secret noise needs one.
-        FederationError: if some clients have privacy and others do not.
-        DataError: before a private run, if training inputs are NaN or infinite.
-        GuardError: before a private run, if two clients or partitions hold the same record.
-        FederationError, PrivacyError, RunError: see `Server.serve`.
-    """
-    folder = None if folder is None else Path(folder)
-    for stream in streams:
-        check_stream(stream)
-    if len(streams) != federation.clients:
-        raise ConfigError.of(
-            "streams", len(streams), f"one for each of {federation.clients} clients"
-        )
-    tasks = {stream.task: stream.task.name for stream in streams}
-    if len(tasks) > 1:
-        allowed = "the same task for all clients"
-        raise ConfigError.of("tasks of the streams", list(tasks.values()), allowed)
-    if engine not in get_args(Engine):
-        raise ConfigError.of("engine", engine, get_args(Engine))
-    if engine == "ray" and folder is None:
-        raise ConfigError.of(
-            "folder",
-            None,
-            "a folder for the clients' state, because the processes of Ray share no memory",
-        )
-    learner = make_learner(0)
-    others = (make_learner(client) for client in range(1, federation.clients))
-    refuse_parties([party_of(each, i) for i, each in enumerate(chain([learner], others))], folder)
-    # checked here, in the process of the records, because a client's error goes to the server
-    own = [without_gaps(stream) for stream in streams]
-    if learner.privacy:
-        refuse_records_in_two_partitions(own)
-    check_streams(own, training=bool(learner.privacy))
-    seats = ClientSessions(lambda n: (make_learner(n), streams[n]), folder, distinct=True)
-    client = app_of(seats)
-    server = Server(
-        learner=learner,
-        stream=union(streams),
-        federation=federation,
-        folder=folder,
-        callbacks=callbacks,
-        sizes=[[each.train.declared_size for each in stream] for stream in streams],
-    )
-    with shown_exchanges(server, show_progress, progress) as replied:
-        if engine == "ray":
-            simulate(server_app(server), client, federation.clients)
-            return server
-        try:
-            with InProcessGrid(client, federation.clients, replied, listen).running() as grid:
-                server.serve(grid)
-        finally:
-            seats.part(shared(server.learner.model))
-    return server
-
-
-def fit_federated(
-    make_learner: Callable[[int], Learner],
-    streams: Sequence[Stream],
-    federation: Federation,
-    *,
-    folder: Path | str | None = None,
-    callbacks: Sequence[ServerCallback] = (),
-    engine: Engine = "inprocess",
-    progress: MessageProgress | None = None,
-    show_progress: bool | None = None,
-) -> Tensor:
-    """Run a federation and return the accuracy matrix.
-
-    `run_federation` returns the whole server, and describes the errors.
-
-    Args:
-        make_learner: function from a client's number to a new learner.
-        streams: one stream per client, with the same experiences.
-        federation: clients, rounds, aggregator.
-        folder: folder of the run; None for a run without checkpoints.
-        callbacks: called as callback(point, server).
-        engine: `inprocess`, or `ray` for Flower's simulation engine.
-        progress: called as progress(replies, expected); only with `inprocess`.
-        show_progress: None for a bar in a terminal; True also for lines elsewhere; False for none.
-
-    Returns:
-        (T, T) float64, accuracy in percent on the stage of the column after the stage of the row;
-        see `Learner.fit`.
-    """
-    server = run_federation(
-        make_learner,
-        streams,
-        federation,
-        folder=folder,
-        callbacks=callbacks,
-        engine=engine,
-        progress=progress,
-        show_progress=show_progress,
-    )
-    return torch.tensor(server.learner.matrix, dtype=torch.float64)
 
 
 def public(stream: Stream) -> Stream:
