@@ -200,6 +200,18 @@ TABLES: dict[str, Listing] = {
             "copies of the model an idle client keeps": "{copies:.2f}",
         },
     ),
+    "scale": Listing(
+        file="scale",
+        columns={
+            "clients are": "{mode}",
+            "clients": "{clients}",
+            "met": "{met}",
+            "in memory at most": "{alive}",
+            "rounds": "{rounds}",
+            "peak memory, GB": "{gigabytes:.2f}",
+            "seconds": "{seconds:.0f}",
+        },
+    ),
     "fixed_costs": Listing(
         file="fixed_costs",
         columns={

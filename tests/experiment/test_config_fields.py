@@ -212,6 +212,7 @@ WRONG = {
     ("federation", "deadline"): POSITIVE,
     ("federation", "grace"): ("-0.5", "nan", "inf", "true", '"1"'),
     ("federation", "max_update_norm"): POSITIVE,
+    ("federation", "alive"): COUNTS,
     ("federation", "aggregator"): (*CHOICES, '"FedProx"', '"DifferentialPrivacy"'),
     ("federation", "aggregator_options"): ("3", "[]", "{beta = 0.5}", "{fraction_train = 0.5}"),
     ("federation", "pre_aggregators"): (
@@ -344,7 +345,7 @@ def test_the_error_names_field_given_value_and_allowed_values():
         "federation = True is not allowed; allowed: a table with clients, rounds, local_epochs, "
         "local_steps, fraction, aggregator, aggregator_options, pre_aggregators, split, alpha, "
         "attribute, values, min_size, client_sizes, engine, quorum, deadline, grace, "
-        "max_update_norm"
+        "max_update_norm, alive"
     )
 
 

@@ -45,6 +45,8 @@ class FederationConfig(CheckedFields):
         grace: further seconds to wait after the deadline while the quorum is not reached.
         max_update_norm: largest allowed L2 norm of a client's update; left out for 100 times the
             median of a round's updates.
+        alive: largest number of clients whose learners are in memory between exchanges; left out
+            for all. The result is the same.
     """
 
     clients: int = 10
@@ -66,9 +68,10 @@ class FederationConfig(CheckedFields):
     deadline: float | None = None
     grace: float = 0.0
     max_update_norm: float | None = None
+    alive: int | None = None
 
     def __post_init__(self) -> None:
-        check(self, "clients rounds local_epochs local_steps min_size", counts, COUNTS)
+        check(self, "clients rounds local_epochs local_steps min_size alive", counts, COUNTS)
         if self.local_epochs is not None and self.local_steps is not None:
             both = f"{self.local_steps}, beside local_epochs = {self.local_epochs}"
             raise ConfigError.of("local_steps", both, "only one of the two")

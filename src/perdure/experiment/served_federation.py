@@ -35,6 +35,7 @@ def federation_of(chosen: FederationConfig, seed: int) -> Federation:
         quorum=chosen.quorum,
         deadline=chosen.deadline,
         grace=chosen.grace,
+        alive=chosen.alive,
         max_update_norm=chosen.max_update_norm,
     )
 

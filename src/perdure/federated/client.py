@@ -27,7 +27,15 @@ from flwr.clientapp import ClientApp
 from perdure.data.experience import Stream
 from perdure.data.record_identity import refuse_records_in_two_partitions
 from perdure.errors import FederationError, LedgerError
-from perdure.federated.client_store import FRESH, ClientSession, restore, save
+from perdure.federated.client_store import (
+    FRESH,
+    ClientSession,
+    ClientSnapshot,
+    park,
+    restore,
+    save,
+    unpark,
+)
 from perdure.federated.client_streams import held_experiences, without_gaps
 from perdure.federated.flower_adapter import error_reply
 from perdure.federated.held_arrays import message_of
@@ -66,10 +74,20 @@ class ClientSessions:
         make: function that builds a client's learner and stream.
         folder: folder of the run; None to write no files.
         distinct: True if it is known that no two clients have the same record.
+        alive: largest number of learners that are kept between exchanges; None for all.
     """
 
-    def __init__(self, make: MakeParty, folder: Path | None, *, distinct: bool = False) -> None:
+    def __init__(
+        self,
+        make: MakeParty,
+        folder: Path | None,
+        *,
+        distinct: bool = False,
+        alive: int | None = None,
+    ) -> None:
         self._make = make
+        self._alive = alive
+        self._parked: dict[int, ClientSnapshot] = {}
         self._folder = folder
         self._distinct = distinct
         self._streams: dict[int, Stream] = {}
@@ -87,7 +105,8 @@ class ClientSessions:
         again from the disk.
 
         A learner in another state (after a failed exchange, or from another process) is not used,
-        because its ledger may be old.
+        because its ledger may be old. But a client without a folder whose last reply was lost or
+        rejected goes on from its state after that exchange, because it has no other.
 
         Args:
             client: number of the client.
@@ -95,7 +114,8 @@ class ClientSessions:
         """
         exchange = task["previous"]
         seat = self._seats.pop(client, None)
-        if seat and seat.exchange == exchange != FRESH and self._held(seat.learner):
+        parked = self._parked.pop(client, None)
+        if seat and self._is_current(seat.exchange, exchange) and self._held(seat.learner):
             return seat
         self.private = True  # the message of a later error may contain values of a record
         learner, whole = self._make(client)
@@ -122,7 +142,20 @@ class ClientSessions:
             # exchanges, and the memory that all clients use stays in the processor's cache.
             share_memory(received, shared(self._first.model))
             self._sharing.append(ref(learner))
+        if parked and self._is_current(parked.exchange, exchange):
+            return unpark(learner, parked)
         return restore(learner, exchange)
+
+    def _is_current(self, held: int, exchange: int) -> bool:
+        """Return True if a client goes on from its state after `held`.
+
+        Args:
+            held: last exchange of the state that the client has.
+            exchange: the client's last exchange that the server knows; FRESH at the start of a run.
+        """
+        if exchange == FRESH:
+            return False
+        return held == exchange or (self._folder is None and held > exchange)
 
     def own_index(self, client: int, experience: int) -> int:
         """Return the index of the federation's experience in the client's stream without gaps.
@@ -147,6 +180,18 @@ class ClientSessions:
         save(seat, exchange)
         seat.learner.session.rest()
         self._seats[client] = seat
+        if self._alive is not None and len(self._seats) > self._alive:
+            self._leave(next(iter(self._seats)))  # the one that was not asked for longest
+
+    def _leave(self, client: int) -> None:
+        """Let a client's learner go, after keeping what is not in its folder."""
+        learner = self._seats[client].learner
+        if learner.folder is None:
+            if learner.privacy is not None:  # its ledger and key are nowhere else
+                return
+            self._parked[client] = park(self._seats[client])
+        del self._seats[client]
+        self._sharing = [each for each in self._sharing if each() not in (None, learner)]
 
     def close(self) -> None:
         """Release the lock on the folder of the last client."""
@@ -177,7 +222,11 @@ class ClientSessions:
 
 
 def client_app(
-    make: MakeParty, folder: Path | str | None = None, *, distinct: bool = False
+    make: MakeParty,
+    folder: Path | str | None = None,
+    *,
+    distinct: bool = False,
+    alive: int | None = None,
 ) -> ClientApp:
     """Build the Flower app that every client runs, on any engine.
 
@@ -199,9 +248,10 @@ def client_app(
             is client-3.
         distinct: under privacy, True if no two clients of this process hold the same record; if
             False, the ids of their records are compared when each client is built.
+        alive: largest number of learners in this process between exchanges; see `Federation`.
     """
     place = None if folder is None else Path(folder)
-    return app_of(ClientSessions(make, place, distinct=distinct))
+    return app_of(ClientSessions(make, place, distinct=distinct, alive=alive))
 
 
 def app_of(seats: ClientSessions) -> ClientApp:

@@ -4,7 +4,8 @@ import logging
 from dataclasses import dataclass, replace
 
 from perdure.errors import FederationError, RunError
-from perdure.learner.checkpoint import Store
+from perdure.federated.messages import shared
+from perdure.learner.checkpoint import Snapshot, Store
 from perdure.learner.learner import Learner
 
 FRESH = -1
@@ -25,6 +26,14 @@ class ClientSession:
     learner: Learner
     exchange: int = FRESH
     saved: int = 0
+
+
+@dataclass(frozen=True)
+class ClientSnapshot:
+    """Memory of a client without its learner, and the number of its last exchange."""
+
+    exchange: int
+    snapshot: Snapshot
 
 
 def save(seat: ClientSession, exchange: int) -> None:
@@ -74,6 +83,25 @@ def restore(learner: Learner, exchange: int) -> ClientSession:
         f"{HELD}{older}: the client has no saved state for exchange {exchange} with the server "
         f"({kept}); give the client the folder of this run, or start the run again"
     )
+
+
+def park(seat: ClientSession) -> ClientSnapshot:
+    """Keep what a client without privacy remembers between exchanges, without its learner.
+
+    Parameters that the server sends are left out, because every exchange begins with the server's.
+    """
+    snapshot = seat.learner.snapshot()
+    sent = {f"model.{name}" for name in shared(seat.learner.model)}
+    own = {name: value for name, value in snapshot.tensors.items() if name not in sent}
+    return ClientSnapshot(seat.exchange, replace(snapshot, tensors=own))
+
+
+def unpark(learner: Learner, parked: ClientSnapshot) -> ClientSession:
+    """Give a new learner what `park` kept."""
+    fresh = {f"model.{name}": value for name, value in learner.model.state_dict().items()}
+    snapshot = parked.snapshot
+    learner.restore(replace(snapshot, tensors={**fresh, **snapshot.tensors}))
+    return ClientSession(learner, parked.exchange)
 
 
 def older_state(reason: str, previous: int) -> int | None:

@@ -63,6 +63,10 @@ class Federation(CheckedFields):
             median of the round's updates.
         pre_aggregators: steps that mix the clients' updates before a robust aggregator gets them,
             in order (see `NearestNeighbours`, `Buckets`, `ClipUpdates`).
+        alive: largest number of clients whose learners are in memory between exchanges, in a
+            process that has several; None for all. The others are read from the folder of the run
+            or, without a folder, built again around what they remember. The result is the same, bit
+            for bit. Clients with privacy need the folder.
         mode: `open`: the server can read every update. The modes `central` and `secure` are not
             implemented.
 
@@ -83,10 +87,11 @@ class Federation(CheckedFields):
     grace: float = 0.0
     max_update_norm: float | None = None
     pre_aggregators: Sequence[PreAggregator] = ()
+    alive: int | None = None
     mode: Literal["open"] = "open"
 
     def __post_init__(self) -> None:
-        for name in ("clients", "rounds", "local_epochs", "local_steps"):
+        for name in ("clients", "rounds", "local_epochs", "local_steps", "alive"):
             number = getattr(self, name)
             if number is not None and number < 1:
                 raise ConfigError.of(f"federation.{name}", number, "whole numbers from 1")

@@ -67,33 +67,21 @@ def run_federation(
         FederationError, PrivacyError, RunError: see `Server.serve`.
     """
     folder = None if folder is None else Path(folder)
-    for stream in streams:
-        check_stream(stream)
-    if len(streams) != federation.clients:
-        raise ConfigError.of(
-            "streams", len(streams), f"one for each of {federation.clients} clients"
-        )
-    tasks = {stream.task: stream.task.name for stream in streams}
-    if len(tasks) > 1:
-        allowed = "the same task for all clients"
-        raise ConfigError.of("tasks of the streams", list(tasks.values()), allowed)
-    if engine not in get_args(Engine):
-        raise ConfigError.of("engine", engine, get_args(Engine))
-    if engine == "ray" and folder is None:
-        raise ConfigError.of(
-            "folder",
-            None,
-            "a folder for the clients' state, because the processes of Ray share no memory",
-        )
+    _check(streams, federation, engine, folder)
     learner = make_learner(0)
     others = (make_learner(client) for client in range(1, federation.clients))
     refuse_parties([party_of(each, i) for i, each in enumerate(chain([learner], others))], folder)
+    if learner.privacy and federation.alive is not None and folder is None:
+        allowed = "None without a folder, because each client's ledger is in its folder"
+        raise ConfigError.of("federation.alive with privacy", federation.alive, allowed)
     # checked here, in the process of the records, because a client's error goes to the server
     own = [without_gaps(stream) for stream in streams]
     if learner.privacy:
         refuse_records_in_two_partitions(own)
     check_streams(own, training=bool(learner.privacy))
-    seats = ClientSessions(lambda n: (make_learner(n), streams[n]), folder, distinct=True)
+    seats = ClientSessions(
+        lambda n: (make_learner(n), streams[n]), folder, distinct=True, alive=federation.alive
+    )
     client = app_of(seats)
     server = Server(
         learner=learner,
@@ -113,6 +101,30 @@ def run_federation(
         finally:
             seats.part(shared(server.learner.model))
     return server
+
+
+def _check(
+    streams: Sequence[Stream], federation: Federation, engine: str, folder: Path | None
+) -> None:
+    """Refuse streams and an engine that do not fit."""
+    for stream in streams:
+        check_stream(stream)
+    if len(streams) != federation.clients:
+        raise ConfigError.of(
+            "streams", len(streams), f"one for each of {federation.clients} clients"
+        )
+    tasks = {stream.task: stream.task.name for stream in streams}
+    if len(tasks) > 1:
+        allowed = "the same task for all clients"
+        raise ConfigError.of("tasks of the streams", list(tasks.values()), allowed)
+    if engine not in get_args(Engine):
+        raise ConfigError.of("engine", engine, get_args(Engine))
+    if engine == "ray" and folder is None:
+        raise ConfigError.of(
+            "folder",
+            None,
+            "a folder for the clients' state, because the processes of Ray share no memory",
+        )
 
 
 def fit_federated(
