@@ -1,6 +1,7 @@
 """Apps of a deployment: their files, their keys, and a run of both app objects."""
 
 import re
+import runpy
 import socket
 import ssl
 import stat
@@ -13,6 +14,7 @@ import pytest
 
 import perdure.federated  # noqa: F401 - first, because it knows which warnings to let pass
 from perdure.deployment import (
+    check_port,
     check_superlink,
     client_app_of,
     make_certificates,
@@ -175,6 +177,44 @@ def test_scripts_of_an_app_are_programs_without_a_shell(app):
         text = script.read_text()
         compile(text, script.name, "exec")
         assert "shell" not in text and "os.system" not in text
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "line"),
+    [
+        ("make_certificates", ["host", "--days", "0"], "days = 0 is not allowed"),
+        ("make_certificates", ["höst"], "hosts = 'höst' is not allowed; allowed: names and addr"),
+        ("make_node_key", ["--key", "README.md"], "key = 'README.md' .* a file that does not exi"),
+        ("start_superlink", [], r"ca.crt is missing; run scripts/make_certificates.py HOST"),
+        ("register_site", ["localhost:1", "none.pub"], r"key = 'none.pub' .*\(No such file or di"),
+        ("register_site", ["localhost:1", "README.md"], r"'README.md' .* site/keys/node.pub of a"),
+        ("start_run", ["localhost:1"], "ca.crt is no certificate .*get the newest ca.crt"),
+        ("start_run", ["localhost:1", "--set", "x"], "--set = 'x' .* such as training.epochs=3"),
+        (
+            "start_run",
+            ["localhost:1", "--set", "training.epoch=3"],
+            "--set = 'training.epoch' .* did you mean 'training.epochs'",
+        ),
+        ("start_run", ["localhost:1", "--set", "federation.rounds=0"], "federation.rounds = 0 is"),
+        ("start_supernode", ["localhost:1", "--partition", "2"], "--partition 2 is not allowed"),
+        ("start_supernode", ["localhost", "--partition", "1"], "ca.crt cannot be read"),
+    ],
+)
+def test_a_mistake_ends_a_script_with_one_line(app, monkeypatch, script, words, line):
+    monkeypatch.chdir(app)
+    monkeypatch.setattr(sys, "argv", [script, *words])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(app / "scripts" / f"{script}.py"), run_name="__main__")
+    told = str(ended.value.code)
+    assert told.startswith(f"{script}: ") and "\n" not in told and re.search(line, told), told
+
+
+def test_a_port_in_use_is_refused_before_a_program_starts():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"port = {port} .* a free port of 127.0.0.1"):
+            check_port("127.0.0.1", port)
+    check_port("127.0.0.1", port)
 
 
 @contextmanager

@@ -90,62 +90,98 @@ def states(folder):
     }
 
 
-@pytest.fixture
-def app(tmp_path):
-    write_app(tmp_path / "app", CONFIG)
-    return tmp_path / "app"
+class Deployment:
+    """SuperLink of an app on the loopback, with two registered sites and a key of a third.
+
+    Args:
+        folder: folder of the app, of the sites and of the logs.
+        config: TOML text of the config.
+    """
+
+    def __init__(self, folder, config):
+        self.folder = folder
+        self.app = folder / "app"
+        write_app(self.app, config)
+        self.address = f"localhost:{free_port()}"
+        self.authority = self.app / "server" / "certificates" / "ca.crt"
+        self.keys = [folder / f"node{k}" for k in range(3)]
+        self._ports = [free_port(), free_port()]
+        subprocess.run(script(self.app, "make_certificates", "localhost"), check=True)
+        for key in self.keys:
+            subprocess.run(script(self.app, "make_node_key", "--key", key), check=True)
+
+    @contextmanager
+    def superlink(self):
+        """Run the SuperLink, and register both sites."""
+        host, port = ("127.0.0.1", self.address.rpartition(":")[2])
+        command = script(self.app, "start_superlink", "--host", host, "--port", port)
+        with program(command, self.folder / "superlink.log"):
+            until(lambda: connects(self.address, self.authority), "SuperLink")
+            for key in self.keys[:2]:
+                public = key.with_suffix(".pub")
+                subprocess.run(script(self.app, "register_site", self.address, public), check=True)
+            yield
+
+    def supernode(self, k):
+        """Run the SuperNode of a site."""
+        key = ("--authority", self.authority, "--key", self.keys[k])
+        own = ("--state", self.folder / f"state{k}", "--port", self._ports[k])
+        command = script(self.app, "start_supernode", self.address, "--partition", k, *key, *own)
+        return program(command, self.folder / f"node{k}.log")
+
+    def run(self, name):
+        """Start a run, with its output in a file."""
+        return program(script(self.app, "start_run", self.address), self.folder / f"{name}.log")
+
+    def trains(self, k, times):
+        """Tell if a site has got so many messages to train."""
+        log = self.folder / f"node{k}.log"
+        text = log.read_text() if log.exists() else ""
+        return len(re.findall("Receiving: train message", text)) >= times
+
+    def same_as_undisturbed(self, config):
+        """Assert that result and states are those of a run in this process."""
+        undisturbed = run(parse(config), config, self.folder / "here")
+        there = self.app / "server" / "runs" / "loopback"
+        assert untimed(read_result(there)) == untimed(undisturbed)
+        own = states(self.folder / "here")
+        sites = [states(self.folder / f"state{k}" / "loopback") for k in (0, 1)]
+        deployed = sites[0] | sites[1]
+        assert own and {name: deployed.get(name) for name in own} == own
+        assert (there / "report.html").exists()
 
 
 @pytest.mark.deep(reason="deployment: every message starts a process that imports torch")
-def test_a_killed_supernode_changes_no_result(app, tmp_path):
-    address = f"localhost:{free_port()}"
-    authority = app / "server" / "certificates" / "ca.crt"
-    subprocess.run(script(app, "make_certificates", "localhost"), check=True)
-    keys = [tmp_path / f"node{k}" for k in range(3)]
-    for key in keys:
-        subprocess.run(script(app, "make_node_key", "--key", key), check=True)
-
-    def supernode(k, port):
-        words = (address, "--partition", k, "--authority", authority, "--key", keys[k])
-        own = ("--state", tmp_path / f"state{k}", "--port", port)
-        return script(app, "start_supernode", *words, *own)
-
-    def trains(k, times):
-        log = tmp_path / f"node{k}.log"
-        return len(re.findall("Receiving: train message", log.read_text())) >= times
-
-    host, port = ("127.0.0.1", address.rpartition(":")[2])
-    superlink = script(app, "start_superlink", "--host", host, "--port", port)
-    start_run = script(app, "start_run", address)
-    ports = [free_port(), free_port()]
-    with program(superlink, tmp_path / "superlink.log"):
-        until(lambda: connects(address, authority), "SuperLink")
-        for k in (0, 1):
-            public = keys[k].with_suffix(".pub")
-            subprocess.run(script(app, "register_site", address, public), check=True)
-        refusals(address, authority, keys[2], tmp_path)
-        with program(supernode(0, ports[0]), tmp_path / "node0.log"):
-            with (
-                program(supernode(1, ports[1]), tmp_path / "node1.log") as victim,
-                program(start_run, tmp_path / "run.log") as first,
-            ):
-                until((tmp_path / "node1.log").exists, "log")
-                until(lambda: trains(1, 2), "second round")
+def test_a_killed_supernode_changes_no_result(tmp_path):
+    site = Deployment(tmp_path, CONFIG)
+    with site.superlink():
+        refusals(site.address, site.authority, site.keys[2], tmp_path)
+        with site.supernode(0):
+            with site.supernode(1) as victim, site.run("run") as first:
+                until(lambda: site.trains(1, 2), "second round")
                 kill(victim)
                 until(lambda: first.poll() is not None, "end of the run without a client")
             assert "federation.quorum" in (tmp_path / "run.log").read_text()
-            with (
-                program(supernode(1, ports[1]), tmp_path / "node1.log"),
-                program(start_run, tmp_path / "again.log") as second,
-            ):
+            with site.supernode(1), site.run("again") as second:
                 until(lambda: second.poll() is not None, "end of the run")
-    undisturbed = run(parse(CONFIG), CONFIG, tmp_path / "here")
-    there = app / "server" / "runs" / "loopback"
-    assert untimed(read_result(there)) == untimed(undisturbed)
-    own = states(tmp_path / "here")
-    deployed = states(tmp_path / "state0" / "loopback") | states(tmp_path / "state1" / "loopback")
-    assert own and {name: deployed.get(name) for name in own} == own
-    assert (there / "report.html").exists()
+    site.same_as_undisturbed(CONFIG)
+
+
+@pytest.mark.deep(reason="deployment: every message starts a process that imports torch")
+def test_a_restarted_supernode_is_asked_again_in_its_round(tmp_path):
+    """Without a deadline the run does not end: it waits for the site, and asks it once more."""
+    config = CONFIG.replace("deadline = 240.0\n", "")
+    site = Deployment(tmp_path, config)
+    with site.superlink(), site.supernode(0), site.supernode(1) as victim, site.run("run") as only:
+        until(lambda: site.trains(1, 2), "second round")
+        kill(victim)
+        with site.supernode(1):
+            until(lambda: only.poll() is not None, "end of the run")
+    assert (
+        "counts the last SuperNode of this site as connected"
+        in (tmp_path / "node1.log").read_text()
+    )
+    site.same_as_undisturbed(config)
 
 
 def refusals(address, authority, unknown, tmp_path):

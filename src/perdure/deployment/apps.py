@@ -18,6 +18,7 @@ with warnings.catch_warnings():
 
 from perdure.data.experience import Stream
 from perdure.deployment.config_checks import refuse_undeployable
+from perdure.deployment.template import RUN_FOLDER
 from perdure.errors import FederationError
 from perdure.experiment.arm import ArmRun, open_stream
 from perdure.experiment.config import Config, parse, read_text, table_of
@@ -31,8 +32,6 @@ from perdure.federated.trials import TrialGrid, app_of_trials
 from perdure.learner.learner import Learner
 from perdure.report import write_report
 
-RUN_FOLDER = "run-folder"
-"""Key of Flower's run config with the folder of the run on the server."""
 STATE = "state"
 DATA = "data"
 """Keys of a node config: the site's folder for client state, and its folder of data sets."""

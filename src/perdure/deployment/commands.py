@@ -4,13 +4,15 @@ Commands are lists of words, which no shell reads.
 """
 
 import os
+import socket
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
 from perdure.deployment.keys import AUTHORITY, CERTIFICATE, SERVER_KEY
-from perdure.errors import FederationError
+from perdure.errors import ConfigError, FederationError, PerdureError
 from perdure.experiment.overrides import toml_text, toml_value
 from perdure.utils.atomic_files import write_atomically
 
@@ -25,8 +27,16 @@ def superlink_command(
         host: address on which the SuperLink listens; 0.0.0.0 for all.
         port: port on which it listens.
         database: file in which it keeps registered nodes and unfinished runs.
+
+    Raises:
+        FederationError: if a certificate is missing.
     """
     place = Path(certificates).resolve()
+    for name in (AUTHORITY, CERTIFICATE, SERVER_KEY):
+        if not (place / name).is_file():
+            raise FederationError(
+                f"{place / name} is missing; run scripts/make_certificates.py HOST on this machine"
+            )
     return [
         _program("flower-superlink"),
         *("--ssl-ca-certfile", str(place / AUTHORITY)),
@@ -113,6 +123,36 @@ def start(command: Sequence[str], *, flower_home: Path | str) -> NoReturn:
             f"{command[0]} cannot be started ({error.strerror}); install perdure with flwr on this "
             "machine"
         ) from error
+
+
+@contextmanager
+def one_line_errors(program: str) -> Iterator[None]:
+    """Context manager that ends a script with one line where perdure refuses.
+
+    Args:
+        program: name of the script, with which the line begins.
+    """
+    try:
+        yield
+    except PerdureError as error:
+        sys.exit(f"{program}: {error}")
+
+
+def check_port(host: str, port: int) -> None:
+    """Refuse a port that another program uses, or that this user may not open.
+
+    Args:
+        host: address on which a program is to listen.
+        port: its port.
+
+    Raises:
+        ConfigError: names the port, and the reason.
+    """
+    try:
+        socket.create_server((host, port)).close()
+    except (OSError, OverflowError) as error:
+        allowed = f"a free port of {host} ({getattr(error, 'strerror', None) or error})"
+        raise ConfigError.of("port", port, allowed) from None
 
 
 def environment(flower_home: Path | str) -> Mapping[str, str]:

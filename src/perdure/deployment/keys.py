@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
@@ -110,6 +111,28 @@ def make_node_key(path: Path | str) -> Path:
     return beside
 
 
+def check_public_key(path: Path | str) -> None:
+    """Refuse a file that is not the public key of a site.
+
+    Args:
+        path: file that a site has sent, as `make_node_key` makes it.
+
+    Raises:
+        ConfigError: names the file, and the right one.
+    """
+    try:
+        key = serialization.load_ssh_public_key(Path(path).read_bytes())
+        if isinstance(key, ec.EllipticCurvePublicKey):
+            return
+        reason = "it is no key of an elliptic curve"
+    except OSError as error:
+        reason = str(error.strerror)
+    except (ValueError, UnsupportedAlgorithm):
+        reason = "it is no public key in OpenSSH's form"
+    allowed = f"site/keys/node.pub of a site, which scripts/make_node_key.py makes ({reason})"
+    raise ConfigError.of("key", str(path), allowed)
+
+
 def _refuse_to_replace(path: Path) -> None:
     if path.exists():
         raise ConfigError.of(
@@ -155,4 +178,9 @@ def _general(host: str) -> x509.GeneralName:
     try:
         return x509.IPAddress(ipaddress.ip_address(host))
     except ValueError:
+        pass
+    try:
         return x509.DNSName(host)
+    except ValueError as error:
+        allowed = f"names and addresses of the server, in ASCII ({error})"
+        raise ConfigError.of("hosts", host, allowed) from None

@@ -3,41 +3,86 @@
 Flower tries again for ever, without a word, where a certificate is wrong.
 """
 
+import logging
 import socket
 import ssl
+import time
 from pathlib import Path
 
 from perdure.errors import FederationError
-from perdure.federated.flower_adapter import try_node_key
+from perdure.federated.node_sign_in import Answer, sign_in
+from perdure.utils.atomic_files import write_atomically
 
 TIMEOUT = 10.0
+PAUSE = 5.0
+"""Seconds to wait for an answer, and between two trials of a key."""
+log = logging.getLogger(__name__)
 
 
 def check_site(
-    address: str, *, authority: Path | str, key: Path | str, timeout: float = TIMEOUT
+    address: str,
+    *,
+    authority: Path | str,
+    key: Path | str,
+    timeout: float = TIMEOUT,
+    patience: float = 0.0,
 ) -> None:
     """Try the connection of a SuperNode, as this site and with its key.
 
-    The SuperNode must not run, because the SuperLink accepts each key once.
+    The SuperNode must not run, because the SuperLink accepts each key once. A SuperNode that was
+    killed counts as connected for about a minute. The number of this site at the server is kept in
+    the file KEY.id, and tells this case from a key that the server does not know.
 
     Args:
         address: host:port of the SuperLink.
         authority: the server's ca.crt.
         key: private key of the site, as `make_node_key` makes it.
         timeout: seconds to wait for an answer.
+        patience: seconds to wait while the site's last SuperNode counts as connected.
 
     Raises:
         FederationError: names the wrong part, and the remedy.
     """
-    _read(authority, "the server's ca.crt")
+    trusted = _read(authority, "the server's ca.crt")
     private = _read(key, "the private key of this site")
     check_superlink(address, authority=authority, timeout=timeout)
-    refusal = try_node_key(address, Path(authority).read_bytes(), private, timeout=timeout)
-    if refusal:
-        raise FederationError(
-            f"{address} refuses the key {key} ({refusal}); send {key}.pub to the administrator of "
-            "the server, who registers it, and start no second SuperNode with this key"
+    place = Path(f"{key}.id")
+    end = time.monotonic() + patience
+    while True:
+        try:
+            answer = sign_in(address, trusted, private, timeout=timeout, node=_known(place))
+        except FederationError as error:
+            raise FederationError(f"{address} refuses the key {key} ({error})") from None
+        if not answer.refusal:
+            write_atomically(place, str(answer.node).encode())
+            return
+        if not answer.connected or time.monotonic() >= end:
+            raise FederationError(_refused(address, key, answer))
+        log.warning(
+            "%s counts the last SuperNode of this site as connected; waiting up to %.0f seconds",
+            address,
+            end - time.monotonic(),
         )
+        time.sleep(PAUSE)
+
+
+def _refused(address: str, key: Path | str, answer: Answer) -> str:
+    """Return the error for a key that the SuperLink does not accept."""
+    fix = (
+        "stop the SuperNode that runs with this key, or try again when it was stopped a minute ago"
+        if answer.connected
+        else f"send {key}.pub to the administrator of the server, who registers it, and start no "
+        "second SuperNode with this key"
+    )
+    return f"{address} refuses the key {key} ({answer.refusal}); {fix}"
+
+
+def _known(place: Path) -> int | None:
+    """Return the number of this site at the server, from an earlier check; None without one."""
+    try:
+        return int(place.read_text())
+    except (OSError, ValueError):
+        return None
 
 
 def check_superlink(

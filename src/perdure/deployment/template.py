@@ -31,6 +31,8 @@ FILES = {
 """File of the app to its template."""
 PRIVATE = ("server", "site/state", "site/data", "site/keys")
 """Folders of the app for keys, data and state, which only their owner can enter."""
+RUN_FOLDER = "run-folder"
+"""Key of Flower's run config with the folder of the run on the server."""
 NO_SETTINGS = ("threads", "device", "processes", "loggers", "search")
 """Keys of a config that belong to a machine or to a command, and not to a run of the app."""
 
@@ -85,6 +87,21 @@ def settings(table: Mapping[str, Any]) -> str:
 
     So each of them can be replaced with `flwr run --run-config`.
     """
+    plain, tables = _replaceable(table)
+    sections = {f"tool.flwr.app.config.{name}": inner for name, inner in tables.items() if inner}
+    head = toml_text({RUN_FOLDER: "", **plain})
+    rest = "".join(f"\n[{name}]\n{toml_text(inner)}" for name, inner in sections.items())
+    return head + rest
+
+
+def setting_names(table: Mapping[str, Any]) -> list[str]:
+    """Return the paths of all settings in the run config of the app, such as training.epochs."""
+    plain, tables = _replaceable(table)
+    return [RUN_FOLDER, *plain, *(f"{name}.{key}" for name in tables for key in tables[name])]
+
+
+def _replaceable(table: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """Return the settings of a config that a run of the app may replace: keys, and tables."""
     plain = {
         key: value
         for key, value in table.items()
@@ -95,7 +112,4 @@ def settings(table: Mapping[str, Any]) -> str:
         for name, inner in table.items()
         if isinstance(inner, Mapping) and name not in NO_SETTINGS
     }
-    sections = {f"tool.flwr.app.config.{name}": inner for name, inner in tables.items() if inner}
-    head = toml_text({"run-folder": "", **plain})
-    rest = "".join(f"\n[{name}]\n{toml_text(inner)}" for name, inner in sections.items())
-    return head + rest
+    return plain, tables

@@ -41,7 +41,8 @@ class FederationConfig(CheckedFields):
         engine: `inprocess`, or `ray` for Flower's simulation engine.
         quorum: smallest share of the asked clients whose replies must be valid; while it holds, a
             run goes on without clients that are absent, late, failed or rejected.
-        deadline: seconds that clients have for an exchange; left out to wait for every reply.
+        deadline: seconds that clients have for an exchange; left out to wait for every reply, and
+            up to two minutes for a client that left, which is asked again when it is back.
         grace: further seconds to wait after the deadline while the quorum is not reached.
         max_update_norm: largest allowed L2 norm of a client's update; left out for 100 times the
             median of a round's updates.

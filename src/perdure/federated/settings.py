@@ -57,7 +57,8 @@ class Federation(CheckedFields):
         seed: seed of the choice of clients.
         quorum: smallest share of the asked clients whose replies must be valid. While it holds, an
             exchange goes on without clients that are absent, late, failed or rejected.
-        deadline: seconds that clients have for an exchange; None to wait for every reply.
+        deadline: seconds that clients have for an exchange; None to wait for every reply, and up to
+            two minutes for a client that left, which is asked again when it is back.
         grace: further seconds to wait after the deadline while the quorum is not reached.
         max_update_norm: largest allowed L2 norm of a client's update; None for 100 times the
             median of the round's updates.
