@@ -52,6 +52,7 @@ from perdure.federated.party_checks import (
     owner_of,
     refuse_folder,
     refuse_privacy,
+    refuse_unplanned,
     refuse_validation,
 )
 from perdure.federated.reply_checks import EXCHANGE
@@ -59,6 +60,7 @@ from perdure.federated.roster import require_site, site
 from perdure.federated.state_merging import sent
 from perdure.learner.folder_claims import client_folder
 from perdure.learner.learner import Learner
+from perdure.planning.training_plan import Participation
 from perdure.types import Params
 from perdure.utils.modules import own_memory, share_memory
 
@@ -75,6 +77,8 @@ class ClientSessions:
         folder: folder of the run; None to write no files.
         distinct: True if it is known that no two clients have the same record.
         alive: largest number of learners that are kept between exchanges; None for all.
+        participation: function from a client's number to the rounds in which it trains; None if
+            they are not known, and a private plan has all rounds.
     """
 
     def __init__(
@@ -84,8 +88,10 @@ class ClientSessions:
         *,
         distinct: bool = False,
         alive: int | None = None,
+        participation: Callable[[int], Participation] | None = None,
     ) -> None:
         self._make = make
+        self._participation = participation
         self._alive = alive
         self._parked: dict[int, ClientSnapshot] = {}
         self._folder = folder
@@ -131,6 +137,8 @@ class ClientSessions:
         if self.private and not self._distinct and client not in self._streams:
             self._streams[client] = stream
             refuse_records_in_two_partitions([self._streams[n] for n in sorted(self._streams)])
+        if self._participation is not None:
+            learner.participation = self._participation(client)
         learner.client = client
         learner.folder = client_folder(self._folder, client) if self._folder else None
         self._open = learner
@@ -285,6 +293,7 @@ def app_of(seats: ClientSessions) -> ClientApp:
     def train(message: Message, context: Context) -> Message:
         task, seat = _opened(message, context, seats)
         learner = seat.learner
+        refuse_unplanned(learner, task)
         block = learner.training.block(learner.position.experience, task["round"], task["rounds"])
         if len(block):
             learner.train(block)

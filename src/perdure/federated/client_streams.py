@@ -5,10 +5,13 @@ declared size of 0 is a gap: the client is not asked for it. A shorter stream en
 client's own learner trains on the other experiences, numbered from 0.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 
 from perdure.data.experience import Stream
+from perdure.federated.settings import Federation
+from perdure.planning.training_plan import Participation
 
 
 def held_experiences(stream: Stream) -> list[int]:
@@ -23,6 +26,35 @@ def without_gaps(stream: Stream) -> Stream:
         return stream
     own = [replace(stream[old], index=new, stage=-1) for new, old in enumerate(held)]
     return replace(stream, experiences=tuple(own))
+
+
+def participation(
+    federation: Federation, streams: Sequence[Stream]
+) -> Callable[[int], Participation] | None:
+    """Return a function from a client's number to the rounds in which it is asked to train.
+
+    The rounds follow from the public seed and the declared sizes. None if all clients train in
+    every round.
+    """
+    if federation.fraction == 1:
+        return None
+    held = [set(held_experiences(stream)) for stream in streams]
+
+    @cache
+    def cohort(experience: int, number: int) -> frozenset[int]:
+        def holds(client: int) -> bool:
+            return experience in held[client]
+
+        return frozenset(federation.cohort(experience, number, holds))
+
+    def of(client: int) -> Participation:
+        taken = tuple(
+            frozenset(n for n in range(federation.rounds) if client in cohort(experience, n))
+            for experience in sorted(held[client])
+        )
+        return Participation(rounds=federation.rounds, taken=taken)
+
+    return of
 
 
 def union(streams: Sequence[Stream]) -> Stream:

@@ -1,6 +1,6 @@
 """Checks of the learners of all clients in a federation, before training."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -118,6 +118,26 @@ def refuse_privacy(learner: Learner, client: int, *, asked: bool) -> None:
             "parties of a federation with privacy, or none; give their learners the same "
             "privacy=..."
         )
+
+
+def refuse_unplanned(learner: Learner, task: Mapping[str, int]) -> None:
+    """Refuse a round that is not in the client's public plan, because its noise is not for it.
+
+    Args:
+        learner: learner of the client.
+        task: numbers of the exchange, with the client's own `experience`.
+
+    Raises:
+        FederationError: names the client and its rounds.
+    """
+    own = learner.participation
+    if own is None or task["round"] in own.taken[task["experience"]]:
+        return
+    raise FederationError(
+        f"client {learner.client} was asked for round {task['round']} of its experience "
+        f"{task['experience']}; allowed: rounds {sorted(own.taken[task['experience']])}, for which "
+        "its noise is calibrated"
+    )
 
 
 def numbered(clients: Sequence[int]) -> str:

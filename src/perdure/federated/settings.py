@@ -51,7 +51,8 @@ class Federation(CheckedFields):
             the steps that the learners ask for are divided over the rounds of an experience.
         local_steps: optimiser steps of each client in every round, instead of `local_epochs`.
         fraction: share of the clients that train in a round, rounded to at least one client. The
-            clients of a round are drawn from `seed`.
+            clients of a round are drawn from `seed`, so they are public, and epsilon has no
+            amplification by the choice; the noise of a client is calibrated for its own rounds.
         aggregator: any Flower aggregator of model parameters; FedAvg by default. It gets only the
             replies of the clients of this round.
         seed: seed of the choice of clients.

@@ -13,7 +13,7 @@ from perdure.data.record_identity import refuse_records_in_two_partitions
 from perdure.data.value_checks import check_streams
 from perdure.errors import ConfigError
 from perdure.federated.client import ClientSessions, app_of
-from perdure.federated.client_streams import union, without_gaps
+from perdure.federated.client_streams import participation, union, without_gaps
 from perdure.federated.flower_adapter import InProcessGrid, Listen, MessageProgress, simulate
 from perdure.federated.messages import shared
 from perdure.federated.party_checks import party_of, refuse_parties
@@ -80,7 +80,11 @@ def run_federation(
         refuse_records_in_two_partitions(own)
     check_streams(own, training=bool(learner.privacy))
     seats = ClientSessions(
-        lambda n: (make_learner(n), streams[n]), folder, distinct=True, alive=federation.alive
+        lambda n: (make_learner(n), streams[n]),
+        folder,
+        distinct=True,
+        alive=federation.alive,
+        participation=participation(federation, streams) if learner.privacy else None,
     )
     client = app_of(seats)
     server = Server(

@@ -51,6 +51,7 @@ from perdure.learner.snapshots import restore_snapshot, take_snapshot
 from perdure.learner.step_changes import SAM
 from perdure.learner.trained_parameters import Train, choose_trained
 from perdure.learner.validation import Validation, Validator
+from perdure.planning.training_plan import Participation
 from perdure.privacy.private_sum import MakePrivateSum, PrivateSum
 from perdure.privacy.settings import Privacy
 from perdure.tasks.losses import Loss
@@ -173,6 +174,8 @@ class Learner(SessionFront):
     fingerprint: Fingerprint = field(default_factory=dict, init=False, repr=False)
     driven_by: Mapping[str, object] = field(default_factory=dict, init=False, repr=False)
     """Settings of the caller of the learner, such as a federation; they are in the fingerprint."""
+    participation: Participation | None = field(default=None, init=False, repr=False)
+    """Rounds of a client in a federation, set by its app; None for all steps."""
 
     # ------------------------------------------------------------------ the loop
 
@@ -278,6 +281,7 @@ class Learner(SessionFront):
             seed=self.seed,
             client=self.client,
             owner=self.owner,
+            participation=self.participation,
             folder=self.folder,
             device=self.device,
             micro_batch_size=self.micro_batch_size,

@@ -67,6 +67,7 @@ class Party(GuardedParty):
             iterations=self.iterations,
             blocks=self.blocks,
             privacy=self.privacy,
+            participation=self.participation,
         )
         self.lock = FolderLock(self.folder) if self.folder else None
         self._opened: PrivateSum | None = None

@@ -6,7 +6,7 @@ from functools import partial
 
 from perdure.data.experience import Experience, partitions_of
 from perdure.errors import BudgetError, ConfigError
-from perdure.planning.exposure import reference_exposures, split_steps
+from perdure.planning.exposure import reference_exposures
 from perdure.planning.training_plan import NOBODY, TrainingPlan
 from perdure.privacy.accounting.calibration import calibrate, within
 from perdure.privacy.accounting.charges import Charge
@@ -49,8 +49,9 @@ def charges(
     current = stages[-1].train.partition
     assert privacy is not None
     exposed = training.exposure(stages, excluded)
-    total = training.steps_of(stages, excluded)
-    blocks = [exposed.times(len(block)) for block in split_steps(total, training.blocks)]
+    parts = training.charged_blocks(stages, excluded)
+    total = sum(map(len, parts))
+    blocks = [exposed.times(len(part)) for part in parts]
     spent: Histories = {
         p: [Charge(rate, noise_multiplier, sum(blocks), "grid-gaussian")]
         for p, rate in exposed.scope.items()

@@ -18,6 +18,19 @@ from perdure.privacy.settings import Privacy
 NOBODY: frozenset[str] = frozenset()
 
 
+@dataclass(frozen=True, kw_only=True)
+class Participation:
+    """Rounds in which a client of a federation trains, which are public and known in advance.
+
+    Args:
+        rounds: number of training rounds of an experience, which divide its steps.
+        taken: numbers of the client's rounds, from 0, for each of its experiences.
+    """
+
+    rounds: int
+    taken: tuple[frozenset[int], ...]
+
+
 def charge_of(spent: Spent) -> Charge:
     """Return the charge for a release to which all records were exposed once."""
     return Charge(1.0, spent.noise_multiplier, 1, "grid-gaussian")
@@ -42,6 +55,9 @@ class TrainingPlan:
         carried: earlier charges of a warm-started model, by partition.
         carried_at_most: upper bound of earlier charges for a partition of a later experience, whose
             records are not known.
+        participation: rounds in which a client of a federation trains; None for all steps. The
+            noise is calibrated for these rounds only, without amplification by the choice of
+            clients, because the choice is public.
     """
 
     stream: Stream
@@ -54,6 +70,7 @@ class TrainingPlan:
     schedule: Schedule | None = None
     carried: Mapping[str, tuple[Charge, ...]] = field(default_factory=dict)
     carried_at_most: tuple[Charge, ...] = ()
+    participation: Participation | None = None
 
     def spent_before(self, partition: str) -> list[Charge]:
         """Return the charges of a partition's records before this plan."""
@@ -142,6 +159,18 @@ class TrainingPlan:
         rate = self.privacy.sampling_rate if self.privacy else None
         steps_an_epoch = 1 / rate if rate else max(1.0, size / self.batch_size)
         return math.ceil((self.epochs or 1) * steps_an_epoch)
+
+    def charged_blocks(
+        self, experiences: Sequence[Experience], excluded: Set[str] = NOBODY
+    ) -> list[range]:
+        """Return the blocks of steps of the last of `experiences` that this party trains."""
+        steps = self.steps_of(experiences, excluded)
+        own = self.participation
+        index = experiences[-1].index
+        if own is None or index >= len(own.taken):
+            return split_steps(steps, self.blocks)
+        blocks = (block_of_steps(steps, own.rounds, number) for number in sorted(own.taken[index]))
+        return [block for block in blocks if len(block)]
 
     def steps(self, index: int) -> int:
         """Return the number of optimiser steps in experience `index`."""
