@@ -39,6 +39,9 @@ attribute = "time"
 values = [0, 1, 2, 3, 4, 5]
 client_sizes = [[8, 8], [8, 8], [8, 8], [8, 0], [8, 0], [8, 0]]
 """
+TEXTS = CONFIG.replace("own_data:blobs", "own_data:moods").replace(
+    'name = "mlp"\nhidden = [4]', 'name = "lstm"\nvocabulary = 9\nhidden = 4\nembedding = 4'
+)
 REFUSED = {
     "too many experiences": (CONFIG.replace("experiences = 2", "experiences = 9"), "experiences ="),
     "data of another machine": (
@@ -59,6 +62,30 @@ REFUSED = {
     ),
     "an unknown group": (CONFIG + '[fairness]\nattribute = "sex"\n', "no attribute 'sex'"),
     "an earlier run that is not there": (CONFIG + '[start]\nrun = "runs/none"\n', "runs/none"),
+    "explanations by a convolution that is not there": (
+        CONFIG + '[explain]\nmethod = "grad_cam"\n',
+        "explain: predict = 'Classifier' is not allowed; allowed: a model with a convolution",
+    ),
+    "explanations of an unknown layer": (
+        CONFIG + '[explain]\nmethod = "grad_cam"\nlayer = "7"\n',
+        "explain.layer = '7'",
+    ),
+    "gradients of token numbers": (
+        TEXTS + '[explain]\nmethod = "gradient_shap"\ndrift = true\n',
+        "floats for GradientSHAP; for token numbers use kernel_shap or lime",
+    ),
+    "a baseline beyond the vocabulary": (
+        TEXTS + '[explain]\nmethod = "lime"\ndrift = true\nbaseline = 9\n',
+        "fails on the background with the tokens 9",
+    ),
+    "a baseline that is no token": (
+        TEXTS + '[explain]\nmethod = "lime"\ndrift = true\nbaseline = 0.5\n',
+        "explain.baseline = 0.5",
+    ),
+    "kept tokens of pictures": (
+        CONFIG + '[explain]\nmethod = "lime"\nkept = [1]\n',
+        "explain.kept = (1,)",
+    ),
     "the second arm": (
         CONFIG.replace("[model]", '[model]\nnorm = "batch"')
         + '[[arms]]\nstrategy = "naive"\n'

@@ -258,6 +258,8 @@ WRONG = {
     ("explain", "method"): CHOICES,
     ("explain", "records"): COUNTS,
     ("explain", "drift"): SWITCH,
+    ("explain", "baseline"): ("true", '"0"', "[0]", "nan", "inf"),
+    ("explain", "kept"): ("1", "[-1]", "[1.5]", '"1"', "[true]"),
     ("explain", "samples"): ("1", "-1", "true", "1.5", '"2"', "[1]"),
     ("explain", "sampling"): CHOICES,
     ("explain", "link"): CHOICES,

@@ -103,3 +103,23 @@ def test_tables_have_a_drift_of_reasons_but_no_pictures(tmp_path):
     [arm] = result["arms"]
     assert arm["reason_matrix"] == [[1.0]] and arm["reason_correlation"] is None
     assert result["explanations"] is None and write_report(tmp_path / "drift").exists()
+
+
+def test_kept_tokens_have_no_part_in_the_reasons(tmp_path):
+    """Every text begins with the token 1; see `helpers.own_data.moods`."""
+    changes = {
+        '"digits"': '"helpers.own_data:moods"',
+        "experiences = 5": "experiences = 2",
+        "hidden = [16]": 'name = "lstm"\nvocabulary = 9\nhidden = 4\nembedding = 4',
+        "cells = 4": "baseline = 8\nkept = [1]",
+        "seeds = [0, 1]": "",
+    }
+    text = TEXT
+    for old, new in changes.items():
+        text = text.replace(old, new)
+    [arm] = run(parse(text), text, tmp_path)["arms"]
+    assert arm["reason_matrix"][0][0] == 1.0 and -1 <= arm["reason_matrix"][1][0] <= 1
+    [stored] = tmp_path.glob("arms/*/reasons-0.safetensors")
+    values = load_file(stored)["values"]
+    assert values.shape == (4, 5)
+    assert (values[:, 0] == 0).all() and values[:, 1:].abs().max() > 0

@@ -102,6 +102,26 @@ def test_grad_cam_equals_that_of_captum():
         _ = found.additivity_gap
 
 
+@pytest.mark.reference
+def test_gradient_shap_equals_that_of_captum():
+    from captum import attr
+
+    model = network()
+    generator = torch.Generator().manual_seed(4)
+    seed = int(torch.randint(2**31, (), generator=torch.Generator().manual_seed(4)))
+    wanted = []
+    for row, target in zip(X.split(1), TARGETS.split(1), strict=True):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            np.random.seed(seed)
+            method = attr.GradientShap(model)
+            wanted.append(method.attribute(row, BACKGROUND, target=target, n_samples=30))
+    found = GradientSHAP(samples=30).explain(
+        model, X, BACKGROUND, targets=TARGETS, generator=generator
+    )
+    torch.testing.assert_close(found.values, torch.cat(wanted), rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.statistical
 def test_gradient_shap_tends_to_integrated_gradients():
     """Flakiness: none, the draws are seeded; the error of 20,000 draws is below 1 %."""

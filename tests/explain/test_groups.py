@@ -12,6 +12,7 @@ from perdure.explain import (
     KernelSHAP,
     TokenBackground,
     column_groups,
+    constant_background,
     find,
     grid_groups,
     segment_groups,
@@ -257,3 +258,25 @@ def test_kept_tokens_have_no_value_and_the_others_add_up(name):
 def test_a_background_of_tokens_refuses_what_is_no_token(call):
     with pytest.raises(ConfigError, match="token"):
         call()
+
+
+def test_a_constant_background_fits_the_kind_of_inputs():
+    pictures = torch.rand(3, 2, 2)
+    assert torch.equal(constant_background(pictures, 0.5), torch.full((1, 2, 2), 0.5))
+    absent = constant_background(WORDS, 3)
+    assert absent.dtype == WORDS.dtype and absent.tolist() == [[3, 3, 3, 3]]
+    assert constant_background(WORDS, 3, kept=[1]) == TokenBackground(baseline=3, kept=(1,))
+    for inputs, options, named in (
+        (pictures, {"kept": (1,)}, "kept"),
+        (WORDS, {"baseline": 0.5}, "baseline = 0.5"),
+        (WORDS, {"baseline": -1}, "baseline = -1"),
+    ):
+        with pytest.raises(ConfigError, match=named):
+            constant_background(inputs, **options)
+
+
+@pytest.mark.parametrize("name", ["kernel_shap", "exact_shapley", "lime"])
+@pytest.mark.parametrize("background", [torch.full((1, 4), 12), TokenBackground(baseline=12)])
+def test_a_background_beyond_the_vocabulary_is_refused(name, background):
+    with pytest.raises(ConfigError, match="background with the tokens 12: IndexError"):
+        find(name)().explain(reader(), WORDS, background)

@@ -55,6 +55,13 @@ def other_blobs():
     return blobs(spread=0.4)
 
 
+def moods():
+    """Texts of five tokens that begin with 1; the class is that of the token at place 2."""
+    inputs = torch.randint(2, 9, (ROWS + TEST, 5), generator=torch.Generator().manual_seed(0))
+    inputs[:, 0] = 1
+    return _data("moods", inputs, inputs[:, 2] % 4, SingleLabel(), 4)
+
+
 def prices():
     """Numbers to predict."""
     inputs = _numbers(ROWS + TEST, 3)

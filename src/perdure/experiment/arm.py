@@ -465,12 +465,11 @@ class ArmRun:
         test = stages[0].test
         inputs = test.inputs[: chosen.records].to(learner.device)
         labels = test.labels[: chosen.records].to(learner.device)
-        blank = torch.zeros_like(inputs[:1])
         with torch.no_grad():
             values = chosen.explainer.explain(
                 learner.predictor(stages[0].last, after=stages[index].last),
                 inputs,
-                blank,
+                chosen.background(inputs),
                 targets=labels,
                 generator=generator(self.config.seed, "explain", index),
             ).values

@@ -86,7 +86,7 @@ def _explained(
         found = explainer.explain(
             learner.predictor(stage.latest(last), after=last),
             inputs,
-            torch.zeros_like(inputs[:1]),
+            chosen.background(inputs),
             targets=probes.labels,
             generator=generator(seed, "reasons", stage.number),
         )

@@ -393,7 +393,11 @@ def _explain() -> tuple[Key, ...]:
     told = meanings(ExplainConfig)
     records = _key("records", int, _default(ExplainConfig.records), COUNTS, told["records"])
     drift = _key("drift", bool, _default(ExplainConfig.drift), "true or false", told["drift"])
-    return (_named("method", explain.names(), "name of the explainer."), records, drift)
+    baseline = _key("baseline", float, _default(ExplainConfig.baseline), "", told["baseline"])
+    tokens = "a list of token numbers from 0"
+    kept = _key("kept", tuple[int, ...], _default(ExplainConfig.kept), tokens, told["kept"])
+    method = _named("method", explain.names(), "name of the explainer.")
+    return (method, records, drift, baseline, kept)
 
 
 def _arm() -> tuple[Key, ...]:

@@ -14,9 +14,10 @@ from perdure.data.value_checks import check_streams
 from perdure.errors import ConfigError
 from perdure.experiment.arm import ArmRun, open_stream
 from perdure.experiment.config import Arm, Config
+from perdure.experiment.explain_config import ExplainConfig
 from perdure.experiment.from_tables import placed
 from perdure.experiment.metrics_log import MetricsLog
-from perdure.experiment.results import client_streams
+from perdure.experiment.results import client_streams, explained_arm
 from perdure.learner.arguments import check_stream
 from perdure.learner.learner import Learner
 from perdure.learner.private_setup import released_before
@@ -83,7 +84,23 @@ def _refuse_arm(config: Config, arm: Arm, stream: Stream, parties: dict[int, Str
         for client, own in parties.items():
             check_stream(own)
             check_streams([own], training=arm.private)
-            _prepare(run.learner(stream, client), config, own)
+            learner = run.learner(stream, client)
+            _prepare(learner, config, own)
+        if config.explain and (config.explain.drift or arm == explained_arm(config)):
+            _try_explanation(learner, config.explain, stream)
+
+
+def _try_explanation(learner: Learner, chosen: ExplainConfig, stream: Stream) -> None:
+    """Refuse an explainer that fails on the untrained model of an arm, for one test record."""
+    test = next((stage.test for stage in stream.stages if len(stage.test)), None)
+    if test is None:
+        return
+    row = test.inputs[:1].to(learner.device)
+    try:
+        chosen.explainer.try_on(learner.model, row, chosen.background(row))
+    except ConfigError as error:
+        known = [*ExplainConfig.OWN, *(each.name for each in fields(chosen.explainer))]
+        raise ConfigError(placed(str(error), "explain", known)) from None
 
 
 def _prepare(learner: Learner, config: Config, stream: Stream) -> None:

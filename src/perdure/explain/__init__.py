@@ -8,7 +8,7 @@ To add an explainer, add a file `my_explainer.py` with one class `MyExplainer(Ex
 from typing import TYPE_CHECKING, TypeGuard
 
 from perdure.explain._model import Predict
-from perdure.explain._question import TokenBackground
+from perdure.explain.backgrounds import Background, TokenBackground, constant_background
 from perdure.explain.base import Attribution, Explainer
 from perdure.explain.deep_lift_shap import DeepLiftSHAP
 from perdure.explain.exact_shapley import ExactShapley
@@ -34,6 +34,7 @@ from perdure.utils.extensions import Extensions, is_proper_subclass
 __all__ = [
     "LIME",
     "Attribution",
+    "Background",
     "DeepLiftSHAP",
     "ExactShapley",
     "Explainer",
@@ -45,6 +46,7 @@ __all__ = [
     "Predict",
     "TokenBackground",
     "column_groups",
+    "constant_background",
     "deletion_area",
     "faithfulness_correlation",
     "find",
@@ -72,7 +74,7 @@ _EXTENSIONS = Extensions(
     group="perdure.explainers",
     fits=_is_explainer,
     wanted="a subclass of perdure.explain.Explainer",
-    helpers=("base", "fidelity", "groups", "plots", "stability"),
+    helpers=("backgrounds", "base", "fidelity", "groups", "plots", "stability"),
 )
 
 

@@ -93,6 +93,10 @@ class GradientExplainer(Explainer):
         values = torch.stack([each.detach().flatten(1) for each in columns], -1)
         return self._result(asked, values)
 
+    def try_on(self, predict: Predict, inputs: Rows, background: Background) -> None:
+        """Explain the instance, because captum refuses some models late; see `Explainer`."""
+        self.explain(predict, inputs, background, targets=0)
+
     @abstractmethod
     def _values(self, captum: Any, asked: Question, network: Network, target: Tensor) -> Tensor:
         """Return contributions (n, ...) to the outputs `target` (n,)."""

@@ -105,6 +105,27 @@ def adapted(predict: Predict, inputs: Rows, size: int) -> tuple[Model, Tensor, T
     ) from first
 
 
+def refuse_failing(model: Model, background: Tensor, size: int) -> None:
+    """Refuse token numbers (b, ...) of a background that the model does not know.
+
+    Raises:
+        ConfigError: if the model fails on them.
+    """
+    try:
+        for part in torch.split(background, size):
+            model(part)
+    except PerdureError:
+        raise
+    # A model may raise anything for a token beyond its vocabulary.
+    except Exception as error:
+        text = " ".join(str(error).split())
+        shown = sorted(set(background.flatten().tolist()))
+        raise ConfigError(
+            f"predict fails on the background with the tokens {', '.join(map(str, shown))}: "
+            f"{type(error).__name__}: {text}; allowed: tokens that the model knows"
+        ) from error
+
+
 def _forms(predict: Predict, rows: Tensor, *, given_arrays: bool) -> Iterator[Model]:
     """Yield the forms in which a model may take its rows, the likeliest first."""
     own = None

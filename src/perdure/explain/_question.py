@@ -8,45 +8,14 @@ import torch
 from torch import Tensor
 
 from perdure.errors import ConfigError, NonFiniteError
-from perdure.explain._model import Model, Predict, Rows, adapted
-from perdure.utils.checked_fields import CheckedFields
+from perdure.explain._model import Model, Predict, Rows, adapted, refuse_failing
+from perdure.explain.backgrounds import Background, TokenBackground
 from perdure.utils.chunking import rows_per_pass
 
 Targets = Rows | Sequence[int] | int | str | None
 """Outputs to explain: one for each instance, one for all instances, "all", or None."""
 
 FORMS = 'an integer, one integer per instance, "all", or None for the largest output'
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenBackground(CheckedFields):
-    """Background of token numbers: absent tokens are replaced by one token, and some never are.
-
-    It takes the place of the background rows of an explainer for sequences of token numbers.
-
-    Args:
-        baseline: token that stands for an absent one, such as that of a mask or of padding.
-        kept: tokens that are always present, such as those at the start and end of a text; their
-            value is 0.
-
-    Raises:
-        ConfigError: if a token is negative.
-
-    >>> TokenBackground(baseline=0, kept=(1, 2))
-    TokenBackground(baseline=0, kept=(1, 2))
-    """
-
-    baseline: int
-    kept: Sequence[int] = ()
-
-    def __post_init__(self) -> None:
-        for name, tokens in (("baseline", (self.baseline,)), ("kept", tuple(self.kept))):
-            if min(tokens, default=0) < 0:
-                raise ConfigError.of(name, getattr(self, name), "token numbers from 0")
-
-
-Background = Rows | TokenBackground
-"""Rows (b, ...) that give the values of absent features, or a rule for tokens."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -126,10 +95,13 @@ def question(
     size = chunk or rows_per_pass(given.to(torch.float32) if given.ndim == 0 else given)
     model, rows, outputs = adapted(predict, inputs, size)
     found, every = _targets(targets, outputs)
+    absent = None if others is None else _cast(others, rows)
+    if absent is not None and not absent.is_floating_point():
+        refuse_failing(model, absent, size)
     return Question(
         model=model,
         inputs=rows,
-        background=None if others is None else _cast(others, rows),
+        background=absent,
         targets=found,
         every=every,
         outputs=finite_scores(outputs.gather(1, found)),

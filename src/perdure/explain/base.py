@@ -11,7 +11,8 @@ from torch import Tensor
 
 from perdure.errors import ConfigError
 from perdure.explain._model import Predict, Rows
-from perdure.explain._question import Background, Question, Targets, question
+from perdure.explain._question import Question, Targets, question
+from perdure.explain.backgrounds import Background
 from perdure.utils.checked_fields import CheckedFields
 
 if TYPE_CHECKING:
@@ -167,6 +168,21 @@ class Explainer(CheckedFields, ABC):
             ConfigError: if the explainer's fields do not suffice for so many.
         """
         return math.prod(shape)
+
+    def try_on(self, predict: Predict, inputs: Rows, background: Background) -> None:
+        """Refuse a model that cannot be explained, by a few passes over one instance.
+
+        A run calls it with the untrained model, so that a config is refused early.
+
+        Args:
+            predict: see `explain`.
+            inputs: (1, ...) an instance.
+            background: see `explain`.
+
+        Raises:
+            ConfigError: as `explain` would.
+        """
+        self.question(predict, inputs, background, 0)
 
     def question(
         self, predict: Predict, inputs: Rows, background: Background | None, targets: Targets
