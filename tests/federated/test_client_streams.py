@@ -7,6 +7,7 @@ import torch
 
 from helpers.federations import SIMULATED, maker, outcome, short
 from perdure.data import iid
+from perdure.errors import DataError
 from perdure.federated import Federation, Server, client_app, run_federation
 from perdure.federated.client_streams import held_experiences, union, without_gaps
 from perdure.federated.flower_adapter import InProcessGrid
@@ -87,10 +88,18 @@ def test_negative_or_fractional_sizes_leave_a_node_out(stream, parties, sizes):
 
 def test_the_union_has_every_experience_of_a_holder(parties):
     assert [held_experiences(each) for each in parties] == [[0, 1, 2], [0, 1], [1, 2]]
-    late = without_gaps(parties[2])
+    late = without_gaps(parties[2], 2)
     assert [each.index for each in late] == [0, 1]
     assert late[0].train is parties[2][1].train
-    assert without_gaps(parties[0]) is parties[0]
+    assert without_gaps(parties[0], 0) is parties[0]
     whole = union([parties[2], parties[1]])
     assert [each.train.declared_size > 0 for each in whole] == [True] * 3
     assert whole[0] is parties[1][0]
+
+
+def test_a_client_without_any_records_is_refused(stream, parties):
+    nothing = gap(parties[0], *range(len(parties[0])))
+    with pytest.raises(DataError, match=r"client 1 has no training records.* leave its stream out"):
+        run_federation(
+            maker(stream, Replay(memory_size=20)), [parties[0], nothing, *parties[2:]], FEDERATION
+        )

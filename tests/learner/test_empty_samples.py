@@ -16,9 +16,10 @@ from perdure.adversarial import FGSM, PGD
 from perdure.contract.context import Context
 from perdure.contract.strategy import Strategy
 from perdure.data.augmentation import Views, shift_and_flip
+from perdure.data.domain import InputDomain
 from perdure.data.experience import Experience, Stream
 from perdure.data.records import Batch, Records
-from perdure.errors import GuardError
+from perdure.errors import DataError, GuardError
 from perdure.learner.learner import Learner
 from perdure.learner.loss_path import LossPath
 from perdure.models import cnn
@@ -329,3 +330,23 @@ def test_batches_are_not_padded_without_privacy():
     seen.clear()
     made.train(range(2))
     assert set(seen) <= {1, 2}
+
+
+@pytest.mark.parametrize("strategy", [Naive(), Replay(memory_size=4)], ids=["naive", "replay"])
+@pytest.mark.parametrize("empty", [0, 1])
+def test_an_experience_without_records_is_refused_in_one_line(strategy, empty):
+    sizes = [4, 4]
+    sizes[empty] = 0
+    with pytest.raises(DataError, match=rf"experience {empty} has no training records.*leave it"):
+        learner(ByShape, strategy).fit(stream_of(*sizes, declared=0))
+    made = replace(learner(ByShape, strategy), privacy=None)
+    with pytest.raises(DataError, match=rf"experience {empty} has no training records.*leave it"):
+        made.fit(stream_of(*sizes, declared=0))
+
+
+def test_an_experience_of_a_declared_size_may_be_empty():
+    domain = InputDomain(shape=SHAPE, range=(0.0, 1.0))
+    parts = [replace(each, train=replace(each.train, domain=domain)) for each in stream_of(4, 0)]
+    made = learner(ByShape, Replay(memory_size=4))
+    matrix = made.fit(replace(stream_of(4, 0), experiences=tuple(parts)))
+    assert matrix.isfinite().all()

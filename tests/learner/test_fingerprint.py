@@ -6,15 +6,15 @@ from functools import partial
 
 import pytest
 import torch
-from torch.optim.lr_scheduler import LambdaLR, StepLR
+from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, StepLR
 
 from helpers.learners import SIMULATED, change_facts
 from perdure.adversarial import FGSM
 from perdure.data.scenarios import split
-from perdure.errors import RunError
+from perdure.errors import ConfigError, RunError
 from perdure.learner.fingerprint import differences
 from perdure.models.classifiers import mlp
-from perdure.strategies import EWC, Combine, LwF, Replay
+from perdure.strategies import EWC, Combine, LwF, Naive, Replay
 
 
 class Stop(Exception):  # noqa: N818
@@ -227,3 +227,19 @@ def test_setting_differences_name_the_given_and_stored_values():
     assert differences({"strategy": "LwF", "strategy.t": 2.0}, {"strategy": "EWC"}) == {
         "strategy": ("LwF", "EWC")
     }
+
+
+def test_a_folder_accepts_a_schedule_of_fixed_length(learner_of, toy_stream, tmp_path):
+    """The description of a run asks for 256 learning rates, and the schedule has 20."""
+
+    def once(optimizer, steps):
+        return OneCycleLR(optimizer, 0.5, total_steps=20)
+
+    settings = {"iterations": 6, "scheduler": once}
+    stream = toy_stream()
+    plain = learner_of(Naive(), **settings).fit(stream)
+    in_folder = learner_of(Naive(), folder=tmp_path / "run", **settings)
+    assert torch.equal(in_folder.fit(stream), plain)
+    short = learner_of(Naive(), folder=tmp_path / "short", **settings | {"iterations": 22})
+    with pytest.raises(ConfigError, match=r"OneCycleLR fails after a step: .* number of steps of"):
+        short.fit(stream)

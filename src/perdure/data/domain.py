@@ -106,7 +106,8 @@ class InputDomain(CheckedFields):
             assert self.vocabulary is not None
             numbers = inputs.long() if inputs.dtype == torch.bool else inputs
             beyond = (numbers < 0) | (numbers >= self.vocabulary)
-        return beyond.view(len(inputs), -1).any(1)
+        # the number of values is given, because torch cannot infer it without any record
+        return beyond.view(len(inputs), math.prod(inputs.shape[1:])).any(1)
 
     def random(self, n: int, generator: torch.Generator) -> Tensor:
         """(n, *shape) uniform random inputs on the CPU; in [0, 1) if no range is declared."""

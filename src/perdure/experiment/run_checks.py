@@ -67,7 +67,7 @@ def _parties(config: Config, stream: Stream) -> dict[int, Stream]:
     except ConfigError as error:
         known = [each.name for each in fields(chosen)]
         raise ConfigError(placed(str(error), "federation", known)) from None
-    own = [without_gaps(each) for each in streams]
+    own = [without_gaps(each, client) for client, each in enumerate(streams)]
     private = any(arm.private for arm in config.arms)
     if private:
         refuse_records_in_two_partitions(own)

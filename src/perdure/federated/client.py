@@ -125,7 +125,7 @@ class ClientSessions:
             return seat
         self.private = True  # the message of a later error may contain values of a record
         learner, whole = self._make(client)
-        stream = without_gaps(whole)
+        stream = without_gaps(whole, client)
         self._holdings[client] = held_experiences(whole)
         set_local_work(learner, task)
         self.private = learner.privacy is not None

@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import cache
 
 from perdure.data.experience import Stream
+from perdure.errors import DataError
 from perdure.federated.settings import Federation
 from perdure.planning.training_plan import Participation
 
@@ -19,9 +20,22 @@ def held_experiences(stream: Stream) -> list[int]:
     return [each.index for each in stream if each.train.declared_size > 0]
 
 
-def without_gaps(stream: Stream) -> Stream:
-    """Return the stream of the held experiences, numbered from 0; the same one without gaps."""
+def without_gaps(stream: Stream, client: int) -> Stream:
+    """Return the stream of the held experiences, numbered from 0; the same one without gaps.
+
+    Args:
+        stream: stream of the client.
+        client: number of the client, for the message.
+
+    Raises:
+        DataError: if the client has no records in any experience.
+    """
     held = held_experiences(stream)
+    if not held:
+        raise DataError(
+            f"client {client} has no training records in any experience; allowed: records in at "
+            "least one; leave its stream out, and give Federation(clients=...) one client less"
+        )
     if len(held) == len(stream):
         return stream
     own = [replace(stream[old], index=new, stage=-1) for new, old in enumerate(held)]

@@ -75,7 +75,7 @@ def run_federation(
         allowed = "None without a folder, because each client's ledger is in its folder"
         raise ConfigError.of("federation.alive with privacy", federation.alive, allowed)
     # checked here, in the process of the records, because a client's error goes to the server
-    own = [without_gaps(stream) for stream in streams]
+    own = [without_gaps(stream, client) for client, stream in enumerate(streams)]
     if learner.privacy:
         refuse_records_in_two_partitions(own)
     check_streams(own, training=bool(learner.privacy))

@@ -23,7 +23,7 @@ from perdure.errors import ConfigError, RunError
 from perdure.learner.noise_digest import module_settings
 from perdure.learner.optimizers import MakeOptimizer
 from perdure.learner.party import Party
-from perdure.learner.schedules import MakeSchedule, ReplayedRates
+from perdure.learner.schedules import MakeSchedule, first_rates
 from perdure.privacy.private_sum import PrivateSum
 from perdure.types import Tensors
 from perdure.utils.hashing import JSONValue, canonical, canonical_text, digest, is_plain
@@ -107,8 +107,8 @@ def schedule_settings(
     """Settings of a schedule, and its first learning rates."""
     found = flat("scheduler", scheduler)
     if scheduler is not None:
-        replayed = ReplayedRates(optimizer, scheduler, RATES_SHOWN)
-        found["scheduler.learning rates"] = described(replayed.rates)
+        rates = first_rates(optimizer, scheduler, RATES_SHOWN)
+        found["scheduler.learning rates"] = described(rates)
     return found
 
 

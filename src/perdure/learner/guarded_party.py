@@ -14,7 +14,7 @@ from perdure.learner.loss_path import LossPath
 from perdure.learner.model_history import history_of
 from perdure.learner.model_mark import ModelMark
 from perdure.learner.party_settings import PartySettings
-from perdure.learner.private_setup import inspect, lasting_rule_of, open_private_sum
+from perdure.learner.private_setup import inspect, lasting_rule_of, open_private_sum, refuse_no_size
 from perdure.learner.several_processes import shared_sum
 from perdure.learner.synthetic_rows import SyntheticRows
 from perdure.planning.training_plan import TrainingPlan
@@ -107,6 +107,7 @@ class GuardedParty(PartySettings):
         )
 
     def _open_private_sum(self) -> PrivateSum:
+        refuse_no_size(self.stream)
         inspection = self.inspection()
         verdict = inspect(inspection)
         self._goes_alone = verdict.alone

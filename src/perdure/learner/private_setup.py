@@ -335,6 +335,23 @@ def warn_of_delta(delta: float, records: int) -> None:
         )
 
 
+def refuse_no_size(stream: Stream) -> None:
+    """Refuse an experience without records and without a declared size.
+
+    Without a size there is no sampling rate. With a declared size, an experience may be empty.
+
+    Raises:
+        DataError: names the experience.
+    """
+    for experience in stream:
+        if experience.train.declared_size < 1:
+            raise DataError(
+                f"experience {experience.index} has no training records and no declared size, "
+                "which sampling rates need; leave it out of the stream, or declare a public size "
+                "with train.declared(N)"
+            )
+
+
 def refuse_places(stream: Stream) -> None:
     """Refuse a stream in which a record, or its experience, depends on other records.
 

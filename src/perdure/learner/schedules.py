@@ -1,5 +1,6 @@
 """Learning-rate schedules: one per experience, made from its number of steps."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -153,6 +154,43 @@ def step_schedule(schedule: LRScheduler) -> None:
 # --------------------------------------------------------------------------- what it will do
 
 
+def _rates(optimizer: MakeOptimizer, scheduler: MakeSchedule, steps: int) -> Iterator[float]:
+    """Yield the learning rate of every step of an experience of `steps` steps.
+
+    Raises:
+        ConfigError: if the loop cannot use the schedule, or the schedule ends before the steps.
+    """
+    own = called(optimizer, [nn.Parameter(torch.zeros(1))])
+    schedule = made_schedule(scheduler, own, steps)
+    for _ in range(steps):
+        yield float(own.param_groups[0]["lr"])
+        own.step()
+        step_schedule(schedule)
+
+
+def first_rates(optimizer: MakeOptimizer, scheduler: MakeSchedule, steps: int) -> list[float]:
+    """Return the learning rates of the first `steps` steps, or fewer if the schedule ends earlier.
+
+    A schedule of fixed length, such as `OneCycleLR(optimizer, 0.1, total_steps=20)`, has no more.
+
+    Args:
+        optimizer: function from parameters to the optimiser.
+        scheduler: function from the optimiser and the number of steps to its schedule.
+        steps: largest number of rates.
+
+    Raises:
+        ConfigError: if the loop cannot use the schedule.
+    """
+    found: list[float] = []
+    try:
+        for rate in _rates(optimizer, scheduler, steps):
+            found.append(rate)
+    except ConfigError:
+        if not found:
+            raise
+    return found
+
+
 class ReplayedRates:
     """Learning rates of all steps of an experience under a schedule.
 
@@ -169,13 +207,7 @@ class ReplayedRates:
 
     def __init__(self, optimizer: MakeOptimizer, scheduler: MakeSchedule, steps: int) -> None:
         self._made_from = (optimizer, scheduler, steps)
-        own = called(optimizer, [nn.Parameter(torch.zeros(1))])
-        schedule = made_schedule(scheduler, own, steps)
-        self.rates: list[float] = []
-        for _ in range(steps):
-            self.rates.append(float(own.param_groups[0]["lr"]))
-            own.step()
-            step_schedule(schedule)
+        self.rates = list(_rates(optimizer, scheduler, steps))
         self.text = canonical_text(self.rates)
 
     def are_of(self, optimizer: object, scheduler: object, steps: int) -> bool:
