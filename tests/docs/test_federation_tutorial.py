@@ -96,6 +96,8 @@ def test_the_federation_tutorial_runs_on_a_small_table(tmp_path, monkeypatch, ca
     rows = reported(folder, monkeypatch, capsys)
     assert [row[0] for row in rows if row and row[0] in ("naive", "lwf")] == ["naive"]
     assert (folder / "report.html").exists()
+    scripts = re.findall(r"^python (scripts/\w+\.py) ", "".join(blocks(PAGE, "sh")), re.M)
+    assert len(scripts) == 6 and all((tmp_path / "adult-app" / name).exists() for name in scripts)
     assert read_result(folder)["federation"]["declared_sizes"] == [[6, 6]] * 9
 
 

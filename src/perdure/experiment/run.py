@@ -104,7 +104,8 @@ def run(
             return read_result(folder)
         torch.set_num_threads(config.threads)
         if grid is None:
-            first = checked_stream(config)
+            begun = [name for name in trials(config) if (folder / "arms" / name).exists()]
+            first = checked_stream(config, begun=begun)
         else:  # the sites of a deployment check their own records
             first = open_stream(config.of_seed(config.all_seeds[0]))
         with helped(config, folder / "config.toml") as processes:

@@ -4,6 +4,7 @@ They load the data, make the stream and the clients, and prepare a learner of ev
 calibrates its noise and examines the model. Nothing is trained, released or written.
 """
 
+from collections.abc import Collection
 from dataclasses import fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,8 +24,13 @@ from perdure.learner.learner import Learner
 from perdure.learner.private_setup import released_before
 
 
-def checked_stream(config: Config) -> Stream:
+def checked_stream(config: Config, *, begun: Collection[str] = ()) -> Stream:
     """Refuse a config that cannot be trained on this machine, and return its first seed's stream.
+
+    Args:
+        config: config of a run.
+        begun: trials that an earlier process has begun, so that their arms were checked, and their
+            noise is calibrated.
 
     Raises:
         PerdureError: as the training would, with the same message.
@@ -39,7 +45,8 @@ def checked_stream(config: Config) -> Stream:
             other = config.of_seed(seed)
             client_streams(other, open_stream(other))
     for arm in config.arms:
-        _refuse_arm(first, arm, stream, parties)
+        if config.trial(arm, config.all_seeds[0]) not in begun:
+            _refuse_arm(first, arm, stream, parties)
     return stream
 
 
