@@ -164,7 +164,16 @@ def test_config_refuses_what_run_refuses(perdure, tmp_path, case):
     assert not (tmp_path / "runs" / "small" / "arms").exists(), "nothing was trained"
 
 
-@pytest.mark.parametrize("text", [CONFIG, PRIVATE, FEDERATED + BY_DOMAIN, CONFIG + SIX])
+@pytest.mark.parametrize(
+    "text",
+    [
+        CONFIG,
+        PRIVATE,
+        FEDERATED + BY_DOMAIN,
+        CONFIG + SIX,
+        PRIVATE + FEDERATED.removeprefix(CONFIG) + "fraction = 0.5\n",
+    ],
+)
 def test_config_accepts_what_can_be_trained_and_writes_nothing(perdure, tmp_path, text):
     (tmp_path / "mine.toml").write_text(text)
     code, out, err = perdure("config", "mine.toml")

@@ -4,8 +4,8 @@ They load the data, make the stream and the clients, and prepare a learner of ev
 calibrates its noise and examines the model. Nothing is trained, released or written.
 """
 
-from collections.abc import Collection
-from dataclasses import fields, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -22,6 +22,7 @@ from perdure.experiment.results import client_streams, explained_arm
 from perdure.learner.arguments import check_stream
 from perdure.learner.learner import Learner
 from perdure.learner.private_setup import released_before
+from perdure.planning.training_plan import Participation
 
 
 def checked_stream(config: Config, *, begun: Collection[str] = ()) -> Stream:
@@ -38,7 +39,7 @@ def checked_stream(config: Config, *, begun: Collection[str] = ()) -> Stream:
     first = config.of_seed(config.all_seeds[0])
     stream = open_stream(first)
     if config.federation is None:
-        parties = {0: stream}
+        parties = [_Party(number=0, stream=stream)]
     else:
         parties = _parties(first, stream)
         for seed in config.all_seeds[1:]:
@@ -50,14 +51,31 @@ def checked_stream(config: Config, *, begun: Collection[str] = ()) -> Stream:
     return stream
 
 
-def _parties(config: Config, stream: Stream) -> dict[int, Stream]:
+@dataclass(frozen=True, kw_only=True)
+class _Party:
+    """A party whose learners are prepared.
+
+    Args:
+        number: number of the client; 0 for the only party.
+        stream: its own stream.
+        local_work: rounds, local epochs and local steps of a federation; empty without one.
+        participation: rounds in which a private client trains; None for all.
+    """
+
+    number: int
+    stream: Stream
+    local_work: Mapping[str, int] = field(default_factory=dict)
+    participation: Participation | None = None
+
+
+def _parties(config: Config, stream: Stream) -> list[_Party]:
     """Refuse a federation that cannot begin, and return the smallest and the largest client.
 
-    Their plans are the extremes: the sampling rates of all others are between theirs.
+    The sampling rates of all others are between theirs. Clients that never train are left out.
     """
     from perdure.experiment.federation_config import refuse_few_clients
     from perdure.experiment.served_federation import federation_of
-    from perdure.federated.client_streams import without_gaps
+    from perdure.federated.client_streams import participation, without_gaps
     from perdure.federated.flower_adapter import refuse_missing_engine
 
     chosen = config.federation
@@ -79,20 +97,30 @@ def _parties(config: Config, stream: Stream) -> dict[int, Stream]:
     if private:
         refuse_records_in_two_partitions(own)
     check_streams(own, training=private)
-    sizes = [declared_size_of(each.experiences) for each in own]
-    return {client: own[client] for client in {sizes.index(min(sizes)), sizes.index(max(sizes))}}
+    rounds = participation(federation, streams)
+    training = [k for k in range(len(own)) if rounds is None or any(rounds(k).taken)]
+    by_size = sorted(training, key=lambda client: declared_size_of(own[client].experiences))
+    return [
+        _Party(
+            number=client,
+            stream=own[client],
+            local_work=federation.local_work,
+            participation=rounds(client) if rounds else None,
+        )
+        for client in sorted({by_size[0], by_size[-1]})
+    ]
 
 
-def _refuse_arm(config: Config, arm: Arm, stream: Stream, parties: dict[int, Stream]) -> None:
+def _refuse_arm(config: Config, arm: Arm, stream: Stream, parties: Sequence[_Party]) -> None:
     """Refuse an arm whose learners cannot be prepared."""
     with TemporaryDirectory() as empty:
         log = MetricsLog(Path(empty) / "metrics.jsonl")
         run = ArmRun(config, arm, stream, Path(empty), log)
-        for client, own in parties.items():
-            check_stream(own)
-            check_streams([own], training=arm.private)
-            learner = run.learner(stream, client)
-            _prepare(learner, config, own)
+        for party in parties:
+            check_stream(party.stream)
+            check_streams([party.stream], training=arm.private)
+            learner = run.learner(stream, party.number)
+            _prepare(learner, party)
         if config.explain and (config.explain.drift or arm == explained_arm(config)):
             _try_explanation(learner, config.explain, stream)
 
@@ -110,7 +138,7 @@ def _try_explanation(learner: Learner, chosen: ExplainConfig, stream: Stream) ->
         raise ConfigError(placed(str(error), "explain", known)) from None
 
 
-def _prepare(learner: Learner, config: Config, stream: Stream) -> None:
+def _prepare(learner: Learner, party: _Party) -> None:
     """Prepare a learner that is not trained, and close it.
 
     Its key is simulated, because secret noise needs a folder, and a ledger there.
@@ -118,16 +146,17 @@ def _prepare(learner: Learner, config: Config, stream: Stream) -> None:
     learner.callbacks = ()
     privacy = learner.privacy
     if privacy is not None and privacy.seed is None:
-        for experience in stream:
+        for experience in party.stream:
             for spent in experience.train.spent:
                 released_before(spent, experience.train.partition, simulated=False)
         learner.privacy = replace(privacy, seed=0)
-    if config.federation is not None:
-        from perdure.experiment.served_federation import federation_of
+    if privacy is not None:
+        learner.participation = party.participation
+    if party.local_work:
         from perdure.federated.local_work import set_local_work
 
-        set_local_work(learner, federation_of(config.federation, config.seed).local_work)
+        set_local_work(learner, party.local_work)
     try:
-        learner.prepare(stream)
+        learner.prepare(party.stream)
     finally:
         learner.close()
