@@ -73,6 +73,47 @@ def test_explain_replaces_results_only_if_asked(finished, tmp_path):
     assert (tmp_path / "explanations.json").read_bytes() != before
 
 
+@pytest.fixture(scope="module")
+def finished_texts(tmp_path_factory):
+    text = TEXT.replace('"digits"', '"helpers.own_data:moods"').replace(
+        "hidden = [8]", 'name = "lstm"\nvocabulary = 9\nhidden = 4\nembedding = 4'
+    )
+    folder = tmp_path_factory.mktemp("texts")
+    run(parse(text), text, folder)
+    (folder / "config.toml").write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize("method", ["kernel_shap", "lime"])
+def test_explain_shows_tokens_and_leaves_kept_ones_out(finished_texts, tmp_path, method):
+    options = ("--method", method, "--kept", 1, "--kept", 8, "--baseline", 0, "--records", 3)
+    done = explained(finished_texts, *options, "--out", tmp_path)
+    assert done.exit_code == 0, done.output
+    text = (tmp_path / "explanations.txt").read_text()
+    assert ("fidelity" in text) == (method == "lime")
+    for row in json.loads((tmp_path / "explanations.json").read_text())["records"]:
+        assert row["inputs"][0] == 1
+        moved = {token for token, value in zip(row["inputs"], row["values"], strict=True) if value}
+        assert moved and not moved & {1, 8}
+        assert f"token {row['inputs'][4]:6}" in text
+    assert not (tmp_path / "explanations.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("--baseline", 9), "fails on the background with the tokens 9"),
+        (("--baseline", 0.5), "--baseline = 0.5"),
+        (("--superpixels", "slic"), "images"),
+        (("--method", "integrated_gradients"), "for token numbers use kernel_shap or lime"),
+    ],
+)
+def test_explain_refuses_what_does_not_fit_texts(finished_texts, tmp_path, arguments, named):
+    done = explained(finished_texts, *arguments, "--out", tmp_path)
+    assert done.exit_code != 0
+    assert named in done.output + str(done.exception)
+
+
 def test_explain_by_gradients_writes_values_that_add_up(finished, tmp_path):
     done = explained(finished, "--method", "integrated_gradients", "--out", tmp_path)
     assert done.exit_code == 0, done.output
@@ -86,6 +127,8 @@ def test_explain_by_gradients_writes_values_that_add_up(finished, tmp_path):
     ("arguments", "named"),
     [
         (("--method", "paper"), "--method"),
+        (("--kept", 1), "--kept = (1,)"),
+        (("--out", __file__), "a folder; a file has this name"),
         (("--method", "exact_shapley", "--samples", 5), "--samples"),
         (("--method", "grad_cam"), "a convolution"),
         (("--superpixels", "voronoi"), "--superpixels"),

@@ -12,10 +12,13 @@ from perdure.cli.local_modules import local_modules
 from perdure.errors import ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from torch import Tensor
 
     from perdure.data import Records
-    from perdure.explain import Attribution, Explainer
+    from perdure.explain import Attribution, Background, Explainer
+    from perdure.learner import Learner
 
 CELLS = 7
 """Superpixels along each side of an image, where only their method is given."""
@@ -46,8 +49,12 @@ def explain(
         typer.Option(help="slic or watershed: superpixels by colour, about --cells squared."),
     ] = None,
     baseline: Annotated[
-        int, typer.Option(help="Value of absent features; for texts the token of an absent one.")
-    ] = 0,
+        float, typer.Option(help="Value of absent features; for texts the token of an absent one.")
+    ] = 0.0,
+    kept: Annotated[
+        list[int] | None,
+        typer.Option(help="Token of texts that is always present; may be given several times."),
+    ] = None,
     layer: Annotated[
         str | None, typer.Option(help="Layer for grad_cam; default the last convolution.")
     ] = None,
@@ -63,30 +70,40 @@ def explain(
     if records < 1:
         raise ConfigError.of("--records", records, "1 or more")
     with local_modules():
-        import torch
-
         from perdure.experiment.run import load
-        from perdure.tasks import SingleLabel, refuse_other_tasks
+        from perdure.explain import constant_background, grid_groups
 
         _require_free(out, overwrite=overwrite)
         grid = None if superpixels else cells
         explainer = _explainer(method, samples=samples, cells=grid, layer=layer)
-        learner = load(run, arm, seed=seed)
-        stream = learner.stream
-        refuse_other_tasks(stream.task, (SingleLabel,), "explain", "it asks for a class")
-        stages = stream.stages
-        if not 1 <= experience <= len(stages):
-            raise ConfigError.of("--experience", experience, f"1 to {len(stages)}")
-        stage = stages[experience - 1]
-        test = stage.test.take(torch.arange(min(records, len(stage.test)))).to(learner.device)
-        predict = learner.predictor(stage.last, after=len(stream) - 1)
-        background = torch.full_like(test.inputs[:1], baseline)
-        found = [
-            explainer.explain(predict, rows, background, targets=labels, **grouped)
-            for rows, labels, grouped in _questions(explainer, test, superpixels, cells)
-        ]
-        _write(out, repr(explainer), found, test, _rows(found, test, superpixels, cells))
+        predict, test = _asked(load(run, arm, seed=seed), experience, records)
+        try:
+            background = constant_background(test.inputs, baseline, kept=kept or ())
+        except ConfigError as error:
+            raise ConfigError(f"--{error}") from None
+        segments = _segments(explainer, test, superpixels, cells) if superpixels else None
+        found = _explained(explainer, predict, test, background, segments)
+        one = None if cells is None else grid_groups(test.inputs.shape[1:], cells)
+        rows = _rows(found, test, [one] if segments is None else segments)
+        _write(out, repr(explainer), found, test, rows)
     wide_console().print(f"written: {out}", markup=False, highlight=False)
+
+
+def _asked(
+    learner: "Learner", experience: int, records: int
+) -> "tuple[Callable[[Tensor], Tensor], Records]":
+    """Return the trained model, and the test records of an experience, which counts from 1."""
+    import torch
+
+    from perdure.tasks import SingleLabel, refuse_other_tasks
+
+    stream = learner.stream
+    refuse_other_tasks(stream.task, (SingleLabel,), "explain", "it asks for a class")
+    if not 1 <= experience <= len(stream.stages):
+        raise ConfigError.of("--experience", experience, f"1 to {len(stream.stages)}")
+    stage = stream.stages[experience - 1]
+    test = stage.test.take(torch.arange(min(records, len(stage.test)))).to(learner.device)
+    return learner.predictor(stage.last, after=len(stream) - 1), test
 
 
 def _write(
@@ -104,45 +121,56 @@ def _write(
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "explanations.json", {"method": method, "records": rows})
     write_atomically(out / "explanations.txt", "\n".join(map(_text, rows)).encode())
+    picture = out / "explanations.png"
+    picture.unlink(missing_ok=True)  # earlier results may be of images, and these not
     if test.inputs.ndim in (3, 4):
         from perdure.explain import heat_maps
 
         titles = [f"class {label}" for label in test.labels.tolist()]
         values = torch.cat([each.values for each in found])
         figure = heat_maps(test.inputs, [(method.partition("(")[0], values)], titles)
-        figure.savefig(out / "explanations.png", dpi=150)
+        figure.savefig(picture, dpi=150)
 
 
 def _require_free(out: Path, *, overwrite: bool) -> None:
-    """Refuse a folder that has results already."""
+    """Refuse a file, and a folder that has results already."""
+    if out.exists() and not out.is_dir():
+        raise ConfigError.of("--out", str(out), "a folder; a file has this name")
     if (out / "explanations.json").exists() and not overwrite:
         allowed = "a folder without explanations; give another --out, or --overwrite"
         raise ConfigError.of("--out", str(out), allowed)
 
 
-def _questions(
-    explainer: "Explainer", test: "Records", superpixels: str | None, cells: int | None
-) -> list[tuple["Tensor", "Tensor", dict[str, Any]]]:
-    """Return inputs, targets and groups of each call of the explainer.
+def _explained(
+    explainer: "Explainer",
+    predict: "Callable[[Tensor], Tensor]",
+    test: "Records",
+    background: "Background",
+    segments: "list[Tensor] | None",
+) -> "list[Attribution]":
+    """Explain all records in one call, or with superpixels by colour one record a call."""
+    if segments is None:
+        return [explainer.explain(predict, test.inputs, background, targets=test.labels)]
+    explain_groups: Any = explainer.explain  # `_segments` refuses explainers without groups
+    import torch
 
-    Superpixels by colour are other groups for each record, so each has a call of its own.
-    """
-    if superpixels is None:
-        return [(test.inputs, test.labels, {})]
-    if "groups" not in signature(explainer.explain).parameters:
-        allowed = "kernel_shap, exact_shapley or lime, which explain groups"
-        raise ConfigError.of("--method with --superpixels", type(explainer).__name__, allowed)
+    rows = zip(torch.split(test.inputs, 1), torch.split(test.labels, 1), segments, strict=True)
     return [
-        (test.inputs[i : i + 1], test.labels[i : i + 1], {"groups": groups})
-        for i, groups in enumerate(_segments(test, superpixels, cells))
+        explain_groups(predict, row, background, targets=label, groups=groups)
+        for row, label, groups in rows
     ]
 
 
-def _segments(test: "Records", superpixels: str, cells: int | None) -> list["Tensor"]:
+def _segments(
+    explainer: "Explainer", test: "Records", superpixels: str, cells: int | None
+) -> list["Tensor"]:
     """Return superpixels by colour of each image."""
     from perdure.explain import segment_groups
     from perdure.explain.groups import SEGMENTATIONS
 
+    if "groups" not in signature(explainer.explain).parameters:
+        allowed = "kernel_shap, exact_shapley or lime, which explain groups"
+        raise ConfigError.of("--method with --superpixels", type(explainer).__name__, allowed)
     method = next((each for each in SEGMENTATIONS if each == superpixels), None)
     if method is None:
         raise ConfigError.of("--superpixels", superpixels, SEGMENTATIONS)
@@ -166,16 +194,9 @@ def _explainer(method: str, **given: Any) -> "Explainer":
 
 
 def _rows(
-    found: "list[Attribution]", test: "Records", superpixels: str | None, cells: int | None
+    found: "list[Attribution]", test: "Records", groups: "Sequence[Tensor | None]"
 ) -> list[dict[str, Any]]:
-    """Return one row for each record; superpixels count as one feature."""
-    from perdure.explain import grid_groups
-
-    groups: list[Tensor | None] = [None] * len(found)
-    if superpixels is not None:
-        groups = list(_segments(test, superpixels, cells))
-    elif cells is not None:
-        groups = [grid_groups(test.inputs.shape[1:], cells)]
+    """Return one row for each record; a group counts as one feature."""
     rows = [row for each, parts in zip(found, groups, strict=True) for row in _rows_of(each, parts)]
     tokens = None if test.inputs.is_floating_point() else test.inputs.tolist()
     for i, (row, record) in enumerate(zip(rows, test.ids.tolist(), strict=True)):
@@ -201,14 +222,16 @@ def _rows_of(found: "Attribution", groups: "Tensor | None") -> list[dict[str, An
 
 
 def _text(row: dict[str, Any]) -> str:
-    """Return the features of largest contribution, one a line."""
+    """Return the features of largest contribution, one a line; tokens with their numbers."""
     import torch
 
     values = torch.tensor(row["values"]).flatten()
-    inputs_are_tokens = len(values) == len(row.get("inputs", ()))
-    lines = [f"record {row['record']}, class {row['class']}, base {row['base']:.4g}"]
+    tokens = row.get("inputs")
+    head = f"record {row['record']}, class {row['class']}, base {row['base']:.4g}"
+    if row["fidelity"] is not None:
+        head += f", fidelity {row['fidelity']:.3f}"
+    lines = [head]
     for place in values.abs().argsort(descending=True)[:SHOWN].tolist():
-        value = f"{float(values[place]):+.4g}"
-        token = f" (value {row['inputs'][place]})" if inputs_are_tokens else ""
-        lines.append(f"  feature {place:5}{token} {value}")
+        token = "" if tokens is None else f", token {tokens[place]:6}"
+        lines.append(f"  feature {place:5}{token} {float(values[place]):+.4g}")
     return "\n".join([*lines, ""])
