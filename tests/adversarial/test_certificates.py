@@ -310,3 +310,37 @@ def test_certificates_refuse_inputs_outside_the_bounds():
         certify_by_bounds(model, torch.full((1, 2), 2.0), torch.tensor([0]), epsilon=0.1)
     with pytest.raises(ConfigError, match="labels"):
         certify_by_bounds(model, torch.zeros(1, 2), torch.tensor([0.0]), epsilon=0.1)
+
+
+@pytest.mark.parametrize(
+    "bounds",
+    [(0.0,), (1.0, 0.0), 0.5, "x", (0.0, "a"), (0, 1, 2), (float("nan"), 1.0), ((), ()), (0, None)],
+    ids=str,
+)
+def test_a_certificate_refuses_bounds_that_are_no_pair(bounds):
+    model = nn.Linear(2, 2)
+    inputs = torch.full((1, 2), 0.5)
+    with pytest.raises(ConfigError, match=r"^bounds = .* allowed: \(low, high\) with low < high"):
+        certify_by_bounds(model, inputs, torch.tensor([0]), epsilon=0.1, bounds=bounds)
+
+
+@pytest.mark.parametrize("epsilon", [-0.1, float("nan"), "a", None, [0.1]], ids=str)
+def test_a_certificate_refuses_a_radius_that_is_no_number(epsilon):
+    with pytest.raises(ConfigError, match=r"^epsilon = .* allowed: a finite number, 0 or more"):
+        certify_by_bounds(
+            nn.Linear(2, 2), torch.zeros(1, 2), torch.tensor([0]), epsilon=epsilon, bounds=None
+        )
+
+
+def test_a_certificate_refuses_labels_that_are_no_classes():
+    with pytest.raises(ConfigError, match=r"^labels = '2 to 2' .*; allowed: 0 to 1"):
+        certify_by_bounds(nn.Linear(2, 2), torch.zeros(1, 2), torch.tensor([2]), epsilon=0.1)
+
+
+def test_a_ball_is_cut_at_the_bounds_of_each_feature():
+    inputs = torch.tensor([[0.5, 5.0]])
+    lower, upper = ball(inputs, 1.0, ((0.0, 4.5), (1.0, 9.0))).ends()
+    assert torch.allclose(lower, torch.tensor([[0.0, 4.5]]))
+    assert torch.allclose(upper, torch.tensor([[1.0, 6.0]]))
+    with pytest.raises(ConfigError, match=r"length of bounds = 3 .* allowed: 2, one number per"):
+        ball(inputs, 1.0, ((0.0, 0.0, 0.0), 9.0))

@@ -122,3 +122,21 @@ def test_interval_training_is_refused_for_private_arms():
     text = CERTIFIED.replace("[attack]", "[privacy]\nepsilon = 3.0\n[attack]") + "private = true\n"
     with pytest.raises(ConfigError, match=r"training\.defence.*norm of a record's gradient"):
         parse(text)
+
+
+@pytest.mark.parametrize(
+    ("table", "setting", "told"),
+    [
+        ("attack", "epsilon = [0.1, 0.2]", "length of epsilon = 2 .* 64, one number per feature"),
+        ("attack", "bounds = [[0.0], [0.5, 1.0]]", "length of bounds = 1 .* 64, one number per"),
+        ("certificate", "bounds = [[0.0, 0.0], 1.0]", "length of bounds = 2 .* 64, one number per"),
+        ("certificate", "bounds = [0.0, 0.5]", r"all inputs \(0 to 1\)"),
+    ],
+)
+def test_bounds_that_do_not_fit_are_refused_before_training(tmp_path, table, setting, told):
+    text = CERTIFIED.replace(f"[{table}]\n", f"[{table}]\n{setting}\n")
+    if setting.startswith("epsilon"):
+        text = text.replace("epsilon = 0.03\nsteps", "steps")
+    with pytest.raises(ConfigError, match=told):
+        run(parse(text), text, tmp_path)
+    assert not (tmp_path / "metrics.jsonl").exists()

@@ -81,6 +81,7 @@ _EXTENSIONS = Extensions(
         "backdoor",
         "balls",
         "base",
+        "bounds",
         "corruptions",
         "masking",
         "objectives",

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from perdure.adversarial.balls import Norm, project
+from perdure.adversarial.bounds import Bounds, PerFeature, numbers_of, of_entries, refuse_bounds
 from perdure.adversarial.objectives import Objective, losses_of
 from perdure.errors import ConfigError
 from perdure.utils.checked_fields import CheckedFields
@@ -26,9 +27,6 @@ InputLosses = Callable[[Tensor], Tensor]
 
 Logits = Callable[[Tensor], Tensor]
 """Differentiable function from inputs (n, ...) to logits (n, classes)."""
-
-PerFeature = float | tuple[float, ...]
-"""One number for all features of an input, or one number for each of them."""
 
 Limits = tuple[Tensor, Tensor]
 """Smallest and largest allowed value of each entry of perturbed inputs."""
@@ -88,20 +86,21 @@ class Attack(CheckedFields, ABC):
 
     epsilon: PerFeature
     norm: Norm = "linf"
-    bounds: tuple[PerFeature, PerFeature] | None = (0.0, 1.0)
+    bounds: Bounds = (0.0, 1.0)
 
     OWN_LOSSES: ClassVar[bool] = False
     """True for an attack that works on logits alone, for evaluations only."""
 
     def __post_init__(self) -> None:
-        if not all(0 <= radius < math.inf for radius in _numbers(self.epsilon)):
-            raise ConfigError.of("epsilon", self.epsilon, "a finite number, 0 or more")
+        radii = numbers_of(self.epsilon)
+        if not radii or not all(0 <= radius < math.inf for radius in radii):
+            allowed = "a finite number, 0 or more, or a list with one such number per feature"
+            raise ConfigError.of("epsilon", self.epsilon, allowed)
         if self.norm not in get_args(Norm):
             raise ConfigError.of("norm", self.norm, get_args(Norm))
         if isinstance(self.epsilon, Sequence) and self.norm != "linf":
             raise ConfigError.of("epsilon", self.epsilon, f'one number for norm "{self.norm}"')
-        if self.bounds is not None and not _in_order(*self.bounds):
-            raise ConfigError.of("bounds", self.bounds, "(low, high) with low < high, or None")
+        refuse_bounds(self.bounds)
 
     @abstractmethod
     def perturb(
@@ -157,16 +156,26 @@ class Attack(CheckedFields, ABC):
                 left = left[predict(tried).argmax(1) == own]
         return moved
 
+    def refuse_shape(self, inputs: Tensor) -> None:
+        """Refuse a list of epsilons or bounds that does not fit inputs (n, ...).
+
+        Raises:
+            ConfigError: if a list does not have one number per feature.
+        """
+        of_entries("epsilon", self.epsilon, inputs)
+        for bound in self.bounds or ():
+            of_entries("bounds", bound, inputs)
+
     def outside(self, inputs: Tensor) -> int:
         """Return the number of entries of inputs (n, ...) that are outside the bounds."""
         if self.bounds is None:
             return 0
-        low, high = (_of_entries("bounds", bound, inputs) for bound in self.bounds)
+        low, high = (of_entries("bounds", bound, inputs) for bound in self.bounds)
         return int(((inputs < low) | (inputs > high)).sum())
 
     def _radius(self, origin: Tensor) -> float | Tensor:
         """Return epsilon, as a tensor of the shape of one record if it differs by feature."""
-        return _of_entries("epsilon", self.epsilon, origin)
+        return of_entries("epsilon", self.epsilon, origin)
 
     def _limits(self, origin: Tensor) -> Limits | None:
         """Return the smallest and the largest allowed value of each entry of perturbed inputs.
@@ -179,7 +188,7 @@ class Attack(CheckedFields, ABC):
             upper = origin + radius
         if self.bounds is None:
             return (lower, upper) if self.norm == "linf" else None
-        low, high = (_of_entries("bounds", bound, origin) for bound in self.bounds)
+        low, high = (of_entries("bounds", bound, origin) for bound in self.bounds)
         # an entry outside the bounds may stay where it is
         lowest = origin.clamp(max=low)
         highest = origin.clamp(min=high)
@@ -200,35 +209,3 @@ class Attack(CheckedFields, ABC):
         assert isinstance(self.epsilon, int | float)
         moved = origin + project(moved - origin, self.epsilon, self.norm)
         return moved if limits is None else moved.clamp(*limits)  # rounding of the sum
-
-
-def _numbers(value: PerFeature) -> tuple[float, ...]:
-    return tuple(value) if isinstance(value, Sequence) else (value,)
-
-
-def _in_order(low: PerFeature, high: PerFeature) -> bool:
-    """Return True if every lower bound is below its upper bound."""
-    lows = _numbers(low)
-    highs = _numbers(high)
-    size = max(len(lows), len(highs))
-    if {len(lows), len(highs)} - {1, size}:
-        return False
-    lows *= size // len(lows)
-    highs *= size // len(highs)
-    return all(a < b for a, b in zip(lows, highs, strict=True))
-
-
-def _of_entries(name: str, value: PerFeature, origin: Tensor) -> float | Tensor:
-    """Return a number as it is, and a list of numbers as a tensor of the shape of one record.
-
-    Raises:
-        ConfigError: if a list does not have one number per feature.
-    """
-    if not isinstance(value, Sequence):
-        return value
-    shape = origin.shape[1:]
-    if len(value) != shape.numel():
-        raise ConfigError.of(
-            f"length of {name}", len(value), f"{shape.numel()}, one number per feature"
-        )
-    return torch.tensor(value, dtype=origin.dtype, device=origin.device).view(shape)

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from perdure.adversarial.balls import Norm, uniform_in_ball
-from perdure.adversarial.base import Attack, InputLosses, Logits, PerFeature
+from perdure.adversarial.base import Attack, InputLosses, Logits
+from perdure.adversarial.bounds import PerFeature
 from perdure.adversarial.pgd import PGD
 from perdure.adversarial.robust_accuracy import fixed, measure_robustness
 

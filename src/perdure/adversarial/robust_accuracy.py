@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from perdure.adversarial.balls import Norm
-from perdure.adversarial.base import Attack, Logits, PerFeature, raw_gradient
+from perdure.adversarial.base import Attack, Logits, raw_gradient
+from perdure.adversarial.bounds import PerFeature
 from perdure.adversarial.objectives import OBJECTIVES, Objective
 from perdure.errors import ConfigError, NonFiniteError
 from perdure.utils.chunking import PASS_BYTES, row_slices

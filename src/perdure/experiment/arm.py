@@ -119,6 +119,8 @@ class ArmRun:
         self.name = self.name or self.arm.name
         if self.config.attack is not None and self.monitor.attack is None:
             self.monitor = Monitor(attack=self.config.attack.on(self.stream))
+        if self.config.certificate is not None:
+            self.config.certificate.refuse_misfits(self.stream)
         self.monitor.groups = self.config.fairness
         self.folder = self.run_folder / "arms" / self.name
         self._clock = self.folder / "seconds.json"

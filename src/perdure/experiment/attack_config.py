@@ -37,7 +37,12 @@ class AttackConfig(CheckedFields):
         return cls(name=name, attack=attack, bounds_given="bounds" in table)
 
     def on(self, stream: Stream) -> Attack:
-        """Return the attack with the bounds that hold for a stream's inputs."""
+        """Return the attack with the bounds that hold for a stream's inputs.
+
+        Raises:
+            ConfigError: if a list of epsilons or bounds does not have one number per feature.
+        """
+        self.attack.refuse_shape(stream[0].test.inputs)
         if self.bounds_given:
             return self.attack
         unit = all(

@@ -6,7 +6,9 @@ from typing import Literal, TypedDict
 
 import torch
 
+from perdure.adversarial.bounds import PerFeature, refuse_bounds
 from perdure.adversarial.certificates import Certificate, Smoothing, certify_by_bounds
+from perdure.adversarial.certificates.interval_bounds import refuse_misfits
 from perdure.data.experience import Stage, Stream
 from perdure.errors import ConfigError
 from perdure.experiment.robustness import matrix_of
@@ -24,8 +26,8 @@ class CertificateConfig(CheckedFields):
         method: `interval_bounds` for a proof in linf, of models whose layers have a rule and that
             were trained for it; `smoothing` for votes over noise in L2.
         epsilon: radius of the ball, in units of the inputs.
-        bounds: smallest and largest value of an input, for `interval_bounds`; `none` in text for
-            inputs without bounds.
+        bounds: smallest and largest value of an input, for `interval_bounds`, each for all features
+            or as a list with one number per feature; `none` in text for inputs without bounds.
         deviation: standard deviation of the noise of `smoothing`.
         samples: noisy copies of a record for `smoothing`.
         alpha: probability that the certificate of a record by `smoothing` is wrong.
@@ -34,7 +36,7 @@ class CertificateConfig(CheckedFields):
 
     method: Literal["interval_bounds", "smoothing"]
     epsilon: float
-    bounds: tuple[float, float] | Literal["none"] = (0.0, 1.0)
+    bounds: tuple[PerFeature, PerFeature] | Literal["none"] = (0.0, 1.0)
     deviation: float = 0.25
     samples: int = 1000
     alpha: float = 0.001
@@ -45,9 +47,20 @@ class CertificateConfig(CheckedFields):
             raise ConfigError.of("epsilon", self.epsilon, "a number above 0, at most 1e6")
         if self.records < 1:
             raise ConfigError.of("records", self.records, "1 or more")
-        if not isinstance(self.bounds, str) and not self.bounds[0] < self.bounds[1]:
-            raise ConfigError.of("bounds", self.bounds, '[low, high] with low < high, or "none"')
+        refuse_bounds(None if isinstance(self.bounds, str) else self.bounds)
         self._smoothed(torch.nn.Identity())  # its checks
+
+    def refuse_misfits(self, stream: Stream) -> None:
+        """Refuse test records that cannot be certified, before any training.
+
+        Raises:
+            ConfigError: if a list of bounds does not have one number per feature, if the bounds
+                exclude an input, or if the inputs are no floating-point numbers.
+        """
+        bounds = None if isinstance(self.bounds, str) or self.method == "smoothing" else self.bounds
+        for stage in stream.stages:
+            test = stage.test.take(slice(0, self.records))
+            refuse_misfits(test.inputs, test.labels, self.epsilon, bounds)
 
     def certificate(self, learner: Learner, stage: Stage, last: int, seed: int) -> Certificate:
         """Certify the first test records of a stage.

@@ -95,7 +95,8 @@ def attack_models(
         if arm in (None, each.name, trial) and seed in (None, its_seed)
     ]
     if not chosen:
-        raise ConfigError.of("arm", arm, ", ".join(trials(config)))
+        name, given = ("arm", arm) if arm is not None else ("seed", seed)
+        raise ConfigError.of(name, given, "a model of the run: " + ", ".join(trials(config)))
     found = []
     for trial in chosen:
         progress(trial)

@@ -176,8 +176,9 @@ def refuse_attack(adversary: Attack | None, stream: Stream, *, private: bool) ->
         private: True if training records are private.
 
     Raises:
-        ConfigError: if inputs cannot change by a small amount, as tokens, or if they are outside
-            the bounds of the attack, which would then hardly change them.
+        ConfigError: if inputs cannot change by a small amount, as tokens, if a list of epsilons or
+            bounds does not have one number per feature, or if inputs are outside the bounds of the
+            attack, which would then hardly change them.
     """
     if adversary is None:
         return
@@ -185,6 +186,7 @@ def refuse_attack(adversary: Attack | None, stream: Stream, *, private: bool) ->
     if not dtype.is_floating_point:
         allowed = f"None: inputs are {dtype}, but an attack needs floating-point inputs"
         raise ConfigError.of("adversary", adversary, allowed)
+    adversary.refuse_shape(stream[0].test.inputs)
     for experience in stream:
         domain = experience.train.domain
         if domain is not None and domain.range is not None:

@@ -4,17 +4,16 @@ import math
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from numbers import Real
 
 import torch
 from torch import Tensor
 
+from perdure.adversarial.bounds import Bounds, of_entries, refuse_bounds
 from perdure.adversarial.certificates.card import Certificate
 from perdure.adversarial.certificates.interval import Interval, between
 from perdure.adversarial.robust_accuracy import MOST_ROWS, fixed
 from perdure.errors import ConfigError
-
-Bounds = tuple[float, float] | None
-"""Smallest and largest value of an input; None for inputs without bounds."""
 
 
 def ball(inputs: Tensor, epsilon: float | Tensor, bounds: Bounds) -> Interval:
@@ -23,9 +22,10 @@ def ball(inputs: Tensor, epsilon: float | Tensor, bounds: Bounds) -> Interval:
     Args:
         inputs: (n, ...) inputs within the bounds.
         epsilon: radius, or one for each record in a shape that fits (n, ...).
-        bounds: smallest and largest value of an input.
+        bounds: smallest and largest value of an input, each for all features or as a list with one
+            number per feature; None for inputs without bounds.
     """
-    low, high = bounds or (-math.inf, math.inf)
+    low, high = (of_entries("bounds", bound, inputs) for bound in bounds or (-math.inf, math.inf))
     return between((inputs - epsilon).clamp(min=low), (inputs + epsilon).clamp(max=high))
 
 
@@ -105,7 +105,8 @@ def certify_by_bounds(
         inputs: (n, ...) inputs within the bounds.
         labels: (n,) int64 labels.
         epsilon: radius of the balls, in units of the inputs.
-        bounds: smallest and largest value of an input; None for inputs without bounds.
+        bounds: smallest and largest value of an input, each for all features or as a list with one
+            number per feature; None for inputs without bounds.
 
     Raises:
         ConfigError: if a layer has no rule, if logits at the record, the middle or two corners of
@@ -128,6 +129,7 @@ def certify_by_bounds(
                 _refuse_uncovered(logits, predict(inside))
             found = predict(rows)
             _refuse_uncovered(logits, found)
+            _refuse_labels(own, found)
             clean += int((found.argmax(1) == own).sum())
             others = logits.above(own).scatter(1, own.unsqueeze(1), -math.inf).amax(1)
             certified += int((others < 0).sum())
@@ -143,6 +145,12 @@ def certify_by_bounds(
 
 def refuse_misfits(inputs: Tensor, labels: Tensor, epsilon: float, bounds: Bounds) -> None:
     """Refuse records, a radius or bounds that cannot be certified."""
+    # types are checked, because no dataclass does it for a function
+    tensors: dict[str, object] = {"inputs": inputs, "labels": labels}
+    radius: object = epsilon
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor):
+            raise ConfigError.of(name, value, f"a tensor; torch.as_tensor({name}) makes one")
     if not inputs.is_floating_point():
         raise ConfigError.of("inputs.dtype", inputs.dtype, "a floating-point type")
     if not len(inputs) or labels.shape != inputs.shape[:1] or labels.dtype != torch.int64:
@@ -150,7 +158,24 @@ def refuse_misfits(inputs: Tensor, labels: Tensor, epsilon: float, bounds: Bound
         raise ConfigError.of(
             "labels", given, f"({len(inputs)},) in torch.int64, and at least one record"
         )
-    if not 0 <= epsilon < math.inf:
+    if not isinstance(radius, Real) or not 0 <= float(radius) < math.inf:
         raise ConfigError.of("epsilon", epsilon, "a finite number, 0 or more")
-    if bounds is not None and not bool(((inputs >= bounds[0]) & (inputs <= bounds[1])).all()):
-        raise ConfigError.of("bounds", bounds, "bounds that include all inputs, or None")
+    refuse_bounds(bounds)
+    if bounds is None:
+        return
+    low, high = (of_entries("bounds", bound, inputs) for bound in bounds)
+    if not bool(((inputs >= low) & (inputs <= high)).all()):
+        found = f"{float(inputs.min()):g} to {float(inputs.max()):g}"
+        raise ConfigError.of("bounds", bounds, f"bounds that include all inputs ({found}), or None")
+
+
+def _refuse_labels(labels: Tensor, logits: Tensor) -> None:
+    """Refuse labels (n,) that are no classes of the logits (n, C).
+
+    Raises:
+        ConfigError: if a label is below 0 or above C - 1.
+    """
+    classes = logits.shape[1]
+    if not bool(((labels >= 0) & (labels < classes)).all()):
+        given = f"{int(labels.min())} to {int(labels.max())}"
+        raise ConfigError.of("labels", given, f"0 to {classes - 1}, the classes of the model")

@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from perdure.adversarial.bounds import Bounds, refuse_bounds
 from perdure.adversarial.certificates.interval_bounds import ball, worst_logits
 from perdure.adversarial.defences.base import PROGRESS, Defence, TaskLosses, plain
 from perdure.contract.context import Context
@@ -32,7 +33,8 @@ class IntervalBounds(Defence):
     Args:
         epsilon: radius of the linf ball in training, in units of the inputs; a little more than
             the radius to certify helps.
-        bounds: smallest and largest value of an input; None for inputs without bounds.
+        bounds: smallest and largest value of an input, each for all features or as a list with one
+            number per feature; None for inputs without bounds.
         kappa: weight of the loss without bounds, at the end.
         warm_up: share of the steps before the radius rises.
         ramp: share of the steps in which it rises.
@@ -49,7 +51,7 @@ class IntervalBounds(Defence):
     )
 
     epsilon: float
-    bounds: tuple[float, float] | None = (0.0, 1.0)
+    bounds: Bounds = (0.0, 1.0)
     kappa: float = 0.5
     warm_up: float = 0.05
     ramp: float = 0.5
@@ -60,8 +62,7 @@ class IntervalBounds(Defence):
         for name in ("kappa", "warm_up", "ramp"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError.of(name, getattr(self, name), "a number from 0 to 1")
-        if self.bounds is not None and not self.bounds[0] < self.bounds[1]:
-            raise ConfigError.of("bounds", self.bounds, "(low, high) with low < high, or None")
+        refuse_bounds(self.bounds)
 
     def losses(
         self, losses: TaskLosses, forward: Forward, batch: Batch, context: Context
