@@ -24,7 +24,7 @@ STRATEGIES = {
 
 
 def trained(stream, strategy, folder, **changes):
-    """Train, and return the outcome, and the largest number of clients' learners at a time."""
+    """Train, and return the outcome, and the largest number of models in memory at a time."""
     streams, federation = hard(stream)
     make = maker(stream, strategy)
     learners = []
@@ -32,16 +32,20 @@ def trained(stream, strategy, folder, **changes):
 
     def made(number):
         learner = make(number)
-        learners.append(weakref.ref(learner))
+        learners.append(weakref.ref(learner.model))
         return learner
 
     def count(point, server):
         if point == "round.received":
-            gc.collect()
             most.append(sum(each() is not None for each in learners))
 
     federation = replace(federation, **changes)
-    server = run_federation(made, streams, federation, folder=folder, callbacks=[count])
+    gc.collect()
+    gc.disable()  # its passes may come late, and nothing may wait for them
+    try:
+        server = run_federation(made, streams, federation, folder=folder, callbacks=[count])
+    finally:
+        gc.enable()
     return outcome(server.learner), max(most)
 
 

@@ -11,6 +11,7 @@ holds for expected numbers, through the public shares, and sizes are declared: g
 or computed from the shares and the sizes that the stream declares.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -192,8 +193,8 @@ class ClientSplit:
             for e in stream
         ]
         whole = replace(stream, assigned_by_record=placed_again(stream, by_record=False))
-        unknown: list[int | None] = [None] * len(stream)
-        return [of_client(whole, owners, client, unknown, "") for client in range(self.clients)]
+        unknown = [[None] * self.clients] * len(stream)
+        return of_clients(whole, owners, self.clients, unknown, "")
 
     def _by_record(
         self,
@@ -214,10 +215,7 @@ class ClientSplit:
         sizes = self._declared(tables, totals, client_sizes)
         whole = replace(stream, assigned_by_record=placed_again(stream, hashable(stream)))
         settings = [self.rule, self.clients, self.min_size, self.seed, list(totals), sizes]
-        return [
-            of_client(whole, owners, client, [row[client] for row in sizes], repr(settings))
-            for client in range(self.clients)
-        ]
+        return of_clients(whole, owners, self.clients, sizes, repr(settings))
 
     def _tables(self, stream: Stream, totals: Sequence[int]) -> list[Tensor]:
         """Return, for every experience, the share of each label that each client gets.
@@ -310,9 +308,7 @@ def _hashed_owners(
     row_of = torch.zeros(max(strata) + 1, dtype=torch.int64)
     row_of[list(strata)] = torch.arange(len(strata))
     coins = public_coin(records.ids, seed=seed)
-    # the last share ends at 1 except for rounding, so no number may be above it
-    bounds = table.cumsum(1)[row_of[_stratum(records)], :-1]
-    owners = (coins[:, None] >= bounds).sum(1)
+    owners = _in_shares(coins, table.cumsum(1), row_of[_stratum(records)])
     ids = records.ids.tolist()
     if homes:
         known = [homes.get(i, owner) for i, owner in zip(ids, owners.tolist(), strict=True)]
@@ -353,8 +349,7 @@ def _by_coin(records: Records, coins: Tensor, shares: Shares) -> Tensor:
     """Return (n,) client of each record: the one whose share contains the record's hash."""
     labels, row = torch.unique(_stratum(records), return_inverse=True)
     table = torch.stack([shares(records.partition, label) for label in labels.tolist()]).cumsum(1)
-    # the last share ends at 1 except for rounding, so no number may be above it
-    return (coins[:, None] >= table[row, :-1]).sum(1)
+    return _in_shares(coins, table, row)
 
 
 def _strata(experience: Experience, classes: tuple[int, ...]) -> tuple[int, ...]:
@@ -396,27 +391,67 @@ def _levelled(
     return owners
 
 
-def of_client(
-    stream: Stream, owners: list[Tensor], client: int, sizes: Sequence[int | None], rule: str
-) -> Stream:
-    """Return the part of a stream that belongs to one client, with declared sizes.
+def of_clients(
+    stream: Stream,
+    owners: list[Tensor],
+    clients: int,
+    sizes: Sequence[Sequence[int | None]],
+    rule: str,
+) -> list[Stream]:
+    """Return the part of a stream that belongs to each client, with declared sizes.
 
     A declared size of 0 leaves the records of the experience out: the client has a gap there.
 
     Args:
         stream: stream of all clients.
-        owners: (n,) client of each record, for every experience.
-        client: number of the client.
-        sizes: declared size of each experience, 0 for a gap; None for the actual size.
+        owners: (n,) client of each record, for every experience; another number for nobody.
+        clients: number of clients.
+        sizes: declared size of every client (inner) in every experience (outer), 0 for a gap; None
+            for the actual size.
         rule: rule that assigned records to clients; "" if it depends on other records.
     """
-    experiences = []
-    for experience, owner, size in zip(stream, owners, sizes, strict=True):
-        train = experience.train
-        rows = torch.nonzero(owner == client).flatten() if size != 0 else owner[:0]
-        mine = train.take(rows.to(train.inputs.device)).declared(size or None)
-        known = f"{train.placed_by}, {rule}" if train.placed_by and rule else ""
-        name = f"client-{client}/{train.partition}"
-        mine = replace(mine, partition=name, placed_by=known)
-        experiences.append(replace(experience, train=mine))
-    return replace(stream, experiences=tuple(experiences))
+    rows = [_rows_of(each, clients) for each in owners]
+    return [
+        replace(
+            stream,
+            experiences=tuple(
+                _of_client(experience, client, rows[index][client], sizes[index][client], rule)
+                for index, experience in enumerate(stream)
+            ),
+        )
+        for client in range(clients)
+    ]
+
+
+def _of_client(
+    experience: Experience, client: int, rows: Tensor, size: int | None, rule: str
+) -> Experience:
+    train = experience.train
+    own = rows if size != 0 else rows[:0]
+    mine = train.take(own.to(train.inputs.device)).declared(size or None)
+    known = f"{train.placed_by}, {rule}" if train.placed_by and rule else ""
+    mine = replace(mine, partition=f"client-{client}/{train.partition}", placed_by=known)
+    return replace(experience, train=mine)
+
+
+def _rows_of(owners: Tensor, clients: int) -> list[Tensor]:
+    """Return the positions of the records of each client, ascending."""
+    order = torch.argsort(owners, stable=True)
+    bounds = torch.searchsorted(owners[order], torch.arange(clients + 1))
+    return [order[first:last] for first, last in itertools.pairwise(bounds.tolist())]
+
+
+def _in_shares(coins: Tensor, bounds: Tensor, row: Tensor) -> Tensor:
+    """Return (n,) number of the share that contains each coin.
+
+    Args:
+        coins: (n,) numbers in [0, 1).
+        bounds: (rows, clients) upper ends of the shares, ascending.
+        row: (n,) row of `bounds` for each coin.
+    """
+    owners = torch.empty(len(coins), dtype=torch.int64)
+    # the last share ends at 1 except for rounding, so no number may be above it
+    for number, ends in enumerate(bounds[:, :-1].contiguous()):
+        own = row == number
+        owners[own] = torch.searchsorted(ends, coins[own], right=True)
+    return owners

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from perdure.data.client_splits import ACTUAL_SIZES, of_client, sizes_by_experience
+from perdure.data.client_splits import ACTUAL_SIZES, of_clients, sizes_by_experience
 from perdure.data.experience import Stream, placed_again, require_stream
 from perdure.data.groups import group_of
 from perdure.errors import ConfigError, PrivacyError
@@ -61,10 +61,7 @@ def by_attribute(
     owners = [_places(each, chosen) for each in groups]
     rule = "" if exact else repr(["by_attribute", attribute, chosen, sizes])
     whole = replace(stream, assigned_by_record=placed_again(stream, by_record=not exact))
-    return [
-        of_client(whole, owners, client, [row[client] for row in sizes], rule)
-        for client in range(clients)
-    ]
+    return of_clients(whole, owners, clients, sizes, rule)
 
 
 def _declared_sizes(

@@ -200,6 +200,7 @@ class ClientSessions:
             self._parked[client] = park(self._seats[client])
         del self._seats[client]
         self._sharing = [each for each in self._sharing if each() not in (None, learner)]
+        learner.release()
 
     def close(self) -> None:
         """Release the lock on the folder of the last client."""

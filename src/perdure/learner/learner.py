@@ -441,6 +441,12 @@ class Learner(SessionFront):
         snapshot = restore_first(self, self._group, snapshot) if self._group else snapshot
         return snapshot is not None
 
+    def release(self) -> None:
+        """Free the memory of the session at once; `prepare` begins another one."""
+        if self._session is not None:
+            self._session.release()
+        self._session = None
+
     # ------------------------------------------------------------------ what it stands on
 
     @property

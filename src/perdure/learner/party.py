@@ -389,6 +389,15 @@ class Party(GuardedParty):
         if self.position.begun:
             self.held.pool.rest()
 
+    def release(self) -> None:
+        """Let go of the model and the records; the party cannot be used afterwards.
+
+        The class that hooks see refers to itself, so only the garbage collector frees it, which may
+        come after thousands of parties. It must not hold the records until then.
+        """
+        vars(self.held).clear()
+        vars(self).clear()
+
     # ------------------------------------------------------------------ the end of an experience
 
     @flushed()
