@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from perdure.data import Experience, InputDomain, Records, Stream
+from perdure.data import Experience, InputDomain, Records, Stream, load, split
 from perdure.doctor import Case, examine, rules
 from perdure.doctor.case import public_part
 from perdure.doctor.examination import examined
@@ -376,3 +376,18 @@ def test_the_examination_refuses_what_it_cannot_use(changes):
     with pytest.raises(ConfigError, match=r"not allowed|cannot be applied") as caught:
         examine(**given)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda data: data, False),
+        (lambda data: replace(data, train=replace(data.train, size_published=False)), True),
+    ],
+    ids=["published", "own"],
+)
+def test_the_size_of_a_published_data_set_needs_no_declaration(change, named):
+    stream = split(change(load("digits")), experiences=2, scenario="class")
+    model = mlp(input_shape=stream.input_shape, num_classes=stream.num_classes, seed=0)
+    found = examine(model, stream, privacy=PRIVATE, iterations=10, rules=["undeclared_size"])
+    assert [each.rule for each in found] == ["undeclared size"] * named

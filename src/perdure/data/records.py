@@ -48,6 +48,8 @@ class Records:
             never the actual number. Default: n, which then is public.
         size_counted: True if no size was declared, so that `declared_size` is the number of rows
             (set automatically).
+        size_published: True for records of a published data set, whose number is public anyway (set
+            by the data sets of `perdure.data`).
         ids_by_position: True if no ids were given, so that ids are row numbers: removing one row
             would change the ids of all later rows. Under privacy such ids may not decide which
             experience or client a record goes to (set automatically; see `perdure.data.scenarios`).
@@ -87,6 +89,7 @@ class Records:
     partition: str = "records"
     declared_size: int = 0
     size_counted: bool = False
+    size_published: bool = False
     ids_by_position: bool = False
     drawn_by_position: bool = False
     coupled_by: str = ""

@@ -77,7 +77,7 @@ class Case:
     seed: int = 0
     device: str | torch.device = "cpu"
     counted_sizes: tuple[int, ...] = field(init=False, default=())
-    """Indices of the experiences whose training records have no declared size."""
+    """Indices of the experiences whose number of records is neither declared nor published."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, nn.Module):
@@ -92,7 +92,11 @@ class Case:
         if self.epochs is not None and self.iterations is not None:
             given = f"{self.epochs}, with iterations={self.iterations}"
             raise ConfigError.of("epochs", given, "one of epochs and iterations")
-        counted = tuple(each.index for each in self.stream if each.train.size_counted)
+        counted = tuple(
+            each.index
+            for each in self.stream
+            if each.train.size_counted and not each.train.size_published
+        )
         object.__setattr__(self, "counted_sizes", counted)
         if self.privacy is not None:
             object.__setattr__(self, "stream", public_part(self.stream))

@@ -62,7 +62,7 @@ def examine_arm(
     chosen = config.private_training if arm.private else None
     training = chosen or config.training
     loss = arm.loss or training.loss
-    mine = _with_public_sizes(stream, config)
+    mine = _of_one_client(stream, config)
     if any(each.private for each in config.arms) and not arm.private:
         mine = public_part(mine)  # records of a private arm are private in every arm
     epochs, iterations = length_of(config.federation, training.epochs, training.iterations)
@@ -85,11 +85,11 @@ def examine_arm(
     return tuple(map(_of_private_training, found)) if own_training(config, arm) else found
 
 
-def _with_public_sizes(stream: Stream, config: Config) -> Stream:
-    """Return the stream with the declared sizes of a client, or those of a published data set."""
-    if config.federation is None and ":" in config.data.name:
+def _of_one_client(stream: Stream, config: Config) -> Stream:
+    """Return the stream with the declared sizes of a client; the same one without a federation."""
+    if config.federation is None:
         return stream
-    clients = config.federation.clients if config.federation else 1
+    clients = config.federation.clients
     parts = [
         replace(each, train=each.train.declared(max(1, each.train.declared_size // clients)))
         for each in stream

@@ -171,6 +171,7 @@ def adult(root: str | Path | None = None, *, declared_size: int | None = None) -
         facts=(fact,),
         declared_size=declared_size,
         value_range=(0.0, 1.0),
+        size_published=True,
     )
     return replace(
         made,

@@ -129,6 +129,7 @@ def from_published_split(
     facts: tuple[str, ...] = (),
     declared_size: int | None = None,
     value_range: tuple[float, float] | None = None,
+    size_published: bool = False,
 ) -> Dataset:
     """Build a data set from a published split into training and test part.
 
@@ -142,11 +143,19 @@ def from_published_split(
         facts: public facts on the data set, one sentence each.
         declared_size: public number of training records; None for the number of rows.
         value_range: smallest and largest number of an input, known from the source's definition.
+        size_published: True if the source is published, so that the number of records is public.
     """
     ids = torch.arange(len(train[0]))
     after = torch.arange(len(test[0])) + len(train[0])
     domain = declared_domain(train[0], value_range)
-    records = Records(inputs=train[0], labels=train[1], ids=ids, partition=name, domain=domain)
+    records = Records(
+        inputs=train[0],
+        labels=train[1],
+        ids=ids,
+        partition=name,
+        domain=domain,
+        size_published=size_published,
+    )
     return Dataset(
         name=name,
         train=records.declared(declared_size),
@@ -169,6 +178,7 @@ def from_stratified_split(
     facts: tuple[str, ...] = (),
     declared_size: int | None = None,
     value_range: tuple[float, float] | None = None,
+    size_published: bool = False,
 ) -> Dataset:
     """Build a data set by a random split with the same share of every class in the test part.
 
@@ -184,6 +194,7 @@ def from_stratified_split(
         facts: public facts on the data set, one sentence each.
         declared_size: public number of training records; None for the number of rows.
         value_range: smallest and largest number of an input, known from the source's definition.
+        size_published: True if the source is published, so that the number of records is public.
 
     Raises:
         ConfigError: if `test_share` is not between 0 and 1.
@@ -200,7 +211,14 @@ def from_stratified_split(
         ] = True
     ids = torch.arange(len(labels))
     domain = declared_domain(inputs, value_range)
-    source = Records(inputs=inputs, labels=labels, ids=ids, partition=name, domain=domain)
+    source = Records(
+        inputs=inputs,
+        labels=labels,
+        ids=ids,
+        partition=name,
+        domain=domain,
+        size_published=size_published,
+    )
     test = source.take(in_test)
     return Dataset(
         name=name,

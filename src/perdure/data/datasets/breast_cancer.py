@@ -48,4 +48,5 @@ def breast_cancer(
         facts=(fact,),
         declared_size=declared_size,
         value_range=STANDARDISED,
+        size_published=True,
     )

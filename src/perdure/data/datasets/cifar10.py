@@ -107,6 +107,7 @@ def _unit_images(
         num_classes=10,
         declared_size=declared_size,
         value_range=(0.0, 1.0),
+        size_published=True,
     )
 
 

@@ -47,4 +47,5 @@ def cifar100(root: str | Path | None = None, *, declared_size: int | None = None
         num_classes=100,
         declared_size=declared_size,
         value_range=(0.0, 1.0),
+        size_published=True,
     )

@@ -35,6 +35,7 @@ def digits(*, seed: int = 0, test_share: float = 0.3, declared_size: int | None 
         test_share=test_share,
         declared_size=declared_size,
         value_range=(0.0, 1.0),
+        size_published=True,
     )
 
 

@@ -55,6 +55,7 @@ def mnist(root: str | Path | None = None, *, declared_size: int | None = None) -
         num_classes=10,
         declared_size=declared_size,
         value_range=(0.0, 1.0),
+        size_published=True,
     )
 
 

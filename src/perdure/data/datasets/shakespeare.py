@@ -88,6 +88,7 @@ def shakespeare(
         ),
         attributes={"domain": torch.tensor(speaker_of)},
         task=NextToken(),
+        size_published=True,
     )
     test = torch.tensor(in_test)
     return Dataset(

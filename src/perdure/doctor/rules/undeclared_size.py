@@ -15,7 +15,8 @@ class UndeclaredSize(Rule):
     Sampling rates, divisors and epsilon use the declared size. If it is the number of rows, then
     this number becomes public, and one record more would change it.
 
-    Symptom: an experience has training records without a declared size.
+    Symptom: an experience has training records without a declared size, which are not of a
+    published data set.
 
     Remedy: a public, rounded size: `[data] declared_size`, or `Records(declared_size=...)`.
 
