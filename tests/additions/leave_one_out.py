@@ -4,7 +4,15 @@ from dataclasses import dataclass
 
 import torch
 
-from perdure.explain.base import Attribution, Explainer, Predict, Rows, Targets, attribution
+from perdure.explain.base import (
+    Attribution,
+    Background,
+    Explainer,
+    Predict,
+    Rows,
+    Targets,
+    attribution,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +30,7 @@ class LeaveOneOut(Explainer):
         self,
         predict: Predict,
         inputs: Rows,
-        background: Rows,
+        background: Background,
         *,
         targets: Targets = None,
         generator: torch.Generator | None = None,
@@ -34,6 +42,8 @@ class LeaveOneOut(Explainer):
         for feature in range(asked.inputs[0].numel()):
             rows = asked.inputs.flatten(1).clone()
             rows[:, feature] = absent[feature]
+            if asked.kept is not None:  # tokens that are always present
+                rows = torch.where(asked.kept, asked.inputs, rows)
             differences.append(asked.outputs - asked.scores(rows.view_as(asked.inputs)))
         values = torch.stack(differences, 1)
         return attribution(asked, values, asked.outputs - values.sum(1))

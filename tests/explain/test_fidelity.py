@@ -12,6 +12,7 @@ from perdure.errors import ConfigError
 from perdure.explain import (
     Attribution,
     KernelSHAP,
+    TokenBackground,
     deletion_area,
     faithfulness_correlation,
     insertion_area,
@@ -194,3 +195,47 @@ def test_measures_agree_with_quantus():
     # theirs has a standard error of 0.02 at 400 sets, for a correlation of 0.8
     assert mine.tolist() == pytest.approx(theirs, abs=0.08)
     assert mine.min() > 0.5
+
+
+WORDS = torch.tensor([[7, 1, 3, 1], [1, 3, 7, 3]])
+FRAMED = TokenBackground(baseline=0, kept=(7,))
+
+
+def read(tokens):
+    """A model of token numbers, with outputs (n, 2)."""
+    if tokens.is_floating_point():
+        raise TypeError("tokens are whole numbers")
+    weights = torch.tensor([[1.0, 2], [3, -1], [-2, 1], [1, 1]], dtype=torch.float64)
+    return (tokens.double() @ weights).square()
+
+
+@pytest.mark.parametrize("measure", [deletion_area, insertion_area])
+def test_areas_never_remove_kept_tokens(measure):
+    found = KernelSHAP().explain(read, WORDS, FRAMED, targets=1)
+    areas = measure(read, WORDS, found, FRAMED, steps=4)
+    for i, words in enumerate(WORDS):
+        order = found.values[i].argsort(descending=True, stable=True).tolist()
+        heights = []
+        for count in range(5):
+            first = torch.tensor([place in order[:count] for place in range(4)])
+            present = first if measure is insertion_area else ~first
+            row = torch.where(present | (words == 7), words, 0)
+            heights.append(float(read(row[None])[0, 1]))
+        wanted = sum((a + b) / 2 for a, b in pairwise(heights)) / 4
+        assert areas[i].item() == pytest.approx(wanted)
+
+
+def test_faithfulness_never_removes_kept_tokens():
+    rows = []
+
+    def noted(tokens):
+        rows.append(tokens)
+        return read(tokens)
+
+    found = KernelSHAP().explain(read, WORDS[:1], FRAMED, targets=1)
+    rows.clear()
+    faithfulness_correlation(noted, WORDS[:1], found, FRAMED, subset=2)
+    seen = torch.cat([each for each in rows if not each.is_floating_point()])
+    changed = seen[(seen != 0).any(1)]  # the background alone is all 0
+    assert len(changed) > 90 and (changed[:, 0] == 7).all()
+    assert (changed[:, 1:] == 0).any()

@@ -14,6 +14,7 @@ from torch import Tensor
 from perdure.errors import ConfigError
 from perdure.explain._model import Predict, Rows
 from perdure.explain._question import Question, question
+from perdure.explain.backgrounds import Background
 from perdure.explain.base import Attribution, seeded
 
 # --------------------------------------------------------------------------- areas
@@ -23,7 +24,7 @@ def deletion_area(
     predict: Predict,
     inputs: Rows,
     found: Attribution,
-    background: Rows,
+    background: Background,
     *,
     steps: int = 20,
     chunk: int | None = None,
@@ -41,7 +42,8 @@ def deletion_area(
         predict: the model that was explained.
         inputs: (n, ...) the explained instances.
         found: their explanation.
-        background: (b, ...) public or synthetic rows that give the values of removed features.
+        background: (b, ...) public or synthetic rows that give the values of removed features, or
+            a `TokenBackground`, whose kept tokens are never removed.
         steps: number of steps; at most one feature goes at a time if it is the number of features.
         chunk: largest number of rows in one forward pass; None for a size that suits the caches.
 
@@ -60,7 +62,7 @@ def insertion_area(
     predict: Predict,
     inputs: Rows,
     found: Attribution,
-    background: Rows,
+    background: Background,
     *,
     steps: int = 20,
     chunk: int | None = None,
@@ -92,7 +94,7 @@ def _area(
     predict: Predict,
     inputs: Rows,
     found: Attribution,
-    background: Rows,
+    background: Background,
     steps: int,
     chunk: int | None,
     kind: Literal["deletion", "insertion"],
@@ -118,7 +120,7 @@ def faithfulness_correlation(
     predict: Predict,
     inputs: Rows,
     found: Attribution,
-    background: Rows,
+    background: Background,
     *,
     subset: int | None = None,
     draws: int = 100,
@@ -339,7 +341,7 @@ def _joined(numbers: list[Tensor], found: Attribution) -> Tensor:
 
 
 def _each_output(
-    predict: Predict, inputs: Rows, found: Attribution, background: Rows, chunk: int | None
+    predict: Predict, inputs: Rows, found: Attribution, background: Background, chunk: int | None
 ) -> Iterator[tuple[Tensor, Question]]:
     """Yield contributions (n, features) and the question for each explained output."""
     if tuple(found.values.shape[: inputs.ndim]) != tuple(inputs.shape):
@@ -374,7 +376,8 @@ def _outputs_with(asked: Question, kept: Tensor) -> Tensor:
         parts = []
         for pair in torch.split(pairs, asked.chunk):
             owner = pair // count
-            changed = torch.where(masks[pair], asked.inputs[owner], row)
+            present = masks[pair] if asked.kept is None else masks[pair] | asked.kept[owner]
+            changed = torch.where(present, asked.inputs[owner], row)
             parts.append(asked.scores(changed, owner)[:, 0])
         total += torch.cat(parts)
     return (total / len(absent)).view(n, count)
