@@ -60,14 +60,15 @@ def print_findings(console: "Console", found: Mapping[str, Sequence["FindingResu
 
 
 def print_below(console: "Console", result: "Result") -> None:
-    """Print what stands below the table of a result: groups and findings, where it has some."""
+    """Print the lines below the table of a result: groups, clients and findings, if it has any."""
     from perdure.report import groups_table
     from perdure.report.absences import absence_lines
+    from perdure.report.clients import client_lines
 
     groups = groups_table(result)
     if groups is not None:
         console.print(groups)
-    for line in absence_lines(result):
+    for line in (*client_lines(result), *absence_lines(result)):
         console.print(line, markup=False)
     print_findings(console, {arm["name"]: arm.get("findings", []) for arm in result["arms"]})
 

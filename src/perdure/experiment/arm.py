@@ -14,13 +14,13 @@ from perdure.adversarial import Attack
 from perdure.data.experience import Stream
 from perdure.doctor import Finding, Monitor, in_order
 from perdure.errors import NonFiniteError, RunawayError
-from perdure.experiment.absence_rows import absence_rows
 from perdure.experiment.certified import certified_after, certified_numbers
 from perdure.experiment.config import Arm, Config
+from perdure.experiment.federation_rows import FederationRows
 from perdure.experiment.finding_rows import finding_of, finding_row
 from perdure.experiment.metrics_log import MetricsLog
 from perdure.experiment.reasons import reason_numbers, reasons_after, without_reasons
-from perdure.experiment.result_schema import AbsenceResult, Numbers, PrivacyResult, TrialResult
+from perdure.experiment.result_schema import Numbers, PrivacyResult, TrialResult
 from perdure.experiment.results import (
     by_class,
     class_row,
@@ -125,8 +125,7 @@ class ArmRun:
         self.folder = self.run_folder / "arms" / self.name
         self._clock = self.folder / "seconds.json"
         self._watched = self.folder / "findings.json"
-        self._absent: list[AbsenceResult] = []
-        self._told = 0
+        self._federated = FederationRows()
         before = float(json.loads(self._clock.read_text())) if self._clock.exists() else 0.0
         self._began = time.perf_counter() - before
 
@@ -250,6 +249,9 @@ class ArmRun:
                 map(finding_row, in_order([*self.findings, *self._watched_findings()]))
             ),
             "absences": [row for rows in self._rows_of("absences") for row in rows],
+            **self._federated.result(
+                self._rows_of("clients"), self._rows_of("accuracy_over_clients")
+            ),
             **self._privacy(),
         }
 
@@ -337,21 +339,23 @@ class ArmRun:
             heard: list[ServerCallback] = [partial(self._hear, loggers), exchanges]
             if self.grid is not None:
                 grid = self.grid(self.name)
-                return serve_on(grid, make(0), streams, federation, self.folder, heard).learner
-            server = run_federation(
-                make,
-                streams,
-                federation,
-                folder=self.folder,
-                engine=chosen.engine,
-                callbacks=heard,
-                progress=exchanges.replied,
-                show_progress=False,
-                listen=self.listen,
-            )
+                server = serve_on(grid, make(0), streams, federation, self.folder, heard)
+            else:
+                server = run_federation(
+                    make,
+                    streams,
+                    federation,
+                    folder=self.folder,
+                    engine=chosen.engine,
+                    callbacks=heard,
+                    progress=exchanges.replied,
+                    show_progress=False,
+                    listen=self.listen,
+                )
         finally:
             for logger in loggers:
                 logger.close()
+        self._federated.ended(server)
         return server.learner
 
     def _loggers(self) -> list[Logger]:
@@ -374,8 +378,9 @@ class ArmRun:
                 logger.log_privacy(statement, server.learner, raw=raw)
         heard: Sequence[Callback] = (self._listen, self.monitor, *self.callbacks, *loggers)
         if point == "evaluated":
-            self._absent = absence_rows(server, self._told)
-            self._told += len(self._absent)
+            curves = self._federated.evaluated(server)
+            for logger in loggers:
+                logger.log(curves, server.learner)
         for callback in heard:
             callback(point, server.learner)
 
@@ -413,9 +418,7 @@ class ArmRun:
             row["reasons"] = reasons_after(
                 learner, self.stream, self.config.explain, self.folder, index, self.config.seed
             )
-        if self._absent:
-            row["absences"] = self._absent
-        self.log.append(row)
+        self.log.append(row | self._federated.measured)
 
     def _tell_monitor(self, row: RobustnessRow) -> None:
         """Give the monitor the accuracies under the attack, which it would measure again."""

@@ -157,7 +157,40 @@ class AbsenceResult(TypedDict):
     field: str
 
 
-class TrialResult(Numbers, PrivacyResult):
+class ClientResult(TypedDict):
+    """Client of a federation, counted from the start of the run.
+
+    Clients count from 0. `asked` and `accepted` are numbers of exchanges; bytes are those of the
+    tensors in the messages. `accuracy` is the mean over the stages that the client holds, on its
+    own test records; null if the server does not have them. `seconds` is null under privacy, where
+    times depend on private records, and is in `result.json` only.
+    """
+
+    client: int
+    asked: int
+    accepted: int
+    bytes_sent: int
+    bytes_received: int
+    accuracy: float | None
+    seconds: NotRequired[float | None]
+
+
+class OverClients(TypedDict):
+    """Mean, worst value and standard deviation of the clients' accuracies."""
+
+    mean: float
+    worst: float
+    spread: float
+
+
+class ClientsResult(TypedDict):
+    """Clients of a federated training; a training without a federation has no such keys."""
+
+    clients: NotRequired[list[ClientResult]]
+    accuracy_over_clients: NotRequired[OverClients | None]
+
+
+class TrialResult(Numbers, PrivacyResult, ClientsResult):
     """One arm with one seed.
 
     `failure` is the error message if training diverged; the measures are then null. `progress` has
@@ -354,6 +387,8 @@ def _check_arm(arm: Mapping[str, Any], source: str) -> None:
         _require(finding, FindingResult, f"{source}.findings")
     for number, trial in enumerate(arm["seeds"]):
         _require(trial, TrialResult, f"{source}.seeds[{number}]")
+        for row in trial.get("clients", ()):
+            _require(row, ClientResult, f"{source}.seeds[{number}].clients")
 
 
 def _require(content: object, shape: type, source: str) -> None:

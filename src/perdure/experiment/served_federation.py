@@ -65,6 +65,7 @@ def serve_on(
         folder=folder,
         callbacks=callbacks,
         sizes=[[each.train.declared_size for each in stream] for stream in streams],
+        tests=[[each.test for each in stream] for stream in streams],
     )
     server.serve(grid)
     return server

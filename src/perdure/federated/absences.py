@@ -67,13 +67,13 @@ def require_quorum(
     """Refuse to go on with fewer valid replies than the quorum.
 
     Raises:
-        PrivacyError: if the privacy rules of a client refused; otherwise the first client's error.
+        PrivacyError: if a client refused by the privacy rules; else the first error of a client
+            that stopped; else the reason why the server has no valid reply of the first client.
     """
     least = needed(quorum, len(asked))
     if accepted >= least:
         return
-    refusals = [each for each in absences if isinstance(each.error, PrivacyError)]
-    first = (refusals or list(absences))[0]
+    first = min(absences, key=_rank)
     others = [each for each in absences if each is not first]
     also = f"; also without: {_listed(others)}" if others else ""
     kind = type(first.error)
@@ -84,6 +84,14 @@ def require_quorum(
         f"{first.exchange}, federation.quorum = {quorum:g} needs {least}{also}; start the server "
         "again to repeat the exchange",
     ) from first.error
+
+
+def _rank(absence: Absence) -> int:
+    """Return the rank of an absence as the reason of a stop: a client's own reason is first."""
+    refused = isinstance(absence.error, PrivacyError)
+    if absence.cause == "failed":
+        return 0 if refused else 1
+    return 2 if refused else 3
 
 
 def _raised(kind: type[PerdureError], text: str) -> PerdureError:

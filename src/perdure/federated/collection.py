@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from flwr.app import Message
 from flwr.serverapp import Grid
@@ -25,6 +25,7 @@ def collect(
     grace: float = 0.0,
     least: int = 0,
     patience: float = RETURN,
+    arrived: Callable[[int], None] | None = None,
 ) -> dict[int, Message]:
     """Send messages, and return the replies by the node that was asked.
 
@@ -40,6 +41,7 @@ def collect(
         grace: further seconds to wait while there are fewer than `least` replies.
         least: number of replies without errors that ends the grace.
         patience: seconds to wait for a node that has left; only without a deadline.
+        arrived: called with the node of each reply when it arrives.
     """
     waiting = _pushed(grid, messages)
     # a message cannot be pushed twice, so its parts are kept
@@ -55,6 +57,8 @@ def collect(
             node = waiting.pop(reply.metadata.reply_to_message_id, None)
             if node is not None:
                 replies[node] = reply
+                if arrived is not None:
+                    arrived(node)
                 away.note(node, reply)
         back = away.back()
         waiting |= _pushed(grid, [Message(parts[n][0], n, parts[n][1]) for n in back])

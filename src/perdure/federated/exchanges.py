@@ -1,6 +1,7 @@
 """Exchanges of messages with the clients: tasks out, valid replies back, absences noted."""
 
 import logging
+import time
 from collections.abc import Iterable, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass
@@ -13,8 +14,9 @@ from perdure.errors import FederationError, LedgerError, PerdureError
 from perdure.federated.absences import Absence, Cause, log_absences, needed, require_quorum
 from perdure.federated.attendance import Attendance
 from perdure.federated.client_store import FRESH, older_state
+from perdure.federated.client_totals import ClientTotals
 from perdure.federated.collection import collect
-from perdure.federated.flower_adapter import UNREACHABLE, failure
+from perdure.federated.flower_adapter import UNREACHABLE, InProcessGrid, failure
 from perdure.federated.held_arrays import message_of
 from perdure.federated.ledger_heads import LEDGER, ClientHeads
 from perdure.federated.reply_checks import Expected, ReplyChecks
@@ -60,6 +62,7 @@ class Exchanges:
         self.checks = ReplyChecks()
         self.heads = ClientHeads()
         self.absences: list[Absence] = []
+        self.totals = ClientTotals(federation.clients)
 
     def ask(self, grid: Grid, messages: Sequence[Message], request: Request) -> dict[int, Message]:
         """Add to each message the task of its client, send all, and return the valid replies.
@@ -98,6 +101,7 @@ class Exchanges:
             self.heads.begun |= {each.client for each in absences if each.cause != "absent"}
         require_quorum(federation.quorum, request.presence.asked, len(accepted), absences)
         self.absences += absences
+        self.totals.end(request.presence.asked, accepted)
         return accepted
 
     def _collected(
@@ -107,13 +111,23 @@ class Exchanges:
         clients: Mapping[int, int],
         request: Request,
     ) -> dict[int, Message]:
+        for message in outgoing:
+            self.totals.count_sent(clients[message.metadata.dst_node_id], message.content)
+        arrived: dict[int, float] = {}
+        begin = time.perf_counter()
         found = collect(
             grid,
             outgoing,
+            arrived=lambda node: arrived.update({node: time.perf_counter() - begin}),
             deadline=self._federation.deadline,
             grace=self._federation.grace,
             least=needed(self._federation.quorum, len(request.presence.asked)),
         )
+        # In this process all replies arrive together, after the last client has worked.
+        seconds = arrived | (grid.seconds if isinstance(grid, InProcessGrid) else {})
+        for node, reply in found.items():
+            content = reply.content if reply.has_content() else None
+            self.totals.count_received(clients[node], content, seconds[node])
         return {clients[node]: reply for node, reply in found.items()}
 
     def _asked_again(

@@ -11,6 +11,7 @@ import importlib.util
 import logging
 import os
 import random
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -109,6 +110,8 @@ class InProcessGrid(Grid):
         self._run = Run.create_empty(IDENTITY["_run_id"])
         self._replies: dict[str, Message] = {}
         self._sent = 0
+        self.seconds: dict[int, float] = {}
+        """Seconds in which each node gave its last reply."""
 
     @contextmanager
     def running(self) -> Iterator["InProcessGrid"]:
@@ -163,7 +166,9 @@ class InProcessGrid(Grid):
             message.content = copied(message.content)
             if self._listen:
                 self._listen(message)
+            begin = time.perf_counter()
             reply = self._reply(message)
+            self.seconds[message.metadata.dst_node_id] = time.perf_counter() - begin
             if self._listen:
                 self._listen(reply)
             self._replies[ids[-1]] = reply

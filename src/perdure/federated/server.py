@@ -21,10 +21,13 @@ from torch import Tensor
 from perdure.contract.plan import MODELLED
 from perdure.contract.state import State
 from perdure.data.experience import Stream
+from perdure.data.records import Records
 from perdure.federated.absences import Absence
 from perdure.federated.aggregation import aggregated
 from perdure.federated.attendance import Attendance
 from perdure.federated.averaging import ready
+from perdure.federated.client_accuracy import own_accuracies
+from perdure.federated.client_totals import ClientTotals
 from perdure.federated.exchanges import Exchanges, Request
 from perdure.federated.flower_adapter import (
     Cohort,
@@ -84,6 +87,8 @@ class Server:
         callbacks: called as callback(point, server).
         sizes: declared sizes of every client, one number an experience; None to ask each client
             when it connects, and to believe it.
+        tests: public test records of every client, one set an experience; None if only the clients
+            have them, so that their accuracy is not known here.
     """
 
     learner: Learner
@@ -92,6 +97,7 @@ class Server:
     folder: Path | None = None
     callbacks: Sequence[ServerCallback] = ()
     sizes: Sequence[Sequence[int]] | None = None
+    tests: Sequence[Sequence[Records]] | None = None
 
     def __post_init__(self) -> None:
         check_stream(self.stream)
@@ -135,6 +141,27 @@ class Server:
         return self._exchanges.absences
 
     @property
+    def private(self) -> bool:
+        """True if the clients train with privacy."""
+        return self._settings["privacy"] is not None
+
+    @property
+    def clients(self) -> ClientTotals:
+        """Participation, bytes and seconds of every client since the start of the run."""
+        return self._exchanges.totals
+
+    def client_accuracies(self) -> list[float | None]:
+        """Evaluate the model on each client's own public test records, after an evaluation.
+
+        Returns:
+            Mean over the stages so far that the client holds, in the unit of the task's metric;
+            None for a client whose test records are not known here.
+        """
+        if self.tests is None or self.sizes is None:
+            return [None] * self.federation.clients
+        return own_accuracies(self.learner, self.tests, self.sizes)
+
+    @property
     def exchange(self) -> int:
         """Number of the next exchange, from 0."""
         return self._attendance.exchange
@@ -164,7 +191,7 @@ class Server:
         with contained(), locked(self.folder):
             self.learner.driven_by = self._settings
             self.learner.prepare(self.stream)
-            if self._settings["privacy"] is not None:
+            if self.private:
                 self.learner.session.trained_by = "trained by clients, who hold the ledgers"
             self._resume()
             while self.exchange < self.exchanges:
@@ -265,7 +292,7 @@ class Server:
             "experience": self.experience,
             "round": self.round,
             "exchange": self.exchange,
-            "private": int(self._settings["privacy"] is not None),
+            "private": int(self.private),
         }
         state = to_record(sent(self.learner.state))
         request = Request(
@@ -299,6 +326,7 @@ class Server:
             tensors = {
                 **snapshot.tensors,
                 **{f"aggregator.{name}": value for name, value in arrays.items()},
+                **self.clients.tensors(),
             }
             facts = {**snapshot.facts, "exchange": self.exchange, "aggregator": kinds}
             facts[HEADS], facts["begun"] = self.heads.texts, sorted(self.heads.begun)
@@ -317,6 +345,7 @@ class Server:
             if n.startswith("aggregator.")
         }
         self.learner.restore_checkpoint(snapshot, where=self.folder)
+        self.clients.restore(snapshot.tensors)
         remind(self._aggregator, cut, snapshot.facts["aggregator"])
         self._attendance = self._attend(snapshot.facts["exchange"], snapshot.facts["previous"])
         self._exchanges.checks = ReplyChecks(snapshot.facts["norms"])

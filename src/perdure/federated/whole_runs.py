@@ -94,6 +94,7 @@ def run_federation(
         folder=folder,
         callbacks=callbacks,
         sizes=[[each.train.declared_size for each in stream] for stream in streams],
+        tests=[[each.test for each in stream] for stream in streams],
     )
     with shown_exchanges(server, show_progress, progress) as replied:
         if engine == "ray":

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from perdure.experiment.result_schema import Result, read_result
 from perdure.report.absences import absences_section
+from perdure.report.clients import clients_section
 from perdure.report.figures import pictures
 from perdure.report.findings import NAME as FINDING
 from perdure.report.findings import findings_section
@@ -85,6 +86,7 @@ def html(result: Result, drawn: Sequence[Picture], config: str | None) -> str:
     shown = [picture for picture in drawn if not picture.name.startswith(FINDING)]
     examined = any("findings" in arm for arm in result["arms"])
     groups = groups_section(result)
+    clients = clients_section(result)
     absent = absences_section(result)
     sections = (
         ("answer", "The answer", answer(result)),
@@ -92,6 +94,7 @@ def html(result: Result, drawn: Sequence[Picture], config: str | None) -> str:
         ("pictures", "Pictures", gallery(result, shown)),
         *([("findings", "Findings", findings_section(result, drawn))] if examined else []),
         *([("groups", "Groups", groups)] if groups else []),
+        *([("clients", "Clients", clients)] if clients else []),
         *([("absences", "Missing clients", absent)] if absent else []),
         ("privacy", "Privacy statement", statement(result)),
         ("run", "Settings of the run", facts(result, config)),
