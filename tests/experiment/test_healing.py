@@ -322,3 +322,24 @@ def test_a_private_healing_is_refused_before_its_first_run(tmp_path, text, chang
     with pytest.raises(ConfigError, match=re.escape(told)):
         heal(text, tmp_path / "run", **{"total_epsilon": 3.0, **changes})
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "",
+        'aggregator = "FedAdam"\naggregator_options = {eta = 0.1}',
+        'aggregator = "Krum"\naggregator_options = {num_malicious_nodes = 1}',
+        'pre_aggregators = [{name = "nearest_neighbours", hostile = 1}]',
+    ],
+    ids=["plain", "adam", "krum", "neighbours"],
+)
+def test_another_aggregator_drops_the_options_of_the_former(options):
+    text = f"{CONFIG}\n[federation]\nclients = 7\nrounds = 2\n{options}\n"
+    for given in (text, parse(text)):
+        found = healed(given, [of("federation.aggregator", "FedMedian")])
+        assert found.refused == {}
+        config = parse(found.config) if isinstance(found.config, str) else found.config
+        assert config.federation.aggregator == "FedMedian"
+        assert config.federation.aggregator_options == {}
+        assert config.federation.pre_aggregators == parse(text).federation.pre_aggregators

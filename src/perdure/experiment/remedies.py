@@ -13,6 +13,8 @@ from perdure.experiment.model_config import BuiltModel
 from perdure.experiment.overrides import set_path, toml_text
 from perdure.utils.checked_fields import CheckedFields
 
+AGGREGATOR = "federation.aggregator"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Healed(CheckedFields):
@@ -91,6 +93,7 @@ def _applied(
     """Return a changed copy of a config, after a check of all its values."""
     if isinstance(config, Config):
         config = _with_own_training(config, changes)
+        config = _with_other_aggregator(config, changes)
         for path, value in changes.items():
             config = _replaced(config, path.split("."), value, path)
         return config
@@ -98,6 +101,10 @@ def _applied(
     arms = table.get("arms", [])
     if _divides(changes, [bool(arm.get("private")) for arm in arms]):
         table.setdefault("private_training", copy.deepcopy(table.get("training", {"epochs": 10})))
+    federation = table.get("federation", {})
+    if changes.get(AGGREGATOR) not in (None, federation.get("aggregator")):
+        # options belong to one aggregator, and another one would refuse them
+        federation.pop("aggregator_options", None)
     for path, value in changes.items():
         set_path(table, path, value)
     from_table(table, source)
@@ -108,6 +115,16 @@ def _with_own_training(config: Config, changes: Mapping[str, object]) -> Config:
     if config.private_training or not _divides(changes, [arm.private for arm in config.arms]):
         return config
     return replace(config, private_training=config.training)
+
+
+def _with_other_aggregator(config: Config, changes: Mapping[str, object]) -> Config:
+    """Return the config with a changed aggregator, without the options of the former one."""
+    federation = config.federation
+    name = changes.get(AGGREGATOR)
+    if federation is None or name in (None, federation.aggregator):
+        return config
+    changed = replace(federation, aggregator=str(name), aggregator_options={})
+    return replace(config, federation=changed)
 
 
 def _divides(changes: Mapping[str, object], private: list[bool]) -> bool:
