@@ -120,7 +120,11 @@ class Roster:
 
     def _introduce(self, node: int, reply: Message) -> None:
         if reply.has_error():
-            raise FederationError(reply.error.reason or "it gave no reason")
+            reason = (reply.error.reason or "").strip().splitlines() or ["no reason given"]
+            raise FederationError(
+                f"it answers {QUERY} with an error: {reason[-1]}; allowed: apps that "
+                "perdure.federated.client_app has built; build the app of this node with it"
+            )
         require_site(reply.content.get("site"))
         metrics = cast(MetricRecord, reply.content["metrics"])
         client = metrics["partition"]
