@@ -28,7 +28,7 @@ def test_a_plain_flower_app_is_refused_at_the_first_message(stream):
         stream=short(stream, 1),
         federation=Federation(clients=2, rounds=1),
     )
-    allowed = r"node 1: it answers query.partition with an error: .*perdure.federated.client_app"
+    allowed = r"node 1: its app does not answer query.partition; .*perdure.federated.client_app"
     with InProcessGrid(app, 2).running() as grid, pytest.raises(FederationError, match=allowed):
         server.serve(grid)
     assert trained == []

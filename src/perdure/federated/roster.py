@@ -15,6 +15,8 @@ from perdure.federated.collection import collect
 
 QUERY = "query.partition"
 """Type of the first message to a node."""
+UNANSWERED = "No query function registered"
+"""Part of Flower's error for an app that answers no such message, as an app of plain Flower."""
 PROTOCOL = 2
 """Number of the form of the messages; parties with another one cannot work together."""
 WAIT = 120.0
@@ -120,11 +122,13 @@ class Roster:
 
     def _introduce(self, node: int, reply: Message) -> None:
         if reply.has_error():
-            reason = (reply.error.reason or "").strip().splitlines() or ["no reason given"]
-            raise FederationError(
-                f"it answers {QUERY} with an error: {reason[-1]}; allowed: apps that "
-                "perdure.federated.client_app has built; build the app of this node with it"
-            )
+            reason = reply.error.reason or "it gave no reason"
+            if UNANSWERED in reason:
+                reason = (
+                    f"its app does not answer {QUERY}; allowed: apps that "
+                    "perdure.federated.client_app has built; build the app of this node with it"
+                )
+            raise FederationError(reason)
         require_site(reply.content.get("site"))
         metrics = cast(MetricRecord, reply.content["metrics"])
         client = metrics["partition"]
