@@ -71,6 +71,7 @@ from perdure.strategies import (
     RanPAC,
     Replay,
     RWalk,
+    Scaffold,
 )
 
 CLIENTS = 10
@@ -128,6 +129,7 @@ REPLAY = Replay(memory_size=MEMORY, weighting="equal")
 STRATEGIES: dict[str, Strategy] = {
     "naive": Naive(),
     "fed_prox": FedProx(strength=0.1),
+    "scaffold": Scaffold(),
     "replay": REPLAY,
     "fed_prox + replay": Combine(FedProx(strength=0.1), REPLAY),
     "lwf": LwF(),

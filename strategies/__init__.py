@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from perdure.strategies.ranpac import RanPAC
     from perdure.strategies.replay import Replay
     from perdure.strategies.rwalk import RWalk
+    from perdure.strategies.scaffold import Scaffold
     from perdure.strategies.si import SI
     from perdure.strategies.slda import SLDA
 
@@ -84,6 +85,7 @@ __all__ = [
     "RWalk",
     "RanPAC",
     "Replay",
+    "Scaffold",
     "find",
     "names",
 ]

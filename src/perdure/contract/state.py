@@ -8,7 +8,7 @@ from torch import Tensor
 from perdure.errors import StrategyError
 from perdure.types import Params
 
-Rule = Literal["sum", "mean", "local"]
+Rule = Literal["sum", "mean", "round_mean", "local"]
 """Rule by which the states of clients are combined; `local` tensors stay with their client."""
 
 
@@ -17,7 +17,8 @@ class State(Mapping[str, Tensor]):
 
     `Strategy.init` fixes names and shapes. Each name is declared once with the rule by which a
     federation combines it: `sum` (increments add up over clients), `mean` (weighted by declared
-    sizes) or `local` (each client keeps its own). Values in the shapes of the parameters form a
+    sizes), `round_mean` (the mean change of all clients, after every round) or `local` (each client
+    keeps its own). Values in the shapes of the parameters form a
     *group*: one entry per parameter, named `group/parameter`.
 
     Args:
@@ -59,7 +60,7 @@ class State(Mapping[str, Tensor]):
         Args:
             name: name of the tensor.
             value: the tensor, of any shape; the shape never changes.
-            rule: `sum`, `mean` or `local`.
+            rule: `sum`, `mean`, `round_mean` or `local`.
         """
         return self._declared({name: value}, rule)
 
@@ -69,7 +70,7 @@ class State(Mapping[str, Tensor]):
         Args:
             group: name of the group.
             values: parameter name to tensor, in the shape of that parameter.
-            rule: `sum`, `mean` or `local`, for the whole group.
+            rule: `sum`, `mean`, `round_mean` or `local`, for the whole group.
         """
         return self._declared({f"{group}/{name}": value for name, value in values.items()}, rule)
 

@@ -2,8 +2,8 @@
 
     Requests and replies:
 
-    train            receives global parameters, trains a block of the experience, sends parameters
-                     and the declared size
+    train            receives global parameters, trains a block of the experience, sends parameters,
+                     the declared size, and the state that is combined after every round
     train.finish     receives final global parameters, consolidates and updates memory, sends the
                      strategy's shared state
     query.partition  receives the server's version, sends its own, the number of the partition that
@@ -57,7 +57,7 @@ from perdure.federated.party_checks import (
 )
 from perdure.federated.reply_checks import EXCHANGE
 from perdure.federated.roster import require_site, site
-from perdure.federated.state_merging import sent
+from perdure.federated.state_merging import sent, sent_every_round
 from perdure.learner.folder_claims import client_folder
 from perdure.learner.learner import Learner
 from perdure.planning.training_plan import Participation
@@ -300,7 +300,10 @@ def app_of(seats: ClientSessions) -> ClientApp:
             learner.train(block)
             learner.session.adopt_average()
         seats.put(_number(context), seat, task["exchange"])
-        return _reply(message, learner, task, arrays=to_record(shared(learner.model)))
+        records = {"arrays": to_record(shared(learner.model))}
+        if round_state := sent_every_round(learner.state):
+            records["state"] = to_record(round_state)
+        return _reply(message, learner, task, **records)
 
     @app.train("finish")
     @answering

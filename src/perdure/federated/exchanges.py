@@ -34,15 +34,19 @@ class Request:
         task: numbers that all clients get: experience, round, rounds, exchange, private.
         presence: clients that are asked now, and the last earlier exchange of every client.
         state: combined state of the strategy, for clients that do not have it yet.
+        round_state: part of it that changes with every round, for the others.
         record: name of the record with tensors in a reply: `arrays` or `state`.
         tensors: the server's own tensors that a reply's must be like.
+        round_tensors: its tensors that a reply has besides, in the record `state`.
     """
 
     task: Mapping[str, int]
     presence: Attendance
     state: ArrayRecord
+    round_state: ArrayRecord
     record: str
     tensors: Mapping[str, Tensor]
+    round_tensors: Mapping[str, Tensor]
 
 
 class Exchanges:
@@ -181,6 +185,8 @@ class Exchanges:
             # again, it would overwrite what the strategy has changed on the client since then.
             if request.state and previous < begin:
                 records["state"] = request.state
+            elif request.round_state:
+                records["state"] = request.round_state
             records |= self.heads.told(client)
             message.content = message_of(records)
 
@@ -191,7 +197,8 @@ class Exchanges:
         upto = request.task["experience"] + 1
         expected = Expected(
             record=request.record,
-            tensors={name: value.detach().cpu() for name, value in request.tensors.items()},
+            tensors=_on_cpu(request.tensors),
+            round_state=_on_cpu(request.round_tensors),
             exchange=request.task["exchange"],
             private=bool(request.task["private"]),
             sizes={client: sum(own[:upto]) for client, own in self._roster.sizes.items()},
@@ -219,6 +226,10 @@ class Exchanges:
                 rejected.append(_absence(request, client, "rejected", error, LEDGER))
                 del accepted[client]
         return accepted, rejected
+
+
+def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().cpu() for name, value in tensors.items()}
 
 
 def _absence(

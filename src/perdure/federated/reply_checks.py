@@ -9,7 +9,7 @@ be the present one. An update far larger than those of most clients is rejected,
 import io
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import median
 from typing import Any, cast
 
@@ -23,6 +23,8 @@ from perdure.federated.held_arrays import HeldArray, message_of, name_of
 from perdure.federated.ledger_heads import LEDGER
 from perdure.federated.updates import checked_record
 
+STATE = "state"
+"""Name of the record with tensors of the strategy's state."""
 EXCHANGE = "exchange"
 """Name of the record, and of the number in it, with which a client names the exchange."""
 UPDATE_FACTOR = 100.0
@@ -64,6 +66,7 @@ class Expected:
         private: True if every client must report the head of its ledger.
         sizes: largest number of records of each client, by number; empty if none was declared.
         max_update_norm: largest allowed L2 norm of an update; None for a bound from the median.
+        round_state: the server's tensors of the strategy's state that a reply has besides.
     """
 
     record: str
@@ -72,6 +75,7 @@ class Expected:
     private: bool
     sizes: Mapping[int, int]
     max_update_norm: float | None = None
+    round_state: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class ReplyChecks:
@@ -127,8 +131,8 @@ class ReplyChecks:
     ) -> dict[int, ReplyError]:
         found: dict[int, ReplyError] = {}
         parts = next(iter(norms.values()), {})
-        update = expected.record == "arrays"
         for part in parts:
+            update = part == ""
             positive = [each[part] for each in norms.values() if each[part] > 0]
             factor = UPDATE_FACTOR if update else STATE_FACTOR
             most, told = math.inf, ""
@@ -143,17 +147,21 @@ class ReplyChecks:
                 told = "federation.max_update_norm"
             for client, each in norms.items():
                 if each[part] > most:
-                    field = "update" if update else f"state {part}"
+                    where = "update" if update else f"{STATE} {part.removeprefix(f'{STATE} ')}"
                     reason = f"its norm {each[part]:.3g} is above {most:.3g}, {told}"
-                    found.setdefault(client, ReplyError(field, reason))
+                    found.setdefault(client, ReplyError(where, reason))
         return found
 
 
 def distances(tensors: Mapping[str, Tensor], expected: Expected) -> dict[str, float]:
     """Return the L2 norm of an update, under the name "", or the norms of a state's tensors."""
     if expected.record == "arrays":
-        squares = [_norm(value - expected.tensors[name]) ** 2 for name, value in tensors.items()]
-        return {"": math.sqrt(sum(squares))}
+        squares = [_norm(tensors[name] - value) ** 2 for name, value in expected.tensors.items()]
+        states = {
+            f"{STATE} {name}": _norm(tensors[f"{STATE} {name}"] - value)
+            for name, value in expected.round_state.items()
+        }
+        return {"": math.sqrt(sum(squares)), **states}
     return {name: _norm(value) for name, value in tensors.items()}
 
 
@@ -176,15 +184,21 @@ def checked_content(
         raise ReplyError("message", "it has no content")
     content = reply.content
     own = {expected.record, "metrics", EXCHANGE} | ({LEDGER} if expected.private else set())
+    if expected.round_state:
+        own.add(STATE)
     if set(content) != own:
         raise ReplyError("message", f"has the records {sorted(content)}; allowed: {sorted(own)}")
     _check_exchange(content[EXCHANGE], expected.exchange)
     size = _checked_size(content["metrics"], expected.sizes.get(client))
-    tensors = _checked_tensors(content[expected.record], expected)
+    tensors = _checked_tensors(content[expected.record], expected.record, expected.tensors)
     records: dict[str, ArrayRecord | MetricRecord | ConfigRecord] = {
         expected.record: checked_record(tensors),
         "metrics": MetricRecord({"num-examples": size}),
     }
+    if expected.round_state:
+        state = _checked_tensors(content[STATE], STATE, expected.round_state)
+        records[STATE] = checked_record(state)
+        tensors |= {f"{STATE} {name}": value for name, value in state.items()}
     if expected.private:
         records[LEDGER] = cast(ConfigRecord, content[LEDGER])
     return tensors, message_of(records)
@@ -206,21 +220,20 @@ def _checked_size(record: Any, most: int | None) -> int:
     return given
 
 
-def _checked_tensors(record: Any, expected: Expected) -> dict[str, Tensor]:
-    name = expected.record
+def _checked_tensors(record: Any, name: str, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if not isinstance(record, ArrayRecord):
         raise ReplyError(name, f"is a {type(record).__name__}; allowed: an ArrayRecord")
-    wrong = sorted(set(record) ^ set(expected.tensors))
+    wrong = sorted(set(record) ^ set(like))
     if wrong:
         raise ReplyError(name, f"differs in {_short(wrong[0])}; allowed: the model's own names")
     tensors = {}
-    for key, like in expected.tensors.items():
-        field = f"{name} {key}"
-        value = tensors[key] = _decoded(record[key], like, field)
+    for key, own in like.items():
+        where = f"{name} {key}"
+        value = tensors[key] = _decoded(record[key], own, where)
         if not math.isfinite(_norm(value)):
-            raise ReplyError(field, "has NaN, infinite or far too large numbers; allowed: finite")
+            raise ReplyError(where, "has NaN, infinite or far too large numbers; allowed: finite")
         if key.endswith("running_var") and bool((value < 0).any()):
-            raise ReplyError(field, "has a negative variance; allowed: numbers from 0")
+            raise ReplyError(where, "has a negative variance; allowed: numbers from 0")
     return tensors
 
 

@@ -48,7 +48,7 @@ from perdure.federated.messages import (
 from perdure.federated.reply_checks import ReplyChecks
 from perdure.federated.roster import Roster
 from perdure.federated.settings import Federation
-from perdure.federated.state_merging import combine, sent
+from perdure.federated.state_merging import combine, combine_round, sent, sent_every_round
 from perdure.learner.arguments import check_stream
 from perdure.learner.checkpoint import Position, Store
 from perdure.learner.fingerprint import plain_attributes
@@ -228,6 +228,7 @@ class Server:
         self._notify("round.received")
         weighty = [each for each in replies.values() if read_metric(each, "num-examples")]
         if weighty:
+            self._combine_round(weighty)
             result = aggregated(
                 self._aggregator,
                 number,
@@ -240,6 +241,19 @@ class Server:
         learner.session.mark_model(learnt=True)
         self._notify("round.end")
         return list(replies)
+
+    def _combine_round(self, replies: Sequence[Message]) -> None:
+        """Combine the state that follows every round, and take it out of the replies."""
+        learner = self.learner
+        old = sent_every_round(learner.state)
+        if not old:
+            return
+        states = [State(read_tensors(reply, "state"), old.rules) for reply in replies]
+        for reply in replies:  # an aggregator allows one record of tensors only
+            del reply.content["state"]
+        new = combine_round(old, states, self.federation.clients)
+        moved = {name: value.to(learner.device) for name, value in new.items()}
+        learner.session.state = learner.strategy.derive(learner.state.replace(moved))
 
     def _consolidate(self, grid: Grid) -> list[int]:
         """Consolidate the experience with the global parameters, on the clients that need it.
@@ -294,9 +308,16 @@ class Server:
             "exchange": self.exchange,
             "private": int(self.private),
         }
-        state = to_record(sent(self.learner.state))
+        own = self.learner.state
+        round_state = sent_every_round(own)
         request = Request(
-            task=task, presence=self._attendance, state=state, record=record, tensors=tensors
+            task=task,
+            presence=self._attendance,
+            state=to_record(sent(own)),
+            round_state=to_record(round_state),
+            record=record,
+            tensors=tensors,
+            round_tensors=round_state if record == "arrays" else {},
         )
         return self._exchanges.ask(grid, list(messages), request)
 
@@ -310,7 +331,7 @@ class Server:
         learner = self.learner
         memory = learner.training.of(self.stream[experience]).memory
         return (
-            bool(sent(learner.state))
+            sent(learner.state).keys() > sent_every_round(learner.state).keys()
             or any(map(learner.strategy.uses, ("after_experience", "remember")))
             or (memory is not None and memory.selection in MODELLED)
         )

@@ -15,6 +15,33 @@ def sent(state: State) -> State:
     return State({name: state[name] for name in rules}, rules)
 
 
+def sent_every_round(state: State) -> State:
+    """Return the part of a state that is combined after every round."""
+    names = [name for name, rule in state.rules.items() if rule == "round_mean"]
+    return State({name: state[name] for name in names}, dict.fromkeys(names, "round_mean"))
+
+
+def combine_round(old: State, states: Sequence[State], clients: int) -> State:
+    """Combine the tensors of the rule `round_mean` after a round.
+
+        old + sum_k (state_k - old) / clients
+
+    A client that is not in the round changes nothing, so the result is the mean over all clients.
+
+    Args:
+        old: state before the round, the same for all clients.
+        states: states of the clients of the round, in a fixed order.
+        clients: number of clients of the federation.
+    """
+    tensors = {}
+    for name, before in old.items():
+        device = states[0][name].device
+        start = before.to(device, torch.float64)
+        moved = sum((state[name].double() - start for state in states), torch.zeros_like(start))
+        tensors[name] = (start + moved / clients).to(before.dtype)
+    return State(tensors, old.rules)
+
+
 def combine(old: State | None, states: Sequence[State], weights: Sequence[float]) -> State:
     """Combine the states of all clients into one state.
 
@@ -22,6 +49,8 @@ def combine(old: State | None, states: Sequence[State], weights: Sequence[float]
     `local` are left out.
 
         sum:  old + sum_k (state_k - old)          mean:  sum_k w_k state_k / sum_k w_k
+
+    Tensors with the rule `round_mean` stay as the last round left them (see `combine_round`).
 
     If there is only one state, its tensors are returned unchanged.
 
@@ -63,4 +92,8 @@ def _mean(before: Tensor, values: Sequence[Tensor], weights: Sequence[float], na
     return torch.stack(terms).sum(0).to(before.dtype)
 
 
-RULES = {"sum": _sum, "mean": _mean}
+def _kept(before: Tensor, values: Sequence[Tensor], weights: Sequence[float], name: str) -> Tensor:
+    return before
+
+
+RULES = {"sum": _sum, "mean": _mean, "round_mean": _kept}
