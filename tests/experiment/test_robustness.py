@@ -114,6 +114,7 @@ def test_the_certified_matrix_lies_below_the_robust_matrix(tmp_path):
     assert arm["certified_forgetting"] == pytest.approx(certified[0][0] - certified[1][0])
     page = write_report(tmp_path).read_text()
     assert "Certified accuracy kept and lost over time" in page
+    assert "certified accuracy<small>%, interval bounds,<br>L∞ 0.03" in page
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert rows[1]["certified"] == certified[1]
 

@@ -136,7 +136,14 @@ def test_strategy_options_are_shown_as_chips_that_wrap(
     assert len(chips) == sum(name.startswith("options") for name in rows)
 
 
-def test_an_options_row_has_all_columns_of_the_arms_table(result: dict[str, Any]) -> None:
+SMOOTHING = {"method": "smoothing", "epsilon": 0.25, "alpha": 0.001, "records": 200}
+
+
+@pytest.mark.parametrize("certificate", [None, SMOOTHING])
+def test_an_options_row_has_all_columns_of_the_arms_table(
+    result: dict[str, Any], certificate: dict[str, Any] | None
+) -> None:
+    result["certificate"] = certificate
     arms = Page(arms_table(checked(result)))
     width = sum(attributes.get("scope") == "col" for attributes in arms.all("th"))
     (span,) = {
@@ -144,6 +151,16 @@ def test_an_options_row_has_all_columns_of_the_arms_table(result: dict[str, Any]
     }
     beside = sum("rowspan" in attributes for attributes in arms.all("td"))
     assert span + beside // len(arms.all("ul")) == width
+
+
+def test_the_report_page_shows_certified_accuracy_and_radius(result: dict[str, Any]) -> None:
+    assert "certified accuracy %" not in words_of(result)
+    result["certificate"] = SMOOTHING
+    result["arms"][0]["certified_accuracy"] = 43.21
+    words = words_of(result)
+    assert "certified accuracy %, smoothing, L2 0.25" in words and "43.2" in words
+    assert "smoothing, L2 0.25; at most 200 test records" in words
+    assert "wrong with probability 0.001 per record" in words
 
 
 def test_only_numbers_in_the_arms_table_stay_on_one_line(written: Path) -> None:

@@ -49,6 +49,21 @@ def test_the_result_table_header_names_the_attack(result: dict[str, Any]) -> Non
     assert text.splitlines()[-1].strip().startswith("accuracy, robust: %")
 
 
+def test_the_result_table_names_the_certificate(result: dict[str, Any]) -> None:
+    assert "certified" not in printed(result)
+    result["certificate"] = {"method": "interval_bounds", "epsilon": 0.03}
+    for place, arm in enumerate(result["arms"]):
+        arm["certified_accuracy"] = 12.5 + place
+        arm["standard_error"]["certified_accuracy"] = 3.25
+    result["arms"][1]["certified_accuracy"] = None
+    text = printed(result)
+    assert max(len(line) for line in text.splitlines()) <= COLUMNS
+    assert "L∞ 0.03" in text and "accuracy, robust, certified: %" in " ".join(text.split())
+    assert line_of(text, "naive", "no").split()[5] == "12.5"
+    result["certificate"] = {"method": "smoothing", "epsilon": 0.25}
+    assert "L2 0.25" in printed(result)
+
+
 def test_the_result_table_labels_only_simulated_epsilons(result: dict[str, Any]) -> None:
     assert printed(result).count(SIMULATION) == 4
     for arm in result["arms"]:

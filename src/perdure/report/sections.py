@@ -15,6 +15,7 @@ from perdure.report.wording import (
     axis_name,
     best,
     by_privacy,
+    certificate_name,
     count,
     decimal,
     digits,
@@ -38,7 +39,6 @@ TITLES = {
     "area_under_accuracy": "area under the curve",
 }
 """Column titles of keys in `MEASURES` whose title is not the key itself."""
-COLUMNS = len(MEASURES) + 4  # and strategy, robust accuracy, epsilon and time
 GLOSSARY = (
     (
         "arm",
@@ -78,6 +78,11 @@ GLOSSARY = (
     (
         "epsilon (ε)",
         "Limit on the change of the results by one unit. Every use adds to it; lower is better.",
+    ),
+    (
+        "certified accuracy",
+        "Percent proved right for every change within the stated radius. Accuracy under any such "
+        "attack is at least this; by smoothing, of the vote over noisy copies.",
     ),
     ("delta (δ)", "Small number: about the probability that the promise of epsilon does not hold."),
     ("unit", "The protected unit of the promise: one record, or one client with all its records."),
@@ -186,6 +191,9 @@ def arms_table(result: Result) -> str:
         "robust accuracy<small>%, "
         f"{escape(attack_name(result['attack'])).replace(', ', ',<br>')}</small>"
     )
+    if certificate := result.get("certificate"):
+        told = escape(certificate_name(certificate)).replace(", ", ",<br>")
+        heads.append(f"certified accuracy<small>%, {told}</small>")
     columns = ["strategy", *heads, "epsilon<small>rounded up</small>", "time<small>seconds</small>"]
     body = "".join(_group(result, private) for private in (False, True))
     caption = (
@@ -209,13 +217,15 @@ def _group(result: Result, private: bool) -> str:
     if not arms:
         return ""
     title = "With privacy" if private else "Without privacy"
-    head = f'<tr><th scope="rowgroup" colspan="{COLUMNS}">{title}</th></tr>'
+    measures = _measures(result)
+    head = f'<tr><th scope="rowgroup" colspan="{len(measures) + 3}">{title}</th></tr>'
     winner = best(arms, result["task"])
     rows = "".join(
         _arm_row(
             arm,
             label,
             shown_options(arm, result["arms"]),
+            measures,
             wins=winner is not None and arm is winner[0],
             places=digits(result["task"]),
         )
@@ -224,7 +234,21 @@ def _group(result: Result, private: bool) -> str:
     return f"<tbody>{head}{rows}</tbody>"
 
 
-def _arm_row(arm: ArmResult, label: str, options: Sequence[str], *, wins: bool, places: int) -> str:
+def _measures(result: Result) -> list[str]:
+    """Return the keys of the measures in the table of all arms, in the order of its columns."""
+    certified = ["certified_accuracy"] if result.get("certificate") else []
+    return [*MEASURES, "robust_accuracy", *certified]
+
+
+def _arm_row(
+    arm: ArmResult,
+    label: str,
+    options: Sequence[str],
+    measures: Sequence[str],
+    *,
+    wins: bool,
+    places: int,
+) -> str:
     """Return the arm's numbers, and a second row with its options where it has any to show."""
     star = (
         '&nbsp;<span class="star" role="img" aria-label="best of its group">★</span>'
@@ -233,9 +257,7 @@ def _arm_row(arm: ArmResult, label: str, options: Sequence[str], *, wins: bool, 
     )
     numbers = cast(Mapping[str, float | None], arm)
     errors = arm["standard_error"]
-    values = [
-        with_error(numbers[name], errors[name], places) for name in (*MEASURES, "robust_accuracy")
-    ]
+    values = [with_error(numbers.get(name), errors.get(name), places) for name in measures]
     cells = "".join(f'<td class="number">{value}</td>' for value in values)
     # epsilon takes several lines, so its cell and the time span the row of options, too
     height = ' rowspan="2"' if options else ""
@@ -244,7 +266,7 @@ def _arm_row(arm: ArmResult, label: str, options: Sequence[str], *, wins: bool, 
         f'<th scope="row">{escape(_shown_name(arm))}{star}</th>{cells}'
         f'<td class="epsilon"{height}>{_epsilon_cell(arm)}</td>'
         f'<td class="number"{height}>{decimal(arm["seconds"])}</td></tr>'
-        f"{_options_row(options, label, wins)}"
+        f"{_options_row(options, label, wins, columns=len(measures) + 1)}"
     )
 
 
@@ -254,12 +276,12 @@ def _shown_name(arm: ArmResult) -> str:
     return f"{name} ({failed_in_words(arm)})" if arm["failures"] else name
 
 
-def _options_row(options: Sequence[str], label: str, wins: bool) -> str:
+def _options_row(options: Sequence[str], label: str, wins: bool, columns: int) -> str:
     if not options:
         return ""
     chips = "".join(f"<li>{escape(option)}</li>" for option in options)
     return (
-        f'<tr class="options{" best" * wins}"><td colspan="{COLUMNS - 2}">'
+        f'<tr class="options{" best" * wins}"><td colspan="{columns}">'
         f'<ul class="chips" aria-label="options of {escape(label)}">{chips}</ul></td></tr>'
     )
 
@@ -330,6 +352,7 @@ def facts(result: Result, config: str | None) -> str:
         "model": _listed(result["model"]),
         "federation": shared,
         "attack behind robust accuracy": _threat_model(result),
+        **_certificate_fact(result),
         "strategies": "; ".join(dict.fromkeys(arm["options"] for arm in result["arms"])),
         "versions": _listed(result["environment"]),
     }
@@ -353,6 +376,18 @@ def _threat_model(result: Result) -> str:
     losses = attack.get("objectives")
     worst = f"; a record must survive {' and '.join(losses)}" if losses else ""
     return f"{attack_name(attack)}{worst}{blind}"
+
+
+def _certificate_fact(result: Result) -> dict[str, str]:
+    """Return the certificate with its radius and records; nothing without one."""
+    certificate = result.get("certificate")
+    if not certificate:
+        return {}
+    records = f"at most {count(certificate['records'], 'test record')} of each experience"
+    sure = f", wrong with probability {certificate['alpha']:g} per record"
+    by_votes = certificate["method"] == "smoothing"
+    told = f"{certificate_name(certificate)}; {records}{sure * by_votes}"
+    return {"certificate behind certified accuracy": told}
 
 
 def _declared_sizes(federation: Mapping[str, Any] | None) -> str:

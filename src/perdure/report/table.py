@@ -18,6 +18,7 @@ from perdure.report.wording import (
     axis_name,
     best,
     by_privacy,
+    certificate_name,
     decimal,
     digits,
     epsilon_number,
@@ -71,7 +72,11 @@ def _empty(run: Result) -> Table:
     drawn.add_column("strategy,\nchanged options", overflow="fold", max_width=LONGEST_OPTION)
     drawn.add_column("private")
     metric = run["task"]["metric"].replace(" ", "\n")
-    for header in (f"average\n{metric}", "forgetting", Text(f"robust\n{attack}")):
+    headers: list[str | Text] = [f"average\n{metric}", "forgetting", Text(f"robust\n{attack}")]
+    if certificate := run.get("certificate"):
+        method, radius = certificate_name(certificate).split(", ")
+        headers.append(Text("\n".join(["certified", *method.split(), radius])))
+    for header in headers:
         drawn.add_column(header, justify="right", no_wrap=True)
     drawn.add_column("epsilon, rounded up", min_width=len(SIMULATION))
     drawn.add_column("time", justify="right", no_wrap=True)
@@ -82,13 +87,16 @@ def _cells(arm: ArmResult, run: Result) -> list[Text]:
     options = "".join(f"\n {option}" for option in shown_options(arm, run["arms"]))
     places = digits(run["task"])
     errors = arm["standard_error"]
+    shown_numbers = {
+        "average_accuracy": arm["average_accuracy"],
+        "forgetting": arm["forgetting"],
+        "robust_accuracy": arm["robust_accuracy"],
+    }
+    if run.get("certificate"):
+        shown_numbers["certified_accuracy"] = arm.get("certified_accuracy")
     accuracies = [
-        with_error(value, errors[name], places).replace(" ", "\n", 1)
-        for name, value in (
-            ("average_accuracy", arm["average_accuracy"]),
-            ("forgetting", arm["forgetting"]),
-            ("robust_accuracy", arm["robust_accuracy"]),
-        )
+        with_error(value, errors.get(name), places).replace(" ", "\n", 1)
+        for name, value in shown_numbers.items()
     ]
     others = (
         "yes" if arm["private"] else "no",
@@ -105,7 +113,9 @@ def _caption(run: Result) -> str:
     """Return the line below the table: units of the columns, and the meaning of ±."""
     task = run["task"]
     if is_percent(task):
-        told = f"{task['metric']}, robust: % {'right ' * (task['metric'] == 'accuracy')}at the end"
+        certified = ", certified" * bool(run.get("certificate"))
+        right = "right " * (task["metric"] == "accuracy")
+        told = f"{task['metric']}, robust{certified}: % {right}at the end"
     else:
         better = "higher" if task["higher_is_better"] else "lower"
         told = f"{axis_name(task)}: at the end, {better} is better"

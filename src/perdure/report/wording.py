@@ -1,7 +1,8 @@
 """Wording of results (labels, numbers, units), the same in all reports."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from perdure.experiment.result_schema import ArmResult, AttackResult, Epsilon, TaskResult
 from perdure.experiment.trial_names import arm_name
@@ -153,6 +154,16 @@ def attack_name(attack: AttackResult | None) -> str:
     epsilon = attack["epsilon"]
     radius = f"{epsilon:g}" if isinstance(epsilon, int | float) else "by feature"
     return f"{attack['name']}{repeated}, {norm} {radius}"
+
+
+def certificate_name(certificate: Mapping[str, Any]) -> str:
+    """Write the method of a certificate with its radius, such as interval bounds, L∞ 0.1.
+
+    Args:
+        certificate: table `certificate` of a result.
+    """
+    norm = "L2" if certificate["method"] == "smoothing" else "L∞"
+    return f"{certificate['method'].replace('_', ' ')}, {norm} {certificate['epsilon']:g}"
 
 
 def explainer_name(method: str) -> str:
