@@ -5,27 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers.memory_rows import place, rows
 from perdure.contract.plan import MemoryPlan
 from perdure.curator.memory import Memory, balanced, concatenate, groups_of
-from perdure.data.records import Batch
 from perdure.tasks import SingleLabel
-
-
-def rows(labels, task=0, first_id=0):
-    n = len(labels)
-    ids = first_id + torch.arange(n)
-    return Batch(
-        inputs=ids[:, None].float(),
-        labels=torch.tensor(labels, dtype=torch.int64),
-        ids=ids,
-        tasks=torch.full((n,), task),
-        from_memory=torch.zeros(n, dtype=torch.bool),
-        valid=torch.ones(n, dtype=torch.bool),
-    )
-
-
-def place(seed):
-    return torch.Generator().manual_seed(seed)
 
 
 def chosen_again(stored, new, plan, seed, stages):
