@@ -9,6 +9,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 
 from helpers.federations import SIMULATED, hard, maker, outcome, short
 from perdure.data.client_splits import dirichlet
+from perdure.doctor import Monitor
 from perdure.errors import ConfigError
 from perdure.federated import Federation, client_app, run_federation
 from perdure.federated.client_store import FRESH
@@ -58,6 +59,18 @@ def test_few_learners_in_memory_give_the_same_bits(stream, tmp_path, name, on_di
     found, most = trained(stream, strategy, folder, alive=1)
     assert found == wanted
     assert most <= 3  # the first, whose memory others use, the last, and the server's
+
+
+def test_the_monitor_outlives_the_learners_that_it_watched(stream):
+    streams, federation = hard(stream)
+    monitor = Monitor()
+    make = maker(stream, EWC(strength=1.0), callbacks=[monitor])
+    few = replace(federation, alive=1)
+    server = run_federation(make, streams, few, callbacks=[monitor.server])
+    wanted = run_federation(maker(stream, EWC(strength=1.0)), streams, federation)
+    assert outcome(server.learner) == outcome(wanted.learner)
+    assert not server.absences
+    assert isinstance(monitor.findings, list)
 
 
 def test_private_clients_on_disk_give_the_same_bits(stream, tmp_path):

@@ -62,6 +62,10 @@ class Recorder:
         self.steps = learner.training.steps(self.experience)
         self._trained = dict(learner.session.trained)
         self._context: Context = learner.session.context(self.experience)
+        # read now: a federation may let the learner's session go before its trace is asked for
+        self._private = learner.curator.private
+        self._mixed_loss = self._is_mixed()
+        self._optimizer = learner.current_optimizer
         test = learner.stream[self.experience].test
         self._labels: Tensor | None = None
         if len(test):
@@ -189,7 +193,7 @@ class Recorder:
             experience=self.experience,
             steps=self.steps,
             done=self._taken,
-            private=self.learner.curator.private,
+            private=self._private,
             names=names,
             matrices=tuple(value.dim() > 1 for value in self._trained.values()),
             at=tuple(self._at),
@@ -200,8 +204,8 @@ class Recorder:
             signal_to_noise=tuple(self._ratios),
             probes=tuple(self.probes),
             chance=self._chance(),
-            learning_rate=float(self.learner.current_optimizer.param_groups[0].get("lr", 0.0)),
-            mixed_loss=self._is_mixed(),
+            learning_rate=float(self._optimizer.param_groups[0].get("lr", 0.0)),
+            mixed_loss=self._mixed_loss,
             robust_loss=self._resists_wrong_labels(),
             robust=self._robust(),
             adversary=self.learner.adversary,

@@ -68,7 +68,8 @@ class Federation(CheckedFields):
         alive: largest number of clients whose learners are in memory between exchanges, in a
             process that has several; None for all. The others are read from the folder of the run
             or, without a folder, built again around what they remember. The result is the same, bit
-            for bit. Clients with privacy need the folder.
+            for bit. Clients with privacy need the folder. A learner that left has no session, so
+            callbacks must not keep it.
         mode: `open`: the server can read every update. The modes `central` and `secure` are not
             implemented.
 
