@@ -16,6 +16,7 @@ from perdure.doctor import Finding, Monitor, in_order
 from perdure.errors import NonFiniteError, RunawayError
 from perdure.experiment.certified import certified_after, certified_numbers
 from perdure.experiment.config import Arm, Config
+from perdure.experiment.explanations import explanation_of
 from perdure.experiment.federation_rows import FederationRows
 from perdure.experiment.finding_rows import finding_of, finding_row
 from perdure.experiment.metrics_log import MetricsLog
@@ -48,7 +49,6 @@ from perdure.privacy.ledger.merged import Merged, merge
 from perdure.tasks import SingleLabel
 from perdure.tasks.losses import Loss
 from perdure.utils.atomic_files import save_tensors, write_json
-from perdure.utils.seeding import generator
 
 if TYPE_CHECKING:
     from flwr.serverapp import Grid
@@ -467,18 +467,7 @@ class ArmRun:
             return
         if not self.explained or len(self.stream.input_shape) < 2:
             return
-        test = stages[0].test
-        inputs = test.inputs[: chosen.records].to(learner.device)
-        labels = test.labels[: chosen.records].to(learner.device)
-        with torch.no_grad():
-            values = chosen.explainer.explain(
-                learner.predictor(stages[0].last, after=stages[index].last),
-                inputs,
-                chosen.background(inputs),
-                targets=labels,
-                generator=generator(self.config.seed, "explain", index),
-            ).values
-        tensors = {"inputs": inputs, "labels": labels, "values": values}
+        tensors = explanation_of(learner, self.stream, chosen, index, self.config.seed)
         save_tensors(self.folder / f"explanation-{index}.safetensors", tensors)
 
     # ------------------------------------------------------------------ what is measured at the end

@@ -7,7 +7,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from perdure.adversarial.base import Attack
@@ -332,11 +331,6 @@ class Learner(SessionFront):
         private = self.privacy is not None
         return Validator(given, stream, self.seed, private=private) if given else None
 
-    def close(self) -> None:
-        """Release the lock of the folder; a later use of the learner takes it again."""
-        if self._session is not None:
-            self._session.close()
-
     # ------------------------------------------------------------------ one experience
 
     def begin(self, index: int) -> None:
@@ -441,23 +435,7 @@ class Learner(SessionFront):
         snapshot = restore_first(self, self._group, snapshot) if self._group else snapshot
         return snapshot is not None
 
-    def release(self) -> None:
-        """Free the memory of the session at once; `prepare` begins another one."""
-        if self._session is not None:
-            self._session.release()
-        self._session = None
-
     # ------------------------------------------------------------------ what it stands on
-
-    @property
-    def current_optimizer(self) -> Optimizer:
-        """Optimiser that takes the steps; it is replaced when training starts again.
-
-        Raises:
-            ConfigError: if `prepare` was not called.
-        """
-        _ = self.session  # refuse if there is no session yet
-        return self._optimizer
 
     def __post_init__(self) -> None:
         check_arguments(vars(self))

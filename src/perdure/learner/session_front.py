@@ -1,8 +1,9 @@
-"""Parts of a learner's session, and predictions and measurements of its model."""
+"""A learner's session with its parts and its end, and predictions and measurements of its model."""
 
 from collections.abc import Callable
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from perdure.contract.state import State
 from perdure.curator.local_curator import LocalCurator
@@ -26,11 +27,12 @@ from perdure.utils.modules import trainable_parameters
 
 
 class SessionFront:
-    """Base of `Learner`: read access to the session, and evaluation of its model."""
+    """Base of `Learner`: the session, its parts and its end, and evaluation of its model."""
 
     model: nn.Module
     _session: Session | None
     _validator: Validator | None
+    _optimizer: Optimizer
     evaluate_every: int | None
 
     # ------------------------------------------------------------------ evaluation
@@ -131,3 +133,26 @@ class SessionFront:
     def position(self) -> Position:
         """Position of the run; the start of the stream before `prepare`."""
         return self._session.position if self._session else Position()
+
+    @property
+    def current_optimizer(self) -> Optimizer:
+        """Optimiser that takes the steps; it is replaced when training starts again.
+
+        Raises:
+            ConfigError: if `prepare` was not called.
+        """
+        _ = self.session  # refuse if there is no session yet
+        return self._optimizer
+
+    # ------------------------------------------------------------------ the end of a session
+
+    def close(self) -> None:
+        """Release the lock of the folder; a later use of the learner takes it again."""
+        if self._session is not None:
+            self._session.close()
+
+    def release(self) -> None:
+        """Free the memory of the session at once; `prepare` begins another one."""
+        if self._session is not None:
+            self._session.release()
+        self._session = None
