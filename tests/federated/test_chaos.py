@@ -130,7 +130,11 @@ def test_a_server_killed_five_times_gives_the_same_result(tmp_path, privacy):
     whole, again = (Store(tmp_path / name).load() for name in ("whole", "killed"))
     assert whole.facts["exchange"] == 10
     assert whole.tensors.keys() == again.tensors.keys()
-    assert all(whole.tensors[name].equal(again.tensors[name]) for name in whole.tensors)
+    timings = {"clients.seconds"}
+    names = whole.tensors.keys() - timings
+    assert not [
+        name for name in sorted(names) if not whole.tensors[name].equal(again.tensors[name])
+    ]
     if privacy == "private":
         for client in (0, 2, 3, 5):
             assert charged(tmp_path / "killed", client) >= charged(tmp_path / "whole", client) > 0
