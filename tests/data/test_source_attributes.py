@@ -112,6 +112,36 @@ def test_data_functions_refuse_arguments_given_without_a_name(name):
     assert "\n" not in str(caught.value) and "=..." in str(caught.value)
 
 
+def required(name):
+    """Arguments by name that a function has no default for."""
+    return [
+        each.name
+        for each in inspect.signature(getattr(perdure.data, name)).parameters.values()
+        if each.default is each.empty and each.kind is each.KEYWORD_ONLY
+    ]
+
+
+@pytest.mark.parametrize("name", [name for name in named_only() if required(name)])
+def test_data_functions_name_each_argument_that_is_missing(name):
+    with pytest.raises(ConfigError, match=f"{name} was not given all that it needs") as caught:
+        getattr(perdure.data, name)()
+    assert all(f"{each}=..., " in str(caught.value) for each in required(name))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"experiences": 5}, r"add scenario=\.\.\., task, domain, class$"),
+        ({"experience": 2}, r"no argument experience; allowed: .*; did you mean 'experiences'\?"),
+        ({"data": None}, r"split was given data twice; give it once, data=\.\.\."),
+    ],
+)
+def test_a_call_with_wrong_names_is_refused_in_one_line(given, told):
+    with pytest.raises(ConfigError, match=told):
+        perdure.data.split(perdure.data.digits(), **given)
+
+
 def test_by_domain_and_by_time_cut_by_a_named_attribute():
     attributes = {"site": WARDS, "day": np.arange(20)}
     data = perdure.data.from_arrays(

@@ -11,6 +11,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from perdure.errors import ConfigError
 from perdure.utils.checked_fields import described, options, type_of
+from perdure.utils.near_names import did_you_mean
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -30,23 +31,18 @@ def checked_arguments(function: Callable[P, R]) -> Callable[P, R]:
 
     Returns:
         Function with the same signature. It raises `ConfigError` for a value of a wrong type, and
-        if Python would raise a `TypeError`, such as for an argument without its name.
+        if Python would raise a `TypeError`: for an argument that is missing, unknown, given twice,
+        or given without its name.
     """
     parameters = inspect.signature(function).parameters
     first = [name for name, each in parameters.items() if each.kind is each.POSITIONAL_OR_KEYWORD]
-    others = [f"{name}=..." for name in parameters if name not in first]
     hints: dict[str, Any] = {}
 
     @wraps(function)
     def called(*args: P.args, **kwargs: P.kwargs) -> R:
-        if len(args) > len(first):
-            allowed = " and ".join(first) or "none"
-            raise ConfigError(
-                f"{function.__name__} was given {len(args)} arguments without a name; allowed "
-                f"without one: {allowed}; give the others by name: {', '.join(others)}"
-            )
         if not hints:
             hints.update({name: _hint(function, name) for name in parameters})
+        _check_names(function.__name__, parameters, len(args), kwargs, hints)
         for name, value in [*zip(first, args, strict=False), *kwargs.items()]:
             hint = hints.get(name, Any)
             if not any(_fits(value, option) for option in options(hint)):
@@ -54,6 +50,49 @@ def checked_arguments(function: Callable[P, R]) -> Callable[P, R]:
         return function(*args, **kwargs)
 
     return called
+
+
+def _check_names(
+    function: str,
+    parameters: Mapping[str, inspect.Parameter],
+    count: int,
+    named: Mapping[str, object],
+    hints: Mapping[str, Any],
+) -> None:
+    """Refuse a call that Python would refuse with a `TypeError`.
+
+    Args:
+        function: name of the function.
+        parameters: its parameters.
+        count: number of arguments without a name.
+        named: arguments with a name.
+        hints: type of each parameter.
+    """
+    first = [name for name, each in parameters.items() if each.kind is each.POSITIONAL_OR_KEYWORD]
+    if count > len(first):
+        others = ", ".join(f"{name}=..." for name in parameters if name not in first)
+        raise ConfigError(
+            f"{function} was given {count} arguments without a name; allowed without one: "
+            f"{' and '.join(first) or 'none'}; give the others by name: {others}"
+        )
+    open_ended = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+    for name in named:
+        if name in first[:count]:
+            raise ConfigError(f"{function} was given {name} twice; give it once, {name}=...")
+        if name not in parameters and not open_ended:
+            near = did_you_mean(name, parameters)
+            raise ConfigError(
+                f"{function} has no argument {name}; allowed: {', '.join(parameters)}{near}"
+            )
+    missing = [
+        f"{name}=..., {described(hints[name])}"
+        for name, each in parameters.items()
+        if each.default is each.empty
+        and each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)
+        and name not in [*first[:count], *named]
+    ]
+    if missing:
+        raise ConfigError(f"{function} was not given all that it needs; add {'; '.join(missing)}")
 
 
 def _hint(function: Callable[..., object], name: str) -> Any:
