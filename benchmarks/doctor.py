@@ -100,7 +100,8 @@ def measure(group: str, setup: Setup, seed: int) -> Row:
         "accuracy": accuracy,
         "failure": failure,
         "findings": list(map(_facts, findings)),
-        "named": bool(findings) and findings[0].rule in setup.named,
+        "named": _is_first(setup, findings),
+        "examined_named": _is_first(setup, examined),
         "sagemaker": sorted(published.sagemaker),
         "sagemaker_named": bool(wanted & published.sagemaker),
         "autotrainer": sorted(published.autotrainer),
@@ -108,6 +109,11 @@ def measure(group: str, setup: Setup, seed: int) -> Row:
         "seconds": time.process_time() - began,
         **origin(),
     }
+
+
+def _is_first(setup: Setup, findings: Sequence[Finding]) -> bool:
+    """Return True if the first finding is one of the fault's rules."""
+    return bool(findings) and findings[0].rule in setup.named
 
 
 def _facts(finding: Finding) -> dict[str, Any]:
@@ -131,6 +137,7 @@ def summary(rows: Sequence[Row]) -> list[Row]:
                 "group": group,
                 "runs": len(mine),
                 "counted": "rightly named" if faulty else "with a false alarm",
+                "before training": sum(row["examined_named"] for row in mine),
                 "perdure": sum(row["named"] if faulty else bool(row["findings"]) for row in mine),
                 "sagemaker": sum(
                     row["sagemaker_named"] if faulty else bool(row["sagemaker"]) for row in mine

@@ -112,7 +112,7 @@ class Published:
                 self.sagemaker.add("class imbalance")
         if self._losses:
             train = sum(self._losses[-self._epoch :]) / self._epoch
-            if (loss - train) / train > 0.1:
+            if loss - train > 0.1 * train:
                 self.sagemaker.add("overfitting")
         best = min(range(len(self._validation)), key=self._validation.__getitem__)
         if len(self._validation) - 1 - best >= 10:

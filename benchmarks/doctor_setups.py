@@ -14,6 +14,7 @@ from doctor_streams import (
     as_pixels,
     as_sequences,
     few_records,
+    halved_digits,
     imbalanced,
     noisy_labels,
     permuted_digits,
@@ -422,6 +423,18 @@ OTHER_FAULTS: tuple[Setup, ...] = (
         stream=split_digits,
         model=small_mlp,
         named=("bias to new classes",),
+    ),
+    *(
+        Setup(
+            name=f"learning rate {rate:g}, {classes} classes at a time",
+            stream=stream,
+            model=small_mlp,
+            strategy=Replay(memory_size=200),
+            named=("learning rate too high", "learning rate range"),
+            optimizer=partial(torch.optim.Adam, lr=rate),
+        )
+        for rate in (0.5, 3.0)
+        for classes, stream in ((2, split_digits), (5, halved_digits))
     ),
 )
 """Faults of privacy, of federations and of streams."""

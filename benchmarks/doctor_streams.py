@@ -111,6 +111,11 @@ def split_digits(seed: int) -> Stream:
     return split(digits(seed=seed), scenario="class", experiences=5)
 
 
+def halved_digits(seed: int) -> Stream:
+    """Return two experiences of five classes."""
+    return split(digits(seed=seed), scenario="class", experiences=2)
+
+
 def permuted_digits(seed: int) -> Stream:
     """Return three permutations of the pixels."""
     return permuted(digits(seed=seed), experiences=3, seed=seed)

@@ -351,6 +351,7 @@ TABLES: dict[str, Listing] = {
         columns={"rightly named": "{group}"},
         counted={
             "doctor": "named",
+            "before training": "examined_named",
             "SageMaker": "sagemaker_named",
             "AutoTrainer": "autotrainer_named",
         },

@@ -135,6 +135,13 @@ def of_tags():
 
 TEN = stream_of(INPUTS, torch.arange(ROWS) % 10, classes=10, declared=400)
 
+HALVES = {
+    "stream": split(load("digits"), scenario="class", experiences=2),
+    "model": mlp(input_shape=(1, 8, 8), num_classes=10, hidden=(64, 64), seed=0),
+    "iterations": 60,
+}
+"""A first experience of five classes of ten."""
+
 
 def of_padded(padding):
     """Sequences of 4 tokens and 8 of padding, and an LSTM that knows the padding or not."""
@@ -182,6 +189,7 @@ FAULTS = {
         {"optimizer": partial(torch.optim.SGD, lr=100.0)},
         {"optimizer": partial(torch.optim.SGD, lr=1e-6)},
         {"optimizer": partial(torch.optim.SGD, lr=1e-5), "privacy": PRIVATE},
+        HALVES | {"optimizer": partial(torch.optim.Adam, lr=3.0)},
     ],
     "memory_need": [{"batch_size": 10**12}],
     "compute_need": [{"iterations": 10**16}],
@@ -252,6 +260,14 @@ def test_every_examining_rule_has_a_fault_and_a_docstring():
     for name in examining:
         told = rules.find(name).__doc__
         assert all(f"{word}:" in told for word in ("Symptom", "Remedy", "Source")), name
+
+
+@pytest.mark.parametrize(("rate", "threshold"), [(3.0, [0.9]), (0.03, []), (0.003, [])])
+def test_a_fall_to_a_guess_of_few_classes_is_no_progress(rate, threshold):
+    optimizer = partial(torch.optim.Adam, lr=rate)
+    found = examined(case(**HALVES, optimizer=optimizer), chosen=["learning_rate_range"])
+    assert [each.threshold for each in found] == threshold
+    assert all(each.remedy.changes["training.learning_rate"] <= rate / 10 for each in found)
 
 
 def test_samples_are_compared_with_superpixels():
