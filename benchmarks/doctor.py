@@ -29,7 +29,7 @@ from rows import Row, options, origin, show, store, stored
 from torch import Tensor
 
 from perdure import Learner, PerdureError
-from perdure.doctor import Finding, Monitor, examine, in_order
+from perdure.doctor import Finding, Monitor, examine
 from perdure.federated import fit_federated
 
 GROUPS: dict[str, tuple[Setup, ...]] = {
@@ -83,7 +83,7 @@ def measure(group: str, setup: Setup, seed: int) -> Row:
         seed=seed,
         **setup.length,
     )
-    monitor = Monitor()
+    monitor = Monitor(examined=examined)
     published = Published()
     failure = accuracy = None
     try:
@@ -91,7 +91,7 @@ def measure(group: str, setup: Setup, seed: int) -> Row:
         accuracy = float(matrix[-1].nanmean())
     except PerdureError as error:
         failure = str(error)
-    findings = in_order([*examined, *monitor.findings])
+    findings = monitor.findings
     wanted = set(setup.named) | ALIASES.get(setup.name, set())
     return {
         "group": group,

@@ -1,5 +1,7 @@
 """The order of findings, and those that another finding explains."""
 
+from dataclasses import replace
+
 from perdure.doctor import Finding, Remedy, in_order
 
 
@@ -31,6 +33,12 @@ def test_a_finding_that_another_explains_is_left_out():
     assert in_order([elsewhere, cause]) == [cause, elsewhere]
     before = finding("a", "wiring", None, ("b",))
     assert in_order([before, cause]) == [cause]
+
+
+def test_a_finding_names_its_origin_and_counts_from_one():
+    before, ended = finding("a", "fit"), finding("a", "fit", 1)
+    assert (before.found, ended.found) == ("before training", "experience 2")
+    assert str(replace(ended, step=40)).startswith("a (experience 2, step 40): ")
 
 
 def test_of_findings_in_a_circle_the_first_is_kept():

@@ -10,7 +10,7 @@ from torch import nn
 from perdure import Learner, Privacy
 from perdure.adversarial import FGSM, PGD
 from perdure.data import digits, iid, joint, permuted, split
-from perdure.doctor import Monitor, Rule, Trace
+from perdure.doctor import Monitor, Rule, Trace, examine
 from perdure.doctor.rules import find
 from perdure.doctor.trace import Layers, Probe
 from perdure.errors import ConfigError, PrivacyError
@@ -115,6 +115,18 @@ FAULTS = {
 def test_a_monitor_names_a_seeded_fault_first(rule):
     monitor, _ = FAULTS[rule]()
     assert rules_of(monitor)[:1] == [rule]
+
+
+def test_findings_before_and_in_training_are_one_list():
+    model = small()
+    optimizer = partial(torch.optim.Adam, lr=3e-6)
+    examined = examine(model, STREAM, optimizer=optimizer, iterations=40, batch_size=64)
+    monitor = Monitor(every=2, examined=examined)
+    watched(model, rate=3e-6, callbacks=[monitor])
+    assert [(each.rule, each.found) for each in monitor.findings] == [
+        ("learning rate range", "before training"),
+        ("learning rate too low", "experience 1, step 20"),
+    ]
 
 
 def test_a_monitor_finds_nothing_in_a_healthy_training():

@@ -252,8 +252,9 @@ def test_the_table_of_findings_has_one_line_a_rule():
     )
     drawn = findings_table({"a": [first, second, other], "b": [first]})
     assert drawn.row_count == 3
-    assert list(drawn.columns[3].cells) == ["e; also in experience 3", "e", "e"]
-    assert next(iter(drawn.columns[4].cells)) == "a (training.reset_optimizer = true)"
+    assert list(drawn.columns[3].cells) == ["experience 1"] * 3
+    assert list(drawn.columns[4].cells) == ["e; also in experience 3", "e", "e"]
+    assert next(iter(drawn.columns[5].cells)) == "a (training.reset_optimizer = true)"
 
 
 def test_findings_of_a_run_stand_in_its_result(tmp_path):

@@ -84,8 +84,16 @@ class Finding(CheckedFields):
         if self.cause not in CAUSES:
             raise ConfigError.of("cause", self.cause, CAUSES)
 
+    @property
+    def found(self) -> str:
+        """Examination or place in training that made the finding, in words; both count from 1."""
+        if self.experience is None:
+            return "before training"
+        at = "" if self.step is None else f", step {self.step}"
+        return f"experience {self.experience + 1}{at}"
+
     def __str__(self) -> str:
-        return f"{self.rule}: {self.evidence}; remedy: {self.remedy.advice}"
+        return f"{self.rule} ({self.found}): {self.evidence}; remedy: {self.remedy.advice}"
 
 
 def in_order(findings: Sequence[Finding]) -> list[Finding]:

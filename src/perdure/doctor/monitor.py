@@ -39,7 +39,7 @@ classes, and its model is replaced in every round."""
 class Monitor(CheckedFields):
     """Callback that watches a training, and collects findings.
 
-    >>> monitor = Monitor()
+    >>> monitor = Monitor(examined=examine(model, stream, ...))
     >>> Learner(model=model, ..., callbacks=[monitor]).fit(stream)
     >>> for finding in monitor.findings:
     ...     print(finding)
@@ -60,6 +60,8 @@ class Monitor(CheckedFields):
             none.
         attack: attack that the model should resist, which is tried on public test records at the
             end of the stream; None for none.
+        examined: findings of `examine` about this training, so that `findings` has both in one
+            list, and one of them can explain the other.
 
     Raises:
         ConfigError: if there is no rule of a name.
@@ -71,6 +73,7 @@ class Monitor(CheckedFields):
     every: int | None = None
     groups: Groups | None = None
     attack: Attack | None = None
+    examined: Sequence[Finding] = ()
     _found: list[Finding] = field(default_factory=list, init=False, repr=False)
     _recorders: dict[int, Recorder] = field(default_factory=dict, init=False, repr=False)
     _traces: dict[int, Trace] = field(default_factory=dict, init=False, repr=False)
@@ -96,10 +99,13 @@ class Monitor(CheckedFields):
 
     @property
     def findings(self) -> list[Finding]:
-        """Findings so far, in the order of repair; one that another one explains is left out."""
+        """Findings so far, in the order of repair; one that another one explains is left out.
+
+        `Finding.found` names the origin of each: before training, or the experience and step.
+        """
         for client, recorder in self._recorders.items():
             self._check(recorder.trace(), client=client)
-        return in_order(self._found)
+        return in_order([*self.examined, *self._found])
 
     def __call__(self, point: str, learner: Learner) -> None:
         """Measure what a point of the loop shows."""

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
+from perdure.experiment.finding_rows import finding_of
 from perdure.experiment.overrides import changes_in_words
 from perdure.experiment.result_schema import FindingResult, Restart, Result
 from perdure.report.picture import Picture
@@ -26,12 +27,13 @@ def findings_table(found: Mapping[str, Sequence[FindingResult]]) -> "Table":
     Args:
         found: findings by the name of the arm.
     """
-    drawn = _terminal_table("arm", "cause", "finding", "evidence", "remedy")
+    drawn = _terminal_table("arm", "cause", "finding", "found", "evidence", "remedy")
     for arm, rows in found.items():
         alike = [[row for row in rows if row["rule"] == rule] for rule in _rules(rows)]
         for number, (row, *others) in enumerate(alike):
             evidence = row["evidence"] + _also(others)
-            cells = (row["cause"], row["rule"], evidence, remedy_in_words(row))
+            found_at = finding_of(row).found
+            cells = (row["cause"], row["rule"], found_at, evidence, remedy_in_words(row))
             drawn.add_row(*map(_plain, ("" if number else arm, *cells)))
         drawn.add_section()
     return drawn
@@ -124,7 +126,6 @@ def findings_section(result: Result, pictures: Sequence[Picture]) -> str:
 
 
 def _article(arm: str, row: FindingResult, picture: Picture | None) -> str:
-    place = "" if row["experience"] is None else f", experience {row['experience'] + 1}"
     facts = {
         "evidence": row["evidence"],
         "measured": f"{_short(row['measured'])}; threshold {_short(row['threshold'])}",
@@ -138,7 +139,7 @@ def _article(arm: str, row: FindingResult, picture: Picture | None) -> str:
         else f'<div class="paper">{picture.inline_svg()}</div>'
         f"<figcaption>{escape(picture.caption)}</figcaption>"
     )
-    title = escape(f"{row['rule']} ({row['cause']}): {arm}{place}")
+    title = escape(f"{row['rule']} ({row['cause']}): {arm}, {finding_of(row).found}")
     return f'<figure><h3>{title}</h3><dl class="facts">{told}</dl>{figure}</figure>\n'
 
 
