@@ -213,6 +213,7 @@ WRONG = {
     ("federation", "grace"): ("-0.5", "nan", "inf", "true", '"1"'),
     ("federation", "max_update_norm"): POSITIVE,
     ("federation", "alive"): COUNTS,
+    ("federation", "readmit"): ("1", '"yes"', "0.5"),
     ("federation", "aggregator"): (*CHOICES, '"FedProx"', '"DifferentialPrivacy"'),
     ("federation", "aggregator_options"): ("3", "[]", "{beta = 0.5}", "{fraction_train = 0.5}"),
     ("federation", "pre_aggregators"): (
@@ -347,7 +348,7 @@ def test_the_error_names_field_given_value_and_allowed_values():
         "federation = True is not allowed; allowed: a table with clients, rounds, local_epochs, "
         "local_steps, fraction, aggregator, aggregator_options, pre_aggregators, split, alpha, "
         "attribute, values, min_size, client_sizes, engine, quorum, deadline, grace, "
-        "max_update_norm, alive"
+        "max_update_norm, alive, readmit"
     )
 
 

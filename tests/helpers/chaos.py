@@ -75,8 +75,29 @@ def parties(clients, *, privacy=None, callbacks=()):
     return make, streams
 
 
+def lose(folder, client, exchange):
+    """Delete the folder of a client, and keep a copy of its ledger in `gone`."""
+    own = Path(folder, "clients", f"{client:03d}")
+    kept = Path(folder, "gone", f"{client}-{exchange}-{len(list(Path(folder).glob('gone/*')))}")
+    if (own / "ledger.jsonl").exists():
+        kept.mkdir(parents=True)
+        for name in ("ledger.jsonl", "ledger.head.json"):
+            shutil.copy(own / name, kept / name)
+    shutil.rmtree(own, ignore_errors=True)
+
+
 def serve(
-    folder, clients, rounds, *, deleted=(), kills=(), privacy=None, share=0.3, lost=(), kill=None
+    folder,
+    clients,
+    rounds,
+    *,
+    deleted=(),
+    kills=(),
+    privacy=None,
+    share=0.3,
+    lost=(),
+    kill=None,
+    readmit=False,
 ):
     """Run a federation with faults from its last checkpoint, and return its server.
 
@@ -90,10 +111,17 @@ def serve(
         share: share of lost replies; a third as many come late.
         lost: pairs of an exchange and a client whose reply is lost in any case.
         kill: function that kills the server; the process itself by default.
+        readmit: setting of the federation. The ledgers of deleted folders are kept in `gone`.
     """
     make, streams = parties(clients, privacy=privacy)
     federation = Federation(
-        clients=clients, rounds=rounds, local_steps=1, quorum=0.25, deadline=0.01, grace=0.01
+        clients=clients,
+        rounds=rounds,
+        local_steps=1,
+        quorum=0.25,
+        deadline=0.01,
+        grace=0.01,
+        readmit=readmit,
     )
 
     def faults(point, server):
@@ -102,7 +130,7 @@ def serve(
         if point == "round.begin":
             for exchange, client in deleted:
                 if exchange == server.exchange:
-                    shutil.rmtree(Path(folder, "clients", f"{client:03d}"), ignore_errors=True)
+                    lose(folder, client, exchange)
         if point == "checkpoint.begin":
             mark = Path(folder, f"killed-{server.exchange}")
             if server.exchange in kills and not mark.exists():
@@ -143,5 +171,6 @@ if __name__ == "__main__":
         4,
         deleted=[(3, 1), (7, 4)],
         kills=[int(each) for each in exchanges],
-        privacy=SIMULATED if private == "private" else None,
+        privacy=None if private == "plain" else SIMULATED,
+        readmit=private == "readmit",
     )

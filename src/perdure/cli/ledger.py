@@ -1,7 +1,7 @@
-"""Command-line options of `perdure ledger show`, `head`, `verify` and `project`.
+"""Command-line options of `perdure ledger show`, `clients`, `head`, `verify` and `project`.
 
-The code of these commands is in `ledger_commands`, which is imported only when a command runs, so
-help needs no torch.
+The code of these commands is in `ledger_commands` and `client_accounts`, which are imported only
+when one runs, so help needs no torch.
 """
 
 from pathlib import Path
@@ -46,6 +46,22 @@ def show(
     from perdure.cli import ledger_commands
 
     ledger_commands.show(run, delta=delta, arm=arm or (), owner=owner or (), as_json=as_json)
+
+
+@app.command()
+def clients(
+    run: Annotated[Path, typer.Argument(help="Folder of a server's run, finished or not.")],
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON instead; null is an infinite epsilon.")
+    ] = False,
+) -> None:
+    """Show the epsilon that each client of a federation has reported to its server.
+
+    The server has no ledger of a site, but every reply tells it the charges.
+    """
+    from perdure.cli import client_accounts
+
+    client_accounts.show_clients(run, as_json=as_json)
 
 
 @app.command()

@@ -48,6 +48,8 @@ class FederationConfig(CheckedFields):
             median of a round's updates.
         alive: largest number of clients whose learners are in memory between exchanges; left out
             for all. The result is the same.
+        readmit: true if a private client that lost its folder, and with it its ledger, may go on
+            with a new ledger, which begins with the charges of the lost one; false to leave it out.
     """
 
     clients: int = 10
@@ -70,6 +72,7 @@ class FederationConfig(CheckedFields):
     grace: float = 0.0
     max_update_norm: float | None = None
     alive: int | None = None
+    readmit: bool = False
 
     def __post_init__(self) -> None:
         check(self, "clients rounds local_epochs local_steps min_size alive", counts, COUNTS)

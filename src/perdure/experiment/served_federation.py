@@ -36,6 +36,7 @@ def federation_of(chosen: FederationConfig, seed: int) -> Federation:
         deadline=chosen.deadline,
         grace=chosen.grace,
         alive=chosen.alive,
+        readmit=chosen.readmit,
         max_update_norm=chosen.max_update_norm,
     )
 

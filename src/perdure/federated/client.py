@@ -32,6 +32,7 @@ from perdure.federated.client_store import (
     ClientSession,
     ClientSnapshot,
     park,
+    refuse_empty,
     restore,
     save,
     unpark,
@@ -39,7 +40,7 @@ from perdure.federated.client_store import (
 from perdure.federated.client_streams import held_experiences, without_gaps
 from perdure.federated.flower_adapter import error_reply
 from perdure.federated.held_arrays import message_of
-from perdure.federated.ledger_heads import LEDGER, reported, require_known
+from perdure.federated.ledger_heads import LEDGER, loss_in, refuse_lost, reported, require_known
 from perdure.federated.local_work import set_local_work
 from perdure.federated.messages import (
     load_record,
@@ -55,12 +56,13 @@ from perdure.federated.party_checks import (
     refuse_unplanned,
     refuse_validation,
 )
+from perdure.federated.readmission import Readmission, has_ledger
 from perdure.federated.reply_checks import EXCHANGE
 from perdure.federated.roster import require_site, site
 from perdure.federated.state_merging import sent, sent_every_round
 from perdure.learner.folder_claims import client_folder
 from perdure.learner.learner import Learner
-from perdure.planning.training_plan import Participation
+from perdure.planning.training_plan import Participation, TrainingPlan
 from perdure.types import Params
 from perdure.utils.modules import own_memory, share_memory
 
@@ -104,7 +106,9 @@ class ClientSessions:
         self._sharing: list[ReferenceType[Learner]] = []
         self.private = True
 
-    def take(self, client: int, task: Mapping[str, int]) -> ClientSession:
+    def take(
+        self, client: int, task: Mapping[str, int], message: Message | None = None
+    ) -> ClientSession:
         """Return the client in its state after its last exchange.
 
         Afterwards give the client back with `put`; without this, the next call builds the client
@@ -117,6 +121,11 @@ class ClientSessions:
         Args:
             client: number of the client.
             task: numbers of the present exchange; `previous` is the client's last one.
+            message: message of the server, with what it knows of the client's ledger.
+
+        Raises:
+            LostStateError: if the folder has no state after the client's last exchange.
+            LedgerError: if the client cannot go on with a new ledger.
         """
         exchange = task["previous"]
         seat = self._seats.pop(client, None)
@@ -140,7 +149,11 @@ class ClientSessions:
         if self._participation is not None:
             learner.participation = self._participation(client)
         learner.client = client
-        learner.folder = client_folder(self._folder, client) if self._folder else None
+        if self._folder:
+            learner.folder = client_folder(self._folder, client)
+            refuse_empty(learner.folder, exchange)
+            if self.private and message is not None:
+                self._readmit(learner, stream, task, message)
         self._open = learner
         learner.prepare(stream)
         received = shared(learner.model)
@@ -153,6 +166,20 @@ class ClientSessions:
         if parked and self._is_current(parked.exchange, exchange):
             return unpark(learner, parked)
         return restore(learner, exchange)
+
+    def _readmit(
+        self, learner: Learner, stream: Stream, task: Mapping[str, int], message: Message
+    ) -> None:
+        """Give a learner its new ledger if its folder lost the old one, now or before."""
+        folder, held = learner.folder, self._holdings[learner.client]
+        assert folder is not None
+        refuse_lost(folder, message)
+        loss = loss_in(message)
+        if loss and not has_ledger(folder):
+            plan = _plan_of(learner, stream)
+            Readmission.after(loss, plan, task["rounds"], held).keep(folder)
+        if known := Readmission.recall(folder):
+            known.apply(learner, task["rounds"], held)
 
     def _is_current(self, held: int, exchange: int) -> bool:
         """Return True if a client goes on from its state after `held`.
@@ -327,12 +354,11 @@ def _opened(
     """
     sent_task = cast(ConfigRecord, message.content["task"])
     task = {name: int(cast(int, value)) for name, value in sent_task.items()}
-    seat = seats.take(_number(context), task)
+    seat = seats.take(_number(context), task, message)
     task["experience"] = seats.own_index(_number(context), task["experience"])
     learner = seat.learner
     refuse_privacy(learner, _number(context), asked=bool(task["private"]))
-    private_sum = learner.private_sum
-    require_known(private_sum.ledger if private_sum else None, message)
+    require_known(learner.private_sum, message, learner.lost)
     # First of all, because until now the model has the parameters of the client's last exchange, or
     # of the client that used the memory last. Callbacks and rankings of records read the model.
     load_record(learner.model, cast(ArrayRecord, message.content["arrays"]))
@@ -363,8 +389,21 @@ def _reply(
         EXCHANGE: exchange,
     }
     if learner.private_sum is not None:
-        answer[LEDGER] = reported(learner.private_sum.ledger)
+        answer[LEDGER] = reported(learner.private_sum, learner.lost)
     return Message(message_of(answer), reply_to=message)
+
+
+def _plan_of(learner: Learner, stream: Stream) -> TrainingPlan:
+    """Return the plan of a learner that is not prepared yet."""
+    return TrainingPlan(
+        stream=stream,
+        strategy=learner.strategy,
+        batch_size=learner.batch_size,
+        epochs=learner.epochs,
+        iterations=learner.iterations,
+        blocks=learner.blocks,
+        privacy=learner.privacy,
+    )
 
 
 def _number(context: Context) -> int:

@@ -1,7 +1,9 @@
 """State of a client on disk, saved after each exchange."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from perdure.errors import FederationError, RunError
 from perdure.federated.messages import shared
@@ -75,11 +77,23 @@ def restore(learner: Learner, exchange: int) -> ClientSession:
         if held[number] == exchange:
             learner.restore_checkpoint(snapshot)
             return ClientSession(learner, exchange, number)
-    older = max((each for each in held.values() if each < exchange), default=FRESH)
-    kept = (
-        f"{learner.folder} holds {sorted(held.values()) or 'none'}" if store else "it has no folder"
-    )
-    raise LostStateError(
+    raise _lost(learner.folder, sorted(held.values()), exchange)
+
+
+def refuse_empty(folder: Path, exchange: int) -> None:
+    """Refuse a folder without any saved state, before anything is written to it.
+
+    Raises:
+        LostStateError: if the folder should have the state after `exchange`.
+    """
+    if exchange != FRESH and not Store(folder).numbers():
+        raise _lost(folder, [], exchange)
+
+
+def _lost(folder: Path | None, held: Sequence[int], exchange: int) -> LostStateError:
+    older = max((each for each in held if each < exchange), default=FRESH)
+    kept = f"{folder} holds {list(held) or 'none'}" if folder else "it has no folder"
+    return LostStateError(
         f"{HELD}{older}: the client has no saved state for exchange {exchange} with the server "
         f"({kept}); give the client the folder of this run, or start the run again"
     )

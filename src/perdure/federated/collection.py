@@ -26,6 +26,7 @@ def collect(
     least: int = 0,
     patience: float = RETURN,
     arrived: Callable[[int], None] | None = None,
+    repeated: Callable[[Sequence[int]], None] | None = None,
 ) -> dict[int, Message]:
     """Send messages, and return the replies by the node that was asked.
 
@@ -42,6 +43,7 @@ def collect(
         least: number of replies without errors that ends the grace.
         patience: seconds to wait for a node that has left; only without a deadline.
         arrived: called with the node of each reply when it arrives.
+        repeated: called with the nodes that get their message once more, before it is sent.
     """
     waiting = _pushed(grid, messages)
     # a message cannot be pushed twice, so its parts are kept
@@ -61,6 +63,8 @@ def collect(
                     arrived(node)
                 away.note(node, reply)
         back = away.back()
+        if back and repeated is not None:
+            repeated(back)
         waiting |= _pushed(grid, [Message(parts[n][0], n, parts[n][1]) for n in back])
         replies = {node: reply for node, reply in replies.items() if node not in back}
         passed = time.monotonic() - start

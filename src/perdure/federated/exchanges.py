@@ -19,8 +19,10 @@ from perdure.federated.collection import collect
 from perdure.federated.flower_adapter import UNREACHABLE, InProcessGrid, failure
 from perdure.federated.held_arrays import message_of
 from perdure.federated.ledger_heads import LEDGER, ClientHeads
+from perdure.federated.readmission import Loss
 from perdure.federated.reply_checks import Expected, ReplyChecks
 from perdure.federated.roster import Roster
+from perdure.federated.sent_tasks import SentTasks
 from perdure.federated.settings import Federation
 
 log = logging.getLogger(__name__)
@@ -65,8 +67,10 @@ class Exchanges:
         self._roster = roster
         self.checks = ReplyChecks()
         self.heads = ClientHeads()
+        self.sent = SentTasks(None)
         self.absences: list[Absence] = []
         self.totals = ClientTotals(federation.clients)
+        self._readmitted: set[int] = set()
 
     def ask(self, grid: Grid, messages: Sequence[Message], request: Request) -> dict[int, Message]:
         """Add to each message the task of its client, send all, and return the valid replies.
@@ -90,7 +94,10 @@ class Exchanges:
         clients = {node: client for client, node in self._roster.nodes.items()}
         outgoing = sorted(messages, key=lambda message: clients[message.metadata.dst_node_id])
         contents = {clients[each.metadata.dst_node_id]: each.content for each in outgoing}
+        self._readmitted = set()
         self._add_tasks(outgoing, clients, request, request.presence.previous)
+        if request.task["private"]:
+            self.sent.add(request.task["exchange"], sorted(contents))
         replies = self._collected(grid, outgoing, clients, request)
         replies |= self._asked_again(grid, replies, contents, request)
         sent_to = {clients[message.metadata.dst_node_id] for message in outgoing}
@@ -117,12 +124,17 @@ class Exchanges:
     ) -> dict[int, Message]:
         for message in outgoing:
             self.totals.count_sent(clients[message.metadata.dst_node_id], message.content)
+
+        def repeated(nodes: Sequence[int]) -> None:
+            self.sent.add(request.task["exchange"], sorted(clients[node] for node in nodes))
+
         arrived: dict[int, float] = {}
         begin = time.perf_counter()
         found = collect(
             grid,
             outgoing,
             arrived=lambda node: arrived.update({node: time.perf_counter() - begin}),
+            repeated=repeated if request.task["private"] else None,
             deadline=self._federation.deadline,
             grace=self._federation.grace,
             least=needed(self._federation.quorum, len(request.presence.asked)),
@@ -143,10 +155,10 @@ class Exchanges:
     ) -> dict[int, Message]:
         """Ask clients that lost their state once more, to go on from an older one, or to begin.
 
-        Under privacy the client's ledger must still be there. Every message has its last head; if
-        the server has none because no reply has come, it says that a task may have begun. The
-        client refuses without the ledger. Only a task that the server did not checkpoint, because
-        it was killed in that exchange, is not known.
+        Under privacy the client's ledger must still be there, unless `Federation.readmit` allows a
+        new one. Every message has its last head; if the server has none because no reply has come,
+        it says that a task may have begun. The client refuses without the ledger. Only a client's
+        first task is not known if the server was killed in that exchange.
         """
         older: dict[int, int] = {}
         again = []
@@ -163,8 +175,25 @@ class Exchanges:
                 log.warning("client %d lost its last state, and %s", client, text)
         if not again:
             return {}
-        self._add_tasks(again, clients, request, older)
+        losses = self._losses([client for client in older if older[client] == FRESH], request)
+        self._add_tasks(again, clients, request, older, losses)
         return self._collected(grid, again, clients, request)
+
+    def _losses(self, fresh: Sequence[int], request: Request) -> dict[int, Loss]:
+        """Return the facts about the ledgers of clients that may begin new ones, if they may."""
+        self._readmitted = set()
+        if not (self._federation.readmit and request.task["private"]):
+            return {}
+        exchange = request.task["exchange"]
+        found = {}
+        for client in fresh:
+            if known := self.heads.known(client):
+                number, account = known
+                sent = self.sent.after(client, number)
+                found[client] = Loss(account=account, known=number, sent=sent, exchange=exchange)
+        self._readmitted = set(found)
+        self.sent.add(exchange, sorted(found), anew=True)
+        return found
 
     def _add_tasks(
         self,
@@ -172,6 +201,7 @@ class Exchanges:
         clients: Mapping[int, int],
         request: Request,
         last: Sequence[int] | Mapping[int, int],
+        losses: Mapping[int, Loss] | None = None,
     ) -> None:
         alike = ConfigRecord({**request.task, "previous": 0})
         begin = request.task["exchange"] - request.task["round"]
@@ -187,7 +217,7 @@ class Exchanges:
                 records["state"] = request.state
             elif request.round_state:
                 records["state"] = request.round_state
-            records |= self.heads.told(client)
+            records |= self.heads.told(client, (losses or {}).get(client))
             message.content = message_of(records)
 
     def _accept(
@@ -208,7 +238,7 @@ class Exchanges:
         accepted, wrong = self.checks.accept(whole, expected)
         for client in wrong:
             with suppress(Exception):  # its steps are charged, although its update is not used
-                self.heads.take(client, whole[client])
+                self._take_head(client, whole[client], request)
         rejected = [
             _absence(
                 request,
@@ -221,11 +251,16 @@ class Exchanges:
         ]
         for client, reply in list(accepted.items()):
             try:
-                self.heads.take(client, reply)
+                self._take_head(client, reply, request)
             except LedgerError as error:
                 rejected.append(_absence(request, client, "rejected", error, LEDGER))
                 del accepted[client]
         return accepted, rejected
+
+    def _take_head(self, client: int, reply: Message, request: Request) -> None:
+        exchange = request.task["exchange"]
+        self.heads.take(client, reply, exchange, readmitted=client in self._readmitted)
+        self.sent.settle(client, exchange)
 
 
 def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

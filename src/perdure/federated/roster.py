@@ -17,7 +17,7 @@ QUERY = "query.partition"
 """Type of the first message to a node."""
 UNANSWERED = "No query function registered"
 """Part of Flower's error for an app that answers no such message, as an app of plain Flower."""
-PROTOCOL = 3
+PROTOCOL = 4
 """Number of the form of the messages; parties with another one cannot work together."""
 WAIT = 120.0
 PAUSE = 0.1

@@ -47,13 +47,15 @@ from perdure.federated.messages import (
 )
 from perdure.federated.reply_checks import ReplyChecks
 from perdure.federated.roster import Roster
+from perdure.federated.sent_tasks import SentTasks
 from perdure.federated.settings import Federation
 from perdure.federated.state_merging import combine, combine_round, sent, sent_every_round
 from perdure.learner.arguments import check_stream
 from perdure.learner.checkpoint import Position, Store
 from perdure.learner.fingerprint import plain_attributes
-from perdure.learner.folder_claims import HEADS
+from perdure.learner.folder_claims import ACCOUNTS, HEADS
 from perdure.learner.learner import Learner
+from perdure.privacy.ledger.account import Statement
 from perdure.utils.folder_lock import locked
 from perdure.utils.modules import detached_copies
 
@@ -144,6 +146,15 @@ class Server:
     def private(self) -> bool:
         """True if the clients train with privacy."""
         return self._settings["privacy"] is not None
+
+    def client_epsilons(self) -> dict[int, Statement]:
+        """Return the epsilon of each client's records so far, as the clients have reported it.
+
+        It contains the charges of ledgers that a client has lost. A client without a valid reply is
+        left out. The result is empty without privacy.
+        """
+        accounts = {int(name): self.heads.account(int(name)) for name in self.heads.accounts}
+        return {n: each.statement() for n, each in sorted(accounts.items()) if each is not None}
 
     @property
     def clients(self) -> ClientTotals:
@@ -351,6 +362,8 @@ class Server:
             }
             facts = {**snapshot.facts, "exchange": self.exchange, "aggregator": kinds}
             facts[HEADS], facts["begun"] = self.heads.texts, sorted(self.heads.begun)
+            facts[ACCOUNTS] = {name: list(each) for name, each in self.heads.accounts.items()}
+            facts["sent"] = self._exchanges.sent.lines
             facts["previous"] = list(self._attendance.previous)
             facts["norms"] = self._exchanges.checks.norms
             Store(self.folder).save(self.exchange, replace(snapshot, tensors=tensors, facts=facts))
@@ -358,6 +371,8 @@ class Server:
 
     def _resume(self) -> None:
         snapshot = Store(self.folder).load() if self.folder else None
+        least = snapshot.facts.get("sent", 0) if snapshot else 0
+        self._exchanges.sent = SentTasks(self.folder, least)
         if snapshot is None:
             return
         cut = {
@@ -370,7 +385,8 @@ class Server:
         remind(self._aggregator, cut, snapshot.facts["aggregator"])
         self._attendance = self._attend(snapshot.facts["exchange"], snapshot.facts["previous"])
         self._exchanges.checks = ReplyChecks(snapshot.facts["norms"])
-        self._exchanges.heads = ClientHeads(snapshot.facts[HEADS], snapshot.facts.get("begun", ()))
+        told = (snapshot.facts.get("begun", ()), snapshot.facts.get(ACCOUNTS))
+        self._exchanges.heads = ClientHeads(snapshot.facts[HEADS], *told)
 
     def _attend(self, exchange: int = 0, previous: Sequence[int] | None = None) -> Attendance:
         holds = self._roster.holds

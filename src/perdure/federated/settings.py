@@ -70,6 +70,10 @@ class Federation(CheckedFields):
             or, without a folder, built again around what they remember. The result is the same, bit
             for bit. Clients with privacy need the folder. A learner that left has no session, so
             callbacks must not keep it.
+        readmit: True if a client with privacy that lost its folder, and with it its ledger, may go
+            on with a new ledger. The new one begins with an upper bound of all charges of the lost
+            one, and its noise is calibrated for what is left of the budget. False to leave the
+            client out until its folder is restored.
         mode: `open`: the server can read every update. The modes `central` and `secure` are not
             implemented.
 
@@ -91,6 +95,7 @@ class Federation(CheckedFields):
     max_update_norm: float | None = None
     pre_aggregators: Sequence[PreAggregator] = ()
     alive: int | None = None
+    readmit: bool = False
     mode: Literal["open"] = "open"
 
     def __post_init__(self) -> None:

@@ -23,6 +23,8 @@ DRAWS = "draws"
 
 HEADS = "heads"
 """Key, in the facts of a federation server's checkpoint, of the heads of its clients' ledgers."""
+ACCOUNTS = "accounts"
+"""Key, in these facts, of the exchange and text of the last public account of each client."""
 SERVER = "the checkpoint of the federation's server"
 
 

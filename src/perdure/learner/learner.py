@@ -50,7 +50,7 @@ from perdure.learner.snapshots import restore_snapshot, take_snapshot
 from perdure.learner.step_changes import SAM
 from perdure.learner.trained_parameters import Train, choose_trained
 from perdure.learner.validation import Validation, Validator
-from perdure.planning.training_plan import Participation
+from perdure.planning.training_plan import LostLedgers, Participation
 from perdure.privacy.private_sum import MakePrivateSum, PrivateSum
 from perdure.privacy.settings import Privacy
 from perdure.tasks.losses import Loss
@@ -175,6 +175,8 @@ class Learner(SessionFront):
     """Settings of the caller of the learner, such as a federation; they are in the fingerprint."""
     participation: Participation | None = field(default=None, init=False, repr=False)
     """Rounds of a client in a federation, set by its app; None for all steps."""
+    lost: LostLedgers | None = field(default=None, init=False, repr=False)
+    """Ledgers that a client of a federation lost with its disk, set by its app."""
 
     # ------------------------------------------------------------------ the loop
 
@@ -281,6 +283,7 @@ class Learner(SessionFront):
             client=self.client,
             owner=self.owner,
             participation=self.participation,
+            lost=self.lost,
             folder=self.folder,
             device=self.device,
             micro_batch_size=self.micro_batch_size,

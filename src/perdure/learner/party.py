@@ -68,6 +68,7 @@ class Party(GuardedParty):
             blocks=self.blocks,
             privacy=self.privacy,
             participation=self.participation,
+            lost=self.lost,
         )
         self.lock = FolderLock(self.folder) if self.folder else None
         self._opened: PrivateSum | None = None

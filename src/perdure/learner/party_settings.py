@@ -19,7 +19,7 @@ from perdure.learner.averaging import EMA, SWA
 from perdure.learner.checkpoint import Position
 from perdure.learner.step_changes import SAM
 from perdure.learner.trained_parameters import Train
-from perdure.planning.training_plan import Participation
+from perdure.planning.training_plan import LostLedgers, Participation
 from perdure.privacy.private_sum import MakePrivateSum, PrivateSum
 from perdure.privacy.settings import Privacy
 from perdure.tasks.losses import Loss
@@ -90,6 +90,7 @@ class PartySettings:
     fine_tune: Train | None = None
     defence: Defence | None = None
     participation: Participation | None = None
+    lost: LostLedgers | None = None
 
     @property
     def options(self) -> dict[str, object]:

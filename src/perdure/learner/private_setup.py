@@ -23,7 +23,7 @@ from perdure.learner.inspection import Inspection, Verdict
 from perdure.learner.known_verdicts import VERDICTS, key_of
 from perdure.learner.model_history import Carried, History
 from perdure.learner.optimizers import MakeOptimizer, called
-from perdure.planning.budget import elsewhere, planned, scheduled, targets
+from perdure.planning.budget import LOST, elsewhere, planned, scheduled, targets
 from perdure.planning.kept_noise import KeptNoise
 from perdure.planning.training_plan import TrainingPlan, charge_of
 from perdure.privacy.accounting.charges import bounding, merged
@@ -167,6 +167,12 @@ def charge_before(
         for partition in own
         for each in training.spent_by_records(partition)
     ]
+    if lost := training.lost:
+        spent += [
+            elsewhere(charge, partition, ledger.simulated, LOST, lost.independence)
+            for partition in own
+            for charge in lost.charges.get(partition, ())
+        ]
     earlier = carried_entries(carried, ledger.simulated)
     for entry in earlier:
         if own.keys().isdisjoint(entry.scope):

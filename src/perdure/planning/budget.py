@@ -16,6 +16,8 @@ from perdure.privacy.private_sum import Schedule
 Histories = dict[str, list[Charge]]
 ELSEWHERE = "spent elsewhere"
 """Purpose of a ledger entry for a charge that was made outside the ledger."""
+LOST = "spent in a lost ledger"
+"""Purpose of a ledger entry for charges of the same client's earlier ledger, which it lost."""
 
 
 def planned(training: TrainingPlan, schedule: Schedule) -> Histories:
@@ -81,7 +83,8 @@ def charges(
 def scheduled(training: TrainingPlan) -> Schedule:
     """Return noise multipliers that fit the budget, and the partitions to leave out of pools.
 
-    Partitions are left out only if the noise is given, so that the budget is a cap.
+    Partitions are left out only if the noise is given, so that the budget is a cap. After a lost
+    ledger, the noise is at least that of the lost one.
 
     Raises:
         BudgetError: if no noise is large enough, or new records could not be used even once.
@@ -95,14 +98,21 @@ def scheduled(training: TrainingPlan) -> Schedule:
             noise=noise, excluded=excluded_by_cap(training, noise[0]) if privacy.epsilons else ()
         )
     if isinstance(privacy.epsilon, tuple):
-        return Schedule(noise=one_by_one(training, privacy.epsilon))
+        return _at_least(training, one_by_one(training, privacy.epsilon))
     (target,) = privacy.epsilons
     noise_multiplier = calibrate(
         lambda sigma: list(planned(training, Schedule(noise=(sigma,))).values()),
         epsilon=target,
         delta=privacy.delta,
     )
-    return Schedule(noise=(noise_multiplier,))
+    return _at_least(training, (noise_multiplier,))
+
+
+def _at_least(training: TrainingPlan, noise: tuple[float, ...]) -> Schedule:
+    if training.lost is None:
+        return Schedule(noise=noise)
+    before = Schedule(noise=training.lost.noise)
+    return Schedule(noise=tuple(max(each, before.noise_in(i)) for i, each in enumerate(noise)))
 
 
 def one_by_one(training: TrainingPlan, targets: Sequence[float]) -> tuple[float, ...]:

@@ -83,7 +83,8 @@ def plan_key(training: TrainingPlan) -> str:
     ]
     budget = [list(privacy.epsilons), isinstance(privacy.epsilon, tuple), privacy.delta]
     reuses = training.strategy.privacy_cost.reuses_past_records
-    text = canonical_text([VERSION, budget, reuses, histories])
+    least = [list(training.lost.noise)] if training.lost else []
+    text = canonical_text([VERSION, budget, reuses, histories, *least])
     return hashlib.sha256(text.encode()).hexdigest()
 
 

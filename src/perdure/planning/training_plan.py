@@ -11,7 +11,8 @@ from perdure.contract.strategy import Strategy
 from perdure.data.experience import Experience, Stream
 from perdure.data.records import Spent
 from perdure.planning.exposure import block_of_steps, exposure, pool_size, split_steps
-from perdure.privacy.accounting.charges import Charge
+from perdure.privacy.accounting.charges import Charge, History
+from perdure.privacy.ledger.entries import Stated
 from perdure.privacy.private_sum import Schedule
 from perdure.privacy.settings import Privacy
 
@@ -29,6 +30,24 @@ class Participation:
 
     rounds: int
     taken: tuple[frozenset[int], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LostLedgers:
+    """Ledgers that a client lost with its disk, as far as a server knows them.
+
+    Args:
+        count: number of lost ledgers.
+        charges: upper bound of their charges, by partition.
+        noise: noise multiplier of a step in each experience, of the last one of them. A later
+            ledger never has less noise, so that bounds computed from it hold for all.
+        independence: how records were known to be independent in these charges.
+    """
+
+    count: int
+    charges: Mapping[str, History]
+    noise: tuple[float, ...]
+    independence: Stated = ""
 
 
 def charge_of(spent: Spent) -> Charge:
@@ -58,6 +77,7 @@ class TrainingPlan:
         participation: rounds in which a client of a federation trains; None for all steps. The
             noise is calibrated for these rounds only, without amplification by the choice of
             clients, because the choice is public.
+        lost: ledgers that a client lost before this plan; None for none.
     """
 
     stream: Stream
@@ -71,13 +91,15 @@ class TrainingPlan:
     carried: Mapping[str, tuple[Charge, ...]] = field(default_factory=dict)
     carried_at_most: tuple[Charge, ...] = ()
     participation: Participation | None = None
+    lost: LostLedgers | None = None
 
     def spent_before(self, partition: str) -> list[Charge]:
         """Return the charges of a partition's records before this plan."""
         if self.privacy is None:
             return [*self.carried.get(partition, self.carried_at_most)]
         before = (*self.privacy.spent, *map(charge_of, self.spent_by_records(partition)))
-        return [*before, *self.carried.get(partition, self.carried_at_most)]
+        lost = self.lost.charges.get(partition, ()) if self.lost else ()
+        return [*before, *lost, *self.carried.get(partition, self.carried_at_most)]
 
     def spent_by_records(self, partition: str) -> tuple[Spent, ...]:
         """Return the earlier releases of a partition's records, which the records carry.

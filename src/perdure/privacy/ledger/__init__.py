@@ -9,6 +9,7 @@ from perdure.privacy.ledger.account import Account, Statement
 from perdure.privacy.ledger.entries import Entry
 from perdure.privacy.ledger.ledger import Ledger
 from perdure.privacy.ledger.merged import Merged, merge, read
+from perdure.privacy.ledger.public_account import PublicAccount
 from perdure.privacy.ledger.storage import SealedHead, head_path, load
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "Entry",
     "Ledger",
     "Merged",
+    "PublicAccount",
     "SealedHead",
     "Statement",
     "head_path",

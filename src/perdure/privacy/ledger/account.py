@@ -17,6 +17,8 @@ from perdure.privacy.ledger.storage import SCHEMA, Body
 WARM_START = "spent before, by the model that was warm-started"
 """Purpose of a ledger entry that carries over the privacy cost of a model's earlier training."""
 NOT_KNOWN = "not known"
+SAMPLINGS = ("no sampling", "Poisson sampling", "Poisson sampling and full passes")
+"""Kinds of sampling of an account, in words."""
 NOT_COUNTED = "training before this ledger not counted"
 COUNTED = "training before this ledger counted as far as it was recorded"
 
@@ -212,12 +214,6 @@ class Account:
 
     def statement(self, delta: float) -> Statement:
         """Return the worst epsilon so far, with everything that it needs to be understood."""
-        # at rate 1 a Poisson sample contains every record
-        kinds = {
-            "none" if set(entry.scope.values()) == {1.0} else entry.sampling
-            for entry in self.entries
-        }
-        sampled = "Poisson sampling" if "none" not in kinds else "Poisson sampling and full passes"
         trust = sorted(
             {"trusted curator" if e.trust == "curator" else e.trust for e in self.entries}
         )
@@ -227,14 +223,31 @@ class Account:
             unit=self.unit,
             relation=self.relation,
             accountant="pld",
-            sampling=sampled if "poisson" in kinds else "no sampling",
+            sampling=self.sampling,
             trust=" and ".join(trust) or "trusted curator",
             simulated=self.simulated,
             units=sum(self.sizes.values()),
             independence=self.independence,
-            public_facts=tuple(dict.fromkeys(chain.from_iterable(self.public_facts.values()))),
+            public_facts=self.found_in_records,
             before=COUNTED if self.continues else NOT_COUNTED,
         )
+
+    @property
+    def sampling(self) -> str:
+        """Return the sampling of all entries in words, one of `SAMPLINGS`."""
+        # at rate 1 a Poisson sample contains every record
+        kinds = {
+            "none" if set(entry.scope.values()) == {1.0} else entry.sampling
+            for entry in self.entries
+        }
+        if "poisson" not in kinds:
+            return SAMPLINGS[0]
+        return SAMPLINGS[1] if "none" not in kinds else SAMPLINGS[2]
+
+    @property
+    def found_in_records(self) -> tuple[str, ...]:
+        """Return the facts that were found in the records of any partition, each once."""
+        return tuple(dict.fromkeys(chain.from_iterable(self.public_facts.values())))
 
     @property
     def independence(self) -> str:

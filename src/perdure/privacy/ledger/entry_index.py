@@ -31,6 +31,7 @@ class EntryIndex:
     Args:
         entries: entries of one account; new ones are appended, and existing ones never change.
         touching: partition to the indices of the entries that touch it, in order.
+        purposes: purpose to the indices of its entries, in order.
         draws: partition to the number of integers that its entries draw.
         worst: delta to the partition with the largest epsilon, and this epsilon.
         worst_of: number of entries and the partitions for which `worst` holds.
@@ -38,6 +39,7 @@ class EntryIndex:
 
     entries: list[Entry]
     touching: dict[str, list[int]] = field(default_factory=dict)
+    purposes: dict[str, list[int]] = field(default_factory=dict)
     draws: dict[str, int] = field(default_factory=dict)
     worst: dict[float, tuple[str, float]] = field(default_factory=dict)
     worst_of: tuple[int, tuple[str, ...]] = (0, ())
@@ -48,6 +50,7 @@ class EntryIndex:
         """Include the entries that were added since the last call."""
         for place in range(self._read, len(self.entries)):
             entry = self.entries[place]
+            self.purposes.setdefault(entry.purpose, []).append(place)
             for partition in entry.scope:
                 self.touching.setdefault(partition, []).append(place)
                 self.draws[partition] = self.draws.get(partition, 0) + entry.draws
