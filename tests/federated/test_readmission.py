@@ -77,7 +77,7 @@ def test_a_client_that_lost_its_ledger_goes_on_with_a_new_one(tmp_path, caplog):
     assert_nothing_is_uncounted(tmp_path, 1)
 
 
-def test_the_new_ledger_counts_exactly_the_charges_in_the_last_reply(tmp_path):
+def test_a_new_ledger_counts_exactly_what_the_last_reply_told(tmp_path):
     served(tmp_path, 3, 2, deleted=[(4, 1)], privacy=BUDGET, share=0)
     (gone,) = Path(tmp_path, "gone").iterdir()
     old, new = account(gone), account(tmp_path / "clients/001")

@@ -263,8 +263,7 @@ class Learner(SessionFront):
                 refuse_second_ledger(self.position)
             refuse_optimizer(self.optimizer, self.params)
         self.close()
-        self.matrix = []
-        self.progress = []
+        self.matrix, self.progress = [], []
         self._rates = None
         self._new_optimizer()
         if self.scheduler:  # refuse a schedule before anything is inspected, charged or written
