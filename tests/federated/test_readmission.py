@@ -197,7 +197,7 @@ def test_the_command_shows_what_clients_have_reported(tmp_path, capsys):
         show_clients(tmp_path / "clients", as_json=False)
 
 
-@pytest.mark.deep(reason="six runs with random losses; the tests above have one of each kind")
+@pytest.mark.deep(reason="chaos: six runs with random losses")
 def test_random_losses_never_leave_a_charge_out(tmp_path):
     for seed in range(6):
         folder = tmp_path / str(seed)
