@@ -242,6 +242,17 @@ def test_updates_are_bounded_by_the_median_or_as_declared(identity):
     assert "federation.max_update_norm" in str(rejected[2])
 
 
+@pytest.mark.parametrize("size", [1e-30, 1e-4, 1.0, 1e30])
+def test_norms_are_those_of_float64_at_every_size(identity, size):
+    rng = torch.Generator().manual_seed(0)
+    start = size * torch.randn(200_000, generator=rng)
+    update = start + size * torch.randn(200_000, generator=rng)
+    checks = ReplyChecks()
+    checks.accept(replies_of([update.tolist()]), expected(tensors={"w": start}))
+    exact = torch.linalg.vector_norm(update - start, dtype=torch.float64)
+    assert checks.norms == pytest.approx([float(exact)], rel=1e-6)
+
+
 def test_two_clients_go_on_after_they_have_converged(parties):
     """Their last updates are tiny, and the first ones of the next experience are not."""
     make, streams = parties

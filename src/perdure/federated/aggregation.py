@@ -15,6 +15,7 @@ from perdure.federated.held_arrays import read_only, values_of
 from perdure.federated.messages import read_metric
 from perdure.federated.pre_aggregators import pre_aggregated_replies
 from perdure.federated.settings import Federation
+from perdure.utils.finite_numbers import all_finite
 from perdure.utils.seeding import generator
 
 STEPPING = (FedOpt, FedAvgM)
@@ -58,7 +59,7 @@ def aggregated(
             "aggregator, or one with fewer hostile clients"
         )
     values_of(result).update(means)
-    wrong = [key for key, each in result.items() if not read_only(each).isfinite().all()]
+    wrong = [key for key, each in result.items() if not all_finite(read_only(each))]
     if wrong:
         raise FederationError(
             f"the aggregator {name} returned NaN or infinite numbers in {wrong[0]}; set "

@@ -39,6 +39,10 @@ REMEMBERED = 32
 These are bounded by the largest norm of the experience, because honest updates become small while
 a model converges, and large again at the next experience.
 """
+PIECE = 1 << 16
+"""Number of squares that are added in float32; the sums of pieces are added in float64."""
+SMALLEST_SQUARE = 1e-20
+"""Squared norm from which squares that are too small for float32 do not count."""
 
 
 class ReplyError(FederationError):
@@ -109,8 +113,7 @@ class ReplyChecks:
         norms: dict[int, dict[str, float]] = {}
         for client, reply in sorted(replies.items()):
             try:
-                tensors, content = checked_content(reply, client, expected)
-                norms[client] = distances(tensors, expected)
+                content, norms[client] = checked_content(reply, client, expected)
             except ReplyError as error:
                 rejected[client] = error
             except Exception as error:  # a foreign reply may break any reader of its parts
@@ -153,29 +156,42 @@ class ReplyChecks:
         return found
 
 
-def distances(tensors: Mapping[str, Tensor], expected: Expected) -> dict[str, float]:
-    """Return the L2 norm of an update, under the name "", or the norms of a state's tensors."""
-    if expected.record == "arrays":
-        squares = [_norm(tensors[name] - value) ** 2 for name, value in expected.tensors.items()]
-        states = {
-            f"{STATE} {name}": _norm(tensors[f"{STATE} {name}"] - value)
-            for name, value in expected.round_state.items()
-        }
-        return {"": math.sqrt(sum(squares)), **states}
-    return {name: _norm(value) for name, value in tensors.items()}
+def _norm(value: Tensor, start: Tensor | None = None) -> float:
+    """Return the L2 norm of a tensor, or of its difference from `start`.
 
-
-def _norm(value: Tensor) -> float:
+    For float32 it is exact to a millionth, and takes a quarter of the time of float64.
+    """
+    if value.dtype == torch.float32:
+        squared = _squared(value.reshape(-1), None if start is None else start.reshape(-1))
+        if SMALLEST_SQUARE < squared < math.inf:
+            return math.sqrt(squared)
+    value = value if start is None else value - start
     if not (value.is_floating_point() or value.is_complex()):
         value = value.double()
     wide = torch.complex128 if value.is_complex() else torch.float64
     return float(torch.linalg.vector_norm(value, dtype=wide))
 
 
+def _squared(value: Tensor, start: Tensor | None) -> float:
+    """Add up squares piece by piece, so that a difference never leaves the processor's cache."""
+    total = 0.0
+    # slices, because `split` takes longer than the sum of a small tensor
+    for first in range(0, len(value), PIECE):
+        piece = value[first : first + PIECE]
+        if start is not None:
+            piece = piece - start[first : first + PIECE]
+        total += float(torch.dot(piece, piece))
+    return total
+
+
 def checked_content(
     reply: Message, client: int, expected: Expected
-) -> tuple[dict[str, Tensor], RecordDict]:
-    """Return the tensors of a reply, and its content in which they are held.
+) -> tuple[RecordDict, dict[str, float]]:
+    """Return the content of a reply with its checked tensors, and their L2 norms.
+
+    Returns:
+        The content, and the norm of the update under the name "", those of the state's tensors
+        under theirs.
 
     Raises:
         ReplyError: names the field that is wrong.
@@ -190,18 +206,23 @@ def checked_content(
         raise ReplyError("message", f"has the records {sorted(content)}; allowed: {sorted(own)}")
     _check_exchange(content[EXCHANGE], expected.exchange)
     size = _checked_size(content["metrics"], expected.sizes.get(client))
-    tensors = _checked_tensors(content[expected.record], expected.record, expected.tensors)
+    update = expected.record == "arrays"
+    tensors, norms = _checked_tensors(
+        content[expected.record], expected.record, expected.tensors, update=update
+    )
+    if update:
+        norms = {"": math.sqrt(sum(norm**2 for norm in norms.values()))}
     records: dict[str, ArrayRecord | MetricRecord | ConfigRecord] = {
         expected.record: checked_record(tensors),
         "metrics": MetricRecord({"num-examples": size}),
     }
     if expected.round_state:
-        state = _checked_tensors(content[STATE], STATE, expected.round_state)
+        state, changes = _checked_tensors(content[STATE], STATE, expected.round_state, update=True)
         records[STATE] = checked_record(state)
-        tensors |= {f"{STATE} {name}": value for name, value in state.items()}
+        norms |= {f"{STATE} {name}": norm for name, norm in changes.items()}
     if expected.private:
         records[LEDGER] = cast(ConfigRecord, content[LEDGER])
-    return tensors, message_of(records)
+    return message_of(records), norms
 
 
 def _check_exchange(record: Any, exchange: int) -> None:
@@ -220,21 +241,27 @@ def _checked_size(record: Any, most: int | None) -> int:
     return given
 
 
-def _checked_tensors(record: Any, name: str, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _checked_tensors(
+    record: Any, name: str, like: Mapping[str, Tensor], *, update: bool
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Return the tensors of a record, and their norms, of an update from the server's own."""
     if not isinstance(record, ArrayRecord):
         raise ReplyError(name, f"is a {type(record).__name__}; allowed: an ArrayRecord")
     wrong = sorted(set(record) ^ set(like))
     if wrong:
         raise ReplyError(name, f"differs in {_short(wrong[0])}; allowed: the model's own names")
     tensors = {}
+    norms = {}
     for key, own in like.items():
         where = f"{name} {key}"
         value = tensors[key] = _decoded(record[key], own, where)
-        if not math.isfinite(_norm(value)):
+        norms[key] = _norm(value, own if update else None)
+        # a finite change of finite numbers leads to finite numbers, which need no look of their own
+        if not math.isfinite(norms[key]) and not math.isfinite(_norm(value)):
             raise ReplyError(where, "has NaN, infinite or far too large numbers; allowed: finite")
         if key.endswith("running_var") and bool((value < 0).any()):
             raise ReplyError(where, "has a negative variance; allowed: numbers from 0")
-    return tensors
+    return tensors, norms
 
 
 def _decoded(array: Array, like: Tensor, field: str) -> Tensor:

@@ -16,6 +16,7 @@ from perdure.data.value_checks import check_finite
 from perdure.errors import RunawayError
 from perdure.planning.training_plan import TrainingPlan
 from perdure.types import Params
+from perdure.utils.finite_numbers import all_finite
 
 EVERY = 16
 """Number of steps between two checks that read all numbers, or wait for a device."""
@@ -121,9 +122,4 @@ def _shown_finite(losses: Tensor) -> bool:
 
 
 def _lost(tensors: Params) -> list[str]:
-    return [name for name, value in tensors.items() if not _finite(value.detach())]
-
-
-def _finite(value: Tensor) -> bool:
-    # a sum stores nothing; only if it is not finite, which an overflow can cause, check each value
-    return bool(value.sum().isfinite()) or bool(value.isfinite().all())
+    return [name for name, value in tensors.items() if not all_finite(value.detach())]
