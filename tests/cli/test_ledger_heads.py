@@ -4,7 +4,8 @@ import shutil
 
 import pytest
 
-from helpers.ledger_cli import ARMS, assert_refused, shown
+from helpers.command_line import assert_refused
+from helpers.ledger_cli import ARMS, shown
 
 
 def heads(perdure, run):

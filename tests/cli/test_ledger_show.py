@@ -8,7 +8,8 @@ from dataclasses import asdict
 
 import pytest
 
-from helpers.ledger_cli import ARMS, CONFIG, KEY, assert_refused, shown
+from helpers.command_line import assert_refused
+from helpers.ledger_cli import ARMS, CONFIG, KEY, shown
 from perdure.experiment.config import parse
 from perdure.experiment.run import run
 from perdure.privacy.accounting import calibration as accounting

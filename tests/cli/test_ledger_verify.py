@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from helpers.command_line import assert_refused
 from helpers.learners import change_facts
-from helpers.ledger_cli import ARMS, KEY, assert_refused, shown
+from helpers.ledger_cli import ARMS, KEY, shown
 from perdure.errors import LedgerError
 from perdure.experiment.results import ledger_files
 from perdure.privacy.ledger.ledger import Ledger

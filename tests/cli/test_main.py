@@ -14,6 +14,7 @@ from importlib import resources
 
 import pytest
 
+from helpers.command_line import CONFIG, assert_refused, plain
 from perdure.experiment.config import parse
 
 with warnings.catch_warnings():
@@ -22,36 +23,6 @@ with warnings.catch_warnings():
     import typer
 
     from perdure.cli import main as cli
-
-CONFIG = """
-name = "small"
-[data]
-experiences = 2
-[model]
-hidden = [4]
-[training]
-optimizer = "SGD"
-learning_rate = 0.1
-epochs = 1
-[[arms]]
-strategy = "naive"
-"""
-
-
-@pytest.fixture
-def perdure(monkeypatch, capfd, tmp_path):
-    """Call the command in an empty folder; return (exit code, standard output, standard error)."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*words):
-        monkeypatch.setattr(sys, "argv", ["perdure", *map(str, words)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        printed = capfd.readouterr()
-        return ended.value.code or 0, printed.out, printed.err
-
-    return call
-
 
 SEEDED = """
 name = "small"
@@ -74,28 +45,12 @@ strength = 1e30
 """
 
 
-def assert_refused(answer, *words):
-    """Assert exit code 2 and one line on standard error that contains `words`."""
-    code, out, err = answer
-    assert code == 2
-    assert out == ""
-    assert err.startswith("perdure: ")
-    assert err.endswith("\n")
-    assert err.count("\n") == 1
-    for word in words:
-        assert word in err
-
-
 # --------------------------------------------------------------------------- what it teaches
 
 
-def plain(text):
-    return " ".join(text.replace("│", " ").split())
-
-
 @pytest.mark.parametrize("words", [["--help"], []])
-def test_help_prints_the_first_steps(perdure, words):
-    _, out, err = perdure(*words)
+def test_help_prints_the_first_steps(command, words):
+    _, out, err = command(*words)
     told = plain(out + err)
     for sentence in (
         "`perdure demo` runs the built-in experiment and writes runs/demo/report.html",
@@ -109,7 +64,7 @@ def test_help_prints_the_first_steps(perdure, words):
 
 
 @pytest.mark.parametrize(
-    ("command", "told"),
+    ("name", "told"),
     [
         ("run", "CONFIG is a TOML file; perdure demo --show-config prints an example, and "),
         ("run", "Folder of the run; default runs/NAME."),
@@ -117,14 +72,14 @@ def test_help_prints_the_first_steps(perdure, words):
         ("report", "RUN is the folder of the run, such as runs/demo."),
     ],
 )
-def test_help_of_a_command_names_its_arguments(perdure, command, told):
-    code, out, _ = perdure(command, "--help")
+def test_help_of_a_command_names_its_arguments(command, name, told):
+    code, out, _ = command(name, "--help")
     assert code == 0
     assert told in plain(out)
 
 
-def test_show_config_prints_the_packaged_file_unchanged(perdure):
-    code, out, err = perdure("demo", "--show-config")
+def test_show_config_prints_the_packaged_file_unchanged(command):
+    code, out, err = command("demo", "--show-config")
     assert (code, err) == (0, "")
     assert out == resources.files("perdure.experiment").joinpath("demo.toml").read_text(
         encoding="utf-8"
@@ -135,9 +90,9 @@ def test_show_config_prints_the_packaged_file_unchanged(perdure):
 # --------------------------------------------------------------------------- a run
 
 
-def test_a_run_prints_plain_progress_and_a_result_table(perdure, tmp_path):
+def test_a_run_prints_plain_progress_and_a_result_table(command, tmp_path):
     (tmp_path / "mine.toml").write_text(CONFIG)
-    code, out, err = perdure("run", "mine.toml")
+    code, out, err = command("run", "mine.toml")
     assert (code, err) == (0, "")
     assert re.search(
         r"^naive-plain 50 %, experience 1/2, step \d+/\d+, .* steps/s, loss .* s left$", out, re.M
@@ -151,7 +106,7 @@ def test_a_run_prints_plain_progress_and_a_result_table(perdure, tmp_path):
         assert (tmp_path / "runs" / "small" / name).exists()
 
     first = (tmp_path / "runs" / "small" / "result.json").read_bytes()
-    code, again, _ = perdure("run", "mine.toml")
+    code, again, _ = command("run", "mine.toml")
     assert code == 0
     assert again.splitlines()[-7:] == out.splitlines()[-7:]
     assert (tmp_path / "runs" / "small" / "result.json").read_bytes() == first
@@ -159,20 +114,20 @@ def test_a_run_prints_plain_progress_and_a_result_table(perdure, tmp_path):
     page = tmp_path / "runs" / "small" / "report.html"
     before = page.read_bytes()
     page.unlink()
-    code, shown, err = perdure("report", "runs/small")
+    code, shown, err = command("report", "runs/small")
     assert (code, err) == (0, "")
     assert page.read_bytes() == before
     assert shown.splitlines()[-7:] == out.splitlines()[-7:]
 
 
-def test_an_output_folder_is_refused_for_a_second_config(perdure, tmp_path):
+def test_an_output_folder_is_refused_for_a_second_config(command, tmp_path):
     (tmp_path / "mine.toml").write_text(CONFIG)
-    code, out, _ = perdure("run", "mine.toml", "--out", "here")
+    code, out, _ = command("run", "mine.toml", "--out", "here")
     assert code == 0
     assert out.endswith("report: here/report.html\n")
     assert not (tmp_path / "runs").exists()
     assert_refused(
-        perdure("demo", "--out", "here"), "here has a run that differs in config", "--out"
+        command("demo", "--out", "here"), "here has a run that differs in config", "--out"
     )
 
 
@@ -211,35 +166,35 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_an_invalid_config_gives_one_error_line_and_exit_code_2(perdure, tmp_path, name):
+def test_an_invalid_config_gives_one_error_line_and_exit_code_2(command, tmp_path, name):
     text, *words = WRONG[name]
     (tmp_path / "mine.toml").write_text(text)
-    assert_refused(perdure("run", "mine.toml"), *words)
+    assert_refused(command("run", "mine.toml"), *words)
 
 
-def test_a_refused_config_writes_no_files(perdure, tmp_path):
+def test_a_refused_config_writes_no_files(command, tmp_path):
     (tmp_path / "mine.toml").write_text(WRONG["field"][0])
-    perdure("run", "mine.toml")
+    command("run", "mine.toml")
     assert [path.name for path in tmp_path.iterdir()] == ["mine.toml"]
 
 
-def test_a_corrected_config_runs_in_the_folder_of_a_refused_one(perdure, tmp_path):
+def test_a_corrected_config_runs_in_the_folder_of_a_refused_one(command, tmp_path):
     (tmp_path / "mine.toml").write_text(WRONG["slices"][0])
-    assert_refused(perdure("run", "mine.toml"))
+    assert_refused(command("run", "mine.toml"))
     (tmp_path / "mine.toml").write_text(CONFIG)
-    assert perdure("run", "mine.toml")[0] == 0
+    assert command("run", "mine.toml")[0] == 0
 
 
 @pytest.mark.parametrize("path", ["no.toml", ".", "bad.toml", "bad.toml/x.toml"])
-def test_an_unreadable_config_path_gives_one_error_line(perdure, tmp_path, path):
+def test_an_unreadable_config_path_gives_one_error_line(command, tmp_path, path):
     (tmp_path / "bad.toml").write_bytes(b"\xff\xfe")
-    assert_refused(perdure("run", path), f"config {path} cannot be read")
+    assert_refused(command("run", path), f"config {path} cannot be read")
 
 
-def test_an_unwritable_output_folder_gives_one_error_line(perdure, tmp_path):
+def test_an_unwritable_output_folder_gives_one_error_line(command, tmp_path):
     (tmp_path / "mine.toml").write_text(CONFIG)
     assert_refused(
-        perdure("run", "mine.toml", "--out", "mine.toml/run"), "mine.toml/run cannot be written"
+        command("run", "mine.toml", "--out", "mine.toml/run"), "mine.toml/run cannot be written"
     )
 
 
@@ -255,15 +210,15 @@ def no_network(monkeypatch):
 
 
 @pytest.mark.parametrize("data", ["mnist", "cifar10", "adult"])
-def test_missing_data_files_give_one_error_line(perdure, tmp_path, monkeypatch, no_network, data):
+def test_missing_data_files_give_one_error_line(command, tmp_path, monkeypatch, no_network, data):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("PERDURE_DATA", str(tmp_path / "empty"))
     (tmp_path / "empty").mkdir()
     (tmp_path / "mine.toml").write_text(CONFIG.replace("[data]", f'[data]\nname = "{data}"'))
-    assert_refused(perdure("run", "mine.toml"), str(tmp_path / "empty"))
+    assert_refused(command("run", "mine.toml"), str(tmp_path / "empty"))
 
 
-def test_report_refuses_an_unfinished_run(perdure, tmp_path):
+def test_report_refuses_an_unfinished_run(command, tmp_path):
     (tmp_path / "torn").mkdir()
     (tmp_path / "torn" / "result.json").write_text('{"schema": 1')
     for folder, words in (
@@ -271,11 +226,11 @@ def test_report_refuses_an_unfinished_run(perdure, tmp_path):
         ("no", "cannot be read"),
         ("torn", "not valid JSON"),
     ):
-        assert_refused(perdure("report", folder), words)
+        assert_refused(command("report", folder), words)
 
 
-def test_an_unknown_command_is_refused_without_a_traceback(perdure):
-    code, out, err = perdure("rnu")
+def test_an_unknown_command_is_refused_without_a_traceback(command):
+    code, out, err = command("rnu")
     assert (code, out) == (2, "")
     assert "No such command 'rnu'" in err
     assert "Traceback" not in err
@@ -284,35 +239,35 @@ def test_an_unknown_command_is_refused_without_a_traceback(perdure):
 # --------------------------------------------------------------------------- options of a run
 
 
-def test_run_with_seeds_stores_the_config_that_was_run(perdure, tmp_path):
+def test_run_with_seeds_stores_the_config_that_was_run(command, tmp_path):
     (tmp_path / "mine.toml").write_text(SEEDED)
-    code, out, err = perdure("run", "mine.toml", "--seeds", "1,3", "--device", "cpu")
+    code, out, err = command("run", "mine.toml", "--seeds", "1,3", "--device", "cpu")
     assert (code, err) == (1, "")
     assert "wild-seed-1 diverged: " in plain(out) and "of 2 seeds" in plain(out)
     stored = parse((tmp_path / "runs" / "small" / "config.toml").read_text())
     assert (stored.seeds, stored.device, stored.arms) == ((1, 3), "cpu", parse(SEEDED).arms)
-    assert perdure("run", "mine.toml", "--seeds", "1,3")[0] == 1
+    assert command("run", "mine.toml", "--seeds", "1,3")[0] == 1
 
 
-def test_the_run_command_refuses_invalid_options(perdure, tmp_path):
+def test_the_run_command_refuses_invalid_options(command, tmp_path):
     (tmp_path / "mine.toml").write_text(SEEDED)
-    answer = perdure("run", "mine.toml", "--seeds", "1,x")
+    answer = command("run", "mine.toml", "--seeds", "1,x")
     assert_refused(answer, "--seeds = '1,x'", "whole numbers with commas")
-    answer = perdure("run", "mine.toml", "--engine", "ray")
+    answer = command("run", "mine.toml", "--engine", "ray")
     assert_refused(answer, "--engine = 'ray'", "[federation]")
-    answer = perdure("run", "mine.toml", "--device", "gpu")
+    answer = command("run", "mine.toml", "--device", "gpu")
     assert_refused(answer, "mine.toml: device = 'gpu'", "such as cpu or cuda")
 
 
-def test_config_command_checks_a_file_and_prints_the_reference(perdure, tmp_path):
+def test_config_command_checks_a_file_and_prints_the_reference(command, tmp_path):
     (tmp_path / "mine.toml").write_text(SEEDED.replace("seed = 7", "seeds = [1, 3]"))
-    code, out, err = perdure("config", "mine.toml")
+    code, out, err = command("config", "mine.toml")
     names = ["naive-plain-seed-1", "wild-seed-1", "naive-plain-seed-3", "wild-seed-3"]
     assert (code, out.split(), err) == (0, names, "")
-    code, out, err = perdure("config", "--reference", "--table", "federation")
+    code, out, err = command("config", "--reference", "--table", "federation")
     assert (code, err) == (0, "") and out.startswith("[federation]\n  clients: a whole number;")
-    assert_refused(perdure("config"), "--reference")
-    assert_refused(perdure("config", "--reference", "--table", "x"), "--table = 'x'", "training")
+    assert_refused(command("config"), "--reference")
+    assert_refused(command("config", "--reference", "--table", "x"), "--table = 'x'", "training")
     assert [path.name for path in tmp_path.iterdir()] == ["mine.toml"]
 
 
@@ -367,112 +322,13 @@ def test_ctrl_c_prints_how_to_continue_the_run(tmp_path):
     assert err == "perdure: stopped; give the same command again to continue\n"
 
 
-# --------------------------------------------------------------------------- the audit
-
-
-def test_audit_prints_the_lower_bound_and_the_claimed_epsilon(perdure, tmp_path):
-    claim = "\n[privacy]\nnoise_multiplier = 2.0\ndelta = 0.0005\nsampling_rate = 0.5\nseed = 0\n"
-    path = tmp_path / "small.toml"
-    path.write_text(CONFIG.replace("[[arms]]", f"{claim}[[arms]]") + "private = true\n")
-    code, out, err = perdure("audit", path, "--canaries", 200)
-    assert (code, err) == (0, "")
-    told = plain(out)
-    assert "naive-private: epsilon is at least" in told
-    assert "with 99 % confidence; claimed:" in told
-    assert "(record, add/remove, delta 0.0005)" in told
-    assert "simulated noise" in told
-
-
-def test_audit_with_shadows_attacks_the_models_of_a_run(perdure, tmp_path):
-    claim = "\n[privacy]\nnoise_multiplier = 2.0\ndelta = 0.0005\nsampling_rate = 0.5\nseed = 0\n"
-    path = tmp_path / "small.toml"
-    path.write_text(CONFIG.replace("[[arms]]", f"{claim}[[arms]]") + "private = true\n")
-    assert_refused(
-        perdure("audit", path, "--shadows", 4), "--shadows", "the folder of a finished run"
-    )
-    assert perdure("run", path)[0] == 0
-    code, out, err = perdure("audit", "runs/small", "--canaries", 200, "--shadows", 4)
-    assert (code, err) == (0, "")
-    assert "naive-private: membership inference (LiRA, 4 shadow models," in plain(out)
-
-
-def test_audit_refuses_a_config_without_private_arms(perdure, tmp_path):
-    path = tmp_path / "small.toml"
-    path.write_text(CONFIG)
-    assert_refused(perdure("audit", path), "arms", "at least one with private = true")
-
-
-REPLAYED = """
-[privacy]
-noise_multiplier = 2.0
-clip_norm = 0.1
-delta = 0.0005
-
-[[arms]]
-strategy = "ewc"
-strength = 1.0
-private = true
-"""
-
-
-def test_audit_replay_prints_the_change_of_every_release(perdure, tmp_path):
-    path = tmp_path / "small.toml"
-    path.write_text(CONFIG.replace("epochs = 1", "iterations = 3") + REPLAYED)
-    code, out, err = perdure("audit", path, "--replay")
-    assert (code, err) == (0, "")
-    told = plain(out)
-    for cell in ("strategy", "clipping", "place", "release", "ratio", "unexplained"):
-        assert cell in told
-    assert "release:fisher" in told and "gradient" in told and "alone" in told
-    assert "ewc-private: every change is at most as large as charged" in told
-    assert [file.name for file in tmp_path.iterdir()] == ["small.toml"]
-
-
-def test_audit_replay_of_a_federation_names_the_clients(perdure, tmp_path):
-    federation = "\n[federation]\nclients = 2\nrounds = 1\nmin_size = 1\n"
-    path = tmp_path / "small.toml"
-    path.write_text(CONFIG.replace("epochs = 1", "iterations = 3") + federation + REPLAYED)
-    code, out, err = perdure("audit", path, "--replay")
-    assert (code, err) == (0, "")
-    assert "client 0" in plain(out) and "client 1" in plain(out)
-
-
-def test_audit_replay_exits_with_1_if_a_record_changes_outputs(perdure, tmp_path, monkeypatch):
-    """The sum is divided by the number of records in the step, so the parameters depend on it."""
-    from perdure.curator.local_curator import LocalCurator
-
-    real = LocalCurator.gradient
-
-    def gradient(curator, losses, params, batch, step):
-        return {n: v / len(batch) for n, v in real(curator, losses, params, batch, step).items()}
-
-    monkeypatch.setattr(LocalCurator, "gradient", gradient)
-    path = tmp_path / "small.toml"
-    path.write_text(CONFIG.replace("epochs = 1", "iterations = 3") + REPLAYED)
-    code, out, err = perdure("audit", path, "--replay")
-    assert (code, err) == (1, "")
-    told = plain(out)
-    assert "ewc-private: alone: model.head.weight differs without a release" in told
-    assert "ewc-private: model.safetensors, model.head.weight differs without a release" in told
-
-
-def test_audit_replay_refuses_an_unknown_record_id(perdure, tmp_path):
-    path = tmp_path / "small.toml"
-    path.write_text(CONFIG + REPLAYED)
-    answer = perdure("audit", path, "--replay", "--record", 10**6)
-    assert_refused(answer, "record = 1000000", "an id of a training record")
-    assert_refused(perdure("audit", path, "--record", 1), "--record = 1", "together with --replay")
-    answer = perdure("audit", path, "--replay", "--shadows", 4)
-    assert_refused(answer, "--shadows = 4", "without --replay")
-
-
 # --------------------------------------------------------------------------- the list of strategies
 
 
-def test_strategies_json_lists_every_strategy_with_its_costs(perdure):
+def test_strategies_json_lists_every_strategy_with_its_costs(command):
     from perdure.strategies import names
 
-    code, out, err = perdure("strategies", "--json")
+    code, out, err = command("strategies", "--json")
     assert (code, err) == (0, "")
     listed = {row["name"]: row for row in json.loads(out)}
     assert tuple(listed) == names()
@@ -506,10 +362,10 @@ def test_strategies_json_lists_every_strategy_with_its_costs(perdure):
     assert ewc["not_vmappable_because"] is None
 
 
-def test_strategies_prints_a_table_of_every_strategy(perdure):
+def test_strategies_prints_a_table_of_every_strategy(command):
     from perdure.strategies import names
 
-    code, out, err = perdure("strategies")
+    code, out, err = command("strategies")
     assert (code, err) == (0, "")
     rows = [line.split()[0] for line in out.splitlines() if line[:1].isalpha()]
     assert set(names()) <= set(rows)
@@ -518,14 +374,14 @@ def test_strategies_prints_a_table_of_every_strategy(perdure):
 
 
 @pytest.mark.deep(reason="chaos: a run of the command that stops, and goes on to its report")
-def test_a_full_disk_gives_one_error_line_and_the_run_continues(perdure, tmp_path):
+def test_a_full_disk_gives_one_error_line_and_the_run_continues(command, tmp_path):
     (tmp_path / "mine.toml").write_text(CONFIG)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
     try:
-        code, _, err = perdure("run", "mine.toml")
+        code, _, err = command("run", "mine.toml")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert code == 2 and err.count("\n") == 1
     assert "cannot be written: File too large; nothing that was stored is lost" in err
-    assert perdure("run", "mine.toml")[0] == 0
+    assert command("run", "mine.toml")[0] == 0

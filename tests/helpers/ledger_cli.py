@@ -68,14 +68,6 @@ def shown(answer):
     return out
 
 
-def assert_refused(answer, *words):
-    code, out, err = answer
-    assert (code, out) == (2, "")
-    assert err.startswith("perdure: ") and err.count("\n") == 1
-    for word in words:
-        assert word in err
-
-
 @pytest.fixture(scope="session")
 def alone(tmp_path_factory):
     """A finished run with secret noise: two private arms, one without privacy. For reading only."""
