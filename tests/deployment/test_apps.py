@@ -1,5 +1,6 @@
 """Apps of a deployment: their files, their keys, and a run of both app objects."""
 
+import math
 import re
 import runpy
 import socket
@@ -13,6 +14,7 @@ from contextlib import contextmanager, suppress
 import pytest
 
 import perdure.federated  # noqa: F401 - first, because it knows which warnings to let pass
+from helpers.federations import without_spending
 from perdure.deployment import (
     check_port,
     check_superlink,
@@ -24,9 +26,11 @@ from perdure.deployment import (
     supernode_command,
 )
 from perdure.deployment.apps import configured
-from perdure.errors import ConfigError, FederationError, PrivacyError, RunError
+from perdure.errors import ConfigError, FederationError, RunError
 from perdure.experiment import parse, read_result, run, untimed
 from perdure.federated import InProcessGrid
+from perdure.federated.flower_adapter import error_reply
+from perdure.privacy.ledger import merge
 
 CONFIG = """
 name = "Two sites"
@@ -62,11 +66,12 @@ def tensors(folder):
     }
 
 
-def serve(config, nodes, settings):
+def serve(config, nodes, settings, app=None):
     """Run the server app and the client app of a config in this process."""
     from flwr.app import Context, RecordDict
 
-    with InProcessGrid(client_app_of(config), 2, node_config=nodes).running() as grid:
+    app = app or client_app_of(config)
+    with InProcessGrid(app, 2, node_config=nodes).running() as grid:
         server_app_of(config)(grid, Context(1, 0, {}, RecordDict(), settings))
 
 
@@ -311,15 +316,89 @@ def test_a_supernode_command_quotes_folders_with_spaces(tmp_path):
     }
 
 
-def test_private_arms_are_refused_before_deployment(app, tmp_path):
-    """The server would have no ledgers, and its report no epsilon."""
-    private = CONFIG + "private = true\n[privacy]\nepsilon = 8.0\ndelta = 1e-4\n"
-    with pytest.raises(
-        PrivacyError, match=r"private arms \(replay-private\), which an app cannot train"
-    ):
-        new_app(tmp_path / "private", private)
-    assert not (tmp_path / "private").exists()
-    config = app / "federation_two_sites" / "config.toml"
-    config.write_text(private)
-    with pytest.raises(PrivacyError, match="private arms"):
-        configured(config, {})
+PRIVATE = (
+    CONFIG.replace("rounds = 1", "rounds = 3")
+    + """private = true
+[privacy]
+epsilon = 8.0
+delta = 1e-4
+"""
+)
+
+
+def deployed(tmp_path, text, config="federation_two_sites/config.toml"):
+    """Run the app of a config in this process, and return its result."""
+    new_app(tmp_path / "app", text)
+    serve(
+        tmp_path / "app" / config,
+        {"state": str(tmp_path / "state")},
+        {"run-folder": str(tmp_path / "there")},
+    )
+    return read_result(tmp_path / "there")
+
+
+def test_private_arms_are_trained_at_the_sites_alike(tmp_path):
+    """The ledgers stay at the sites, and the server states what they have reported."""
+    simulated = PRIVATE + "seed = 5\n"
+    there = deployed(tmp_path, simulated)
+    here = run(parse(simulated), simulated, tmp_path / "here")
+    assert without_spending(untimed(there)) == without_spending(untimed(here))
+    (mine,), (theirs,) = here["arms"], there["arms"]
+    spent, reported = mine["spending"], theirs["spending"]
+    assert 7.5 < theirs["epsilon"]["value"] <= 8
+    assert "simulation" in theirs["epsilon"]["text"]
+    assert {each["purpose"] for each in reported} == {"reported by the client"}
+    assert sum(each["steps"] for each in reported) == sum(each["steps"] for each in spent)
+    assert tensors(tmp_path / "state" / "two-sites") == tensors(tmp_path / "here")
+    assert not list((tmp_path / "there").rglob("ledger.jsonl"))
+    assert not list((tmp_path / "there").rglob("key"))
+    page = (tmp_path / "there" / "report.html").read_text()
+    assert "8.00" in page and "reported by the client" in page
+
+
+def test_secret_noise_of_sites_is_stated_by_the_server(tmp_path):
+    (arm,) = deployed(tmp_path, PRIVATE)["arms"]
+    sites = merge(sorted((tmp_path / "state").rglob("ledger.jsonl")))
+    assert len(sites.parts) == 2
+    assert arm["epsilon"]["value"] == sites.statement(1e-4).epsilon
+    assert arm["epsilon"]["text"] == str(sites.statement(1e-4))
+    assert arm["epsilon_over_time"][0] <= arm["epsilon_over_time"][1] == arm["epsilon"]["value"]
+
+
+def test_sites_calibrate_for_the_rounds_in_which_they_are_asked(tmp_path):
+    """Each site trains in half of the rounds, and spends the whole budget in them."""
+    text = PRIVATE.replace("rounds = 3", "rounds = 6\nfraction = 0.5")
+    (arm,) = deployed(tmp_path, text)["arms"]
+    assert 7 < arm["epsilon"]["value"] <= 8
+
+
+def test_epsilon_is_infinite_if_a_site_never_reported(tmp_path):
+    """A site that was sent private tasks may have trained; nobody knows what it has charged."""
+    new_app(tmp_path / "app", PRIVATE)
+    config = tmp_path / "app" / "federation_two_sites" / "config.toml"
+    sites = client_app_of(config)
+
+    def loses_replies(message, context):
+        reply = sites(message, context)
+        lost = context.node_config["partition-id"] == 1 and "task" in message.content
+        told = "exchange" in message.content["task"] if lost else False
+        return error_reply(message, FederationError("the line broke")) if told else reply
+
+    serve(
+        config,
+        {"state": str(tmp_path / "state")},
+        {"run-folder": str(tmp_path / "there")},
+        app=loses_replies,
+    )
+    (arm,) = read_result(tmp_path / "there")["arms"]
+    assert (tmp_path / "state/two-sites/arms/replay-private/clients/001/ledger.jsonl").exists()
+    assert arm["epsilon"]["value"] == math.inf
+    assert "epsilon infinite" in arm["epsilon"]["text"]
+
+
+def test_a_value_that_is_not_finite_stays_at_the_private_site(tmp_path):
+    broken = PRIVATE.replace("[data]\n", '[data]\nname = "helpers.own_data:with_nan"\n')
+    with pytest.raises(FederationError) as told:
+        deployed(tmp_path, broken)
+    assert "see the client's log" in str(told.value)
+    assert "nan" not in str(told.value).lower()

@@ -15,7 +15,8 @@ from helpers import chaos
 from helpers.federations import SIMULATED, outcome
 from perdure.cli.client_accounts import show_clients
 from perdure.errors import BudgetError, LedgerError, PerdureError, RunError
-from perdure.federated.ledger_heads import OUTSIDE, reported_accounts
+from perdure.federated.ledger_heads import OUTSIDE
+from perdure.federated.reported_accounts import reported_accounts
 from perdure.federated.sent_tasks import FILE, SentTasks
 from perdure.learner.checkpoint import Store
 from perdure.privacy import Privacy

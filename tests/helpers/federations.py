@@ -48,6 +48,13 @@ def outcome(learner):
     return {name: value.numpy().tobytes() for name, value in tensors.items()}, learner.matrix
 
 
+def without_spending(result):
+    """Copy a result without its charges: sites of a deployment report them without purposes."""
+    if isinstance(result, dict):
+        return {k: without_spending(v) for k, v in result.items() if k != "spending"}
+    return list(map(without_spending, result)) if isinstance(result, list) else result
+
+
 def hard(stream):
     """Return streams and a federation with optimiser moments, memory and idle clients."""
     streams = dirichlet(short(stream, 2), clients=4, alpha=0.5, min_size=8, exact=False)

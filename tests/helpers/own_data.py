@@ -50,6 +50,14 @@ def blobs(seed=0, *, spread: float = 0.3):
     return _data("blobs", inputs, labels, SingleLabel(), 4)
 
 
+def with_nan():
+    """Records of which one has a value that is not finite."""
+    data = blobs()
+    inputs = data.train.inputs.clone()
+    inputs[3, 0] = float("nan")
+    return replace(data, train=replace(data.train, inputs=inputs))
+
+
 def other_blobs():
     """The same classes with other noise, from another source."""
     return blobs(spread=0.4)

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from perdure.cli.consoles import wide_console
 from perdure.errors import RunError
-from perdure.federated.ledger_heads import reported_accounts
+from perdure.federated.reported_accounts import reported_accounts
 from perdure.privacy.ledger import Statement
 from perdure.report.ledger_tables import finite
 from perdure.report.wording import epsilon_number

@@ -17,6 +17,7 @@ with warnings.catch_warnings():
     from flwr.serverapp import Grid, ServerApp
 
 from perdure.data.experience import Stream
+from perdure.data.value_checks import check_streams
 from perdure.deployment.config_checks import refuse_undeployable
 from perdure.deployment.template import RUN_FOLDER
 from perdure.errors import FederationError
@@ -26,8 +27,10 @@ from perdure.experiment.metrics_log import MetricsLog
 from perdure.experiment.overrides import set_path, toml_text
 from perdure.experiment.results import client_streams
 from perdure.experiment.run import run
+from perdure.experiment.served_federation import federation_of
 from perdure.experiment.trained_models import trials
-from perdure.federated import client_app
+from perdure.federated.client import ClientSessions, app_of
+from perdure.federated.client_streams import participation, without_gaps
 from perdure.federated.trials import TrialGrid, app_of_trials
 from perdure.learner.learner import Learner
 from perdure.report import write_report
@@ -85,7 +88,6 @@ def configured(path: Path | str, values: Mapping[str, Any]) -> tuple[Config, str
 
     Raises:
         ConfigError: if the config has no federation, or a value is not allowed.
-        PrivacyError: if the config has private arms.
     """
     text = read_text(Path(path))
     table = table_of(text, str(path))
@@ -125,12 +127,20 @@ def _client_of_trial(path: Path | str, trial: str, context: Context) -> ClientAp
     folder = Path(str(context.node_config[STATE])) / config.name
     whole = open_stream(mine)
     party = ArmRun(mine, arm, whole, folder, MetricsLog(folder / "metrics.jsonl"), name=trial)
-    own = client_streams(mine, whole)[partition]
+    streams = client_streams(mine, whole)
+    own = streams[partition]
+    rounds = None
+    if arm.private:
+        # here, because an error of the client app about a value would reach the server
+        check_streams([without_gaps(own, partition)], training=True)
+        assert mine.federation is not None
+        rounds = participation(federation_of(mine.federation, mine.seed), streams)
 
     def make(number: int) -> tuple[Learner, Stream]:
         return party.learner(whole, number), own
 
-    return client_app(make, party.folder, distinct=True)
+    seats = ClientSessions(make, party.folder, distinct=True, participation=rounds)
+    return app_of(seats)
 
 
 def _place(config: Config, context: Context) -> int:

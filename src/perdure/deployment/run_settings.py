@@ -22,7 +22,6 @@ def check_settings(config: Path | str, settings: Sequence[str]) -> None:
 
     Raises:
         ConfigError: names the setting, and the allowed ones.
-        PrivacyError: if the config has private arms then.
     """
     source = str(config)
     table = table_of(read_text(Path(config)), source)

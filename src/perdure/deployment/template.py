@@ -47,7 +47,6 @@ def new_app(folder: Path | str, text: str, *, source: str = "config") -> list[Pa
 
     Raises:
         ConfigError: if the config is wrong, or has no federation.
-        PrivacyError: if the config has private arms.
         RunError: if the folder has files.
     """
     place = Path(folder)

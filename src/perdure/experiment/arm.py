@@ -23,13 +23,13 @@ from perdure.experiment.metrics_log import MetricsLog
 from perdure.experiment.reasons import reason_numbers, reasons_after, without_reasons
 from perdure.experiment.result_schema import Numbers, PrivacyResult, TrialResult
 from perdure.experiment.results import (
+    account_of_arm,
     by_class,
     class_row,
     client_streams,
     epsilon_row,
     explained_arm,
     group_rows,
-    ledger_files,
     spending,
 )
 from perdure.experiment.robustness import (
@@ -45,7 +45,7 @@ from perdure.learner.learner import Callback, Learner
 from perdure.learner.progress import Watch
 from perdure.loggers import Logger
 from perdure.metrics import summarise
-from perdure.privacy.ledger.merged import Merged, merge
+from perdure.privacy.ledger.merged import Merged
 from perdure.tasks import SingleLabel
 from perdure.tasks.losses import Loss
 from perdure.utils.atomic_files import save_tensors, write_json
@@ -126,6 +126,7 @@ class ArmRun:
         self._clock = self.folder / "seconds.json"
         self._watched = self.folder / "findings.json"
         self._federated = FederationRows()
+        self._server: Server | None = None
         before = float(json.loads(self._clock.read_text())) if self._clock.exists() else 0.0
         self._began = time.perf_counter() - before
 
@@ -368,6 +369,7 @@ class ArmRun:
     # -------------------------------------------------------------- what is watched while it trains
 
     def _hear(self, loggers: Sequence[Logger], point: str, server: "Server") -> None:
+        self._server = server
         privacy = self.config.privacy
         account = self._account() if point == "evaluated" and loggers else None
         if account is not None and privacy is not None:
@@ -455,9 +457,10 @@ class ArmRun:
         )
 
     def _account(self) -> Merged | None:
+        if not self.arm.private:
+            return None
         # in a deployment the sites have the ledgers
-        here = self.arm.private and self.grid is None
-        return merge(ledger_files(self.folder)) if here else None
+        return account_of_arm(self.folder, self._server if self.grid is not None else None)
 
     def _explain(self, learner: Learner, index: int) -> None:
         stages = self.stream.stages

@@ -13,14 +13,13 @@ from perdure.errors import ConfigError, RunError
 from perdure.experiment.config import read
 from perdure.experiment.from_tables import build as build_dataclass
 from perdure.experiment.result_schema import MEASURES
-from perdure.experiment.results import ledger_files
+from perdure.experiment.results import account_of_arm
 from perdure.experiment.run import load
 from perdure.experiment.trained_models import chosen_trial, trials
 from perdure.export import Distillation, Exported, export_learner
 from perdure.models.classifiers import build
 from perdure.models.config import ModelConfig
 from perdure.privacy.ledger.account import Statement
-from perdure.privacy.ledger.merged import merge
 
 EXPORTS = "exports"
 """Default folder of exported models, inside the folder of the run."""
@@ -110,12 +109,12 @@ def _statement(run: Path, arm: str, row: Mapping[str, Any]) -> Statement | None:
     """
     if row["epsilon"] is None:
         return None
-    ledgers = ledger_files(run / "arms" / arm)
-    if not ledgers:
+    account = account_of_arm(run / "arms" / arm)
+    if not account.parts:
         raise RunError(
             f"{run / 'arms' / arm} has no ledger, but the arm is private; restore it from a backup"
         )
-    return merge(ledgers).statement(row["epsilon"]["delta"])
+    return account.statement(row["epsilon"]["delta"])
 
 
 def _student(text: str, stream: Stream, seed: int) -> nn.Module:

@@ -9,7 +9,7 @@ from dataclasses import asdict, fields, replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -38,10 +38,13 @@ from perdure.learner.group_measures import group_measures
 from perdure.learner.learner import Learner
 from perdure.metrics import ClassMeasures, class_measures
 from perdure.privacy.ledger.account import Account, Statement
-from perdure.privacy.ledger.merged import Merged
+from perdure.privacy.ledger.merged import Merged, merge
 from perdure.utils.atomic_files import save_tensors
 from perdure.utils.chunking import by_pieces
 from perdure.utils.environment import machine, versions
+
+if TYPE_CHECKING:
+    from perdure.federated.server import Server
 
 EXPLAINED = "explanations.safetensors"
 
@@ -263,6 +266,28 @@ def ledger_files(arm: Path) -> list[Path]:
     """
     refuse_missing_ledgers(arm)
     return sorted([*arm.glob("ledger.jsonl"), *arm.glob("clients/*/ledger.jsonl")])
+
+
+def account_of_arm(arm: Path, server: "Server | None" = None) -> Merged:
+    """Return the account of a private arm: from its ledgers, or from the reports of its clients.
+
+    Args:
+        arm: folder of the arm's training.
+        server: server of a deployment that is training it, whose folder may be an exchange behind.
+
+    Returns:
+        The account, empty if there is none. Its parts have no lines if the ledgers are at the sites
+        of a deployment.
+
+    Raises:
+        LedgerError: if a ledger that the arm's checkpoints refer to is missing.
+    """
+    if (arm / "clients").is_dir() or (arm / "ledger.jsonl").exists():
+        return merge(ledger_files(arm))
+    # only a federation has reports, and Flower need not be imported for anything else
+    from perdure.federated.reported_accounts import joined_of
+
+    return joined_of(server or arm, lambda client: f"{arm.name}/client-{client}")
 
 
 def attack_row(chosen: AttackConfig | None) -> AttackResult | None:

@@ -31,6 +31,7 @@ from perdure.experiment.helping_processes import announce, helped
 from perdure.experiment.metrics_log import MetricsLog
 from perdure.experiment.result_schema import Result, TrialResult, read_result
 from perdure.experiment.results import (
+    account_of_arm,
     collect_explanations,
     explained_arm,
     ledger_files,
@@ -48,7 +49,7 @@ from perdure.experiment.trained_models import (
 from perdure.learner.fingerprint import VERSION, flat, refuse_other_run
 from perdure.learner.learner import Callback, Learner
 from perdure.learner.model_history import mark
-from perdure.privacy.ledger.merged import merge
+from perdure.privacy.ledger.merged import Merged, merge
 from perdure.utils.atomic_files import write_atomically, write_json
 from perdure.utils.folder_lock import locked
 from perdure.utils.processes import Processes
@@ -110,15 +111,30 @@ def run(
             first = open_stream(config.of_seed(config.all_seeds[0]))
         with helped(config, folder / "config.toml") as processes:
             rows = _trained(config, first, folder, progress, callbacks, examine, processes, grid)
-        names = trials(config) if grid is None else ()
-        ledgers = [path for name in names for path in ledger_files(folder / "arms" / name)]
-        merged = merge(ledgers) if ledgers else None
-        if merged:
-            merged.export(folder / "ledger.jsonl")
+        merged = _merged(config, folder, at_sites=grid is not None)
         results = [arm_result(arm, rows[arm.name]) for arm in config.arms]
         explanations = collect_explanations(config, folder)
         write_json(folder / "result.json", summary(config, first, results, merged, explanations))
         return read_result(folder)
+
+
+def _merged(config: Config, folder: Path, *, at_sites: bool) -> Merged | None:
+    """Join the accounts of all private trials; ledgers that are here are written to one file.
+
+    Args:
+        config: config of the run.
+        folder: folder of the run.
+        at_sites: True if the sites of a deployment have the ledgers.
+    """
+    places = [folder / "arms" / name for name, (arm, _) in trials(config).items() if arm.private]
+    if at_sites:
+        parts = [part for place in places for part in account_of_arm(place).parts]
+        return Merged(parts) if parts else None
+    ledgers = [path for place in places for path in ledger_files(place)]
+    merged = merge(ledgers) if ledgers else None
+    if merged:
+        merged.export(folder / "ledger.jsonl")
+    return merged
 
 
 def _trained(

@@ -17,8 +17,6 @@ from flwr.app import ConfigRecord, Message
 
 from perdure.errors import LedgerError
 from perdure.federated.readmission import Loss, has_ledger
-from perdure.learner.checkpoint import Store
-from perdure.learner.folder_claims import ACCOUNTS
 from perdure.planning.budget import ELSEWHERE
 from perdure.planning.training_plan import LostLedgers
 from perdure.privacy.ledger.account import WARM_START
@@ -134,28 +132,6 @@ class ClientHeads:
 def head_in(message: Message) -> str:
     """Return the text of the head in a message."""
     return str(cast(ConfigRecord, message.content[LEDGER])["head"])
-
-
-def reported_accounts(folder: Path) -> dict[int, tuple[int, PublicAccount]]:
-    """Read the last public account of each client from a server's checkpoint.
-
-    Args:
-        folder: folder of the server's run.
-
-    Returns:
-        Number of a client to the exchange of its report, and the account; empty without privacy.
-
-    Raises:
-        RunError: if a checkpoint cannot be read.
-        LedgerError: if an account cannot be read.
-    """
-    numbers = Store(folder).numbers()
-    facts = Store(folder).facts(numbers[-1]).get(ACCOUNTS) if numbers else None
-    found = facts.items() if isinstance(facts, Mapping) else ()
-    return {
-        int(name): (int(number), PublicAccount.parse(str(text), where=f"client {name}"))
-        for name, (number, text) in sorted(found, key=lambda each: int(each[0]))
-    }
 
 
 def reported(private_sum: PrivateSum, lost: LostLedgers | None) -> ConfigRecord:

@@ -25,7 +25,12 @@ from perdure.privacy.ledger.entries import STATED
 from perdure.privacy.ledger.storage import canonical_json
 
 LONGEST = 1_000_000
-"""Largest number of characters of an account in a message."""
+MOST_CHARGES = 1_000
+"""Largest number of characters of an account in a message, and of charges of a partition."""
+LEAST_RATE = 1e-12
+NOISES = (1e-12, 1e15)
+MOST_STEPS = 10**12
+"""Bounds of a charge that another party reports, within which an accountant can compute."""
 KINDS = {"owner": str, "simulated": bool, "continues": bool, "lost": int, "delta": float}
 CHOICES: Mapping[str, Collection[str]] = {
     "unit": ("record",),
@@ -180,6 +185,18 @@ def _without(history: History, some: Collection[Charge]) -> History:
     return merged(replace(each, steps=each.steps - less.get(each.kind, 0)) for each in history)
 
 
+def _history(rows: list[Any]) -> History:
+    """Read the charges of a partition."""
+    if len(rows) > MOST_CHARGES:
+        raise ValueError(f"{len(rows)} charges of a partition, above {MOST_CHARGES}")
+    charges = [Charge(*each) for each in rows]
+    for each in charges:
+        noisy = not each.noise_multiplier or NOISES[0] <= each.noise_multiplier <= NOISES[1]
+        if not noisy or each.sampling_rate < LEAST_RATE or each.steps > MOST_STEPS:
+            raise ValueError(f"the charge {each}")
+    return merged(charges)
+
+
 def _checked(facts: dict[str, Any]) -> dict[str, Any]:
     """Return the fields of an account after checking type and range of each."""
     if set(facts) != {each.name for each in fields(PublicAccount)}:
@@ -198,7 +215,7 @@ def _checked(facts: dict[str, Any]) -> dict[str, Any]:
     if wrong:
         raise ValueError(f"the field {wrong[0]}")
     charges, outside = (
-        {str(key): merged(Charge(*each) for each in rows) for key, rows in facts[name].items()}
+        {str(key): _history(rows) for key, rows in facts[name].items()}
         for name in ("charges", "outside")
     )
     if charges.keys() != sizes.keys() or not outside.keys() <= sizes.keys():
