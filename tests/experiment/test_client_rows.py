@@ -59,6 +59,7 @@ def test_clients_are_in_the_metrics_and_the_result(result, folder):
     assert trial["accuracy_over_clients"] == lines[-1]["accuracy_over_clients"]
     assert trial["accuracy_over_clients"]["mean"] == pytest.approx(trial["average_accuracy"])
     assert all(row["seconds"] > 0 for row in trial["clients"])
+    assert not any("robust_accuracy" in row for row in trial["clients"])
 
 
 def test_the_report_shows_the_clients(result):
@@ -66,6 +67,20 @@ def test_the_report_shows_the_clients(result):
     over = result["arms"][0]["seeds"][0]["accuracy_over_clients"]
     assert f"over 3 clients: mean {over['mean']:.2f}%, worst {over['worst']:.2f}%" in line
     assert clients_section(result).count("<td>6 of 6</td>") == 3
+
+
+def test_accuracy_under_attack_of_each_client_is_in_the_result(tmp_path):
+    text = CONFIG + '[attack]\nname = "fgsm"\nepsilon = 0.1\n'
+    result = run(parse(text), text, tmp_path)
+    (trial,) = result["arms"][0]["seeds"]
+    over = trial["robust_accuracy_over_clients"]
+    assert over["mean"] == pytest.approx(trial["robust_accuracy"])
+    assert over["mean"] == pytest.approx(sum(r["robust_accuracy"] for r in trial["clients"]) / 3)
+    assert over["mean"] < trial["accuracy_over_clients"]["mean"]
+    lines = list(map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines()))
+    assert lines[-1]["robust_accuracy_over_clients"] == over
+    assert f"under attack: mean {over['mean']:.2f}%, worst" in client_lines(result)[0]
+    assert "accuracy under attack (%)" in clients_section(result)
 
 
 def test_a_result_with_a_damaged_row_of_a_client_is_refused(result):

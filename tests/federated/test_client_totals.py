@@ -8,11 +8,12 @@ import torch
 from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
 
 from helpers.federations import SIMULATED, hard, maker, short
+from perdure.adversarial import PGD, robustness_by_client
 from perdure.data import iid
 from perdure.errors import FederationError, LedgerError, RunawayError
 from perdure.federated import Federation, run_federation
 from perdure.federated.absences import Absence, require_quorum
-from perdure.federated.client_accuracy import accuracy_over_clients
+from perdure.federated.client_accuracy import accuracy_over_clients, own_robustness
 from perdure.federated.client_totals import tensor_bytes
 from perdure.federated.held_arrays import held
 from perdure.strategies import Naive, Replay
@@ -85,6 +86,28 @@ def test_accuracy_covers_only_the_held_experiences(stream):
     server = run_federation(maker(stream, Naive()), [first, left], Federation(clients=2, rounds=1))
     row = server.learner.matrix[-1]
     assert server.client_accuracies() == pytest.approx([fmean(row), row[0]])
+
+
+def test_accuracy_under_attack_is_that_of_each_clients_records(stream):
+    streams = iid(short(stream, 2), clients=3, min_size=8, exact=False)
+    streams = [*own_tests(streams)[:2], replace(streams[2], experiences=streams[2].experiences[:1])]
+    server = run_federation(maker(stream, Naive()), streams, Federation(clients=3, rounds=1))
+    attack = PGD(epsilon=0.5, steps=2, random_start=False, bounds=(-100.0, 100.0))
+
+    def by_hand(tests):
+        cards = [
+            robustness_by_client(
+                server.learner.predictor(n, after=1), [each.test], attack, generator=None
+            )[0]
+            for n, each in enumerate(tests)
+        ]
+        return [card.robust_accuracy for card in cards]
+
+    known = by_hand(server.learner.stream)
+    found = own_robustness(server.learner, server.tests, server.sizes, attack, known=known, seed=0)
+    own = [fmean(by_hand(each)) for each in streams[:2]]
+    assert found == pytest.approx([*own, known[0]])
+    assert own[0] < server.client_accuracies()[0]
 
 
 def test_the_worst_client_has_the_largest_error_for_losses():

@@ -251,7 +251,9 @@ class ArmRun:
             ),
             "absences": [row for rows in self._rows_of("absences") for row in rows],
             **self._federated.result(
-                self._rows_of("clients"), self._rows_of("accuracy_over_clients")
+                self._rows_of("clients"),
+                self._rows_of("accuracy_over_clients"),
+                self._rows_of("robust_accuracy_over_clients"),
             ),
             **self._privacy(),
         }
@@ -409,9 +411,9 @@ class ArmRun:
             "epsilon": self._spent(),
         }
         if self._attack is not None:
-            row["robustness"] = robustness_after(
-                learner, self.stream, self._attack, index, self.config.seed
-            )
+            robust = robustness_after(learner, self.stream, self._attack, index, self.config.seed)
+            row["robustness"] = robust
+            self._federated.attacked(robust["robust"], self._attack, self.config.seed)
         if self.config.certificate is not None:
             row["certified"] = certified_after(
                 learner, self.stream, self.config.certificate, index, self.config.seed

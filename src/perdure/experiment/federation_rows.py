@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from perdure.adversarial import Attack
 from perdure.experiment.result_schema import AbsenceResult, ClientResult, ClientsResult, OverClients
 
 if TYPE_CHECKING:
@@ -18,17 +19,19 @@ class FederationRows:
 
     def __init__(self) -> None:
         self._told = 0
+        self._server: Server | None = None
         self._seconds: dict[int, float] = {}
         self.measured: dict[str, Any] = {}
         """Values after the last evaluation, for the line of `metrics.jsonl`."""
 
     def evaluated(self, server: "Server") -> dict[str, float]:
         """Take the rows of a server after an evaluation, and return the curves for loggers."""
+        self._server = server
         absent = absence_rows(server, self._told)
         self._told += len(absent)
         accuracies = server.client_accuracies()
         rows = client_rows(server, accuracies)
-        over = accuracy_row(server, accuracies)
+        over = summary_row(accuracies, higher_is_better=_higher_is_better(server))
         self.measured = {"clients": rows, "accuracy_over_clients": over}
         if absent:
             self.measured["absences"] = absent
@@ -37,6 +40,28 @@ class FederationRows:
             curves[f"clients/{name}"] = float(sum(row[name] for row in rows))
         return curves
 
+    def attacked(self, known: Sequence[float], attack: Attack, seed: int) -> None:
+        """Add accuracy under attack to the rows of the last evaluation; nothing without clients.
+
+        Args:
+            known: robust accuracy of each stage so far on the test records of the federation.
+            attack: attack, with bounds that fit the stream.
+            seed: seed of the attack's random numbers.
+        """
+        server = self._server
+        if server is None:
+            return
+        from perdure.federated.client_accuracy import own_robustness
+
+        robust: list[float | None] = [None] * len(server.clients)
+        if server.tests is not None and server.sizes is not None:
+            robust = own_robustness(
+                server.learner, server.tests, server.sizes, attack, known=known, seed=seed
+            )
+        for row, value in zip(self.measured["clients"], robust, strict=True):
+            row["robust_accuracy"] = value
+        self.measured["robust_accuracy_over_clients"] = summary_row(robust, higher_is_better=True)
+
     def ended(self, server: "Server") -> None:
         """Take the times of a server that has ended, unless they depend on private records."""
         if server.private:
@@ -44,20 +69,27 @@ class FederationRows:
         self._seconds = {each.client: each.seconds for each in server.clients}
 
     def result(
-        self, rows: Sequence[list[ClientResult]], over: Sequence[OverClients | None]
+        self,
+        rows: Sequence[list[ClientResult]],
+        over: Sequence[OverClients | None],
+        robust: Sequence[OverClients | None],
     ) -> ClientsResult:
         """Return the rows after the last stage with seconds; {} without a federation.
 
         Args:
             rows: rows of the clients after each stage.
             over: summaries of their accuracies after each stage.
+            robust: summaries of their accuracies under attack; () without an attack.
         """
         if not rows:
             return {}
         timed: list[ClientResult] = [
             {**row, "seconds": self._seconds.get(row["client"])} for row in rows[-1]
         ]
-        return {"clients": timed, "accuracy_over_clients": over[-1]}
+        found: ClientsResult = {"clients": timed, "accuracy_over_clients": over[-1]}
+        if robust:
+            found["robust_accuracy_over_clients"] = robust[-1]
+        return found
 
 
 def client_rows(server: "Server", accuracies: Sequence[float | None]) -> list[ClientResult]:
@@ -78,13 +110,18 @@ def client_rows(server: "Server", accuracies: Sequence[float | None]) -> list[Cl
     ]
 
 
-def accuracy_row(server: "Server", accuracies: Sequence[float | None]) -> dict[str, float] | None:
+def summary_row(
+    accuracies: Sequence[float | None], *, higher_is_better: bool
+) -> dict[str, float] | None:
     """Return mean, worst value and spread of the clients' accuracies; None without any."""
     from perdure.federated.client_accuracy import accuracy_over_clients
 
-    higher = server.stream.task.metric.higher_is_better
-    found = accuracy_over_clients(accuracies, higher_is_better=higher)
+    found = accuracy_over_clients(accuracies, higher_is_better=higher_is_better)
     return None if found is None else asdict(found)
+
+
+def _higher_is_better(server: "Server") -> bool:
+    return server.stream.task.metric.higher_is_better
 
 
 def absence_rows(server: "Server", told: int = 0) -> list[AbsenceResult]:

@@ -162,7 +162,8 @@ class ClientResult(TypedDict):
 
     Clients count from 0. `asked` and `accepted` are numbers of exchanges; bytes are those of the
     tensors in the messages. `accuracy` is the mean over the stages that the client holds, on its
-    own test records; null if the server does not have them. `seconds` is null under privacy, where
+    own test records; null if the server does not have them. `robust_accuracy` is the same under the
+    attack of a run with `[attack]`. `seconds` is null under privacy, where
     times depend on private records, and is in `result.json` only.
     """
 
@@ -172,6 +173,7 @@ class ClientResult(TypedDict):
     bytes_sent: int
     bytes_received: int
     accuracy: float | None
+    robust_accuracy: NotRequired[float | None]
     seconds: NotRequired[float | None]
 
 
@@ -188,6 +190,7 @@ class ClientsResult(TypedDict):
 
     clients: NotRequired[list[ClientResult]]
     accuracy_over_clients: NotRequired[OverClients | None]
+    robust_accuracy_over_clients: NotRequired[OverClients | None]
 
 
 class TrialResult(Numbers, PrivacyResult, ClientsResult):

@@ -1,17 +1,19 @@
-"""Accuracy of the global model on the test records of each client."""
+"""Accuracy of the global model on the test records of each client, also under attack."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from statistics import fmean, pstdev
 
 import torch
 
+from perdure.adversarial import Attack, robustness_by_client
 from perdure.data.experience import Stream
 from perdure.data.records import Records
 from perdure.learner.learner import Learner
 from perdure.learner.progress import last_accuracies
+from perdure.utils.seeding import generator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,16 +59,82 @@ def own_accuracies(
     Returns:
         Mean over the stages by client; None for a client without test records so far.
     """
+    return _over_stages(learner, tests, sizes, last_accuracies(learner), learner.evaluate)
+
+
+def own_robustness(
+    learner: Learner,
+    tests: Sequence[Sequence[Records]],
+    sizes: Sequence[Sequence[int]],
+    attack: Attack,
+    *,
+    known: Sequence[float],
+    seed: int,
+) -> list[float | None]:
+    """Attack the model on each client's own test records, of the stages so far that it holds.
+
+    Clients with the same test records are attacked once, and those with the test records of the
+    whole federation not at all, because their accuracies are known.
+
+    Guarantee: none. Test records are public.
+
+    Args:
+        learner: learner that was evaluated after its last experience.
+        tests: test records of every client, one set an experience.
+        sizes: declared sizes of every client, one number an experience.
+        attack: attack, with bounds that fit the records.
+        known: accuracy under this attack on the learner's own test records, one number a stage so
+            far, in percent.
+        seed: seed of the attack's random numbers.
+
+    Returns:
+        Mean accuracy under attack over the stages by client, in percent; None for a client without
+        test records so far.
+    """
+    last = learner.position.experience - 1
+
+    def attacked(stream: Stream) -> list[float]:
+        found = []
+        for stage in stream.to(learner.device).stages:
+            if stage.first > last or not len(stage.test):
+                found.append(math.nan)
+                continue
+            predict = learner.predictor(stage.latest(last), after=last)
+            draws = generator(seed, "attack", stage.number)
+            (card,) = robustness_by_client(predict, [stage.test], attack, generator=draws)
+            found.append(card.robust_accuracy)
+        return found
+
+    return _over_stages(learner, tests, sizes, known, attacked)
+
+
+def _over_stages(
+    learner: Learner,
+    tests: Sequence[Sequence[Records]],
+    sizes: Sequence[Sequence[int]],
+    common_values: Sequence[float],
+    measure: Callable[[Stream], Sequence[float]],
+) -> list[float | None]:
+    """Return the mean of a measure over the stages of each client; None without test records.
+
+    Args:
+        learner: learner that was evaluated after its last experience.
+        tests: test records of every client, one set an experience.
+        sizes: declared sizes of every client, one number an experience.
+        common_values: measure of each stage so far on the learner's own test records.
+        measure: function from a stream, whose later experiences have no test records, to the
+            measure of each stage; NaN for a stage without test records.
+    """
     done = learner.position.experience
     common = [each.test for each in learner.stream]
-    known = {tuple(map(id, common)): last_accuracies(learner)}
+    known = {tuple(map(id, common)): common_values}
     found: list[float | None] = []
     for own, declared in zip(tests, sizes, strict=True):
         key = tuple(map(id, own))
         if key not in known and list(key) == list(map(id, common[: len(own)])):
-            known[key] = last_accuracies(learner)  # a shorter stream with the same test records
+            known[key] = common_values  # a shorter stream with the same test records
         if key not in known:
-            known[key] = learner.evaluate(_with_tests(learner.stream, own, done))
+            known[key] = measure(_with_tests(learner.stream, own, done))
         held = {
             learner.stream.stage_of(index).number
             for index, size in enumerate(declared[:done])

@@ -2,7 +2,7 @@
 
 from html import escape
 
-from perdure.experiment.result_schema import ClientResult, Result, TrialResult
+from perdure.experiment.result_schema import ClientResult, OverClients, Result, TrialResult
 
 SHOWN = 200
 """Most lines of the table on the page."""
@@ -15,17 +15,26 @@ def client_lines(result: Result) -> list[str]:
     for trial in _federated(result):
         rows = trial["clients"]
         over = trial.get("accuracy_over_clients")
+        robust = trial.get("robust_accuracy_over_clients")
         metric = result["task"]["metric"]
         unit = "%" if result["task"]["unit"] == "%" else ""
         told = (
-            f"{metric} over {len(rows)} clients: mean {over['mean']:.2f}{unit}, worst "
-            f"{over['worst']:.2f}{unit}, standard deviation {over['spread']:.2f}"
+            f"{metric} over {len(rows)} clients: {_summary(over, unit)}"
             if over
             else f"{len(rows)} clients, whose own test records are not known to the server"
         )
+        if robust:
+            told += f"; under attack: {_summary(robust, '%')}"
         megabytes = sum(row["bytes_sent"] + row["bytes_received"] for row in rows) / 1e6
         lines.append(f"{trial['trial']}: {told}; {megabytes:.2f} MB sent and received")
     return lines
+
+
+def _summary(over: OverClients, unit: str) -> str:
+    return (
+        f"mean {over['mean']:.2f}{unit}, worst {over['worst']:.2f}{unit}, standard deviation "
+        f"{over['spread']:.2f}"
+    )
 
 
 def clients_section(result: Result) -> str:
@@ -34,9 +43,12 @@ def clients_section(result: Result) -> str:
     if not rows:
         return ""
     summary = "".join(f"<p>{escape(line)}.</p>" for line in client_lines(result))
-    body = "".join(_html(trial, row) for trial, row in rows[:SHOWN])
+    attacked = any("robust_accuracy" in row for _, row in rows)
+    body = "".join(_html(trial, row, attacked=attacked) for trial, row in rows[:SHOWN])
     more = f"<p>{len(rows) - SHOWN} more are in result.json.</p>" if len(rows) > SHOWN else ""
-    names = (*HEADS, f"{result['task']['metric']} on its own test records")
+    names: tuple[str, ...] = (*HEADS, f"{result['task']['metric']} on its own test records")
+    if attacked:
+        names = (*names, "accuracy under attack (%)")
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in names)
     caption = "Clients: exchanges with an accepted reply of those in which they were asked"
     return (
@@ -51,15 +63,16 @@ def _federated(result: Result) -> list[TrialResult]:
     return [trial for trial in trials if trial.get("clients")]
 
 
-def _html(trial: str, row: ClientResult) -> str:
-    cells = (
+def _html(trial: str, row: ClientResult, *, attacked: bool) -> str:
+    cells = [
         str(row["client"]),
         f"{row['accepted']} of {row['asked']}",
         f"{row['bytes_sent'] / 1000:.1f}",
         f"{row['bytes_received'] / 1000:.1f}",
         _number(row.get("seconds")),
         _number(row["accuracy"]),
-    )
+        *([_number(row.get("robust_accuracy"))] if attacked else []),
+    ]
     inside = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
     return f'<tr><th scope="row">{escape(trial)}</th>{inside}</tr>'
 
