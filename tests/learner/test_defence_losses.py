@@ -16,6 +16,7 @@ from perdure.adversarial.defences import (
     DefensiveDistillation,
     IntervalBounds,
     Madry,
+    RobustDistillation,
     find,
     names,
 )
@@ -68,6 +69,11 @@ def rows_of(stream, index=0):
     return Batch.current(stream[index].train.take(slice(0, 6)), index)
 
 
+def distilled(**given):
+    teacher = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.LazyLinear(2))
+    return RobustDistillation(teacher=teacher, **given)
+
+
 def test_trades_equals_its_formula_on_masked_classes(toy_stream):
     stream = toy_stream()
     learner = learner_for(stream)
@@ -89,6 +95,32 @@ def test_trades_equals_its_formula_on_masked_classes(toy_stream):
     # a release asks for the losses of the rows as they are
     plain = path.losses(forward, rows, context, learner.session.state)
     assert torch.allclose(plain, found - (expected - plain), atol=1e-5)
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.25])
+def test_robust_distillation_equals_its_formula(toy_stream, alpha):
+    stream = toy_stream()
+    teacher = learner_for(stream).model
+    learner = learner_for(stream, strategy=Naive())
+    with torch.no_grad():
+        learner.model.head.weight.add_(0.5)
+    learner.prepare(stream)
+    context = contexts(stream, "cpu")(0)
+    rows = rows_of(stream)
+    moved = rows.inputs + 0.1
+    defence = RobustDistillation(teacher=teacher, alpha=alpha, temperature=4.0)
+    path = LossPath(strategy=Naive(), adversary=ATTACK, defence=defence)
+    found = path.losses(
+        Forward(learner.model), defence.attach(rows, moved, 0.0), context, learner.session.state
+    )
+    allowed = context.allowed.nonzero().flatten()
+    answers = (teacher(rows.inputs)[:, allowed] / 4).softmax(1)
+    student = (learner.model(moved)[:, allowed] / 4).log_softmax(1)
+    expected = alpha * 16 * (answers * (answers.log() - student)).sum(1)
+    labels = torch.searchsorted(allowed, rows.labels)
+    clean = F.cross_entropy(learner.model(rows.inputs)[:, allowed], labels, reduction="none")
+    assert torch.allclose(found, expected + (1 - alpha) * clean, atol=1e-5)
+    assert found.requires_grad and teacher.training
 
 
 def test_the_attack_of_trades_raises_the_divergence(toy_stream):
@@ -180,6 +212,9 @@ def test_a_defence_that_couples_records_is_refused_under_privacy(toy_stream):
         ({"adversary": FGSM(epsilon=0.1), "defence": TRADES()}, ConfigError, "random start"),
         ({"defence": TRADES(), "mixing": Mixup()}, ConfigError, "mixing"),
         ({"defence": "trades"}, ConfigError, "defence"),
+        ({"defence": distilled(), "privacy": SIMULATED}, PrivacyError, "training of its teacher"),
+        ({"defence": RobustDistillation()}, ConfigError, "defence.teacher = None is not allowed"),
+        ({"defence": distilled(), "adversary": None}, ConfigError, "None with the defence Robust"),
         (
             {"adversary": None, "defence": IntervalBounds(epsilon=0.1), "privacy": SIMULATED},
             PrivacyError,
@@ -194,10 +229,20 @@ def test_a_defence_that_does_not_fit_is_refused_with_a_reason(toy_stream, given,
 
 
 def test_every_defence_is_found_by_its_name():
-    assert names() == ("defensive_distillation", "interval_bounds", "madry", "trades")
+    assert names() == (
+        "defensive_distillation",
+        "interval_bounds",
+        "madry",
+        "robust_distillation",
+        "trades",
+    )
     assert all(issubclass(find(name), Defence) for name in names())
     with pytest.raises(ConfigError, match="beta"):
         TRADES(beta=0.0)
+    with pytest.raises(ConfigError, match="alpha"):
+        distilled(alpha=0.0)
+    with pytest.raises(ConfigError, match="temperature"):
+        distilled(temperature=0.5)
     with pytest.raises(ConfigError, match="kappa"):
         IntervalBounds(epsilon=0.1, kappa=2.0)
 
@@ -259,3 +304,35 @@ def test_defensive_distillation_hides_gradients_and_is_broken():
     assert card("margin").zero_gradients > 20
     assert card("cross_entropy").robust_accuracy > card("margin").robust_accuracy + 20
     assert card("margin").robust_accuracy < 20
+
+
+def test_a_student_keeps_the_robustness_of_its_teacher():
+    from perdure.adversarial import measure_robustness
+    from perdure.data import digits, split
+
+    stream = split(digits(), scenario="class", experiences=1)
+    attack = PGD(epsilon=0.1, steps=5)
+
+    def trained(hidden, **given):
+        learner = learner_for(
+            stream,
+            model=mlp(input_shape=(1, 8, 8), num_classes=10, hidden=hidden, seed=0),
+            iterations=500,
+            batch_size=32,
+            optimizer=partial(torch.optim.Adam, lr=5e-3),
+            **given,
+        )
+        learner.fit(stream)
+        return learner.model
+
+    def robust(model):
+        rows = stream[0].test
+        draws = torch.Generator().manual_seed(0)
+        card = measure_robustness(model, rows.inputs, rows.labels, attack, generator=draws)
+        return card.robust_accuracy
+
+    teacher = trained((128, 128), adversary=attack)
+    plain = robust(trained((16,), adversary=None))
+    defence = RobustDistillation(teacher=teacher, alpha=0.5, temperature=5.0)
+    student = robust(trained((16,), adversary=attack, defence=defence))
+    assert robust(teacher) > student > plain + 15

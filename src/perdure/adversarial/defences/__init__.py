@@ -15,6 +15,7 @@ from perdure.adversarial.defences.base import MOVED, PROGRESS, Defence, TaskLoss
 from perdure.adversarial.defences.defensive_distillation import DefensiveDistillation
 from perdure.adversarial.defences.interval_bounds import IntervalBounds
 from perdure.adversarial.defences.madry import Madry
+from perdure.adversarial.defences.robust_distillation import RobustDistillation
 from perdure.adversarial.defences.trades import TRADES
 from perdure.utils.extensions import Extensions, is_proper_subclass
 
@@ -26,6 +27,7 @@ __all__ = [
     "DefensiveDistillation",
     "IntervalBounds",
     "Madry",
+    "RobustDistillation",
     "TaskLosses",
     "find",
     "names",
