@@ -157,6 +157,16 @@ TABLES: dict[str, Listing] = {
             "at most": "{most:g}",
         },
     ),
+    "ledger": Growth(
+        file="ledger",
+        columns={
+            "operation": "{row}",
+            "entries": "{sizes}",
+            "ms each": "{milliseconds}",
+            "exponent": "{exponent:.2f}",
+            "at most": "{most:g}",
+        },
+    ),
     "growth_pieces": Listing(
         file="growth_pieces",
         only={"row": ("pieces", "pieces, replay", "pieces, replay by quotas")},

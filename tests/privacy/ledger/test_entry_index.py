@@ -1,7 +1,7 @@
 """The ledger index: incremental sums of entries equal sums over all entries."""
 
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from random import Random
 
@@ -23,6 +23,12 @@ class Counted(Entry):
 
 asked: list[Entry] = []
 NAMES = ("a", "b", "c", "d")
+WEAKEST = ("", "tested", "by construction")
+SAMPLINGS = {
+    None: "no sampling",
+    False: "Poisson sampling",
+    True: "Poisson sampling and full passes",
+}
 
 
 def entry(draw, kind=Entry, relation="add-remove"):
@@ -63,6 +69,38 @@ def test_indexed_histories_equal_histories_of_all_entries(relation):
         own.entries += [entry(draw, relation=relation) for _ in range(draw.randint(0, 3))]
         for group in draw.sample(groups, 4):
             assert own.history(group) == merged(own.exposure(group)) == anew(own, group)
+
+
+def varied(draw):
+    """Return an entry like those of `entry`, with another sampling, trust and independence."""
+    plain = entry(draw)
+    full = draw.random() < 0.2
+    return replace(
+        plain,
+        sampling=draw.choice(["poisson", "none"]) if full else "poisson",
+        scope=dict.fromkeys(plain.scope, 1.0) if full else plain.scope,
+        trust=draw.choice(["curator", "server"]) if draw.random() < 0.1 else "curator",
+        independence=draw.choice(["by construction", "tested"])
+        if draw.random() < 0.3
+        else "tested",
+        simulated=draw.random() < 0.1,
+    )
+
+
+def test_indexed_facts_equal_those_of_all_entries():
+    draw = Random(2)
+    own = account()
+    for _ in range(20):
+        new = varied(draw)
+        own.entries += [new, replace(new, independence="")][: draw.choice([1, 1, 2])]
+        kinds = {"none" if set(e.scope.values()) == {1.0} else e.sampling for e in own.entries}
+        assert own.sampling == SAMPLINGS["none" in kinds if "poisson" in kinds else None]
+        assert own.simulated == any(each.simulated for each in own.entries)
+        for group in combinations(NAMES, 2):
+            kept = [e.independence for e in own.entries if set(group) & set(e.scope)]
+            assert own.independence_of(group) == min(kept, key=WEAKEST.index, default=WEAKEST[-1])
+        trusts = {each.trust.replace("curator", "trusted curator") for each in own.entries}
+        assert own.statement(1e-5).trust == " and ".join(sorted(trusts))
 
 
 @pytest.mark.parametrize("relation", ["add-remove", "replace-one"])

@@ -163,7 +163,7 @@ class Account:
     @property
     def simulated(self) -> bool:
         """Return True if any noise came from a seed that the user chose."""
-        return any(entry.simulated for entry in self.entries)
+        return self.index.simulated
 
     def charges(self, partition: str) -> tuple[Charge, ...]:
         """All charges of a record of `partition`, in order."""
@@ -215,7 +215,7 @@ class Account:
     def statement(self, delta: float) -> Statement:
         """Return the worst epsilon so far, with everything that it needs to be understood."""
         trust = sorted(
-            {"trusted curator" if e.trust == "curator" else e.trust for e in self.entries}
+            {"trusted curator" if trust == "curator" else trust for trust in self.index.trusts}
         )
         return Statement(
             epsilon=self.epsilon(delta=delta),
@@ -235,11 +235,7 @@ class Account:
     @property
     def sampling(self) -> str:
         """Return the sampling of all entries in words, one of `SAMPLINGS`."""
-        # at rate 1 a Poisson sample contains every record
-        kinds = {
-            "none" if set(entry.scope.values()) == {1.0} else entry.sampling
-            for entry in self.entries
-        }
+        kinds = self.index.samplings
         if "poisson" not in kinds:
             return SAMPLINGS[0]
         return SAMPLINGS[1] if "none" not in kinds else SAMPLINGS[2]
@@ -259,13 +255,13 @@ class Account:
 
     def independence_of(self, partitions: Iterable[str]) -> Stated:
         """Return the weakest kind of independence of the entries that touch these partitions."""
-        asked = set(partitions)
-        return weakest(e.independence for e in self.entries if not asked.isdisjoint(e.scope))
+        known = self.index.independence
+        return weakest(known[partition] for partition in set(partitions) if partition in known)
 
     @property
     def continues(self) -> bool:
         """Return True if charges of a model's earlier training were carried over."""
-        return any(entry.purpose == WARM_START for entry in self.entries)
+        return WARM_START in self.index.purposes
 
     def exposure(self, partitions: Sequence[str]) -> tuple[Charge, ...]:
         """All charges of a record that is in all of `partitions`, in order."""

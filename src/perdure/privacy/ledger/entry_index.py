@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from perdure.privacy.accounting.charges import Charge, History, merged
-from perdure.privacy.ledger.entries import Entry
+from perdure.privacy.ledger.entries import Entry, Sampling, Stated, weakest
 
 
 @dataclass(kw_only=True)
@@ -33,6 +33,10 @@ class EntryIndex:
         touching: partition to the indices of the entries that touch it, in order.
         purposes: purpose to the indices of its entries, in order.
         draws: partition to the number of integers that its entries draw.
+        trusts: parties that see raw data, in any entry.
+        samplings: kinds of sampling in any entry; at rate 1 a Poisson sample has every record.
+        independence: partition to the weakest kind of independence in its entries.
+        simulated: True if the noise of any entry came from a seed that the user chose.
         worst: delta to the partition with the largest epsilon, and this epsilon.
         worst_of: number of entries and the partitions for which `worst` holds.
     """
@@ -41,6 +45,10 @@ class EntryIndex:
     touching: dict[str, list[int]] = field(default_factory=dict)
     purposes: dict[str, list[int]] = field(default_factory=dict)
     draws: dict[str, int] = field(default_factory=dict)
+    trusts: set[str] = field(default_factory=set)
+    samplings: set[Sampling] = field(default_factory=set)
+    independence: dict[str, Stated] = field(default_factory=dict)
+    simulated: bool = False
     worst: dict[float, tuple[str, float]] = field(default_factory=dict)
     worst_of: tuple[int, tuple[str, ...]] = (0, ())
     _read: int = 0
@@ -51,7 +59,12 @@ class EntryIndex:
         for place in range(self._read, len(self.entries)):
             entry = self.entries[place]
             self.purposes.setdefault(entry.purpose, []).append(place)
+            self.trusts.add(entry.trust)
+            self.samplings.add("none" if set(entry.scope.values()) == {1.0} else entry.sampling)
+            self.simulated = self.simulated or entry.simulated
             for partition in entry.scope:
+                known = self.independence.get(partition, entry.independence)
+                self.independence[partition] = weakest([known, entry.independence])
                 self.touching.setdefault(partition, []).append(place)
                 self.draws[partition] = self.draws.get(partition, 0) + entry.draws
         self._read = len(self.entries)
