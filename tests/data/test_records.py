@@ -1,5 +1,7 @@
 """Rows of a batch by position."""
 
+from dataclasses import fields, replace
+
 import pytest
 import torch
 
@@ -50,6 +52,42 @@ def test_take_keeps_attributes_with_their_records():
 def test_an_attribute_without_one_number_per_record_is_refused(value):
     with pytest.raises(DataError, match=r"attribute 'time' is .*; allowed: a tensor \(4,\)"):
         Records(inputs=torch.zeros(4, 2), labels=torch.arange(4), attributes={"time": value})
+
+
+def test_taken_records_have_every_field_of_made_ones():
+    rng = torch.Generator().manual_seed(0)
+    whole = Records(
+        inputs=torch.randn(9, 2, generator=rng),
+        labels=torch.arange(9) % 3,
+        partition="part",
+        declared_size=12,
+        weights=torch.rand(9, generator=rng),
+        attributes={"time": torch.arange(9.0)},
+        public_facts=("classes",),
+    )
+    places = torch.tensor([4, 0, 8])
+    made = replace(
+        whole,
+        inputs=whole.inputs[places],
+        labels=whole.labels[places],
+        ids=whole.ids[places],
+        weights=whole.weights[places],
+        attributes={"time": whole.attributes["time"][places]},
+        declared_size=0,
+    )
+    taken = whole.take(places)
+    for field in fields(Records):
+        own, other = getattr(taken, field.name), getattr(made, field.name)
+        if field.name == "attributes":
+            own, other = own["time"], other["time"]
+        same = torch.equal(own, other) if isinstance(own, torch.Tensor) else own == other
+        assert same, field.name
+
+
+def test_records_that_are_on_a_device_are_not_copied_to_it():
+    records = Records(inputs=torch.randn(4, 2), labels=torch.arange(4))
+    assert records.to("cpu") is records
+    assert records.take(torch.tensor([1, 2])).to("meta").labels.device.type == "meta"
 
 
 def test_take_selects_records_by_position_mask_or_slice():

@@ -275,9 +275,7 @@ class Stream:
             part for experience in self for part in (experience.train, experience.test)
         ):
             if id(records) not in moved:
-                there = records.to(device)
-                same = there.inputs is records.inputs and there.labels is records.labels
-                moved[id(records)] = records if same else there
+                moved[id(records)] = records.to(device)
         if all(id(records) == key for key, records in moved.items()):
             return self
         experiences = (

@@ -148,7 +148,7 @@ class Party(GuardedParty):
         )
         self.uses: dict[str, bool] = {}
         self.trained: Params = {}
-        self._references: tuple[Params, ...] = ()
+        self._filled = 0
         self._memory = StepMemory()
         self.average = Average(self.averaging)
         self.moves = MovedGradients(self.sharpness, self.weight_noise)
@@ -270,7 +270,9 @@ class Party(GuardedParty):
         self.set_gradients(gradient, references)
         shown = None if self.private_sum else self.curator.diagnostics
         losses = shown.losses if shown else None
-        refuse_runaway_step(self.trained, losses, self.training, self.position.experience, step)
+        place = (self.position.experience, step, self._filled)
+        refuse_runaway_step(self.trained, losses, self.training, *place)
+        self._filled += 1
 
     def _released(self, batch: Batch, step: int) -> Params | None:
         """Return the gradient of a step; None if the step was charged again."""

@@ -1,7 +1,8 @@
 """Training that diverges: the norm of a whole gradient is bounded, and NaN or infinity is refused.
 
 Without privacy the loss of a step shows on the processor at once that parameters or activations are
-NaN or infinite; gradients, and everything on other devices, are looked at in every `EVERY`th step.
+NaN or infinite; gradients, and everything on other devices, are looked at in every `EVERY`th step,
+counted over experiences, because a stream may have thousands of them with one step each.
 Under privacy only released gradients and parameters are looked at, in every step.
 """
 
@@ -47,7 +48,12 @@ def bounded(gradient: Params, max_norm: float) -> Params:
 
 
 def refuse_runaway_step(
-    params: Params, losses: Tensor | None, training: TrainingPlan, experience: int, step: int
+    params: Params,
+    losses: Tensor | None,
+    training: TrainingPlan,
+    experience: int,
+    step: int,
+    number: int,
 ) -> None:
     """Refuse to continue with a step that has NaN or infinity; called before the optimiser's step.
 
@@ -57,6 +63,7 @@ def refuse_runaway_step(
         training: plan of the run.
         experience: index of the experience.
         step: number of the step in the experience.
+        number: number of the step since the session was opened, from 0.
 
     Raises:
         DataError: if an input that is NaN or infinite is the cause.
@@ -64,7 +71,7 @@ def refuse_runaway_step(
     """
     # to read the losses on another device would wait for the step
     waits = losses is not None and losses.device.type != "cpu"
-    if losses is not None and step % EVERY and (waits or _shown_finite(losses)):
+    if losses is not None and number % EVERY and (waits or _shown_finite(losses)):
         return
     loss = None if losses is None else losses.mean()
     gradients = {name: value.grad for name, value in params.items() if value.grad is not None}
