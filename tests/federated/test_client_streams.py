@@ -103,3 +103,51 @@ def test_a_client_without_any_records_is_refused(stream, parties):
         run_federation(
             maker(stream, Replay(memory_size=20)), [parties[0], nothing, *parties[2:]], FEDERATION
         )
+
+
+def empty(stream, *indices):
+    """Return the stream with declared records in some experiences, of which none is there."""
+    parts = list(stream.experiences)
+    for index in indices:
+        train = parts[index].train
+        none = train.take(torch.empty(0, dtype=torch.int64))
+        declared = replace(none, declared_size=train.declared_size)
+        parts[index] = replace(parts[index], train=declared)
+    return replace(stream, experiences=tuple(parts))
+
+
+@pytest.mark.parametrize("index", [0, 1, 2])
+@pytest.mark.parametrize("folder", [False, True], ids=["in memory", "on disk"])
+def test_a_client_without_its_declared_records_has_weight_0(stream, tmp_path, index, folder):
+    """It keeps its memory and its state, and the result is that of a run in which it is absent."""
+    strategy = Combine(EWC(strength=1.0), Replay(memory_size=20))
+    make = maker(stream, strategy, iterations=2, blocks=1)
+    streams = iid(short(stream, 3), clients=3, min_size=8, exact=False)
+    federation = replace(FEDERATION, rounds=2)
+
+    def run(own, name):
+        streams_of_run = [*streams[:2], own]
+        return run_federation(
+            make, streams_of_run, federation, folder=tmp_path / name if folder else None
+        )
+
+    declared = run(empty(streams[2], index), "declared")
+    gap_told = run(gap(streams[2], index), "gap")
+    assert declared.absences == gap_told.absences == []
+    assert outcome(declared.learner) == outcome(gap_told.learner)
+
+
+def test_a_private_client_without_its_records_answers_like_others(stream):
+    """Its reply must not show that it has none."""
+    make = maker(stream, Replay(memory_size=20), iterations=2, blocks=1, privacy=SIMULATED)
+    streams = iid(short(stream, 3), clients=3, min_size=8, exact=False)
+    sizes = []
+
+    def listen(message):
+        if message.has_content() and "metrics" in message.content:
+            sizes.append(message.content["metrics"].get("num-examples"))
+
+    streams[2] = empty(streams[2], 1)
+    server = run_federation(make, streams, FEDERATION, listen=listen)
+    assert server.absences == []
+    assert all(size for size in sizes if size is not None)

@@ -100,6 +100,7 @@ class ClientSessions:
         self._distinct = distinct
         self._streams: dict[int, Stream] = {}
         self._seats: dict[int, ClientSession] = {}
+        self._declared: dict[int, list[int]] = {}
         self._holdings: dict[int, list[int]] = {}
         self._open: Learner | None = None
         self._first: Learner | None = None
@@ -134,10 +135,11 @@ class ClientSessions:
             return seat
         self.private = True  # the message of a later error may contain values of a record
         learner, whole = self._make(client)
-        stream = without_gaps(whole, client)
-        self._holdings[client] = held_experiences(whole)
-        set_local_work(learner, task)
         self.private = learner.privacy is not None
+        stream = without_gaps(whole, client, present=not self.private)
+        self._declared[client] = held_experiences(whole)
+        self._holdings[client] = held_experiences(whole, present=not self.private)
+        set_local_work(learner, task)
         refuse_folder(learner.folder, client)
         refuse_validation(learner, client)
         self._first = self._first or learner
@@ -192,19 +194,24 @@ class ClientSessions:
             return False
         return held == exchange or (self._folder is None and held > exchange)
 
-    def own_index(self, client: int, experience: int) -> int:
+    def own_index(self, client: int, experience: int) -> int | None:
         """Return the index of the federation's experience in the client's stream without gaps.
 
+        It is None if a client without privacy declares records of the experience, but has none.
+
         Raises:
-            FederationError: if the client does not hold it.
+            FederationError: if the client does not declare it.
         """
         held = self._holdings[client]
-        if experience not in held:
-            raise FederationError(
-                f"the client was asked for experience {experience}; allowed: {held}, of which it "
-                "has records; give the server the sizes that the client declares"
-            )
-        return held.index(experience)
+        if experience in held:
+            return held.index(experience)
+        declared = self._declared[client]
+        if experience in declared:
+            return None
+        raise FederationError(
+            f"the client was asked for experience {experience}; allowed: {declared}, of which it "
+            "has records; give the server the sizes that the client declares"
+        )
 
     def declared_sizes(self, client: int) -> list[int]:
         """Return the declared number of a client's records in every experience."""
@@ -319,49 +326,57 @@ def app_of(seats: ClientSessions) -> ClientApp:
     @app.train()
     @answering
     def train(message: Message, context: Context) -> Message:
-        task, seat = _opened(message, context, seats)
+        task, seat, held = _opened(message, context, seats)
         learner = seat.learner
-        refuse_unplanned(learner, task)
-        block = learner.training.block(learner.position.experience, task["round"], task["rounds"])
-        if len(block):
-            learner.train(block)
-            learner.session.adopt_average()
+        if held:
+            refuse_unplanned(learner, task)
+            index, number = learner.position.experience, task["round"]
+            block = learner.training.block(index, number, task["rounds"])
+            if len(block):
+                learner.train(block)
+                learner.session.adopt_average()
         seats.put(_number(context), seat, task["exchange"])
         records = {"arrays": to_record(shared(learner.model))}
         if round_state := sent_every_round(learner.state):
             records["state"] = to_record(round_state)
-        return _reply(message, learner, task, **records)
+        return _reply(message, learner, task, records, held=held)
 
     @app.train("finish")
     @answering
     def finish(message: Message, context: Context) -> Message:
-        task, seat = _opened(message, context, seats)
+        task, seat, held = _opened(message, context, seats)
         learner = seat.learner
-        learner.finish()
+        if held:
+            learner.finish()
         seats.put(_number(context), seat, task["exchange"])
-        return _reply(message, learner, task, state=to_record(sent(learner.state)))
+        records = {"state": to_record(sent(learner.state))}
+        return _reply(message, learner, task, records, held=held)
 
     return app
 
 
 def _opened(
     message: Message, context: Context, seats: ClientSessions
-) -> tuple[dict[str, int], ClientSession]:
+) -> tuple[dict[str, int], ClientSession, bool]:
     """Prepare a client for an exchange: load its own state, the server's message, and its records.
 
     Returns:
-        Numbers of the exchange from the message, and the client's session.
+        Numbers of the exchange from the message, the client's session, and False if the client has
+        no record of the experience, so that it takes part with weight 0.
     """
     sent_task = cast(ConfigRecord, message.content["task"])
     task = {name: int(cast(int, value)) for name, value in sent_task.items()}
     seat = seats.take(_number(context), task, message)
-    task["experience"] = seats.own_index(_number(context), task["experience"])
+    own = seats.own_index(_number(context), task["experience"])
     learner = seat.learner
     refuse_privacy(learner, _number(context), asked=bool(task["private"]))
     require_known(learner.private_sum, message, learner.lost)
     # First of all, because until now the model has the parameters of the client's last exchange, or
     # of the client that used the memory last. Callbacks and rankings of records read the model.
     load_record(learner.model, cast(ArrayRecord, message.content["arrays"]))
+    if own is None:
+        return task, seat, False
+    task["experience"] = own
     while learner.position.experience < task["experience"]:
         # The client did not train in this experience. The server asks it to consolidate only if
         # this needs the global model or other clients.
@@ -374,18 +389,23 @@ def _opened(
             {name: value.to(learner.device) for name, value in new.items()}
         )
         learner.session.state = learner.strategy.derive(combined)
-    return task, seat
+    return task, seat, True
 
 
 def _reply(
-    message: Message, learner: Learner, task: dict[str, int], **records: ArrayRecord
+    message: Message,
+    learner: Learner,
+    task: dict[str, int],
+    records: Mapping[str, ArrayRecord],
+    *,
+    held: bool,
 ) -> Message:
-    size = MetricRecord({"num-examples": learner.training.declared_pool_size(task["experience"])})
+    size = learner.training.declared_pool_size(task["experience"]) if held else 0
     # with its number, so that an answer to an earlier exchange is not taken for the present one
     exchange = ConfigRecord({EXCHANGE: task["exchange"]})
     answer: dict[str, ArrayRecord | MetricRecord | ConfigRecord] = {
         **records,
-        "metrics": size,
+        "metrics": MetricRecord({"num-examples": size}),
         EXCHANGE: exchange,
     }
     if learner.private_sum is not None:

@@ -15,22 +15,33 @@ from perdure.federated.settings import Federation
 from perdure.planning.training_plan import Participation
 
 
-def held_experiences(stream: Stream) -> list[int]:
-    """Return the indices of the experiences that a client holds."""
-    return [each.index for each in stream if each.train.declared_size > 0]
+def held_experiences(stream: Stream, *, present: bool = False) -> list[int]:
+    """Return the indices of the experiences that a client holds.
+
+    Args:
+        stream: stream of the client.
+        present: True to leave out experiences of which records are declared, but none is there.
+            Only for clients without privacy, because it shows a number of records.
+    """
+    return [
+        each.index
+        for each in stream
+        if each.train.declared_size > 0 and (len(each.train) > 0 or not present)
+    ]
 
 
-def without_gaps(stream: Stream, client: int) -> Stream:
+def without_gaps(stream: Stream, client: int, *, present: bool = False) -> Stream:
     """Return the stream of the held experiences, numbered from 0; the same one without gaps.
 
     Args:
         stream: stream of the client.
         client: number of the client, for the message.
+        present: as in `held_experiences`.
 
     Raises:
         DataError: if the client has no records in any experience.
     """
-    held = held_experiences(stream)
+    held = held_experiences(stream, present=present)
     if not held:
         raise DataError(
             f"client {client} has no training records in any experience; allowed: records in at "

@@ -1,7 +1,5 @@
 """Fast test of tensors for NaN and infinity."""
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -12,4 +10,4 @@ def all_finite(value: Tensor) -> bool:
     A sum stores nothing, and takes a twentieth of the time of `isfinite`. Only if it is not finite,
     which an overflow can cause, too, each number is looked at.
     """
-    return math.isfinite(value.sum()) or bool(torch.isfinite(value).all())
+    return bool(torch.isfinite(value.sum())) or bool(torch.isfinite(value).all())
