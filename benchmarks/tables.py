@@ -190,7 +190,7 @@ TABLES: dict[str, Listing] = {
     ),
     "rounds": Listing(
         file="rounds",
-        only={"row": ("mlp", "cnn")},
+        only={"row": ("mlp", "cnn", "mlp_long")},
         columns={
             "model": "{row}",
             "ms a round": "{perdure_ms:.1f}",

@@ -27,7 +27,8 @@ theirs are.
 Only clients that trained in an experience consolidate it. Their number is a column, because it is
 67 with 100 clients and 99 with 10,000.
 
-Rows: `mlp`, `cnn` (a round of 100 clients, side by side), `clients` (rounds and consolidation of
+Rows: `mlp`, `cnn` (a round of 100 clients, side by side), `mlp_long` (thirty steps in place of
+three, so that a client works 20 ms or more a round), `clients` (rounds and consolidation of
 perdure among 100, 1,000 and 10,000 clients) and `idle` (what a client keeps between its rounds, in
 copies of its model).
 
@@ -72,7 +73,8 @@ CLASSES = 10
 COHORT = 10
 RECORDS = 60
 BATCH = 20
-STEPS = 3
+STEPS = {"mlp": 3, "cnn": 3, "mlp_long": 30}
+"""Number of steps of a client in a round, by row."""
 LEARNING_RATE = 0.05
 POPULATIONS = (100, 1_000, 10_000)
 FEW_ROUNDS = 10
@@ -164,7 +166,7 @@ def ours(
             model=model_for(kind),
             strategy=Naive(),
             optimizer=partial(torch.optim.SGD, lr=LEARNING_RATE),
-            iterations=STEPS * rounds,
+            iterations=STEPS[kind] * rounds,
             batch_size=BATCH,
         )
         if learners is not None:
@@ -201,7 +203,7 @@ def bare(kind: str, clients: int, rounds: int, pause: Pause = no_pause) -> list[
             with torch.no_grad():
                 for param, value in zip(params, before, strict=True):
                     param.copy_(value)
-            train_by_hand(model, STREAMS[client % DISTINCT][0].train)
+            train_by_hand(model, STREAMS[client % DISTINCT][0].train, STEPS[kind])
             with torch.no_grad():
                 for value, param in zip(total, params, strict=True):
                     value.add_(param, alpha=RECORDS / (RECORDS * len(cohort)))
@@ -213,13 +215,16 @@ def bare(kind: str, clients: int, rounds: int, pause: Pause = no_pause) -> list[
     return spent
 
 
-def train_by_hand(model: nn.Module, records: Records) -> None:
-    """Take the steps of one client in the bare loop, in a new random order."""
+def train_by_hand(model: nn.Module, records: Records, steps: int) -> None:
+    """Take the steps of one client in the bare loop, in a new random order for every pass."""
     model.train()
     optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
-    order = torch.randperm(len(records))
-    for step in range(STEPS):
-        index = order[step * BATCH : (step + 1) * BATCH]
+    slices = RECORDS // BATCH
+    for step in range(steps):
+        place = step % slices
+        if place == 0:
+            order = torch.randperm(len(records))
+        index = order[place * BATCH : (place + 1) * BATCH]
         loss = F.cross_entropy(model(records.inputs[index]), records.labels[index])
         optimizer.zero_grad()
         torch.autograd.backward(loss)
@@ -279,7 +284,9 @@ def pfl(kind: str, clients: int, rounds: int, pause: Pause = no_pause) -> list[f
         ),
         model=trained,
         model_train_params=NNTrainHyperParams(
-            local_num_epochs=1, local_learning_rate=LEARNING_RATE, local_batch_size=BATCH
+            local_num_epochs=STEPS[kind] * BATCH // RECORDS,
+            local_learning_rate=LEARNING_RATE,
+            local_batch_size=BATCH,
         ),
         callbacks=[Ends()],
         send_metrics_to_platform=False,
@@ -424,10 +431,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("rows", nargs="*", help="mlp, cnn, clients, idle (default: all)")
+    parser.add_argument("rows", nargs="*", help="mlp, cnn, mlp_long, clients, idle (default: all)")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument(
-        "--rounds", type=int, default=60, help="of mlp and cnn (default %(default)s)"
+        "--rounds", type=int, default=60, help="of mlp, cnn and mlp_long (default %(default)s)"
     )
     parser.add_argument("--json", type=Path, help="store the rows in this file")
     args = parser.parse_args()
@@ -435,6 +442,7 @@ def main() -> None:
     measures: dict[str, Callable[[], list[Row]]] = {
         "mlp": lambda: side_by_side("mlp", args.repeats, args.rounds),
         "cnn": lambda: side_by_side("cnn", args.repeats, args.rounds),
+        "mlp_long": lambda: side_by_side("mlp_long", args.repeats, args.rounds),
         "clients": lambda: population(args.repeats),
         "idle": idle,
     }

@@ -1,4 +1,7 @@
-"""State of a client on disk, saved after each exchange."""
+"""State of a client on disk, saved after each exchange.
+
+Parameters that the server sends are left out, because every exchange begins with the server's.
+"""
 
 import logging
 from collections.abc import Sequence
@@ -50,7 +53,7 @@ def save(seat: ClientSession, exchange: int) -> None:
     if learner.folder:
         _tell(learner, "checkpoint.begin")
         learner.session.hold()
-        snapshot = learner.checkpoint()
+        snapshot = _own(learner.checkpoint(), learner)
         facts = {**snapshot.facts, "exchange": exchange}
         Store(learner.folder).save(seat.saved, replace(snapshot, facts=facts))
         _tell(learner, "checkpoint.end")
@@ -75,7 +78,7 @@ def restore(learner: Learner, exchange: int) -> ClientSession:
         assert snapshot is not None
         held[number] = int(snapshot.facts["exchange"])
         if held[number] == exchange:
-            learner.restore_checkpoint(snapshot)
+            learner.restore_checkpoint(_whole(snapshot, learner))
             return ClientSession(learner, exchange, number)
     raise _lost(learner.folder, sorted(held.values()), exchange)
 
@@ -100,22 +103,27 @@ def _lost(folder: Path | None, held: Sequence[int], exchange: int) -> LostStateE
 
 
 def park(seat: ClientSession) -> ClientSnapshot:
-    """Keep what a client without privacy remembers between exchanges, without its learner.
-
-    Parameters that the server sends are left out, because every exchange begins with the server's.
-    """
-    snapshot = seat.learner.snapshot()
-    sent = {f"model.{name}" for name in shared(seat.learner.model)}
-    own = {name: value for name, value in snapshot.tensors.items() if name not in sent}
-    return ClientSnapshot(seat.exchange, replace(snapshot, tensors=own))
+    """Keep what a client without privacy remembers between exchanges, without its learner."""
+    return ClientSnapshot(seat.exchange, _own(seat.learner.snapshot(), seat.learner))
 
 
 def unpark(learner: Learner, parked: ClientSnapshot) -> ClientSession:
     """Give a new learner what `park` kept."""
-    fresh = {f"model.{name}": value for name, value in learner.model.state_dict().items()}
-    snapshot = parked.snapshot
-    learner.restore(replace(snapshot, tensors={**fresh, **snapshot.tensors}))
+    learner.restore(_whole(parked.snapshot, learner))
     return ClientSession(learner, parked.exchange)
+
+
+def _own(snapshot: Snapshot, learner: Learner) -> Snapshot:
+    """Leave out the parameters and buffers that the server sends."""
+    sent = {f"model.{name}" for name in shared(learner.model)}
+    own = {name: value for name, value in snapshot.tensors.items() if name not in sent}
+    return replace(snapshot, tensors=own)
+
+
+def _whole(snapshot: Snapshot, learner: Learner) -> Snapshot:
+    """Add what `_own` left out, from a learner that is about to get the server's values."""
+    fresh = {f"model.{name}": value for name, value in learner.model.state_dict().items()}
+    return replace(snapshot, tensors={**fresh, **snapshot.tensors})
 
 
 def older_state(reason: str, previous: int) -> int | None:
