@@ -23,26 +23,27 @@ from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import Literal
 
 import torch
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
+from flwr.simulation import run_simulation
 
 from perdure import Learner, Stream
 from perdure.data import digits, iid, split
 from perdure.federated import Federation, InProcessGrid, Server, run_federation
-from perdure.federated.flower_adapter import contained, simulate
-from perdure.federated.whole_runs import Engine
 from perdure.models import Classifier, mlp
 from perdure.strategies import Naive
 from perdure.utils import store_rows
 
-ENGINES: tuple[Engine, ...] = ("inprocess", "ray")
 CLIENTS = 10
 STEPS = 3
 """Number of steps of a client in a round."""
+Engine = Literal["inprocess", "ray"]
+ENGINES: tuple[Engine, ...] = ("inprocess", "ray")
 Seconds = list[float]
 
 
@@ -116,9 +117,9 @@ def empty(engine: Engine, rounds: int) -> Seconds:
         strategy.start(grid, start, num_rounds=rounds, evaluate_fn=clock)
 
     if engine == "ray":
-        simulate(server, client, CLIENTS)
+        run_simulation(server, client, num_supernodes=CLIENTS)
     else:
-        with contained(), InProcessGrid(client, CLIENTS).running() as grid:
+        with InProcessGrid(client, CLIENTS).running() as grid:
             server(grid, Context(1, 0, {}, RecordDict(), {}))
     return between(ends[1:])  # the first call is before the first round
 
@@ -164,7 +165,7 @@ def main() -> None:
     if unknown:
         parser.error(f"no row {', '.join(sorted(unknown))}; allowed: {', '.join(rows)}")
     torch.set_num_threads(1)
-    logging.getLogger("flwr").setLevel(logging.WARNING)
+    logging.getLogger("flwr").setLevel(logging.ERROR)
     found = []
     for name in args.rows or rows:
         found.append(row(name, rows[name], args.repeats, args.rounds))
