@@ -137,7 +137,7 @@ def test_a_client_without_its_declared_records_has_weight_0(stream, tmp_path, in
     assert outcome(declared.learner) == outcome(gap_told.learner)
 
 
-def test_a_private_client_without_its_records_answers_like_others(stream):
+def test_a_private_client_hides_that_it_has_no_records(stream):
     """Its reply must not show that it has none."""
     make = maker(stream, Replay(memory_size=20), iterations=2, blocks=1, privacy=SIMULATED)
     streams = iid(short(stream, 3), clients=3, min_size=8, exact=False)
