@@ -1,10 +1,13 @@
 """Memory and time of 10,000 clients with 100 a round, of which at most `alive` are in memory.
 
 Each mode is a program of its own, whose largest resident memory is measured: `on disk` keeps what
-clients remember in the folder of the run, `rebuilt` keeps it in memory without their learners, and
-`all alive` keeps every learner that was met. Every client has 6 of 60,000 records of 28 x 28, which
-are in memory once, and takes three steps of SGD with momentum of an MLP with 79,510 parameters, so
-that what a client remembers is as large as the model.
+clients remember in the folder of the run, `rebuilt` keeps it in a temporary file without their
+learners, and `all alive` keeps every learner that was met. `--after` measures the same run after
+several numbers of rounds, to see if memory grows with the clients that were met.
+
+Every client has 6 of 60,000 records of 28 x 28, which are in memory once, and takes three steps of
+SGD with momentum of an MLP with 79,510 parameters, so that what a client remembers is as large as
+the model.
 
 Seconds are by the clock, with everything before the first round: the streams, and the check of all
 clients' settings, for which every learner is built once.
@@ -19,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -26,7 +30,7 @@ import torch
 
 from perdure import Learner, Records, Stream
 from perdure.data import Experience, iid
-from perdure.federated import Federation, run_federation
+from perdure.federated import Federation, Server, run_federation
 from perdure.models import mlp
 from perdure.strategies import Naive
 from perdure.utils import store_rows
@@ -73,9 +77,11 @@ def learner(number: int) -> Learner:
     )
 
 
-def run(mode: str, clients: int, rounds: int, alive: int) -> dict[str, object]:
-    """Run a federation, and return the row to store."""
+def run(mode: str, clients: int, after: Sequence[int], alive: int) -> None:
+    """Run a federation, and print the rows to store: one for each number of rounds in `after`."""
     began = time.monotonic()
+    rounds = max(after)
+    done = 0
     met: set[int] = set()
     streams = iid(stream(), clients=clients, min_size=1, seed=0)
     federation = Federation(
@@ -85,21 +91,37 @@ def run(mode: str, clients: int, rounds: int, alive: int) -> dict[str, object]:
         fraction=min(1.0, 100 / clients),
         alive=None if mode == "all alive" else alive,
     )
-    for number in range(rounds):
-        met |= set(federation.cohort(0, number))
+
+    def measure(point: str, server: Server) -> None:
+        """Measure after each of the chosen numbers of rounds."""
+        nonlocal done
+        if point != "round.end":
+            return
+        met.update(federation.cohort(0, done))
+        done += 1
+        if done in after and done < rounds:  # the last row is of the whole run
+            show()
+
+    def show() -> None:
+        """Print the row of the rounds so far."""
+        row = {
+            "benchmark": "scale",
+            "mode": mode,
+            "clients": clients,
+            "met": len(met),
+            "alive": federation.alive,
+            "rounds": done,
+            "gigabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
+            "seconds": time.monotonic() - began,
+        }
+        print(json.dumps(row), flush=True)
+
     with tempfile.TemporaryDirectory() as folder:
         own = Path(folder) if mode == "on disk" else None
-        run_federation(learner, streams, federation, folder=own, show_progress=False)
-    return {
-        "benchmark": "scale",
-        "mode": mode,
-        "clients": clients,
-        "met": len(met),
-        "alive": federation.alive,
-        "rounds": rounds,
-        "gigabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
-        "seconds": time.monotonic() - began,
-    }
+        run_federation(
+            learner, streams, federation, folder=own, callbacks=[measure], show_progress=False
+        )
+    show()
 
 
 def main() -> None:
@@ -109,21 +131,29 @@ def main() -> None:
     )
     parser.add_argument("--mode", choices=MODES, help="one mode, in this program")
     parser.add_argument("--clients", type=int, default=10_000)
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument(
+        "--after", type=int, nargs="+", default=[20], help="numbers of rounds (default 20)"
+    )
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
     parser.add_argument("--alive", type=int, default=100)
     parser.add_argument("--json", type=Path, help="store the rows in this file")
     args = parser.parse_args()
     if args.mode:
         torch.set_num_threads(1)
-        print(json.dumps(run(args.mode, args.clients, args.rounds, args.alive)))
+        run(args.mode, args.clients, args.after, args.alive)
         return
     rows = []
-    for mode in MODES:
-        options = [f"--{n}={getattr(args, n)}" for n in ("clients", "rounds", "alive")]
+    for mode in args.modes:
+        options = [f"--{n}={getattr(args, n)}" for n in ("clients", "alive")]
+        options += ["--after", *map(str, args.after)]
         command = [sys.executable, __file__, f"--mode={mode}", *options]
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
-        rows.append(json.loads(done.stdout.splitlines()[-1]))
-        print({name: rows[-1][name] for name in SHOWN}, flush=True)
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as program:
+            assert program.stdout is not None
+            for line in program.stdout:
+                rows.append(json.loads(line))
+                print({name: rows[-1][name] for name in SHOWN}, flush=True)
+        if program.returncode:
+            raise SystemExit(program.returncode)
     if args.json:
         store_rows(args.json, rows, seed=0)
 

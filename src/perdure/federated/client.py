@@ -30,7 +30,6 @@ from perdure.errors import FederationError, LedgerError
 from perdure.federated.client_store import (
     FRESH,
     ClientSession,
-    ClientSnapshot,
     park,
     refuse_empty,
     restore,
@@ -49,6 +48,7 @@ from perdure.federated.messages import (
     shared,
     to_record,
 )
+from perdure.federated.parked_clients import ParkedClients
 from perdure.federated.party_checks import (
     owner_of,
     refuse_folder,
@@ -78,7 +78,9 @@ class ClientSessions:
         make: function that builds a client's learner and stream.
         folder: folder of the run; None to write no files.
         distinct: True if it is known that no two clients have the same record.
-        alive: largest number of learners that are kept between exchanges; None for all.
+        alive: largest number of learners that are kept between exchanges; None for all. What the
+            others remember is in their folders or, without a folder, in a temporary file without a
+            name.
         participation: function from a client's number to the rounds in which it trains; None if
             they are not known, and a private plan has all rounds.
     """
@@ -95,7 +97,7 @@ class ClientSessions:
         self._make = make
         self._participation = participation
         self._alive = alive
-        self._parked: dict[int, ClientSnapshot] = {}
+        self._parked = ParkedClients()
         self._folder = folder
         self._distinct = distinct
         self._streams: dict[int, Stream] = {}
@@ -130,7 +132,7 @@ class ClientSessions:
         """
         exchange = task["previous"]
         seat = self._seats.pop(client, None)
-        parked = self._parked.pop(client, None)
+        parked = self._parked.pop(client)
         if seat and self._is_current(seat.exchange, exchange) and self._held(seat.learner):
             return seat
         self.private = True  # the message of a later error may contain values of a record
@@ -231,7 +233,7 @@ class ClientSessions:
         if learner.folder is None:
             if learner.privacy is not None:  # its ledger and key are nowhere else
                 return
-            self._parked[client] = park(self._seats[client])
+            self._parked.put(client, park(self._seats[client]))
         del self._seats[client]
         self._sharing = [each for each in self._sharing if each() not in (None, learner)]
         learner.release()

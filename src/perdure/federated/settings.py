@@ -67,7 +67,8 @@ class Federation(CheckedFields):
             in order (see `NearestNeighbours`, `Buckets`, `ClipUpdates`).
         alive: largest number of clients whose learners are in memory between exchanges, in a
             process that has several; None for all. The others are read from the folder of the run
-            or, without a folder, built again around what they remember. The result is the same, bit
+            or, without a folder, built again around what they remember, which is in a temporary
+            file without a name (in TMPDIR) that ends with the process. The result is the same, bit
             for bit. Clients with privacy need the folder. A learner that left has no session, so
             callbacks must not keep it.
         readmit: True if a client with privacy that lost its folder, and with it its ledger, may go
