@@ -179,6 +179,8 @@ def ours(
         stream=STREAMS[0],
         federation=Federation(clients=clients, rounds=rounds, fraction=COHORT / clients),
         callbacks=[clock],
+        # declared, because a client that is asked builds its learner to answer
+        sizes=[[RECORDS]] * clients,
     )
     app = client_app(lambda client: (make(client), STREAMS[client % DISTINCT]))
     with InProcessGrid(app, clients).running() as grid:
