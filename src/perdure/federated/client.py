@@ -78,9 +78,9 @@ class ClientSessions:
         make: function that builds a client's learner and stream.
         folder: folder of the run; None to write no files.
         distinct: True if it is known that no two clients have the same record.
-        alive: largest number of learners that are kept between exchanges; None for all. What the
-            others remember is in their folders or, without a folder, in a temporary file without a
-            name.
+        alive: largest number of learners that are kept between exchanges; None for all. The
+            memory of the others is in their folders or, without a folder, in a temporary file
+            without a name.
         participation: function from a client's number to the rounds in which it trains; None if
             they are not known, and a private plan has all rounds.
     """
