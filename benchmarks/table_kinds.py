@@ -83,7 +83,7 @@ class Pivot(Listing):
             grouped.setdefault(tuple(row[name] for name in self.line), []).append(row)
         found = [[*self.columns, *(str(value) for value in values), *self.last]]
         for rows in grouped.values():
-            cells = {row[key]: cell(self.each, row) for row in rows}
+            cells = {row[key]: "" if row.get("refused") else cell(self.each, row) for row in rows}
             first = [cell(template, rows[0]) for template in self.columns.values()]
             last = [
                 next(filter(None, (cell(template, row) for row in reversed(rows))), "")

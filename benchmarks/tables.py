@@ -210,6 +210,15 @@ TABLES: dict[str, Listing] = {
             "copies of the model an idle client keeps": "{copies:.2f}",
         },
     ),
+    "engines": Listing(
+        file="engines",
+        columns={
+            "clients": "{row}",
+            "ms in process": "{inprocess_ms:.0f}",
+            "ms on Ray": "{ray_ms:.0f}",
+            "times faster": "{times:.1f}",
+        },
+    ),
     "scale": Listing(
         file="scale",
         columns={
@@ -302,21 +311,13 @@ TABLES: dict[str, Listing] = {
         across=("attack", ("none", "sign flip", "model replacement", "label flip")),
         each="{accuracy:.1f} ({standard_error:.1f})",
     ),
-    "federated_continual": Listing(
+    "federated_continual": Pivot(
         file="federated_continual",
-        columns={
-            "data": "{dataset}",
-            "alpha": "{alpha:g}",
-            "strategy": "{strategy}",
-            "epsilon": "{epsilon:g}",
-            "seeds": "{seeds}",
-            "accuracy": ACCURACY,
-            "worst client": "{worst_client:.1f}",
-            "forgetting": "{forgetting:.1f}",
-            "MB": "{megabytes:.0f}",
-            "seconds": "{seconds:.1f}",
-            "refused": "{refused}",
-        },
+        columns={"data": "{dataset}", "strategy": "{strategy}", "epsilon": "{epsilon:g}"},
+        line=("dataset", "strategy", "epsilon"),
+        across=("alpha", (0.5, 0.1, 0.05)),
+        each=ACCURACY + ", {worst_client:.0f}, {forgetting:.0f}",
+        last={"MB": "{megabytes:.0f}", "seconds": "{seconds:.1f}", "refused": "{refused}"},
     ),
     "kills": Listing(
         file="kills",
