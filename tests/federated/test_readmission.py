@@ -226,6 +226,16 @@ def test_a_loss_without_permission_says_how_to_give_it(tmp_path):
     assert not (tmp_path / "clients/001/private").exists()
 
 
+def test_a_client_decides_itself_about_a_new_ledger(tmp_path):
+    """Its charges would be those that the server tells, which a hostile server may leave out."""
+    options = {"deleted": [(3, 1)], "privacy": BUDGET, "share": 0, "consents": False}
+    server = served(tmp_path, 3, 2, **options)
+    reasons = [each.reason for each in server.absences]
+    assert reasons
+    assert all("the client's own app does not" in each for each in reasons)
+    assert not (tmp_path / "clients/001/private").exists()
+
+
 def test_permission_may_be_given_when_the_run_is_resumed(tmp_path):
     options = {"deleted": [(3, 1)], "privacy": BUDGET, "share": 0, "kills": [4]}
     with pytest.raises(KilledError):

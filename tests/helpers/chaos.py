@@ -98,6 +98,7 @@ def serve(
     lost=(),
     kill=None,
     readmit=False,
+    consents=None,
 ):
     """Run a federation with faults from its last checkpoint, and return its server.
 
@@ -112,6 +113,7 @@ def serve(
         lost: pairs of an exchange and a client whose reply is lost in any case.
         kill: function that kills the server; the process itself by default.
         readmit: setting of the federation. The ledgers of deleted folders are kept in `gone`.
+        consents: setting of the clients' app; that of the federation if it is not given.
     """
     make, streams = parties(clients, privacy=privacy)
     federation = Federation(
@@ -139,7 +141,8 @@ def serve(
 
     def fresh():
         """Build the app of clients whose processes have restarted."""
-        return client_app(lambda number: (make(number), streams[number]), folder)
+        may = readmit if consents is None else consents
+        return client_app(lambda n: (make(n), streams[n]), folder, readmit=may)
 
     def app(message, context):
         return app.current(message, context)

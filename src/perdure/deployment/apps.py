@@ -139,7 +139,13 @@ def _client_of_trial(path: Path | str, trial: str, context: Context) -> ClientAp
     def make(number: int) -> tuple[Learner, Stream]:
         return party.learner(whole, number), own
 
-    seats = ClientSessions(make, party.folder, distinct=True, participation=rounds)
+    seats = ClientSessions(
+        make,
+        party.folder,
+        distinct=True,
+        participation=rounds,
+        readmit=mine.federation is not None and mine.federation.readmit,
+    )
     return app_of(seats)
 
 

@@ -56,7 +56,7 @@ from perdure.federated.party_checks import (
     refuse_unplanned,
     refuse_validation,
 )
-from perdure.federated.readmission import Readmission, has_ledger
+from perdure.federated.readmission import Readmission, has_ledger, refuse_readmission
 from perdure.federated.reply_checks import EXCHANGE
 from perdure.federated.roster import require_site, site
 from perdure.federated.state_merging import sent, sent_every_round
@@ -83,6 +83,7 @@ class ClientSessions:
             without a name.
         participation: function from a client's number to the rounds in which it trains; None if
             they are not known, and a private plan has all rounds.
+        readmit: True if a private client that lost its ledger may begin a new one.
     """
 
     def __init__(
@@ -93,8 +94,10 @@ class ClientSessions:
         distinct: bool = False,
         alive: int | None = None,
         participation: Callable[[int], Participation] | None = None,
+        readmit: bool = False,
     ) -> None:
         self._make = make
+        self._may_readmit = readmit
         self._participation = participation
         self._alive = alive
         self._parked = ParkedClients()
@@ -180,6 +183,7 @@ class ClientSessions:
         refuse_lost(folder, message)
         loss = loss_in(message)
         if loss and not has_ledger(folder):
+            refuse_readmission(self._may_readmit)
             plan = _plan_of(learner, stream)
             Readmission.after(loss, plan, task["rounds"], held).keep(folder)
         if known := Readmission.recall(folder):
@@ -272,6 +276,7 @@ def client_app(
     *,
     distinct: bool = False,
     alive: int | None = None,
+    readmit: bool = False,
 ) -> ClientApp:
     """Build the Flower app that every client runs, on any engine.
 
@@ -294,9 +299,14 @@ def client_app(
         distinct: under privacy, True if no two clients of this process hold the same record; if
             False, the ids of their records are compared when each client is built.
         alive: largest number of learners in this process between exchanges; see `Federation`.
+        readmit: under privacy, True if a client that lost its folder may go on with a new ledger,
+            for which the server, too, needs `Federation(readmit=True)`. The new ledger counts what
+            the server says the lost one has charged, so a server that is not trusted to repeat it
+            must not be allowed this.
     """
     place = None if folder is None else Path(folder)
-    return app_of(ClientSessions(make, place, distinct=distinct, alive=alive))
+    seats = ClientSessions(make, place, distinct=distinct, alive=alive, readmit=readmit)
+    return app_of(seats)
 
 
 def app_of(seats: ClientSessions) -> ClientApp:

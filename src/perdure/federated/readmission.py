@@ -173,6 +173,21 @@ class Readmission:
         learner.participation = Participation(rounds=rounds, taken=tuple(taken))
 
 
+def refuse_readmission(allowed: bool) -> None:
+    """Refuse a new ledger if the client's own app does not allow it, whatever the server says.
+
+    Raises:
+        LedgerError: names the setting.
+    """
+    if not allowed:
+        raise LedgerError(
+            "the server allows this client a new ledger, but the client's own app does not; "
+            "allowed: readmit=True in client_app, or readmit = true in the site's config, if the "
+            "server is trusted to repeat the charges of the lost ledger; or restore the client's "
+            "folder from its newest backup"
+        )
+
+
 def has_ledger(folder: Path) -> bool:
     """Return True if a folder has a ledger, or any part of one."""
     ledger = folder / LEDGER

@@ -84,6 +84,7 @@ def run_federation(
         folder,
         distinct=True,
         alive=federation.alive,
+        readmit=federation.readmit,
         participation=participation(federation, streams) if learner.privacy else None,
     )
     client = app_of(seats)
